@@ -1,0 +1,46 @@
+"""Packaging metadata; tools are configured in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="hpdm",
+    version="0.1.0",
+    description="Hierarchical Patch Diffusion Models for video, as a library of fused Triton kernels",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["hpdm", "hpdm.*", "hpdm_kernels", "hpdm_kernels.*"]),
+    package_data={"hpdm": ["py.typed"], "hpdm_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6",
+        "einops",  # readable reshapes between videos, patches and tokens
+        "numpy",
+        "decord",  # the first video decoder: fast seeking, decodes a clip at a time
+        "av>=12",  # the second decoder (AV1, GIF, damaged files), and the only writer of mp4
+        "safetensors",  # weights in a format that cannot run code and is mapped, not read
+        "tqdm",  # progress bars with rate and ETA
+        "tyro",  # the command line, made from typed dataclasses
+        "pillow",  # contact sheets as PNG
+    ],
+    extras_require={
+        "dev": [
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",  # tests on both cores: the interpreter and the compiler are slow
+            "ruff",
+            "mypy",
+            "matplotlib",
+            "tensorboard",
+        ],
+        "plots": ["matplotlib"],
+        "tensorboard": ["tensorboard"],
+        "t2v": ["transformers", "sentencepiece"],
+    },
+    entry_points={"console_scripts": ["hpdm = hpdm.cli:main"]},
+)
