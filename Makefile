@@ -1,0 +1,58 @@
+# Everything sets itself up in .venv; only Python >= 3.11 (with venv) and make are needed.
+#   make bench                 the benchmarks, with tables
+#   make test                  style, types and tests
+#   PYTHON=python3.12 make ... another interpreter
+# `make gpu` alone uses the packages of $(PYTHON) itself: GPU machines come with their own build of PyTorch.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Two worker processes with one thread each: the tests are small, and threads that share cores only slow each other down.
+WORKERS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv bench test lint format types check-python gpu clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(READY)  ## set up .venv
+
+# The stamp is the last thing written: an interrupted set-up starts over, on top of what pip already has.
+$(READY): setup.py pyproject.toml constraints.txt | check-python
+	@echo "setting up $(VENV) ..."
+	@if [ -e $(VENV) ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); fi
+	@[ -e $(VENV) ] || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+check-python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' found; set PYTHON to a Python >= 3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected Python >= 3.11; set PYTHON to a newer one" >&2; exit 1; }
+
+bench: $(READY)  ## run the benchmarks and print the tables (ARGS="--save-as NAME" to keep the results)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+test: lint types  ## style, types and all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --durations=15 $(ARGS)
+
+lint: $(READY)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## mypy
+	$(BIN)/mypy
+
+format: $(READY)  ## apply ruff's fixes and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+gpu: check-python  ## check and time the kernels on this machine's CUDA device, with the installed packages
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+clean:  ## remove .venv, caches and local results
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks benchmarks/results/local
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
