@@ -90,6 +90,12 @@ def _triton_obstacle(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str
     return f"no kernels for {tensor.device.type} devices"
 
 
+# Dynamo cannot trace a torch function that returns a string; it guards on the TF32 setting by itself.
+@torch.compiler.assume_constant_result
+def _default_precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def resolve_precision(precision: str | None) -> str:
     """How fp32 products are taken: ``"ieee"``, ``"tf32x3"`` or ``"tf32"``.
 
@@ -100,7 +106,7 @@ def resolve_precision(precision: str | None) -> str:
         ValueError: unknown precision.
     """
     if precision is None:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return _default_precision()
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected None or one of {', '.join(map(repr, PRECISIONS))}")
     return precision

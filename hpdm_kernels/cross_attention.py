@@ -30,8 +30,8 @@ def cross_attention(
     """Attention of ``M`` queries to ``N`` keys, ``softmax(q @ k.T * scale) @ v`` (HPDM Fig. 11; RIN's read and write).
 
     Args:
-        q: ``[B, h, M, d]`` queries; float16, bfloat16, float32, or float64 (``reference`` and ``torch`` alone). Any strides:
-            a view into a fused projection is read in place.
+        q: ``[B, h, M, d]`` queries; float16, bfloat16, float32, or float64 (``reference`` and ``torch`` alone). Any
+            strides: a view into a fused projection is read in place.
         k: ``[B, h, N, d]`` keys, dtype and device of ``q``. ``d`` is at most 128.
         v: ``[B, h, N, d]`` values.
         scale: factor of the scores, any finite number; default ``1 / sqrt(d)``.
@@ -43,7 +43,7 @@ def cross_attention(
         ``[B, h, M, d]`` of ``q``'s dtype. Gradients flow to ``q``, ``k`` and ``v``.
 
     Raises:
-        TypeError: an argument is not a tensor, its dtype is not a float or differs from ``q``'s, or ``scale`` is no number.
+        TypeError: an argument is not a tensor, its dtype is no float or not ``q``'s, or ``scale`` is no number.
         ValueError: wrong rank, sizes or device; ``scale`` not finite; unknown ``precision`` or ``backend``.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
