@@ -173,7 +173,7 @@ def render_synthetic(
     ``Class/v_Class_g01_c01.mp4``, the split files ``ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt`` in the
     official format (whole groups of up to four clips go to one side, about a quarter of them to test), and
     ``metadata.jsonl``: per clip its file, class, split, radius, and the object's position and velocity per frame in
-    pixels (x right, y down). A clip depends on (seed, class, number) alone: more clips or fewer classes change no other.
+    pixels (x right, y down). A clip depends on (seed, class, number) alone: more clips or fewer classes change none.
 
     Args:
         out: folder to create; it must not hold anything yet unless ``overwrite``.
@@ -201,7 +201,9 @@ def render_synthetic(
 
     per_group = min(_GROUP_CLIPS, max(1, clips // 4))
     test_groups = max(1, round(math.ceil(clips / per_group) / 4))
-    train_lines, test_lines, records = [], [], []
+    train_lines: list[str] = []
+    test_lines: list[str] = []
+    records: list[str] = []
     for label, name in enumerate(names):
         (out / name).mkdir(exist_ok=True)
         for number in range(clips):
