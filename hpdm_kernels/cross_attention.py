@@ -6,16 +6,84 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from hpdm_kernels import _backend, reference
+from hpdm_kernels import cross_attention_kernels as kernels
 from hpdm_kernels._checks import check_tensor
+from hpdm_kernels.cross_attention_kernels import aot_specs
 
 MAX_HEAD_WIDTH = 128
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+__all__ = ["aot_specs", "cross_attention"]
+
+
+@torch.library.custom_op("hpdm::cross_attention_fwd", mutates_args=())
+def _cross_attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str) -> tuple[Tensor, Tensor]:
+    """``out [B,h,M,d]`` and the base-2 log-sum-exp of the scaled scores ``[B,h,M]``."""
+    with torch.cuda.device_of(q):
+        return kernels.launch_forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), scale, precision)
+
+
+@_cross_attention_fwd.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str) -> tuple[Tensor, Tensor]:
+    return kernels.new_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hpdm::cross_attention_bwd", mutates_args=())
+def _cross_attention_bwd(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``q``, ``k`` and ``v``."""
+    with torch.cuda.device_of(q):
+        grad, q, k, v, out = map(_unit_stride, (grad, q, k, v, out))
+        return kernels.launch_backward(grad, q, k, v, out, lse.contiguous(), scale, precision)
+
+
+@_cross_attention_bwd.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels.new_rows(q), kernels.new_rows(k), kernels.new_rows(k)
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The kernels read rows of adjacent elements; any other stride of the last axis costs a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, ctx.precision = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = _cross_attention_bwd(grad, *ctx.saved_tensors, ctx.scale, ctx.precision)
+    return (*grads, None, None)
+
+
+_cross_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+# Counted as PyTorch counts its own fused attention: two products forward; backward five, the scores recomputed once.
+@register_flop_formula(torch.ops.hpdm.cross_attention_fwd)
+def _fwd_flops(q_shape: Any, k_shape: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, queries, width = q_shape
+    return 2 * 2 * batch * heads * queries * k_shape[2] * width
+
+
+@register_flop_formula(torch.ops.hpdm.cross_attention_bwd)
+def _bwd_flops(grad_shape: Any, q_shape: Any, k_shape: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, queries, width = q_shape
+    return 5 * 2 * batch * heads * queries * k_shape[2] * width
 
 
 def cross_attention(
@@ -54,13 +122,13 @@ def cross_attention(
     check_tensor("k", k, (batch, heads, "N", width), like=("q", q))
     check_tensor("v", v, tuple(k.shape), like=("q", q))
     scale = _check_scale(scale, width)
-    _backend.resolve_precision(precision)
-    chosen = _backend.resolve(backend, "cross_attention", q, ())
+    precision = _backend.resolve_precision(precision)
+    chosen = _backend.resolve(backend, "cross_attention", q, TRITON_DTYPES)
     if chosen == "reference":
         return reference.cross_attention(q, k, v, scale)
     if chosen == "torch":
         return F.scaled_dot_product_attention(q, k, v, scale=scale)
-    raise RuntimeError("cross_attention: backend='triton' cannot run: no kernel yet")
+    return _cross_attention_fwd(q, k, v, scale, precision)[0]
 
 
 def _check_scale(scale: object, width: int) -> float:
