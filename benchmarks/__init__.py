@@ -1,0 +1,1 @@
+"""Benchmarks of the ops and of the model against the strongest peers: ``make bench`` or ``pytest benchmarks``."""

@@ -1,0 +1,154 @@
+"""The fixtures of the benchmarks, and the tables and files at the end of a run.
+
+How to write one (all numbers come from ``compare``; a test without it can take ``record``)::
+
+    import pytest
+    from benchmarks import peers, shapes
+    from hpdm_kernels import reference, sample_context
+
+    @pytest.mark.parametrize("shape", shapes.CONTEXT, ids=str)
+    @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+    def test_sample_context(compare, backends, device, generator, shape, direction):
+        sources, source_boxes, box = shape.make(generator, device)
+
+        def ours(backend):
+            return lambda *sources: sample_context(
+                sources, source_boxes, box, shape.source_grids, shape.grid, backend=backend
+            )
+
+        compare(
+            {
+                "reference (grid_sample)": lambda *s: reference.sample_context(s, source_boxes, box, ...),
+                "separable matmul": lambda *s: peers.separable_context(s, source_boxes, box, ...),
+                **{f"hpdm {backend}": ours(backend) for backend in backends},
+            },
+            inputs=sources,                  # the differentiable tensors; everything else is closed over
+            group="sample_context",          # one table per group
+            shape=str(shape),
+            direction=direction,             # "fwd" or "fwd+bwd" (gradients of all floating inputs)
+            reference="reference (grid_sample)",   # speed-ups are relative to this one
+            peers=["separable matmul"],      # may fail to run here (the table says why); ours may not
+            bytes=shape.bytes(direction),    # what an ideal implementation moves, or None
+            flops=shape.flops(direction),    # what the formula costs, or None
+        )
+
+Before anything is timed, every contender's output (and gradients) must err at most twice as much as the reference's
+against the reference in fp64 (``oracle=`` names another oracle, ``budgets={"name": 8.0}`` another factor). ``backends``
+is ``("torch",)`` on the CPU and ``("torch", "triton")`` on CUDA. Options: ``--save-as NAME`` writes the results to
+``benchmarks/results/NAME`` instead of ``benchmarks/results/local``, ``--seconds S`` is the time per comparison.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import harness, report
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = pytest.StashKey[list[harness.Row]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hpdm benchmarks")
+    group.addoption("--save-as", default="local", metavar="NAME", help="folder of benchmarks/results for the results")
+    group.addoption("--seconds", type=float, default=1.5, help="timing per comparison, all contenders together")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ROWS] = []
+    # pytest-benchmark's own table would time whole rounds of contenders; its JSON (--benchmark-json) has our rows.
+    if config.pluginmanager.hasplugin("benchmark"):
+        config.option.benchmark_quiet = True
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def backends(device: torch.device) -> tuple[str, ...]:
+    """Our backends that are worth timing: Triton's interpreter is for tests."""
+    return ("torch", "triton") if device.type == "cuda" else ("torch",)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Of the CPU, with a fixed seed: two runs time the same inputs."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[..., harness.Row]:
+    """``record(group, shape, contender, direction, samples, bytes=..., flops=..., extra={...})``: adds one row."""
+
+    def add(*arguments: Any, **fields: Any) -> harness.Row:
+        row = harness.row_from_samples(*arguments, **fields)
+        request.config.stash[ROWS].append(row)
+        return row
+
+    return add
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest) -> Callable[..., list[harness.Row]]:
+    """Validates and times contenders on the same inputs, in turns; see the docstring of this file."""
+    benchmark = request.getfixturevalue("benchmark") if request.config.pluginmanager.hasplugin("benchmark") else None
+
+    def run(
+        contenders: Mapping[str, Callable[..., Tensor]], inputs: Sequence[Tensor], **options: Any
+    ) -> list[harness.Row]:
+        def drive(call: harness.Call, rounds: int) -> None:
+            benchmark.pedantic(call, rounds=rounds, iterations=1)
+
+        options.setdefault("seconds", request.config.getoption("--seconds"))
+        rows = harness.compare(contenders, inputs, drive=drive if benchmark else None, **options)
+        request.config.stash[ROWS] += rows
+        if benchmark:
+            benchmark.extra_info["rows"] = [dataclasses.asdict(row) for row in rows]
+        return rows
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        "exit_status": int(exitstatus),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    folder = RESULTS / config.getoption("--save-as")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d-%H%M%S}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write = terminalreporter.write_line
+    terminalreporter.section("benchmarks")
+    for line in report.text(result).splitlines():
+        write(line)
+    write(f"results: {_shown(path)}")
+    try:
+        chart = report.chart([result], path.with_suffix(".png"))
+    except ImportError as error:
+        write(f"no chart: {error}")
+    else:
+        write(f"chart:   {_shown(chart)}")
+    if exitstatus:
+        print("some benchmarks failed: the tables above lack them", file=sys.stderr)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(RESULTS.parents[1]))
