@@ -1,0 +1,253 @@
+"""Multi-level context in portable PyTorch: three small matrix products per source instead of 8-corner gathers.
+
+A source's footprint ``[pf, ph, pw, D]`` is expanded one axis at a time by hat matrices (``context_geometry``): frames,
+then height. Width comes last and for all sources at once, because their columns concatenate: one product writes the
+output, one product reads its gradient. The mean over sources is folded into that last matrix. For ``fuse_context`` two
+more columns carry the bias and the coordinates, which are separable as well:
+
+    out[f, h] = [W_1 .. W_K, c_w, 1] @ [T_1[f, h] .. T_K[f, h], v_w, b + c_f v_f + c_h v_h]  +  x[f, h] @ Wx.T
+
+with ``W_k`` the ``[n_w, pw_k]`` hat matrices and ``v`` the coordinate columns of the weight. Bytes moved beyond the
+plain product ``x @ Wx.T``: one read and one write of the output, ``sum_k pw_k / n_w`` times as much (about once) for T,
+and the footprints. 16-bit data is interpolated in fp32. Products follow torch's own precision settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hpdm_kernels import context_geometry as geometry
+from hpdm_kernels.reference import axis_positions, coordinate_dtype
+
+Triple = Sequence[int]
+
+
+class Footprint(NamedTuple):
+    """What one source contributes: which of its tokens, and the hat matrices that spread them over the patch."""
+
+    size: Triple
+    tokens: Tensor
+    """``[B, P]`` numbers of the tokens in the source flattened to ``[B_k * N_k, D]``."""
+    matrices: tuple[Tensor, Tensor, Tensor]
+    """``[B, n, p]`` for frames, height and width."""
+
+
+def _footprints(
+    sources: Sequence[Tensor],
+    source_boxes: Sequence[Tensor],
+    box: Tensor,
+    source_index: Tensor | None,
+    source_grids: Sequence[Triple],
+    grid: Triple,
+    sizes: Sequence[Triple],
+) -> list[Footprint]:
+    work = coordinate_dtype(sources[0].dtype)
+    result = []
+    for k, (source_box, source_grid, size) in enumerate(zip(source_boxes, source_grids, sizes)):
+        rows = None if source_index is None else source_index[:, k]
+        source_box = source_box if rows is None else source_box[rows]
+        positions = geometry.axis_positions(box, source_box, grid, source_grid)
+        starts = [geometry.footprint_start(positions, a, size[a], source_grid[a]) for a in range(3)]
+        f, h, w = (geometry.hat_matrix(positions, starts[a], a, grid[a], size[a], work) for a in range(3))
+        tokens = geometry.footprint_tokens(starts, size, source_grid, rows)
+        result.append(Footprint(size, tokens, (f, h, w / len(sources))))
+    return result
+
+
+def _gather(sources: Sequence[Tensor], footprints: Sequence[Footprint]) -> Tensor:
+    """All footprints of all samples below each other: ``[sum_k B * P_k, D]``."""
+    return torch.cat([s.flatten(0, 1).index_select(0, f.tokens.flatten()) for s, f in zip(sources, footprints)])
+
+
+def _scatter(grads: Tensor, source: Tensor, tokens: Tensor, shared_rows: bool) -> Tensor:
+    """The transpose of the gather for one source: ``[B * P, D] -> [B_k, N_k, D]``.
+
+    Within a sample tokens are distinct, so a copy does. Samples that share a row are added one after the other: the
+    order is fixed, so the sum is too.
+    """
+    if not shared_rows:
+        out = torch.zeros_like(source, memory_format=torch.contiguous_format)
+        out.flatten(0, 1).index_copy_(0, tokens.flatten(), grads.to(out.dtype))
+        return out
+    out = torch.zeros(source.shape, dtype=coordinate_dtype(source.dtype), device=source.device)
+    flat = out.flatten(0, 1)
+    for of_sample, grad in zip(tokens, grads.to(out.dtype).unflatten(0, tokens.shape)):
+        flat.index_copy_(0, of_sample, flat.index_select(0, of_sample) + grad)
+    return out.to(source.dtype)
+
+
+def _expand(values: Tensor, footprints: Sequence[Footprint], grid: Triple) -> list[Tensor]:
+    """Footprints ``[sum_k B * P_k, D]`` spread over frames and height: K tensors ``[B * n_f * n_h, pw_k, D]``."""
+    d = values.shape[1]
+    result = []
+    for part, footprint in zip(values.split([f.tokens.numel() for f in footprints]), footprints):
+        (pf, ph, pw), (to_f, to_h, _) = footprint.size, footprint.matrices
+        part = torch.bmm(to_f, part.view(-1, pf, ph * pw * d))
+        part = torch.bmm(to_h.repeat_interleave(grid[0], 0), part.view(-1, ph, pw * d))
+        result.append(part.view(-1, pw, d))
+    return result
+
+
+def _contract(grads: Sequence[Tensor], footprints: Sequence[Footprint], grid: Triple) -> Tensor:
+    """The transpose of :func:`_expand`."""
+    result = []
+    for grad, footprint in zip(grads, footprints):
+        (_, ph, pw), (to_f, to_h, _) = footprint.size, footprint.matrices
+        d = grad.shape[2]
+        grad = grad.reshape(-1, grid[1], pw * d)
+        grad = torch.bmm(to_h.transpose(1, 2).repeat_interleave(grid[0], 0), grad)
+        grad = torch.bmm(to_f.transpose(1, 2), grad.view(-1, grid[0], ph * pw * d))
+        result.append(grad.view(-1, d))
+    return torch.cat(result) if result else torch.empty(0)
+
+
+def _columns(columns: Sequence[Tensor], grid: Triple) -> Tensor:
+    """The last matrix, ``[B, n_w, c_i]`` side by side, for every row of tokens: ``[B * n_f * n_h, n_w, sum c_i]``."""
+    return torch.cat(list(columns), dim=2).repeat_interleave(grid[0] * grid[1], 0)
+
+
+def _coordinates(box: Tensor, grid: Triple, work: torch.dtype) -> list[Tensor]:
+    box = box.to(work)
+    return [axis_positions(box[:, a], box[:, 3 + a], grid[a]) for a in range(3)]
+
+
+def sample_forward(
+    sources: Sequence[Tensor],
+    source_boxes: Sequence[Tensor],
+    box: Tensor,
+    source_index: Tensor | None,
+    source_grids: Sequence[Triple],
+    grid: Triple,
+    sizes: Sequence[Triple],
+) -> Tensor:
+    """Mean over the sources of trilinear samples, ``[B, N, D]``."""
+    dtype, d = sources[0].dtype, sources[0].shape[2]
+    footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
+    parts = _expand(_gather(sources, footprints).to(coordinate_dtype(dtype)), footprints, grid)
+    out = torch.bmm(_columns([f.matrices[2] for f in footprints], grid), torch.cat(parts, dim=1))
+    return out.view(box.shape[0], -1, d).to(dtype)
+
+
+def sample_backward(
+    grad: Tensor,
+    sources: Sequence[Tensor],
+    source_boxes: Sequence[Tensor],
+    box: Tensor,
+    source_index: Tensor | None,
+    source_grids: Sequence[Triple],
+    grid: Triple,
+    sizes: Sequence[Triple],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of the wanted sources. A source that is not wanted still counts in the mean, but costs nothing."""
+    work = coordinate_dtype(sources[0].dtype)
+    footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
+    chosen = [k for k, want in enumerate(wanted) if want]
+    of_chosen = [footprints[k] for k in chosen]
+    columns = _columns([f.matrices[2] for f in of_chosen], grid)
+    rows = grad.to(work).reshape(-1, grid[2], grad.shape[2])
+    parts = torch.bmm(columns.transpose(1, 2), rows).split([f.size[2] for f in of_chosen], dim=1)
+    grads = _contract(parts, of_chosen, grid).split([f.tokens.numel() for f in of_chosen])
+    return [_scatter(g, sources[k], footprints[k].tokens, source_index is not None) for k, g in zip(chosen, grads)]
+
+
+def fuse_forward(
+    x: Tensor,
+    sources: Sequence[Tensor],
+    source_boxes: Sequence[Tensor],
+    box: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source_index: Tensor | None,
+    source_grids: Sequence[Triple],
+    grid: Triple,
+    sizes: Sequence[Triple],
+) -> Tensor:
+    """``concat[x, context, coordinates] @ weight.T + bias``, ``[B, N, D]``."""
+    b, _, d = x.shape
+    work = coordinate_dtype(x.dtype)
+    footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
+    projected = torch.mm(_gather(sources, footprints), weight[:, d : 2 * d].t()).to(work)
+    parts = _expand(projected, footprints, grid)
+    columns = [f.matrices[2] for f in footprints]
+
+    base = torch.zeros((), dtype=work, device=x.device) if bias is None else bias.to(work)
+    if weight.shape[1] == 2 * d + 3:
+        c_f, c_h, c_w = _coordinates(box, grid, work)
+        v_f, v_h, v_w = weight[:, 2 * d :].to(work).unbind(1)
+        base = base + c_f[:, :, None, None] * v_f + c_h[:, None, :, None] * v_h
+        parts.append(v_w.expand(b * grid[0] * grid[1], 1, d))
+        columns.append(c_w[:, :, None])
+    if base.ndim:
+        parts.append(base.expand(b, grid[0], grid[1], d).reshape(-1, 1, d))
+        columns.append(torch.ones(b, grid[2], 1, dtype=work, device=x.device))
+
+    out = torch.mm(x.reshape(-1, d), weight[:, :d].t()).to(work)
+    out.view(-1, grid[2], d).baddbmm_(_columns(columns, grid), torch.cat(parts, dim=1))
+    return out.view(x.shape).to(x.dtype)
+
+
+def fuse_backward(
+    grad: Tensor,
+    x: Tensor,
+    sources: Sequence[Tensor],
+    source_boxes: Sequence[Tensor],
+    box: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source_index: Tensor | None,
+    source_grids: Sequence[Triple],
+    grid: Triple,
+    sizes: Sequence[Triple],
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of those of ``x, weight, bias, *sources`` that are wanted, in this order."""
+    b, _, d = x.shape
+    work = coordinate_dtype(x.dtype)
+    want_x, want_weight, want_bias, *want_sources = wanted
+    grad = grad.reshape(-1, d)
+    result = []
+    if want_x:
+        result.append(torch.mm(grad, weight[:, :d]).view(x.shape))
+    if not (want_weight or want_bias or any(want_sources)):
+        return result
+
+    footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
+    # The weight needs every source's context gradient, the sources their own.
+    chosen = [k for k, want in enumerate(want_sources) if want or want_weight]
+    of_chosen = [footprints[k] for k in chosen]
+    columns = [f.matrices[2] for f in of_chosen]
+    widths = [f.size[2] for f in of_chosen]
+    with_coordinates = want_weight and weight.shape[1] == 2 * d + 3
+    if with_coordinates:
+        c_f, c_h, c_w = _coordinates(box, grid, work)
+        columns.append(c_w[:, :, None])
+    if want_bias or with_coordinates:
+        columns.append(torch.ones(b, grid[2], 1, dtype=work, device=x.device))
+    parts = torch.bmm(_columns(columns, grid).transpose(1, 2), grad.to(work).view(-1, grid[2], d))
+    projected_grad = _contract(parts.split([*widths, parts.shape[1] - sum(widths)], dim=1)[:-1], of_chosen, grid)
+    projected_grad = projected_grad.to(x.dtype)
+
+    # Sums over the width of grad and of c_w * grad: all that the coordinates and the bias still need.
+    summed = parts[:, -1].view(b, grid[0], grid[1], d) if want_bias or with_coordinates else None
+    if want_weight:
+        grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        torch.mm(grad.t(), x.reshape(-1, d), out=grad_weight[:, :d])
+        torch.mm(projected_grad.t(), _gather(sources, footprints), out=grad_weight[:, d : 2 * d])
+        if with_coordinates and summed is not None:
+            grad_weight[:, 2 * d] = torch.einsum("bf,bfd->d", c_f, summed.sum(2))
+            grad_weight[:, 2 * d + 1] = torch.einsum("bh,bhd->d", c_h, summed.sum(1))
+            grad_weight[:, 2 * d + 2] = parts[:, -2].sum(0)
+        result.append(grad_weight)
+    if want_bias and summed is not None:
+        result.append(summed.sum((0, 1, 2)).to(x.dtype))
+    grads = projected_grad.split([f.tokens.numel() for f in of_chosen])
+    for k, g in zip(chosen, grads):
+        if want_sources[k]:
+            source_grad = torch.mm(g, weight[:, d : 2 * d])
+            result.append(_scatter(source_grad, sources[k], footprints[k].tokens, source_index is not None))
+    return result
