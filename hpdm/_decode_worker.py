@@ -1,7 +1,7 @@
-"""The process that decodes: decord and PyAV behind a pipe, so that a hang or a crash costs a process, not a training run.
+"""The process that decodes: decord and PyAV behind a pipe, so that a hang or a crash costs a process, not a run.
 
-Run as a script (``python -P _decode_worker.py``) by :mod:`hpdm.decode`; it imports nothing of this package, so it starts
-in the time that numpy and the codecs need. A message is an 8-byte length, that many bytes of JSON, and in a
+Run as a script (``python -P _decode_worker.py``) by :mod:`hpdm.decode`; it imports nothing of this package, so it
+starts in the time that numpy and the codecs need. A message is an 8-byte length, that many bytes of JSON, and in a
 reply to ``read`` the frames, raw uint8 ``[F, H, W, 3]``.
 """
 
@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 import os
+import re
+import signal
 import struct
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
 LENGTH = struct.Struct("<Q")
+_GRACE_S = 10
 _INDEX_CACHE = 4096  # files whose index is remembered; an index is about 8 bytes a frame
 
 
@@ -30,7 +34,8 @@ class Refused(Exception):
 class Index:
     """What one pass over a file's packets tells: no frame but the first is decoded for it."""
 
-    stream: int
+    stream: int  # the container's number of the stream
+    number: int  # its number among the container's video streams
     frames: int
     pts: list[int] | None  # sorted presentation times, None where the container does not give one for each frame
     keyframes: list[tuple[int, int]]  # (pts, dts) of the keyframes, sorted
@@ -58,11 +63,12 @@ def build_index(path: str) -> Index:
         rate = stream.average_rate or stream.guessed_rate or stream.base_rate
         index = Index(
             stream=stream.index,
+            number=[other.index for other in container.streams.video].index(stream.index),
             frames=len(packets),
             pts=pts if exact else None,
-            keyframes=sorted((p.pts, p.dts if p.dts is not None else p.pts) for p in packets if p.is_keyframe)
-            if exact
-            else [],
+            keyframes=sorted(
+                (p.pts, p.pts if p.dts is None else p.dts) for p in packets if p.is_keyframe and p.pts is not None
+            ),
             height=0,
             width=0,
             rotation=0,
@@ -74,7 +80,7 @@ def build_index(path: str) -> Index:
     if not index.frames:
         raise ValueError("holds no video frames")
     with av.open(path) as container:
-        stream = container.streams[index.stream]
+        stream = container.streams.video[index.number]
         stream.codec_context.thread_count = 1
         first = next(container.decode(stream), None)
         if first is None:
@@ -131,7 +137,7 @@ def _decode_window(path: str, index: Index, wanted: list[int], *, seek: bool) ->
     found: dict[int, np.ndarray] = {}
     number = {pts: i for i, pts in enumerate(index.pts)} if index.pts is not None else None
     with av.open(path) as container:
-        stream = container.streams[index.stream]
+        stream = container.streams.video[index.number]
         stream.codec_context.thread_count = 1
         sought = False
         if seek and index.pts is not None:
@@ -155,7 +161,8 @@ def _decode_window(path: str, index: Index, wanted: list[int], *, seek: bool) ->
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", line)  # decord's time and place in its source
 
 
 def _quiet() -> None:
@@ -166,7 +173,7 @@ def _quiet() -> None:
     decord.logging.set_level(decord.logging.QUIET)
 
 
-def receive(source: BinaryIO) -> dict[str, Any] | None:
+def receive(source: IO[bytes]) -> dict[str, Any] | None:
     """Reads one message's JSON; ``None`` at the end of the pipe."""
     head = source.read(LENGTH.size)
     if len(head) < LENGTH.size:
@@ -174,12 +181,12 @@ def receive(source: BinaryIO) -> dict[str, Any] | None:
     return json.loads(source.read(LENGTH.unpack(head)[0]))
 
 
-def send(sink: BinaryIO, message: dict[str, Any], payload: np.ndarray | None = None) -> None:
+def send(sink: IO[bytes], message: dict[str, Any], payload: np.ndarray | None = None) -> None:
     """Writes one message."""
     body = json.dumps(message).encode()
     sink.write(LENGTH.pack(len(body)) + body)
     if payload is not None:
-        sink.write(memoryview(np.ascontiguousarray(payload)).cast("B"))
+        sink.write(np.ascontiguousarray(payload).reshape(-1).data)
     sink.flush()
 
 
@@ -233,7 +240,10 @@ def main() -> None:
     send(sink, {"status": "ready"})
     server = Server()
     while (request := receive(source)) is not None:
+        # Whoever asked kills this process when it hangs; should the asker be gone, the alarm does.
+        signal.alarm(math.ceil(request["timeout"]) + _GRACE_S)
         send(sink, *server.answer(request))
+        signal.alarm(0)
 
 
 if __name__ == "__main__":

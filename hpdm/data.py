@@ -1,17 +1,15 @@
 """Sets of video files as uint8 clips: folders with or without classes, UCF-101's split files, a resumable order.
 
-Every choice is a pure function of (seed, epoch, index) or (seed, step): it depends neither on how many processes read nor on
-what was read before, so a run resumed at step s sees the clips that it would have seen.
+Every choice is a pure function of (seed, epoch, index) or (seed, step): it depends neither on how many processes read
+nor on what was read before, so a run resumed at step s sees the clips that it would have seen.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict
 
@@ -21,12 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from hpdm.data_layout import find_split_file, find_videos
 from hpdm.decode import DECODERS, TIMEOUT_S, DecodeError, Decoder, VideoInfo, probe, read_clip
 
-log = logging.getLogger(__name__)
-
-SUFFIXES = frozenset(".avi .gif .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv".split())
-SPLIT_FOLDER = "ucfTrainTestlist"
 _CHUNK = 64  # frames decoded at a time when a whole clip goes to the cache
 
 
@@ -47,14 +42,6 @@ class ClipKey(NamedTuple):
     epoch: int
 
 
-@dataclass(frozen=True)
-class VideoFile:
-    """A file of a set and its label."""
-
-    path: str
-    label: int
-
-
 class ShortClipError(ValueError):
     """A clip with fewer frames than a window needs."""
 
@@ -65,27 +52,29 @@ class VideoDataset(Dataset[ClipItem]):
     Three layouts, told apart by what the folder holds:
 
     - class folders, ``root/Class/clip.avi``: labels follow ``classInd.txt`` where there is one, else the sorted names;
-    - the same with UCF-101's official split files (``trainlist01.txt``, ``testlist01.txt``, ``classInd.txt`` in ``root``,
-      in ``root/ucfTrainTestlist`` or beside ``root``), when ``split`` or ``split_file`` is given;
+    - the same with UCF-101's official split files (``trainlist01.txt``, ``testlist01.txt``, ``classInd.txt``, in
+      ``root``, in ``root/ucfTrainTestlist`` or beside ``root``), when ``split`` or ``split_file`` is given; a listed
+      clip may have another video suffix, as transcoded copies do;
     - a flat folder of videos: no classes, every label is 0 and ``class_names`` is empty.
 
-    A clip that turns out damaged is replaced by the next good one in the order of files, with a warning that names it.
+    A clip or window that turns out damaged is replaced by the next good clip in the order of files, with a warning that
+    names it. Damage that a codec conceals without a word goes unnoticed; ``hpdm data inspect`` reads whole files.
 
     Args:
         root: the folder.
         frames: frames of a window, >= 1.
-        size: height and width of the output, or one int for both. Frames are resized (antialiased bilinear) to just cover
-            it, then cropped at the centre.
+        size: height and width of the output, or one int for both. Frames are resized (antialiased bilinear) to just
+            cover it, then cropped at the centre.
         stride: step between frames of a window, >= 1; a window spans ``(frames - 1) * stride + 1`` frames.
         split: ``"train"`` or ``"test"`` of the official split, ``None`` for every clip.
         fold: which official split, 1 to 3.
         split_file: a list of clips in the official format, instead of ``split``.
         train: ``True`` draws the window at random from (seed, epoch, index); ``False`` takes the middle one.
-        short: a clip shorter than a window is an ``"error"``, is replaced like a damaged one (``"skip"``), or is played in
-            a ``"loop"``.
+        short: a clip shorter than a window is an ``"error"``, is replaced like a damaged one (``"skip"``), or is played
+            in a ``"loop"``.
         seed: >= 0.
-        cache_bytes: bound on memory for clips kept whole at the output size, shared out between the loader's processes; 0 for
-            none. What fits first stays. The cache changes the time of a read, never its result.
+        cache_bytes: bound on memory for clips kept whole at the output size, shared out between the loader's processes;
+            0 for none. What fits first stays. The cache changes the time of a read, never its result.
         decoder: as :func:`hpdm.decode.read_clip`.
         timeout: seconds for one read.
 
@@ -93,7 +82,8 @@ class VideoDataset(Dataset[ClipItem]):
         FileNotFoundError: no such folder, split file or listed clip.
         ValueError: a folder without videos, a class that the set does not have, a bad number.
 
-    Reading an item raises :class:`ShortClipError` or, when no clip of the set is good, :class:`hpdm.decode.DecodeError`.
+    Reading an item raises :class:`ShortClipError` or, when no clip of the set is good,
+    :class:`hpdm.decode.DecodeError`.
     """
 
     def __init__(
@@ -138,10 +128,12 @@ class VideoDataset(Dataset[ClipItem]):
         self.size = (height, width)
         self.cache_bytes, self.decoder, self.timeout = cache_bytes, decoder, timeout
         if split is not None:
-            split_file = _find_split_file(self.root, split, fold)
+            split_file = find_split_file(self.root, split, fold)
         self.class_names, self.files = find_videos(self.root, split_file)
         self._infos: dict[int, VideoInfo] = {}
         self._bad: dict[int, str] = {}
+        self._warned: set[int] = set()
+        self._uncacheable: set[int] = set()
         self._cache: dict[int, tuple[Tensor, str]] = {}
         self._cached_bytes = 0
 
@@ -174,34 +166,42 @@ class VideoDataset(Dataset[ClipItem]):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: got {index}, expected one of {len(self)} clips")
         index %= len(self)
+        reasons = []
         for step in range(len(self)):
             other = (index + step) % len(self)
-            if other in self._bad:
-                continue
-            try:
-                return self._read(other, epoch)
-            except ShortClipError as error:
-                if self.short == "error":
-                    raise
-                self._skip(other, str(error))
-            except (DecodeError, FileNotFoundError) as error:
-                self._skip(other, str(error))
-        first = next(iter(self._bad.values()))
-        raise DecodeError(f"{self.root}: none of the {len(self)} clips can be used; the first: {first}")
+            reason = self._bad.get(other) or self._examine(other)
+            if reason is None:
+                try:
+                    return self._read(other, epoch)
+                except DecodeError as error:
+                    # Only this window: what a clip gives must not depend on which windows were read before.
+                    reason = str(error)
+            if other not in self._warned:
+                self._warned.add(other)
+                warnings.warn(f"clip skipped: {reason}", RuntimeWarning, stacklevel=2)
+            reasons.append(reason)
+        raise DecodeError(f"{self.root}: none of the {len(self)} clips can be used; the first: {reasons[0]}")
 
-    def _skip(self, index: int, reason: str) -> None:
+    def _examine(self, index: int) -> str | None:
+        """Why a clip cannot be used at all, ``None`` for a good one; looks into the file once."""
+        path = self.files[index].path
+        if index not in self._infos:
+            try:
+                self._infos[index] = probe(path, timeout=self.timeout)
+            except (DecodeError, FileNotFoundError) as error:
+                self._bad[index] = str(error)
+                return self._bad[index]
+        total = self._infos[index].frames
+        if total >= self.span or self.short == "loop":
+            return None
+        reason = f"{path}: got {total} frames, expected >= {self.span} (frames={self.frames}, stride={self.stride})"
+        if self.short == "error":
+            raise ShortClipError(reason)
         self._bad[index] = reason
-        warnings.warn(f"clip skipped: {reason}", RuntimeWarning, stacklevel=3)
+        return reason
 
     def _read(self, index: int, epoch: int) -> ClipItem:
-        file = self.files[index]
-        if index not in self._infos:
-            self._infos[index] = probe(file.path, timeout=self.timeout)
-        total = self._infos[index].frames
-        if total < self.span and self.short != "loop":
-            raise ShortClipError(
-                f"{file.path}: got {total} frames, expected >= {self.span} for frames={self.frames}, stride={self.stride}"
-            )
+        file, total = self.files[index], self._infos[index].frames
         last = max(0, total - self.span)
         start = last // 2
         if self.train:
@@ -221,7 +221,7 @@ class VideoDataset(Dataset[ClipItem]):
         worker = get_worker_info()
         share = self.cache_bytes // (worker.num_workers if worker else 1)
         need = total * self.size[0] * self.size[1] * 3
-        if self._cached_bytes + need > share:
+        if self._cached_bytes + need > share or index in self._uncacheable:
             return None
         parts, decoder = [], ""
         for first in range(0, total, _CHUNK):
@@ -229,7 +229,8 @@ class VideoDataset(Dataset[ClipItem]):
             try:
                 clip = read_clip(self.files[index].path, numbers, decoder=self.decoder, timeout=self.timeout)
             except DecodeError:
-                return None  # damaged somewhere: the window itself may still be good, as without a cache
+                self._uncacheable.add(index)  # damaged somewhere: a window may still be good, as without a cache
+                return None
             decoder = clip.decoder
             parts.append(resize_and_crop(torch.from_numpy(clip.frames), self.size))
         self._cache[index] = torch.cat(parts), decoder
@@ -240,8 +241,8 @@ class VideoDataset(Dataset[ClipItem]):
 class ClipSampler(Sampler[list[ClipKey]]):
     """Endless shuffled batches, each a pure function of (seed, step): a run resumes from its step number alone.
 
-    Give it to a ``DataLoader`` as ``batch_sampler``. Every epoch is a fresh permutation and the epochs are strung together, so
-    all batches are full and every clip comes equally often.
+    Give it to a ``DataLoader`` as ``batch_sampler``. Every epoch is a fresh permutation and the epochs are strung
+    together, so all batches are full and every clip comes equally often.
 
     Args:
         length: clips in the set, >= 1.
@@ -310,107 +311,6 @@ def resize_and_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = target
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     return frames[:, top : top + size[0], left : left + size[1]]
-
-
-def find_videos(
-    root: str | os.PathLike[str], split_file: str | os.PathLike[str] | None = None
-) -> tuple[list[str], list[VideoFile]]:
-    """Class names (empty for a flat folder) and files of a set; see :class:`VideoDataset` for the layouts.
-
-    Raises:
-        FileNotFoundError: no such folder, split file or listed clip.
-        ValueError: no videos, videos both beside and inside class folders, a class that the set does not have.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise FileNotFoundError(f"root: {root} is not a folder")
-    flat = _videos_in(root)
-    folders = {
-        folder.name: videos for folder in sorted(root.iterdir()) if folder.is_dir() and (videos := _videos_in(folder))
-    }
-    if flat and folders:
-        raise ValueError(
-            f"root: {root} holds videos beside class folders ({', '.join(list(folders)[:3])}), expected one"
-        )
-    if not flat and not folders:
-        raise ValueError(
-            f"root: no videos in {root} or the folders in it, expected names ending in {' '.join(sorted(SUFFIXES))}"
-        )
-    if flat and split_file is not None:
-        raise ValueError(f"split_file: {root} has no class folders, which a split needs")
-    if flat:
-        return [], [VideoFile(str(path), 0) for path in flat]
-    lists = [Path(split_file).parent] if split_file is not None else _split_folders(root)
-    index = next((path for folder in lists if (path := folder / "classInd.txt").is_file()), None)
-    names = _read_class_index(index) if index is not None else list(folders)
-    if split_file is not None:
-        return names, _read_split(root, Path(split_file), names, folders)
-    unknown = [name for name in folders if name not in names]
-    if unknown:
-        raise ValueError(f"root: class folder {unknown[0]!r} is not in {index}")
-    return names, [VideoFile(str(path), names.index(name)) for name, paths in folders.items() for path in paths]
-
-
-def _videos_in(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file()]
-    # Names that start with a dot are files in the making and desktop debris.
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
-
-
-def _split_folders(root: Path) -> list[Path]:
-    return [root, root / SPLIT_FOLDER, root.parent / SPLIT_FOLDER]
-
-
-def _find_split_file(root: Path, split: str, fold: int) -> Path:
-    name = f"{split}list{fold:02d}.txt"
-    for folder in _split_folders(root):
-        if (folder / name).is_file():
-            return folder / name
-    looked = ", ".join(str(folder) for folder in _split_folders(root))
-    raise FileNotFoundError(f"split: no {name} in {looked}")
-
-
-def _read_class_index(path: Path) -> list[str]:
-    names: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        fields = line.split()
-        if len(fields) != 2 or fields[0] != str(len(names) + 1):
-            raise ValueError(f"{path}:{number}: got {line!r}, expected '{len(names) + 1} ClassName'")
-        names.append(fields[1])
-    return names
-
-
-def _read_split(root: Path, path: Path, names: list[str], folders: dict[str, list[Path]]) -> list[VideoFile]:
-    """Reads lines ``Class/clip.avi 1`` (train) or ``Class/clip.avi`` (test); another video suffix of the file is accepted."""
-    if not path.is_file():
-        raise FileNotFoundError(f"split_file: {path} is not a file")
-    by_stem = {(name, video.stem): video for name, videos in folders.items() for video in videos}
-    files = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        listed, *label = line.split()
-        name, _, clip = listed.rpartition("/")
-        if name not in names:
-            raise ValueError(f"{path}:{number}: class {name!r} is not one of the {len(names)} classes of {root}")
-        if label and label != [str(names.index(name) + 1)]:
-            raise ValueError(
-                f"{path}:{number}: got label {' '.join(label)} for {name}, expected {names.index(name) + 1}"
-            )
-        video = root / listed
-        if not video.is_file():
-            # Copies of UCF-101 are often transcoded from avi to mp4.
-            other = by_stem.get((name, Path(clip).stem))
-            if other is None:
-                raise FileNotFoundError(f"{path}:{number}: {video} does not exist, under no video suffix")
-            video = other
-        files.append(VideoFile(str(video), names.index(name)))
-    if not files:
-        raise ValueError(f"split_file: {path} lists no clips")
-    return files
 
 
 def steps_per_epoch(length: int, batch: int, world: int = 1) -> int:

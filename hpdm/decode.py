@@ -1,15 +1,16 @@
 """Reading videos: decord first, PyAV where decord cannot, each call guarded by a timeout.
 
-**Which stream.** A container's best video stream as ffmpeg ranks them (PyAV's ``streams.best``). Decord may pick another one,
-so a file with more than one video stream is read with PyAV.
+**Which stream.** A container's best video stream as ffmpeg ranks them (PyAV's ``streams.best``). Decord may pick
+another one, so a file with more than one video stream is read with PyAV.
 
-**Which frames.** Frame ``i`` is the i-th in order of presentation, counted from the packets that are really in the file,
-never from what its header claims: a cut-off file has the frames that are left. A file where decord counts differently, or whose
-frames are stored turned (phones), is read with PyAV, so both give the same frames. Only the window that is asked for
-is decoded, from the keyframe before it.
+**Which frames.** Frame ``i`` is the i-th in order of presentation, counted from the packets that are really in the
+file, never from what its header claims: a cut-off file has the frames that are left. A file where decord counts
+differently, or whose frames are stored turned (phones), is read with PyAV, so both give the same frames. Only the
+window that is asked for is decoded, from the keyframe before it.
 
-**Hangs and crashes.** Decoding runs in a worker process of its own, one for each process that reads, started at the first
-call. Past the timeout it is killed; a hang in decord is retried with PyAV, a hang in PyAV is an error that names the file.
+**Hangs and crashes.** Decoding runs in a worker process of its own, one for each process that reads, started at the
+first call. Past the timeout it is killed; a hang in decord is retried with PyAV, a hang in PyAV is an error that names
+the file.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ class DecodeError(RuntimeError):
 class VideoInfo:
     """What a file holds.
 
-    ``frames`` counts the frames that are in the file; ``height`` and ``width`` are those of an upright frame; ``stream`` is the
-    container's index of the stream that is read, out of ``video_streams``; ``fps`` is 0 where the container gives none.
+    ``frames`` counts the frames that are in the file; ``height`` and ``width`` are those of an upright frame;
+    ``stream`` is the container's index of the stream that is read, out of ``video_streams``; ``fps`` is 0 where the
+    container gives none.
     """
 
     path: str
@@ -163,8 +165,9 @@ class _Worker:
             try:
                 if self.process is None or self.process.poll() is not None:
                     self.start()
-                assert self.process is not None and self.process.stdin is not None
-                _decode_worker.send(self.process.stdin, request)  # type: ignore[arg-type]
+                assert self.process is not None
+                assert self.process.stdin is not None
+                _decode_worker.send(self.process.stdin, {**request, "timeout": timeout})
                 return self.receive(time.monotonic() + timeout)
             except TimeoutError:
                 self.stop()
@@ -201,7 +204,8 @@ class _Worker:
         return reply, frames
 
     def read(self, size: int, deadline: float) -> bytearray:
-        assert self.process is not None and self.process.stdout is not None
+        assert self.process is not None
+        assert self.process.stdout is not None
         pipe = self.process.stdout.fileno()
         data = bytearray(size)
         view = memoryview(data)
