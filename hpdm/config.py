@@ -1,0 +1,197 @@
+"""What defines a model: sizes (paper Table 8), the pyramid, and the ablation switches of Table 3."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Triple = tuple[int, int, int]
+
+CONDITIONINGS = ("none", "class", "text")
+FUSIONS = ("deep", "shallow")
+
+
+@dataclass(frozen=True)
+class HPDMConfig:
+    """A Hierarchical Patch Diffusion Model. Triples are (frames, height, width).
+
+    Raises:
+        ValueError: any combination that cannot be built; the message names the field.
+    """
+
+    patch: Triple = (16, 64, 64)
+    """Pixel size r of every patch, which is also the resolution of level 0."""
+    ratio: Triple = (2, 2, 2)
+    """Growth of the video resolution per level and axis, 1 or 2: R_l = r * ratio^l."""
+    levels: int = 3
+    """Pyramid levels L."""
+    tokenizer: Triple = (1, 4, 4)
+    """Pixels per token."""
+    channels: int = 3
+    width: int = 1024
+    """Token width D."""
+    latents: int = 768
+    """Latents per level M."""
+    latent_width: int = 256
+    """Latent width E, also the attention width."""
+    head_width: int = 64
+    levels_per_block: tuple[int, ...] = (1, 1, 2, 2, 3, 3)
+    """Adaptive computation (Listing 1): block b serves levels 0 .. levels_per_block[b] - 1."""
+    latent_layers: int = 4
+    """Self-attention layers on the latents per block."""
+    latent_mlp_ratio: int = 4
+    token_mlp_ratio: int = 2
+    conditioning: str = "class"
+    """"none", "class" (labels) or "text" (T5 embeddings)."""
+    classes: int = 101
+    text_width: int = 1024
+    """Width of the text encoder's embeddings."""
+    conditioning_width: int = 2048
+    conditioning_dropout: float = 0.1
+    """Probability that a training sample is unconditional, for guidance (Table 8)."""
+    input_scale: float = 1.0
+    """b_0: scale of the clean signal on level 0."""
+    input_scale_decay: float = 0.7
+    """q: the signal on level l is scaled by b_0 * q^l (section 4.5, exponentially smaller per level)."""
+    fusion: str = "deep"
+    """"deep" (section 4.2), or Table 3's "shallow": RGB of the previous level only, concatenated to the input."""
+    detach_context: bool = False
+    """Table 3's "context detached": no gradient from a level to those below it."""
+    coordinates: bool = True
+    """Table 3's "no coordinates" when false."""
+
+    def __post_init__(self) -> None:
+        for name in ("patch", "ratio", "tokenizer"):
+            value = tuple(getattr(self, name))
+            if len(value) != 3 or not all(isinstance(n, int) and n >= 1 for n in value):
+                raise ValueError(f"{name}: got {value}, expected three ints >= 1 (frames, height, width)")
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "levels_per_block", tuple(self.levels_per_block))
+        for name in ("levels", "channels", "width", "latents", "latent_width", "head_width", "latent_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if any(n not in (1, 2) for n in self.ratio):
+            raise ValueError(f"ratio: got {self.ratio}, expected 1 or 2 on every axis")
+        if any(r % p for r, p in zip(self.patch, self.tokenizer)):
+            raise ValueError(f"tokenizer: got {self.tokenizer}, expected a divisor of patch = {self.patch}")
+        if self.latent_width % self.head_width:
+            raise ValueError(
+                f"latent_width: got {self.latent_width}, expected a multiple of head_width = {self.head_width}"
+            )
+        lpb = self.levels_per_block
+        if not lpb or max(lpb) != self.levels or min(lpb) < 1 or list(lpb) != sorted(lpb):
+            raise ValueError(
+                f"levels_per_block: got {lpb}, expected a rising sequence of 1..{self.levels} that ends with {self.levels}"
+            )
+        if self.conditioning not in CONDITIONINGS:
+            raise ValueError(f"conditioning: got {self.conditioning!r}, expected one of {CONDITIONINGS}")
+        if self.conditioning == "class" and self.classes < 1:
+            raise ValueError(f"classes: got {self.classes}, expected at least 1")
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion: got {self.fusion!r}, expected one of {FUSIONS}")
+        if not 0 <= self.conditioning_dropout <= 1:
+            raise ValueError(f"conditioning_dropout: got {self.conditioning_dropout}, expected a probability")
+        if self.input_scale <= 0 or self.input_scale_decay <= 0:
+            raise ValueError(
+                f"input_scale, input_scale_decay: got {self.input_scale}, {self.input_scale_decay}, expected both > 0"
+            )
+
+    @property
+    def grid(self) -> Triple:
+        """Tokens of a patch per axis (F, H, W)."""
+        f, h, w = (r // p for r, p in zip(self.patch, self.tokenizer))
+        return (f, h, w)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a patch N."""
+        return math.prod(self.grid)
+
+    @property
+    def resolution(self) -> Triple:
+        """Target resolution R_{L-1}."""
+        return self.level_resolution(self.levels - 1)
+
+    def level_resolution(self, level: int) -> Triple:
+        """Resolution of the whole video on a level, R_l = r * ratio^l."""
+        f, h, w = (r * q**level for r, q in zip(self.patch, self.ratio))
+        return (f, h, w)
+
+    def level_scale(self, level: int) -> tuple[float, float, float]:
+        """Scale of a box on a level, r / R_l."""
+        f, h, w = (float(q) ** -level for q in self.ratio)
+        return (f, h, w)
+
+    def signal_scale(self, level: int) -> float:
+        """b_l = b_0 * q^l."""
+        return self.input_scale * self.input_scale_decay**level
+
+    def first_block(self, level: int) -> int:
+        """The first block that serves a level."""
+        return next(b for b, n in enumerate(self.levels_per_block) if n > level)
+
+    def replace(self, **changes: Any) -> HPDMConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    def without_adaptive_computation(self) -> HPDMConfig:
+        """Table 3's "no adaptive computation": every block serves every level."""
+        return self.replace(levels_per_block=(self.levels,) * len(self.levels_per_block))
+
+    def with_pyramid(self, patch: Sequence[int], resolution: Sequence[int]) -> HPDMConfig:
+        """The same network on another pyramid; the number of levels follows from the two sizes.
+
+        The load of the blocks is spread anew as in Table 8, linear in the block index (1/1/2/2/3/3, 1/2/2/3/3/4).
+
+        Raises:
+            ValueError: ``resolution`` is not ``patch * ratio^l`` with ratio 1 or 2 per axis.
+        """
+        levels, ratio = pyramid_of(patch, resolution)
+        blocks = len(self.levels_per_block)
+        adaptive = self.levels_per_block[0] < self.levels or self.levels == 1
+        linear = tuple(1 + round(b * (levels - 1) / max(blocks - 1, 1)) for b in range(blocks - 1)) + (levels,)
+        load = linear if adaptive else (levels,) * blocks
+        f, h, w = patch
+        return self.replace(patch=(f, h, w), ratio=ratio, levels=levels, levels_per_block=load)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> HPDMConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: a field that this version does not know.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"config: got unknown fields {unknown}, expected a subset of {sorted(known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def pyramid_of(patch: Sequence[int], resolution: Sequence[int]) -> tuple[int, Triple]:
+    """Levels and ratio of the pyramid from ``patch`` to ``resolution``.
+
+    Raises:
+        ValueError: ``resolution`` is not ``patch * ratio^l`` for one ``l`` and a ratio of 1 or 2 per axis.
+    """
+    wrong = ValueError(
+        f"resolution: got {tuple(resolution)}, expected patch = {tuple(patch)} times the same power of two on every axis "
+        "that grows, e.g. " + str(tuple(4 * r for r in patch))
+    )
+    if len(patch) != 3 or len(resolution) != 3 or any(n < 1 for n in (*patch, *resolution)):
+        raise wrong
+    growth = {big // small for small, big in zip(patch, resolution) if big != small}
+    if any(big % small for small, big in zip(patch, resolution)) or len(growth) > 1:
+        raise wrong
+    factor = growth.pop() if growth else 1
+    if factor & (factor - 1):
+        raise wrong
+    f, h, w = (2 if big != small else 1 for small, big in zip(patch, resolution))
+    return factor.bit_length(), (f, h, w)

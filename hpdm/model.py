@@ -1,0 +1,311 @@
+"""The network: tokenizer, RIN blocks with deep context fusion and adaptive computation, detokenizer (paper Fig. 2).
+
+Two ways in, one set of blocks: :meth:`HPDM.forward` takes one patch of every level (training), :meth:`HPDM.forward_level`
+takes patches of one level and the features of the finished levels below it (sampling).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from hpdm.config import HPDMConfig
+from hpdm.rin import RINBlock
+from hpdm_kernels import footprint_size, sample_patches
+from hpdm_kernels._backend import check_backend
+from hpdm_kernels.reference import relative_box
+
+NOISE_FREQUENCIES = 256
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the finished levels below give to patches of one level.
+
+    Attributes:
+        features: per block that fuses for this level, a tuple over the levels ``k`` below of block inputs ``[T_k, N, D]``.
+        pixels: finished clean patches of the previous level ``[T, C, f, h, w]``, for shallow fusion alone.
+        boxes: a tuple over the levels below of boxes ``[T_k, 6]``.
+        index: ``[B, levels below]`` int64, the row of each source that serves a sample.
+    """
+
+    features: dict[int, tuple[Tensor, ...]]
+    pixels: Tensor | None
+    boxes: tuple[Tensor, ...]
+    index: Tensor
+
+
+def noise_frequencies(t: Tensor) -> Tensor:
+    """Sinusoids of the diffusion time: ``[B] -> [B, 256]``."""
+    half = NOISE_FREQUENCIES // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half))
+    angles = 1000 * t.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+class Conditioner(nn.Module):
+    """Noise level, pyramid level and class or text, summed into one vector.
+
+    The paper's blocks are shared by the levels and do not say how a level knows itself; a learned vector per level,
+    added here, does.
+    """
+
+    def __init__(self, config: HPDMConfig) -> None:
+        super().__init__()
+        c = config.conditioning_width
+        self.kind = config.conditioning
+        self.noise = nn.Sequential(nn.Linear(NOISE_FREQUENCIES, c), nn.SiLU(), nn.Linear(c, c))
+        self.level = nn.Embedding(config.levels, c)
+        if self.kind == "class":
+            self.classes = config.classes
+            # One row more, for "no class": what dropout trains and guidance uses.
+            self.label = nn.Embedding(config.classes + 1, c)
+        elif self.kind == "text":
+            self.text = nn.Linear(config.text_width, config.width)
+            self.no_text = nn.Parameter(torch.zeros(config.width))
+            self.pooled = nn.Linear(config.width, c)
+
+    def embed_text(self, text: Tensor, mask: Tensor | None) -> Tensor:
+        """T5 embeddings ``[B, S, text_width]`` -> tokens ``[B, S, D]``; masked ones become the learned "no text"."""
+        tokens = self.text(text)
+        return tokens if mask is None else torch.where(mask[..., None], tokens, self.no_text)
+
+    def forward(self, t: Tensor, level: Tensor, labels: Tensor | None, text: Tensor | None) -> Tensor:
+        """Diffusion times ``[B]``, levels ``[B]``, labels ``[B]``, text tokens ``[B, S, D]`` -> ``[B, c]``, activated."""
+        c = self.noise(noise_frequencies(t)) + self.level(level)
+        if self.kind == "class":
+            labels = torch.full_like(level, self.classes) if labels is None else labels
+            c = c + self.label(labels)
+        if text is not None:
+            c = c + self.pooled(text.mean(dim=1))
+        return nn.functional.silu(c)
+
+
+class HPDM(nn.Module):
+    """Hierarchical Patch Diffusion Model (CVPR 2024).
+
+    Args:
+        config: sizes, pyramid and ablation switches; see :mod:`hpdm.presets`.
+        kernels: backend of every op, ``"auto" | "reference" | "torch" | "triton"``. It changes neither the parameters
+            nor the ``state_dict``, and the results only by rounding.
+
+    Raises:
+        ValueError: unknown backend.
+    """
+
+    def __init__(self, config: HPDMConfig, kernels: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.kernels = check_backend(kernels)
+        f, h, w = config.grid
+        inputs = config.channels * (2 if config.fusion == "shallow" else 1)
+        self.tokenizer = nn.Linear(inputs * math.prod(config.tokenizer), config.width)
+        self.tokenizer_norm = nn.LayerNorm(config.width)
+        # Positions inside the patch, one table per axis. Where the patch lies comes by the coordinates of the fusion.
+        self.position_f = nn.Parameter(torch.empty(f, 1, 1, config.width))
+        self.position_h = nn.Parameter(torch.empty(1, h, 1, config.width))
+        self.position_w = nn.Parameter(torch.empty(1, 1, w, config.width))
+        self.latents = nn.Parameter(torch.empty(config.latents, config.latent_width))
+        self.conditioner = Conditioner(config)
+        self.blocks = nn.ModuleList(RINBlock(config, n, kernels) for n in config.levels_per_block)
+        self.out_norm = nn.LayerNorm(config.width)
+        self.detokenizer = nn.Linear(config.width, config.channels * math.prod(config.tokenizer))
+        self.initialise()
+
+    def initialise(self) -> None:
+        """Xavier for linear maps; modulations and the detokenizer start at zero, so that blocks start gentle."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for block in self.blocks:
+            for modulation in (block.token_modulation, *(layer.modulation for layer in block.layers)):
+                nn.init.zeros_(modulation.linear.weight)
+        nn.init.zeros_(self.detokenizer.weight)
+        for table in (self.position_f, self.position_h, self.position_w, self.latents):
+            nn.init.normal_(table, std=0.02)
+
+    def forward(
+        self, x: Tensor, boxes: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Predicts v for one patch of every level, jointly (paper eq. 4).
+
+        Args:
+            x: noised patches ``[B, L, C, f, h, w]`` (see :mod:`hpdm.diffusion`).
+            boxes: ``[B, L, 6]`` float32, nested.
+            t: diffusion times ``[B, L]`` in [0, 1].
+            labels: ``[B]`` int64 class labels, ``config.classes`` for none; ``None`` for no class in the whole batch.
+            text: text embeddings ``[B, S, text_width]``.
+            text_mask: ``[B, S]`` bool, true where there is text.
+
+        Returns:
+            ``[B, L, C, f, h, w]``.
+
+        Raises:
+            ValueError: shapes that do not match the config, or conditioning of another kind than the config's.
+        """
+        cfg = self.config
+        batch = x.shape[0]
+        self._check("x", x, (batch, cfg.levels, cfg.channels, *cfg.patch))
+        self._check("boxes", boxes, (batch, cfg.levels, 6))
+        self._check("t", t, (batch, cfg.levels))
+        text = self._conditioning(labels, text, text_mask, batch)
+        # Levels are folded level-major, so that "the first n levels" is a slice.
+        level = torch.arange(cfg.levels, device=x.device).repeat_interleave(batch)
+        c = self.conditioner(
+            t.transpose(0, 1).flatten(),
+            level,
+            None if labels is None else labels.repeat(cfg.levels),
+            None if text is None else text.repeat(cfg.levels, 1, 1),
+        )
+        box = boxes.unbind(1)
+        rgb = list(x.unbind(1))
+        if cfg.fusion == "shallow":
+            upsampled = [torch.zeros_like(rgb[0])] + [
+                self._upsample(rgb[n - 1].detach() if cfg.detach_context else rgb[n - 1], box[n], box[n - 1])
+                for n in range(1, cfg.levels)
+            ]
+            rgb = [torch.cat(pair, dim=1) for pair in zip(rgb, upsampled)]
+        tokens = [self._tokenize(patch) for patch in rgb]
+        z = [self.latents.expand(batch, -1, -1)] * cfg.levels
+        for block in self.blocks:
+            n = block.levels
+            fused = [tokens[0]] + [
+                self._fuse(block, tokens[k], k, tuple(tokens[:k]), box[:k], box[k], None) for k in range(1, n)
+            ]
+            folded, latents = block(
+                torch.cat(fused), torch.cat(z[:n]), c[: n * batch], None if text is None else text.repeat(n, 1, 1)
+            )
+            tokens[:n] = folded.chunk(n)
+            z[:n] = latents.chunk(n)
+        return torch.stack([self._detokenize(a) for a in tokens], dim=1)
+
+    def forward_level(
+        self,
+        x: Tensor,
+        level: int,
+        boxes: Tensor,
+        t: Tensor,
+        context: Context | None,
+        labels: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        features_for: Sequence[int] = (),
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Predicts v for patches of one level whose lower levels are finished (paper section 4.4).
+
+        Args:
+            x: noised patches ``[B, C, f, h, w]`` of level ``level``.
+            level: pyramid level.
+            boxes: ``[B, 6]``.
+            t: diffusion times ``[B]``.
+            context: what the levels below give; ``None`` on level 0 alone.
+            labels, text, text_mask: as in :meth:`forward`.
+            features_for: blocks whose inputs for this level are wanted back, to serve as context above.
+
+        Returns:
+            v ``[B, C, f, h, w]`` and the block inputs ``{block: [B, N, D]}``.
+
+        Raises:
+            ValueError: shapes that do not match the config, or a context missing where one is needed.
+        """
+        cfg = self.config
+        batch = x.shape[0]
+        self._check("x", x, (batch, cfg.channels, *cfg.patch))
+        self._check("boxes", boxes, (batch, 6))
+        if (context is None) != (level == 0):
+            raise ValueError(f"context: got {type(context).__name__} on level {level}, expected None on level 0 alone")
+        text = self._conditioning(labels, text, text_mask, batch)
+        c = self.conditioner(t, torch.full((batch,), level, device=x.device), labels, text)
+        if cfg.fusion == "shallow":
+            if context is None:
+                below = torch.zeros_like(x)
+            elif context.pixels is None:
+                raise ValueError("context.pixels: got None, expected the previous level's patches (shallow fusion)")
+            else:
+                row = context.index[:, -1]
+                below = self._upsample(context.pixels[row], boxes, context.boxes[-1][row])
+            x = torch.cat((x, below), dim=1)
+        a = self._tokenize(x)
+        z = self.latents.expand(batch, -1, -1)
+        features: dict[int, Tensor] = {}
+        for b, block in enumerate(self.blocks):
+            if block.levels <= level:
+                continue
+            if b in features_for:
+                features[b] = a
+            if context is not None:
+                a = self._fuse(block, a, level, context.features.get(b, ()), context.boxes, boxes, context.index)
+            a, z = block(a, z, c, text)
+        return self._detokenize(a), features
+
+    def fusing_blocks(self, level: int) -> tuple[int, ...]:
+        """The blocks that fuse context into ``level``: those whose inputs the levels below must keep."""
+        return tuple(b for b, block in enumerate(self.blocks) if block.fusion is not None and block.levels > level > 0)
+
+    def _fuse(
+        self, block: RINBlock, a: Tensor, level: int, sources: tuple[Tensor, ...], source_boxes: Sequence[Tensor],
+        box: Tensor, index: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        if block.fusion is None:
+            return a
+        cfg = self.config
+        if cfg.detach_context:
+            sources = tuple(s.detach() for s in sources)
+        # Scales are the pyramid's, so the footprints are known without looking at the boxes.
+        footprints = [
+            tuple(footprint_size(float(q) ** (k - level), n, n) for q, n in zip(cfg.ratio, cfg.grid)) for k in range(level)
+        ]
+        return block.fusion(a, sources, source_boxes, box, [cfg.grid] * level, cfg.grid, index, footprints)
+
+    def _upsample(self, pixels: Tensor, box: Tensor, parent: Tensor) -> Tensor:
+        """What the previous level's patch ``[B, C, f, h, w]`` shows inside ``box``, at the patch's resolution."""
+        inside = relative_box(box, parent)
+        # Relative offsets carry the rounding of two fp32 subtractions; the edge of the patch is the edge of the box.
+        inside = torch.cat((inside[:, :3].clamp(min=0).minimum(1 - inside[:, 3:]), inside[:, 3:]), dim=1)
+        return sample_patches(pixels, inside, self.config.patch, backend=self.kernels)
+
+    def _tokenize(self, patch: Tensor) -> Tensor:
+        pf, ph, pw = self.config.tokenizer
+        pixels = rearrange(patch, "b c (f pf) (h ph) (w pw) -> b f h w (c pf ph pw)", pf=pf, ph=ph, pw=pw)
+        position = self.position_f + self.position_h + self.position_w
+        return (self.tokenizer_norm(self.tokenizer(pixels)) + position).flatten(1, 3)
+
+    def _detokenize(self, a: Tensor) -> Tensor:
+        (f, h, w), (pf, ph, pw) = self.config.grid, self.config.tokenizer
+        return rearrange(
+            self.detokenizer(self.out_norm(a)), "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)",
+            f=f, h=h, w=w, pf=pf, ph=ph, pw=pw,
+        )  # fmt: skip
+
+    def _conditioning(
+        self, labels: Tensor | None, text: Tensor | None, text_mask: Tensor | None, batch: int
+    ) -> Tensor | None:
+        kind = self.config.conditioning
+        if labels is not None:
+            if kind != "class":
+                raise ValueError(f"labels: got a tensor, expected None for conditioning={kind!r}")
+            self._check("labels", labels, (batch,))
+        if (text is not None) != (kind == "text"):
+            got = "None" if text is None else "a tensor"
+            raise ValueError(f"text: got {got}, expected {'embeddings' if text is None else 'None'} for {kind!r} conditioning")
+        if text is None:
+            return None
+        self._check("text", text, (batch, text.shape[1] if text.ndim > 1 else 1, self.config.text_width))
+        if text_mask is not None:
+            self._check("text_mask", text_mask, tuple(text.shape[:2]))
+        return self.conditioner.embed_text(text, text_mask)
+
+    @staticmethod
+    def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {shape}")

@@ -1,0 +1,102 @@
+"""The RIN block of HPDM (paper Fig. 11): latents read the tokens, think, and write back.
+
+Sizes: tokens ``[B, N, D]``, latents ``[B, M, E]``, conditioning vector ``[B, c]``. ``B`` holds the levels of the pyramid
+folded in, each with its own latent stream.
+
+Table 8 fixes the number of parameters (178 / 321 / 725 / 3,934 M at E = 256 / 512 / 1024 / 3072). A search over block
+variants leaves the one built here: MLP of ratio 4 inside each latent layer, no MLP after the read, no output projection
+in the read (its values are projected from D to E already, and the self-attention right after it mixes the heads), a
+token MLP of ratio 2 after the write, six adaLN modulations per latent layer and three on the token MLP.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hpdm.config import HPDMConfig
+from hpdm_kernels.modules import ContextFusion, CrossAttention, SelfAttention
+
+
+class Modulation(nn.Module):
+    """``count`` vectors of ``width`` from the conditioning vector; zero at the start (adaLN-Zero)."""
+
+    def __init__(self, conditioning_width: int, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(conditioning_width, count * width)
+
+    def forward(self, c: Tensor) -> tuple[Tensor, ...]:
+        """``c [B, c]``, after its activation -> ``count`` tensors ``[B, 1, width]``."""
+        return self.linear(c)[:, None].chunk(self.count, dim=-1)
+
+
+def mlp(width: int, ratio: int) -> nn.Sequential:
+    """Linear, GELU, Linear."""
+    return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
+
+
+class LatentLayer(nn.Module):
+    """Self-attention and MLP on the latents, both modulated by the conditioning vector."""
+
+    def __init__(self, config: HPDMConfig, kernels: str) -> None:
+        super().__init__()
+        width = config.latent_width
+        self.modulation = Modulation(config.conditioning_width, width, 6)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.attention = SelfAttention(width, head_width=config.head_width, backend=kernels)
+        self.mlp = mlp(width, config.latent_mlp_ratio)
+
+    def forward(self, z: Tensor, c: Tensor) -> Tensor:
+        """``z [B, M, E]``, ``c [B, c]`` -> ``[B, M, E]``."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
+        z = torch.addcmul(z, gate1, self.attention(torch.addcmul(shift1, self.norm(z), 1 + scale1)))
+        return torch.addcmul(z, gate2, self.mlp(torch.addcmul(shift2, self.norm(z), 1 + scale2)))
+
+
+class RINBlock(nn.Module):
+    """Fuse, read, think, write (paper Fig. 2 and 11).
+
+    Args:
+        config: sizes.
+        levels: levels that this block serves; a block for level 0 alone has no fusion weights.
+        kernels: backend of the ops.
+    """
+
+    def __init__(self, config: HPDMConfig, levels: int, kernels: str) -> None:
+        super().__init__()
+        d, e, c = config.width, config.latent_width, config.conditioning_width
+        self.levels = levels
+        self.fusion = (
+            ContextFusion(d, coordinates=config.coordinates, backend=kernels)
+            if levels > 1 and config.fusion == "deep"
+            else None
+        )
+        self.read_norm = nn.LayerNorm(e)
+        # Keys and values of the cross-attentions are not layer-normed, queries are (as in RIN).
+        self.read = CrossAttention(e, d, e, None, head_width=config.head_width, backend=kernels)
+        self.layers = nn.ModuleList(LatentLayer(config, kernels) for _ in range(config.latent_layers))
+        self.write_norm = nn.LayerNorm(d)
+        self.write = CrossAttention(d, e, e, d, head_width=config.head_width, backend=kernels)
+        self.token_modulation = Modulation(c, d, 3)
+        self.token_norm = nn.LayerNorm(d, elementwise_affine=False)
+        self.token_mlp = mlp(d, config.token_mlp_ratio)
+
+    def forward(self, x: Tensor, z: Tensor, c: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Everything after the fusion.
+
+        Args:
+            x: tokens ``[B, N, D]``, fused already.
+            z: latents ``[B, M, E]``.
+            c: conditioning vector ``[B, c]`` after its activation.
+            text: text tokens ``[B, S, D]`` that the latents read beside the video's, or ``None``.
+
+        Returns:
+            Tokens ``[B, N, D]`` and latents ``[B, M, E]``.
+        """
+        z = z + self.read(self.read_norm(z), x if text is None else torch.cat((x, text), dim=1))
+        for layer in self.layers:
+            z = layer(z, c)
+        x = x + self.write(self.write_norm(x), z)
+        shift, scale, gate = self.token_modulation(c)
+        return torch.addcmul(x, gate, self.token_mlp(torch.addcmul(shift, self.token_norm(x), 1 + scale))), z

@@ -1,0 +1,182 @@
+"""Thin ``nn.Module`` wrappers: they hold parameters and a backend, the functions do the work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hpdm_kernels._backend import check_backend
+from hpdm_kernels.context import fuse_context
+from hpdm_kernels.cross_attention import cross_attention
+from hpdm_kernels.patches import sample_patches
+from hpdm_kernels.tiles import average_tiles
+
+
+class ContextFusion(nn.Module):
+    """Deep context fusion with its linear map (paper eq. 7-9): :func:`hpdm_kernels.fuse_context` with parameters.
+
+    Args:
+        width: token width ``D``.
+        coordinates: feed the three absolute coordinates too; ``weight`` is ``[D, 2D+3]``, else ``[D, 2D]``.
+        backend: see :func:`hpdm_kernels.fuse_context`. It never changes the parameters.
+    """
+
+    def __init__(self, width: int, *, coordinates: bool = True, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = check_backend(backend)
+        self.weight = nn.Parameter(torch.empty(width, 2 * width + 3 * coordinates))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in ``1/sqrt(fan in)`` as ``nn.Linear``; the coordinates' columns too: they are raw fractions."""
+        bound = 1 / math.sqrt(self.weight.shape[1])
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.zeros_(self.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        sources: Sequence[Tensor],
+        source_boxes: Sequence[Tensor],
+        box: Tensor,
+        source_grids: Sequence[Sequence[int]],
+        grid: Sequence[int],
+        source_index: Tensor | None = None,
+        footprints: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """``x [B, N, D]`` -> ``[B, N, D]``; the arguments are those of :func:`hpdm_kernels.fuse_context`."""
+        return fuse_context(
+            x,
+            tuple(sources),
+            tuple(source_boxes),
+            box,
+            self.weight,
+            self.bias,
+            source_grids,
+            grid,
+            source_index=source_index,
+            footprints=footprints,
+            backend=self.backend,
+        )
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.cross_attention`.
+
+    Args:
+        query_width: width of the queries' rows.
+        context_width: width of the context's rows.
+        width: attention width ``h * d``.
+        out_width: width of the result, or ``None`` to return the concatenated heads (width ``width``) as they are.
+        head_width: ``d``; ``width`` must be a multiple of it.
+        backend: see :func:`hpdm_kernels.cross_attention`. It never changes the parameters.
+
+    Raises:
+        ValueError: ``width`` is no multiple of ``head_width``, or the backend is unknown.
+    """
+
+    def __init__(
+        self,
+        query_width: int,
+        context_width: int,
+        width: int,
+        out_width: int | None,
+        *,
+        head_width: int = 64,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if width % head_width:
+            raise ValueError(f"width: got {width}, expected a multiple of head_width = {head_width}")
+        self.backend = check_backend(backend)
+        self.heads, self.head_width = width // head_width, head_width
+        self.to_q = nn.Linear(query_width, width, bias=False)
+        self.to_kv = nn.Linear(context_width, 2 * width, bias=False)
+        self.to_out = nn.Linear(width, out_width) if out_width is not None else nn.Identity()
+
+    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
+        """``queries [B, M, query_width]``, ``context [B, N, context_width]`` -> ``[B, M, out_width or width]``."""
+        q = _split_heads(self.to_q(queries), self.heads)
+        k, v = (_split_heads(part, self.heads) for part in self.to_kv(context).chunk(2, dim=-1))
+        return self.to_out(_merge_heads(cross_attention(q, k, v, backend=self.backend)))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one fused projection, over :func:`hpdm_kernels.cross_attention`.
+
+    Args:
+        width: width of the rows, and ``h * d``.
+        head_width: ``d``; ``width`` must be a multiple of it.
+        backend: see :func:`hpdm_kernels.cross_attention`.
+
+    Raises:
+        ValueError: ``width`` is no multiple of ``head_width``, or the backend is unknown.
+    """
+
+    def __init__(self, width: int, *, head_width: int = 64, backend: str = "auto") -> None:
+        super().__init__()
+        if width % head_width:
+            raise ValueError(f"width: got {width}, expected a multiple of head_width = {head_width}")
+        self.backend = check_backend(backend)
+        self.heads = width // head_width
+        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.to_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [B, M, width]`` -> ``[B, M, width]``."""
+        q, k, v = (_split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, dim=-1))
+        return self.to_out(_merge_heads(cross_attention(q, k, v, backend=self.backend)))
+
+
+class PatchSampler(nn.Module):
+    """:func:`hpdm_kernels.sample_patches` at a fixed patch size (paper eq. 6).
+
+    Args:
+        size: patch size in pixels (frames, height, width).
+        backend: see :func:`hpdm_kernels.sample_patches`.
+    """
+
+    def __init__(self, size: Sequence[int], *, backend: str = "auto") -> None:
+        super().__init__()
+        self.size = tuple(size)
+        self.backend = check_backend(backend)
+
+    def forward(self, video: Tensor, box: Tensor) -> Tensor:
+        """``video [B, C, F, H, W]``, ``box [B, 6]`` -> ``[B, C, f, h, w]``."""
+        return sample_patches(video, box, self.size, backend=self.backend)
+
+
+class TileAverage(nn.Module):
+    """:func:`hpdm_kernels.average_tiles` for a fixed cover of a video by tiles (paper section 4.4).
+
+    Args:
+        origins: ``[T, 3]`` int, first voxels of the tiles.
+        size: video size in pixels (frames, height, width).
+        backend: see :func:`hpdm_kernels.average_tiles`.
+    """
+
+    origins: Tensor
+
+    def __init__(self, origins: Tensor, size: Sequence[int], *, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = check_backend(backend)
+        self.size = tuple(size)
+        self.origins = origins  # host data on purpose, hence no buffer: it must not follow the module to a GPU
+
+    def forward(self, tiles: Tensor, x: Tensor | None = None, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
+        """``tiles [B, T, C, f, h, w]``, ``x [B, C, F, H, W]`` -> ``alpha * x + beta * mean``."""
+        return average_tiles(tiles, self.origins, self.size, x=x, alpha=alpha, beta=beta, backend=self.backend)
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """``[B, N, h*d] -> [B, h, N, d]``, a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    """``[B, h, M, d] -> [B, M, h*d]``."""
+    return x.transpose(1, 2).flatten(2)
