@@ -60,7 +60,11 @@ def _footprints(
 
 def _gather(sources: Sequence[Tensor], footprints: Sequence[Footprint]) -> Tensor:
     """All footprints of all samples below each other: ``[sum_k B * P_k, D]``."""
-    return torch.cat([s.flatten(0, 1).index_select(0, f.tokens.flatten()) for s, f in zip(sources, footprints)])
+    counts = [f.tokens.numel() for f in footprints]
+    out = sources[0].new_empty(sum(counts), sources[0].shape[2])
+    for source, footprint, rows in zip(sources, footprints, out.split(counts)):
+        torch.index_select(source.flatten(0, 1), 0, footprint.tokens.flatten(), out=rows)
+    return out
 
 
 def _scatter(grads: Tensor, source: Tensor, tokens: Tensor, shared_rows: bool) -> Tensor:
@@ -80,29 +84,33 @@ def _scatter(grads: Tensor, source: Tensor, tokens: Tensor, shared_rows: bool) -
     return out.to(source.dtype)
 
 
-def _expand(values: Tensor, footprints: Sequence[Footprint], grid: Triple) -> list[Tensor]:
-    """Footprints ``[sum_k B * P_k, D]`` spread over frames and height: K tensors ``[B * n_f * n_h, pw_k, D]``."""
-    d = values.shape[1]
-    result = []
-    for part, footprint in zip(values.split([f.tokens.numel() for f in footprints]), footprints):
+def _expand(values: Tensor, footprints: Sequence[Footprint], grid: Triple, extra: int) -> Tensor:
+    """Footprints ``[sum_k B * P_k, D]`` spread over frames and height, side by side for the width.
+
+    Returns ``[B * n_f * n_h, sum_k pw_k + extra, D]``; the ``extra`` last columns are left unwritten.
+    """
+    (b, _, _), d = footprints[0].matrices[0].shape, values.shape[1]
+    widths = [f.size[2] for f in footprints]
+    out = values.new_empty(b * grid[0], grid[1], sum(widths) + extra, d)
+    columns = out.split([*widths, extra], dim=2)
+    for part, footprint, place in zip(values.split([f.tokens.numel() for f in footprints]), footprints, columns):
         (pf, ph, pw), (to_f, to_h, _) = footprint.size, footprint.matrices
-        part = torch.bmm(to_f, part.view(-1, pf, ph * pw * d))
-        part = torch.bmm(to_h.repeat_interleave(grid[0], 0), part.view(-1, ph, pw * d))
-        result.append(part.view(-1, pw, d))
-    return result
+        part = torch.bmm(to_f, part.view(b, pf, ph * pw * d))
+        torch.bmm(to_h.repeat_interleave(grid[0], 0), part.view(-1, ph, pw * d), out=place.flatten(2))
+    return out.flatten(0, 1)
 
 
-def _contract(grads: Sequence[Tensor], footprints: Sequence[Footprint], grid: Triple) -> Tensor:
-    """The transpose of :func:`_expand`."""
-    result = []
-    for grad, footprint in zip(grads, footprints):
-        (_, ph, pw), (to_f, to_h, _) = footprint.size, footprint.matrices
-        d = grad.shape[2]
-        grad = grad.reshape(-1, grid[1], pw * d)
-        grad = torch.bmm(to_h.transpose(1, 2).repeat_interleave(grid[0], 0), grad)
-        grad = torch.bmm(to_f.transpose(1, 2), grad.view(-1, grid[0], ph * pw * d))
-        result.append(grad.view(-1, d))
-    return torch.cat(result) if result else torch.empty(0)
+def _contract(grads: Tensor, footprints: Sequence[Footprint], grid: Triple) -> Tensor:
+    """The transpose of :func:`_expand`; columns that belong to no source come last and are ignored."""
+    (b, _, _), d = footprints[0].matrices[0].shape, grads.shape[2]
+    counts, widths = [f.tokens.numel() for f in footprints], [f.size[2] for f in footprints]
+    out = grads.new_empty(sum(counts), d)
+    columns = grads.view(b * grid[0], grid[1], -1, d)[:, :, : sum(widths)].split(widths, dim=2)
+    for rows, footprint, place in zip(out.split(counts), footprints, columns):
+        (pf, ph, pw), (to_f, to_h, _) = footprint.size, footprint.matrices
+        part = torch.bmm(to_h.transpose(1, 2).repeat_interleave(grid[0], 0), place.flatten(2))
+        torch.bmm(to_f.transpose(1, 2), part.view(b, grid[0], ph * pw * d), out=rows.view(b, pf, ph * pw * d))
+    return out
 
 
 def _columns(columns: Sequence[Tensor], grid: Triple) -> Tensor:
@@ -113,6 +121,12 @@ def _columns(columns: Sequence[Tensor], grid: Triple) -> Tensor:
 def _coordinates(box: Tensor, grid: Triple, work: torch.dtype) -> list[Tensor]:
     box = box.to(work)
     return [axis_positions(box[:, a], box[:, 3 + a], grid[a]) for a in range(3)]
+
+
+def _extra_columns(box: Tensor, grid: Triple, work: torch.dtype, with_coordinates: bool) -> list[Tensor]:
+    """The columns behind those of the sources: the width coordinate, and ones."""
+    ones = torch.ones(box.shape[0], grid[2], 1, dtype=work, device=box.device)
+    return [_coordinates(box, grid, work)[2][:, :, None], ones] if with_coordinates else [ones]
 
 
 def sample_forward(
@@ -127,8 +141,8 @@ def sample_forward(
     """Mean over the sources of trilinear samples, ``[B, N, D]``."""
     dtype, d = sources[0].dtype, sources[0].shape[2]
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
-    parts = _expand(_gather(sources, footprints).to(coordinate_dtype(dtype)), footprints, grid)
-    out = torch.bmm(_columns([f.matrices[2] for f in footprints], grid), torch.cat(parts, dim=1))
+    parts = _expand(_gather(sources, footprints).to(coordinate_dtype(dtype)), footprints, grid, 0)
+    out = torch.bmm(_columns([f.matrices[2] for f in footprints], grid), parts)
     return out.view(box.shape[0], -1, d).to(dtype)
 
 
@@ -150,9 +164,11 @@ def sample_backward(
     of_chosen = [footprints[k] for k in chosen]
     columns = _columns([f.matrices[2] for f in of_chosen], grid)
     rows = grad.to(work).reshape(-1, grid[2], grad.shape[2])
-    parts = torch.bmm(columns.transpose(1, 2), rows).split([f.size[2] for f in of_chosen], dim=1)
-    grads = _contract(parts, of_chosen, grid).split([f.tokens.numel() for f in of_chosen])
-    return [_scatter(g, sources[k], footprints[k].tokens, source_index is not None) for k, g in zip(chosen, grads)]
+    grads = _contract(torch.bmm(columns.transpose(1, 2), rows), of_chosen, grid)
+    return [
+        _scatter(g, sources[k], footprints[k].tokens, source_index is not None)
+        for k, g in zip(chosen, grads.split([f.tokens.numel() for f in of_chosen]))
+    ]
 
 
 def fuse_forward(
@@ -172,22 +188,22 @@ def fuse_forward(
     work = coordinate_dtype(x.dtype)
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
     projected = torch.mm(_gather(sources, footprints), weight[:, d : 2 * d].t()).to(work)
-    parts = _expand(projected, footprints, grid)
     columns = [f.matrices[2] for f in footprints]
-
-    base = torch.zeros((), dtype=work, device=x.device) if bias is None else bias.to(work)
-    if weight.shape[1] == 2 * d + 3:
-        c_f, c_h, c_w = _coordinates(box, grid, work)
+    with_coordinates = weight.shape[1] == 2 * d + 3
+    extra = 2 if with_coordinates else int(bias is not None)
+    parts = _expand(projected, footprints, grid, extra)
+    if extra:
+        columns += _extra_columns(box, grid, work, with_coordinates)
+        base = parts[:, -1].view(b, *grid[:2], d)
+        base.zero_() if bias is None else base.copy_(bias)
+    if with_coordinates:
+        c_f, c_h, _ = _coordinates(box, grid, work)
         v_f, v_h, v_w = weight[:, 2 * d :].to(work).unbind(1)
-        base = base + c_f[:, :, None, None] * v_f + c_h[:, None, :, None] * v_h
-        parts.append(v_w.expand(b * grid[0] * grid[1], 1, d))
-        columns.append(c_w[:, :, None])
-    if base.ndim:
-        parts.append(base.expand(b, grid[0], grid[1], d).reshape(-1, 1, d))
-        columns.append(torch.ones(b, grid[2], 1, dtype=work, device=x.device))
+        base += c_f[:, :, None, None] * v_f + c_h[:, None, :, None] * v_h
+        parts[:, -2] = v_w
 
     out = torch.mm(x.reshape(-1, d), weight[:, :d].t()).to(work)
-    out.view(-1, grid[2], d).baddbmm_(_columns(columns, grid), torch.cat(parts, dim=1))
+    out.view(-1, grid[2], d).baddbmm_(_columns(columns, grid), parts)
     return out.view(x.shape).to(x.dtype)
 
 
@@ -206,7 +222,7 @@ def fuse_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of those of ``x, weight, bias, *sources`` that are wanted, in this order."""
-    b, _, d = x.shape
+    _, _, d = x.shape
     work = coordinate_dtype(x.dtype)
     want_x, want_weight, want_bias, *want_sources = wanted
     grad = grad.reshape(-1, d)
@@ -221,30 +237,24 @@ def fuse_backward(
     chosen = [k for k, want in enumerate(want_sources) if want or want_weight]
     of_chosen = [footprints[k] for k in chosen]
     columns = [f.matrices[2] for f in of_chosen]
-    widths = [f.size[2] for f in of_chosen]
     with_coordinates = want_weight and weight.shape[1] == 2 * d + 3
-    if with_coordinates:
-        c_f, c_h, c_w = _coordinates(box, grid, work)
-        columns.append(c_w[:, :, None])
     if want_bias or with_coordinates:
-        columns.append(torch.ones(b, grid[2], 1, dtype=work, device=x.device))
+        columns += _extra_columns(box, grid, work, with_coordinates)
     parts = torch.bmm(_columns(columns, grid).transpose(1, 2), grad.to(work).view(-1, grid[2], d))
-    projected_grad = _contract(parts.split([*widths, parts.shape[1] - sum(widths)], dim=1)[:-1], of_chosen, grid)
-    projected_grad = projected_grad.to(x.dtype)
+    projected_grad = _contract(parts, of_chosen, grid).to(x.dtype) if of_chosen else x.new_empty(0, d)
 
-    # Sums over the width of grad and of c_w * grad: all that the coordinates and the bias still need.
-    summed = parts[:, -1].view(b, grid[0], grid[1], d) if want_bias or with_coordinates else None
     if want_weight:
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
         torch.mm(grad.t(), x.reshape(-1, d), out=grad_weight[:, :d])
         torch.mm(projected_grad.t(), _gather(sources, footprints), out=grad_weight[:, d : 2 * d])
-        if with_coordinates and summed is not None:
-            grad_weight[:, 2 * d] = torch.einsum("bf,bfd->d", c_f, summed.sum(2))
-            grad_weight[:, 2 * d + 1] = torch.einsum("bh,bhd->d", c_h, summed.sum(1))
+        if with_coordinates:
+            c_f, c_h, _ = _coordinates(box, grid, work)
+            lines = torch.stack(torch.broadcast_tensors(c_f[:, :, None], c_h[:, None, :]), dim=-1)
+            grad_weight[:, 2 * d : 2 * d + 2] = torch.mm(parts[:, -1].t(), lines.reshape(-1, 2))
             grad_weight[:, 2 * d + 2] = parts[:, -2].sum(0)
         result.append(grad_weight)
-    if want_bias and summed is not None:
-        result.append(summed.sum((0, 1, 2)).to(x.dtype))
+    if want_bias:
+        result.append(parts[:, -1].sum(0).to(x.dtype))
     grads = projected_grad.split([f.tokens.numel() for f in of_chosen])
     for k, g in zip(chosen, grads):
         if want_sources[k]:
