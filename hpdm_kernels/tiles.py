@@ -13,10 +13,8 @@ fp32. Each op is the other's backward, so both are repeatable bit for bit and tw
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,108 +22,27 @@ from torch import Tensor
 from hpdm_kernels import reference
 from hpdm_kernels._backend import resolve
 from hpdm_kernels._checks import check_tensor, check_triple
+from hpdm_kernels.tiles_geometry import Axis, Plan, read_origins
+from hpdm_kernels.tiles_triton import launch_average, launch_extract
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-AXES = ("frames", "height", "width")
-
 # The portable average works on pieces of this many elements (1 MB in fp32), which stay in the cache while the tiles
 # that cover them are added up. On a GPU launches cost more than cache misses.
 CPU_PIECE = 1 << 18
 GPU_PIECE = 1 << 26
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """One axis of a product grid of tiles."""
-
-    size: int
-    tile: int
-    origins: tuple[int, ...]
-
-    def cells(self) -> list[tuple[int, int, range]]:
-        """The axis cut where a tile starts or ends: ``(start, stop, indices of the tiles that cover it)``."""
-        edges = sorted({0, self.size, *self.origins, *(o + self.tile for o in self.origins)})
-        return [
-            (a, b, range(sum(o + self.tile <= a for o in self.origins), sum(o <= a for o in self.origins)))
-            for a, b in itertools.pairwise(edges)
-        ]
-
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Maximal runs of evenly spaced tiles: ``(first tile, number of tiles, step in pixels)``."""
-        runs, first = [], 0
-        while first < len(self.origins):
-            last = first
-            step = self.origins[first + 1] - self.origins[first] if first + 1 < len(self.origins) else self.tile
-            while last + 1 < len(self.origins) and self.origins[last + 1] - self.origins[last] == step:
-                last += 1
-            runs.append((first, last - first + 1, step))
-            first = last + 1
-        return runs
-
-    def counts(self) -> list[int]:
-        """How many tiles cover each coordinate."""
-        return [len(cover) for start, stop, cover in self.cells() for _ in range(start, stop)]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Origins, read once: every tile's origin, and the axes where they form a product grid (else why not)."""
-
-    origins: tuple[tuple[int, int, int], ...]
-    axes: tuple[_Axis, _Axis, _Axis] | None
-    obstacle: str | None
-
-
-@functools.lru_cache(maxsize=64)
-def _parse(data: bytes, tile: tuple[int, int, int], size: tuple[int, int, int]) -> _Plan:
-    flat = memoryview(data).cast("q").tolist()
-    origins = tuple(zip(flat[0::3], flat[1::3], flat[2::3]))
-    for t, origin in enumerate(origins):
-        if any(o < 0 or o + n > m for o, n, m in zip(origin, tile, size)):
-            raise ValueError(
-                f"origins: row {t} is {origin}, expected a tile of {tile} inside of {size}: 0 <= origin <= size - tile"
-            )
-    per_axis = [tuple(sorted(set(column))) for column in zip(*origins)]
-    if tuple(itertools.product(*per_axis)) != origins:
-        grid = " x ".join(str(len(values)) for values in per_axis)
-        return _Plan(
-            origins,
-            None,
-            f"{len(origins)} tiles in this order are not a product grid in row-major order (there are {grid} distinct "
-            "origins in frames x height x width)",
-        )
-    axes = tuple(_Axis(m, n, values) for m, n, values in zip(size, tile, per_axis))
-    for name, axis in zip(AXES, axes):
-        for start, stop, cover in axis.cells():
-            if not cover:
-                return _Plan(origins, axes, f"no tile covers {name} {start} to {stop - 1}")  # type: ignore[arg-type]
-    return _Plan(origins, axes, None)  # type: ignore[arg-type]
-
-
-def _plan(origins: Tensor, tile: Sequence[int], size: Sequence[int], cover: bool = False) -> _Plan:
-    """Reads ``origins`` (on the host: no wait unless they are on a GPU), from a cache when they were seen before.
-
-    Raises:
-        ValueError: a tile outside of the video; with ``cover`` also tiles that are no product grid or leave gaps.
-    """
-    data = origins.detach().to("cpu", torch.int64).contiguous().numpy().tobytes()
-    plan = _parse(data, tuple(map(int, tile)), tuple(map(int, size)))
-    if cover and plan.obstacle:
-        raise ValueError(f"origins: {plan.obstacle}, expected a product grid of tiles that covers the whole video")
-    return plan
-
-
-def _inverse_counts(axis: _Axis, like: Tensor) -> Tensor:
+def _inverse_counts(axis: Axis, like: Tensor) -> Tensor:
     return 1.0 / torch.tensor([max(n, 1) for n in axis.counts()], dtype=like.dtype, device=like.device)
 
 
-def _pieces(axis: _Axis, longest: int) -> Iterator[tuple[int, int, range]]:
+def _pieces(axis: Axis, longest: int) -> Iterator[tuple[int, int, range]]:
     for start, stop, cover in axis.cells():
         for at in range(start, stop, longest):
             yield at, min(at + longest, stop), cover
 
 
-def _extract_torch(video: Tensor, plan: _Plan, tile: Sequence[int], mean: bool, scale: float) -> Tensor:
+def _extract_torch(video: Tensor, plan: Plan, tile: Sequence[int], mean: bool, scale: float) -> Tensor:
     """One strided copy per row of tiles; the weights, if any, are applied to the video first."""
     b, c = video.shape[:2]
     out = video.new_empty(b, len(plan.origins), c, *tile)
@@ -150,7 +67,7 @@ def _extract_torch(video: Tensor, plan: _Plan, tile: Sequence[int], mean: bool, 
 
 
 def _average_torch(
-    tiles: Tensor, plan: _Plan, size: Sequence[int], x: Tensor | None, alpha: float, beta: float, mean: bool
+    tiles: Tensor, plan: Plan, size: Sequence[int], x: Tensor | None, alpha: float, beta: float, mean: bool
 ) -> Tensor:
     """Adds up, for each piece of the video that one set of tiles covers in frames and height, whole rows of tiles."""
     b, _, c, f, h, w = tiles.shape
@@ -195,8 +112,9 @@ def _average_torch(
 def _extract_op(
     video: Tensor, origins: Tensor, tile_size: Sequence[int], mean: bool, scale: float, backend: str
 ) -> Tensor:
-    plan = _plan(origins, tile_size, video.shape[2:])
-    return _extract_torch(video, plan, tile_size, mean, scale)
+    plan = read_origins(origins, tile_size, video.shape[2:])
+    extract = launch_extract if backend == "triton" else _extract_torch
+    return extract(video, plan, tile_size, mean, scale)
 
 
 @_extract_op.register_fake
@@ -215,8 +133,11 @@ def _average_op(
     mean: bool,
     backend: str,
 ) -> Tensor:
-    plan = _plan(origins, tiles.shape[3:], size, cover=mean)
-    return _average_torch(tiles, plan, size, x, alpha, beta, mean)
+    plan = read_origins(origins, tiles.shape[3:], size, cover=mean)
+    # Where tiles are no grid (gradients of extraction alone), a voxel's tiles are in no range: both backends then add
+    # them up one by one.
+    average = launch_average if backend == "triton" and plan.axes else _average_torch
+    return average(tiles, plan, size, x, alpha, beta, mean)
 
 
 @_average_op.register_fake
@@ -298,7 +219,7 @@ def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int], *, b
     _check_fits(tile, video.shape[2:], "tile_size")
     chosen = resolve(backend, "extract_tiles", video, TRITON_DTYPES)
     if chosen == "reference":
-        _plan(origins, tile, video.shape[2:])
+        read_origins(origins, tile, video.shape[2:])
         return reference.extract_tiles(video, origins, tile)
     return _extract_op(video, origins, tile, False, 1.0, chosen)
 
@@ -351,6 +272,6 @@ def average_tiles(
         raise ValueError(f"alpha: got {alpha} without x, expected 0.0 or a tensor x to multiply")
     chosen = resolve(backend, "average_tiles", tiles, TRITON_DTYPES)
     if chosen == "reference":
-        _plan(origins, tiles.shape[3:], size, cover=True)
+        read_origins(origins, tiles.shape[3:], size, cover=True)
         return reference.average_tiles(tiles, origins, size, x, alpha, beta)
     return _average_op(tiles, origins, size, x, float(alpha), float(beta), True, chosen)
