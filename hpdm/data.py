@@ -58,7 +58,7 @@ class VideoDataset(Dataset[ClipItem]):
     - a flat folder of videos: no classes, every label is 0 and ``class_names`` is empty.
 
     A clip or window that turns out damaged is replaced by the next good clip in the order of files, with a warning that
-    names it. Damage that a codec conceals without a word goes unnoticed; ``hpdm data inspect`` reads whole files.
+    names it. Damage that a codec conceals goes unnoticed here: ``hpdm data inspect --full`` finds it.
 
     Args:
         root: the folder.

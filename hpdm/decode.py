@@ -89,6 +89,23 @@ def probe(path: str | os.PathLike[str], *, timeout: float = TIMEOUT_S) -> VideoI
     return VideoInfo(path=name, **{key: value for key, value in reply.items() if key != "status"})
 
 
+def verify(path: str | os.PathLike[str], *, timeout: float = TIMEOUT_S) -> None:
+    """Decodes a whole file strictly with PyAV, to find damage that a codec would conceal in :func:`read_clip`.
+
+    Args:
+        path: the file.
+        timeout: seconds, > 0.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DecodeError: not a video, a damaged one, or no answer within the timeout.
+    """
+    name = _checked(path, timeout)
+    reply, _ = _worker.call({"op": "verify", "path": name}, timeout)
+    if reply["status"] != "ok":
+        raise DecodeError(f"{name}: damaged: {reply['error']}")
+
+
 def read_clip(
     path: str | os.PathLike[str],
     indices: Sequence[int],

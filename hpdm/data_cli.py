@@ -1,0 +1,109 @@
+"""``hpdm data``: render the synthetic set, look into video files. Each command is a dataclass with a ``run`` method."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from hpdm.data_layout import find_videos
+from hpdm.decode import TIMEOUT_S, DecodeError, Decoder, probe, read_clip, verify
+from hpdm.synthetic import render_synthetic
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Render a labelled set of clips with known motion, in UCF-101's layout."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder to create."""
+    clips: int = 40
+    """Clips per class."""
+    frames: int = 32
+    """Frames per clip."""
+    size: tuple[int, int] = (64, 64)
+    """Height and width in pixels."""
+    fps: float = 16
+    """Frames per second."""
+    seed: int = 0
+    """Equal seeds give equal clips."""
+    classes: tuple[str, ...] = ()
+    """Class names out of RedDisc, GreenSquare, BlueTriangle, YellowRing, MagentaCross, CyanDiamond; none for all."""
+    overwrite: bool = False
+    """Write into a folder that is not empty."""
+
+    def run(self) -> int:
+        """Renders; returns the exit status."""
+        render_synthetic(
+            self.out,
+            clips=self.clips,
+            frames=self.frames,
+            size=self.size,
+            fps=self.fps,
+            seed=self.seed,
+            classes=self.classes or None,
+            overwrite=self.overwrite,
+        )
+        names, files = find_videos(self.out)
+        print(f"{self.out}: {len(files)} clips of {len(names)} classes, {self.frames} frames of {self.size} each")
+        return 0
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what video files hold, which decoder reads them and which would be skipped."""
+
+    path: tyro.conf.Positional[Path]
+    """A video, or a folder in any layout that training reads."""
+    frames: int = 1
+    """Frames of a training window: shorter clips are reported."""
+    stride: int = 1
+    """Step between the frames of a window."""
+    decoder: Decoder = "auto"
+    """Which decoder to use."""
+    full: bool = False
+    """Decode every frame strictly, which finds damage that a codec would conceal."""
+    timeout: float = TIMEOUT_S
+    """Seconds for one read of one file."""
+
+    def run(self) -> int:
+        """Prints a line per file and a summary; returns the exit status, 1 when a file would be skipped."""
+        if self.frames < 1 or self.stride < 1:
+            raise ValueError(f"frames, stride: got {self.frames}, {self.stride}, expected >= 1")
+        if self.path.is_file():
+            names: list[str] = []
+            paths = [(str(self.path), "")]
+        else:
+            names, files = find_videos(self.path)
+            paths = [(file.path, names[file.label] if names else "") for file in files]
+        counts: Counter[str] = Counter()
+        for path, name in paths:
+            line, outcome = self._line(path)
+            counts[outcome] += 1
+            print(f"{path}  {name + '  ' if name else ''}{line}")
+        classes = f" of {len(names)} classes" if names else ""
+        print(f"{len(paths)} files{classes}: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())))
+        return 1 if counts["skipped"] else 0
+
+    def _line(self, path: str) -> tuple[str, str]:
+        try:
+            info = probe(path, timeout=self.timeout)
+            clip = read_clip(path, [info.frames // 2], decoder=self.decoder, timeout=self.timeout)
+            if self.full:
+                verify(path, timeout=self.timeout)
+        except (DecodeError, FileNotFoundError) as error:
+            return f"would be skipped: {str(error).removeprefix(path).lstrip(': ')}", "skipped"
+        streams = f", stream {info.stream}, one of {info.video_streams} with video" if info.video_streams > 1 else ""
+        line = f"{info.frames} frames {info.width}x{info.height} {info.fps:g} fps {info.codec}, {clip.decoder}{streams}"
+        span = (self.frames - 1) * self.stride + 1
+        if info.frames < span:
+            return f"{line}; would be skipped: a window spans {span} frames", "skipped"
+        return line, f"read with {clip.decoder}"
+
+
+DataCommand = (
+    Annotated[Synthetic, tyro.conf.subcommand("synthetic")] | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
