@@ -34,7 +34,7 @@ check-python:
 		echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected Python >= 3.11; set PYTHON to a newer one" >&2; exit 1; }
 
 bench: $(READY)  ## run the benchmarks and print the tables (ARGS="--save-as NAME" to keep the results)
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks --ignore benchmarks/gpu $(ARGS)
 
 test: lint types  ## style, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --durations=15 $(ARGS)

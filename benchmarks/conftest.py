@@ -56,16 +56,19 @@ from benchmarks import harness, report
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = pytest.StashKey[list[harness.Row]]()
+TESTS = pytest.StashKey[list[dict[str, Any]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hpdm benchmarks")
     group.addoption("--save-as", default="local", metavar="NAME", help="folder of benchmarks/results for the results")
+    group.addoption("--results", type=Path, metavar="FILE", help="write the results to this file alone, without tables")
     group.addoption("--seconds", type=float, default=1.5, help="timing per comparison, all contenders together")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[TESTS] = []
     # pytest-benchmark's own table would time whole rounds of contenders; its JSON (--benchmark-json) has our rows.
     if config.pluginmanager.hasplugin("benchmark"):
         config.option.benchmark_quiet = True
@@ -121,14 +124,29 @@ def compare(request: pytest.FixtureRequest) -> Callable[..., list[harness.Row]]:
     return run
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    outcome = yield
+    if outcome.when == "call" or outcome.outcome != "passed":
+        message = "" if call.excinfo is None else call.excinfo.exconly()
+        test = {"id": item.nodeid, "outcome": outcome.outcome, "message": message[:500]}
+        item.config.stash[TESTS].append(test | dict(outcome.user_properties))
+    return outcome
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
+    file = config.getoption("--results")
+    if file:
+        part = {"rows": [dataclasses.asdict(row) for row in rows], "tests": config.stash[TESTS]}
+        file.write_text(json.dumps(part), encoding="utf-8")
+        return
     if not rows:
         return
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-        "exit_status": int(exitstatus),
+        "tests": config.stash[TESTS],
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     folder = RESULTS / config.getoption("--save-as")

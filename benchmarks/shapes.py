@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hpdm_kernels import footprint_size
 from hpdm_kernels.testing import random_boxes
 
 Triple = tuple[int, int, int]
@@ -81,6 +82,16 @@ class ContextShape:
     def source_grids(self) -> tuple[Triple, ...]:
         return (self.grid,) * (self.pyramid.levels - 1)
 
+    @property
+    def footprints(self) -> tuple[Triple, ...]:
+        """Most tokens per axis that a patch of the last level touches, per source (0 is the whole video)."""
+        out = []
+        for source in range(len(self.source_grids)):
+            steps = self.pyramid.levels - 1 - source
+            f, h, w = (footprint_size(float(r) ** -steps, n, n) for n, r in zip(self.grid, self.pyramid.ratio))
+            out.append((f, h, w))
+        return tuple(out)
+
     def make(
         self, generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
@@ -93,16 +104,11 @@ class ContextShape:
         sources = tuple(torch.randn(size, generator=generator).to(device, dtype) for _ in self.source_grids)
         return sources, tuple(b.to(device) for b in boxes[:-1]), boxes[-1].to(device)
 
-    def footprint(self, source: int) -> int:
-        """Most tokens of a source (0 is the whole video) that a patch of the last level can touch."""
-        steps = self.pyramid.levels - 1 - source
-        return math.prod(min(n, n // r**steps + 2) for n, r in zip(self.grid, self.pyramid.ratio))
-
     def bytes(self, direction: str = "fwd", itemsize: int = 4) -> int:
         """``sample_context``: each touched source token read once and the output written once; backward: the output's
         gradient read once and the sources' gradients, zeros too, written once.
         """
-        touched = sum(self.footprint(k) for k in range(len(self.source_grids)))
+        touched = sum(math.prod(size) for size in self.footprints)
         forward = touched + self.tokens
         backward = self.tokens * (1 + len(self.source_grids)) if direction == "fwd+bwd" else 0
         return self.batch * self.width * itemsize * (forward + backward)
