@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from hpdm.checkpoint import load_model
@@ -20,7 +21,8 @@ from hpdm.video import write_contact_sheet, write_video
 class SampleOptions:
     """Sample videos from a trained run."""
 
-    run_folder: Path
+    run_folder: Annotated[Path, tyro.conf.arg(name="run")]
+    """Folder of the run, or of one of its checkpoints."""
     out: Path
     """Folder for the mp4 files and contact_sheet.png."""
     count: int = 6
@@ -56,6 +58,11 @@ class SampleOptions:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.seed < 0:
             raise ValueError(f"seed: got {self.seed}, expected at least 0")
+
+    def run(self) -> int:
+        """The command ``hpdm sample``; returns the exit status."""
+        sample(self)
+        return 0
 
 
 def class_numbers(asked: tuple[str, ...], names: list[str], count: int) -> list[int]:

@@ -24,10 +24,9 @@ from hpdm import presets
 from hpdm.checkpoint import list_checkpoints, load_checkpoint, load_run_config, save_checkpoint, save_run_config
 from hpdm.config import HPDMConfig
 from hpdm.data import ClipItem, ClipSampler, VideoDataset
-from hpdm.diffusion import add_noise, network_input, signal_scales
 from hpdm.model import HPDM
+from hpdm.objective import denoising_error
 from hpdm.optim import EMA, learning_rate, make_optimizer
-from hpdm.pyramid import extract_patches, sample_boxes
 from hpdm.sampler import Sampler, SamplerOptions
 from hpdm.video import write_contact_sheet
 
@@ -103,9 +102,10 @@ class TrainOptions:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 0")
 
-    def run(self) -> None:
-        """The command ``hpdm train``."""
+    def run(self) -> int:
+        """The command ``hpdm train``; returns the exit status."""
         train(self)
+        return 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -161,32 +161,6 @@ def collate(items: list[ClipItem]) -> Batch:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """The one source of randomness of a training step."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
-
-
-def diffusion_loss(model: HPDM, video: Tensor, labels: Tensor | None, generator: torch.Generator) -> Tensor:
-    """Mean squared error of v per level (paper eq. 4), ``[L]``.
-
-    Boxes, times, noise and conditioning dropout are drawn from ``generator`` on the CPU, so that every device sees the
-    same.
-
-    Args:
-        model: the network.
-        video: uint8 ``[B, C, F, H, W]`` at the target resolution.
-        labels: int64 ``[B]``, or ``None`` for a model without classes.
-        generator: CPU generator.
-    """
-    config, batch, device = model.config, video.shape[0], video.device
-    boxes = sample_boxes(config, batch, generator).to(device)
-    x = extract_patches(video, boxes, config, backend=model.kernels)
-    t = torch.rand(batch, config.levels, generator=generator).to(device)
-    noise = torch.randn(x.shape, generator=generator).to(device)
-    dropped = (torch.rand(batch, generator=generator) < config.conditioning_dropout).to(device)
-    if labels is not None:
-        labels = labels.masked_fill(dropped, config.classes)
-    signal = signal_scales(config, device)
-    noised, target = add_noise(x, noise, t, signal)
-    predicted = model(network_input(noised, t, signal), boxes, t, labels)
-    return (predicted - target).square().mean(dim=(0, 2, 3, 4, 5))
 
 
 class _Log(Protocol):
@@ -255,10 +229,7 @@ def train(options: TrainOptions) -> HPDM:
         OSError: a checkpoint cannot be written; the one before it stays usable.
     """
     device = pick_device(options.device)
-    frames_of = presets.get(options.preset) if options.resolution is None else None
-    resolution = options.resolution or (frames_of.resolution if frames_of else None)
-    if resolution is None:
-        raise ValueError("resolution: got none, expected frames, height, width")
+    resolution = options.resolution or presets.get(options.preset).resolution
     dataset = VideoDataset(
         options.data,
         frames=resolution[0],
@@ -325,7 +296,8 @@ def _loop(
             rate = learning_rate(step, options.steps, options.warmup, options.lr)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            losses = diffusion_loss(model, video, labels, step_generator(options.seed, step))
+            generator = step_generator(options.seed, step)
+            losses = denoising_error(model, video, labels, generator, dropout=model.config.conditioning_dropout).mean(0)
             optimizer.zero_grad(set_to_none=True)
             losses.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm or float("inf"), foreach=True)

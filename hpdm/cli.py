@@ -1,0 +1,49 @@
+"""The command line: ``hpdm {train,sample,evaluate,plan,data}``."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from hpdm.data_cli import DataCommand
+from hpdm.evaluate import EvaluateOptions
+from hpdm.memory import PlanCommand
+from hpdm.sample import SampleOptions
+from hpdm.train import TrainOptions
+
+Command = (
+    Annotated[TrainOptions, tyro.conf.subcommand("train")]
+    | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
+    | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
+    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[DataCommand, tyro.conf.subcommand("data")]
+)
+
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its status.
+
+    What a user can cause (bad options, missing or damaged files, a full disk, a device that is not there) is one line on
+    standard error and status 1, with ``HPDM_DEBUG=1`` its traceback too; anything else is a bug and always shows it.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    try:
+        command = tyro.cli(
+            Command, prog="hpdm", description=__doc__, args=arguments, config=(tyro.conf.OmitSubcommandPrefixes,)
+        )
+        status = command.run()
+    except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
+        if os.environ.get("HPDM_DEBUG") == "1":
+            raise
+        print(f"hpdm: error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    sys.exit(status)

@@ -1,0 +1,46 @@
+"""What is minimised: the error of v on one patch of every level, jointly (paper eq. 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hpdm.diffusion import add_noise, network_input, signal_scales
+from hpdm.model import HPDM
+from hpdm.pyramid import extract_patches, sample_boxes
+
+
+def denoising_error(
+    model: HPDM,
+    video: Tensor,
+    labels: Tensor | None,
+    generator: torch.Generator,
+    times: tuple[float, float] = (0.0, 1.0),
+    dropout: float = 0.0,
+) -> Tensor:
+    """Mean squared error of v per clip and level, ``[B, L]``; its mean is the training loss.
+
+    Boxes, times, noise and conditioning dropout are drawn from ``generator`` on the CPU, so that every device sees the
+    same. Each level has its own time, uniform in ``times``.
+
+    Args:
+        model: the network.
+        video: uint8 ``[B, C, F, H, W]`` at the target resolution.
+        labels: int64 ``[B]``, or ``None`` for a model without classes.
+        generator: CPU generator.
+        times: range of the diffusion time.
+        dropout: probability that a clip's label is dropped.
+    """
+    config, batch, device = model.config, video.shape[0], video.device
+    boxes = sample_boxes(config, batch, generator).to(device)
+    x = extract_patches(video, boxes, config, backend=model.kernels)
+    first, last = times
+    t = (first + (last - first) * torch.rand(batch, config.levels, generator=generator)).to(device)
+    noise = torch.randn(x.shape, generator=generator).to(device)
+    dropped = (torch.rand(batch, generator=generator) < dropout).to(device)
+    if labels is not None:
+        labels = labels.masked_fill(dropped, config.classes)
+    signal = signal_scales(config, device)
+    noised, target = add_noise(x, noise, t, signal)
+    predicted = model(network_input(noised, t, signal), boxes, t, labels)
+    return (predicted - target).square().mean(dim=(2, 3, 4, 5))

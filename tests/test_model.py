@@ -1,0 +1,162 @@
+"""The network: shapes, flow of information between levels, conditioning, ablation switches."""
+
+import pytest
+import torch
+
+from hpdm import HPDM, presets
+from hpdm.pyramid import sample_boxes
+
+
+def small(**changes):
+    return presets.tiny().replace(
+        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, **changes
+    )
+
+
+def awake(config, kernels="torch", seed=0):
+    """A model whose zero-initialised parts are not zero, so that everything can influence the output."""
+    torch.manual_seed(seed)
+    model = HPDM(config, kernels)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def inputs(config, generator, batch=2):
+    x = torch.randn(batch, config.levels, config.channels, *config.patch, generator=generator)
+    t = torch.rand(batch, config.levels, generator=generator)
+    labels = torch.randint(config.classes, (batch,), generator=generator)
+    return x, sample_boxes(config, batch, generator), t, labels
+
+
+def test_shapes_of_one_patch_per_level(generator):
+    config = small()
+    x, boxes, t, labels = inputs(config, generator)
+    assert HPDM(config)(x, boxes, t, labels).shape == x.shape
+
+
+def test_information_flows_from_coarse_to_fine_alone(generator):
+    config = small()
+    model = awake(config)
+    x, boxes, t, labels = inputs(config, generator)
+    before = model(x, boxes, t, labels)
+    for level in range(3):
+        changed = x.clone()
+        changed[:, level] += 1
+        after = model(changed, boxes, t, labels)
+        for other in range(3):
+            same = torch.allclose(after[:, other], before[:, other], atol=1e-6)
+            assert same == (other < level)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_gradients_flow_to_the_levels_below_unless_detached(detach, generator):
+    config = small(detach_context=detach)
+    model = awake(config)
+    x, boxes, t, labels = inputs(config, generator)
+    x.requires_grad_(True)
+    model(x, boxes, t, labels)[:, 2].square().sum().backward()
+    assert bool(x.grad[:, 2].abs().sum() > 0)
+    assert bool(x.grad[:, 0].abs().sum() > 0) == (not detach)
+
+
+def test_adaptive_computation_skips_early_blocks(generator):
+    config = small()
+    model = awake(config)
+    x, boxes, t, labels = inputs(config, generator)
+    before = model(x, boxes, t, labels)
+    with torch.no_grad():
+        for p in model.blocks[0].parameters():  # serves level 0 alone, whose inputs to block 4 reach the others
+            p.add_(1.0)
+        kept = [p.clone() for p in model.blocks[5].parameters()]
+    after = model(x, boxes, t, labels)
+    assert not torch.allclose(after[:, 0], before[:, 0], atol=1e-4)
+    assert kept
+    assert [block.levels for block in model.blocks] == [1, 1, 2, 2, 3, 3]
+    assert [block.fusion is not None for block in model.blocks] == [False, False, True, True, True, True]
+    full = HPDM(config.without_adaptive_computation())
+    assert all(block.fusion is not None and block.levels == 3 for block in full.blocks)
+
+
+def test_shallow_fusion_sees_the_previous_level_alone(generator):
+    config = small(fusion="shallow")
+    model = awake(config)
+    assert all(block.fusion is None for block in model.blocks)
+    x, boxes, t, labels = inputs(config, generator)
+    before = model(x, boxes, t, labels)
+    changed = x.clone()
+    changed[:, 0] += 1
+    after = model(changed, boxes, t, labels)
+    assert not torch.allclose(after[:, 1], before[:, 1], atol=1e-4)
+    assert torch.allclose(after[:, 2], before[:, 2], atol=1e-6)
+
+
+def test_without_coordinates_the_position_of_all_patches_does_not_matter(generator):
+    x, boxes, t, labels = inputs(small(), generator)
+    # Levels 1 and 2 moved together: their boxes relative to each other stay, relative to level 0 they change.
+    boxes = torch.tensor([[[0, 0, 0, 1, 1, 1], [0, 0, 0, 0.5, 0.5, 0.5], [0.25, 0, 0, 0.25, 0.25, 0.25]]]).repeat(2, 1, 1)
+    moved = boxes.clone()
+    moved[:, 1:, 2] += 0.5
+    x = x.clone()
+    x[:, 0] = x[:, 0].mean(dim=-1, keepdim=True)  # level 0 looks the same everywhere along w ...
+    for coordinates in (True, False):
+        model = awake(small(coordinates=coordinates))
+        with torch.no_grad():
+            model.position_w.zero_()  # ... and so do its tokens
+        same = torch.allclose(model(x, boxes, t, labels)[:, 2], model(x, moved, t, labels)[:, 2], atol=1e-5)
+        assert same == (not coordinates)
+
+
+def test_class_noise_and_level_reach_the_output(generator):
+    config = small()
+    model = awake(config)
+    x, boxes, t, labels = inputs(config, generator)
+    before = model(x, boxes, t, labels)
+    assert not torch.allclose(model(x, boxes, t, (labels + 1) % config.classes), before, atol=1e-4)
+    assert not torch.allclose(model(x, boxes, 1 - t, labels), before, atol=1e-4)
+    none = torch.full_like(labels, config.classes)
+    torch.testing.assert_close(model(x, boxes, t, none), model(x, boxes, t, None))
+
+
+def test_image_mode(generator):
+    config = small().with_pyramid((1, 8, 8), (1, 32, 32))
+    x, boxes, t, labels = inputs(config, generator)
+    assert HPDM(config)(x, boxes, t, labels).shape == (2, 3, 3, 1, 8, 8)
+
+
+def test_the_flag_changes_no_parameter():
+    config = small()
+    states = [HPDM(config, kernels).state_dict() for kernels in ("auto", "reference", "torch", "triton")]
+    shapes = [{name: tuple(p.shape) for name, p in state.items()} for state in states]
+    assert all(s == shapes[0] for s in shapes)
+
+
+def test_a_fresh_model_predicts_zero_velocity(generator):
+    config = small()
+    x, boxes, t, labels = inputs(config, generator)
+    assert (HPDM(config)(x, boxes, t, labels) == 0).all()
+
+
+def test_bad_inputs_are_named(generator):
+    config = small()
+    model = HPDM(config)
+    x, boxes, t, labels = inputs(config, generator)
+    with pytest.raises(ValueError, match=r"x: got shape"):
+        model(x[:, :2], boxes, t, labels)
+    with pytest.raises(ValueError, match=r"boxes: got shape"):
+        model(x, boxes[:, :, :5], t, labels)
+    with pytest.raises(ValueError, match=r"t: got shape"):
+        model(x, boxes, t[:1], labels)
+    with pytest.raises(ValueError, match=r"labels: got shape"):
+        model(x, boxes, t, labels[:1])
+    with pytest.raises(ValueError, match=r"text: got a tensor"):
+        model(x, boxes, t, labels, text=torch.zeros(2, 3, 1024))
+    with pytest.raises(ValueError, match=r"labels: got a tensor, expected None"):
+        HPDM(small(conditioning="none"))(x, boxes, t, labels)
+    with pytest.raises(ValueError, match=r"text: got None"):
+        HPDM(small(conditioning="text"))(x, boxes, t)
+    with pytest.raises(ValueError, match=r"context: got NoneType on level 1"):
+        model.forward_level(x[:, 1], 1, boxes[:, 1], t[:, 1], None, labels)
+    with pytest.raises(ValueError, match=r"backend: got 'cuda'"):
+        HPDM(config, kernels="cuda")

@@ -1,0 +1,185 @@
+"""Hierarchical tiled sampling: with a perfect denoiser it must return the video, whatever the tiles."""
+
+import pytest
+import torch
+
+from hpdm import HPDM, presets
+from hpdm.diffusion import DATA_STD, gamma
+from hpdm.model import Context
+from hpdm.sampler import Sampler, SamplerOptions
+from hpdm_kernels import sample_patches
+
+
+def small(**changes):
+    return presets.tiny().replace(
+        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, **changes
+    )
+
+
+def random_model(config, kernels="torch", seed=0):
+    torch.manual_seed(seed)
+    model = HPDM(config, kernels).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return model
+
+
+class Oracle(HPDM):
+    """Knows the videos: returns the v that leads to them, and checks what the sampler hands it."""
+
+    def __init__(self, config, videos):
+        super().__init__(config, "torch")
+        self.videos = videos  # per level [B, C, F, H, W]
+        self.calls = []
+
+    def forward_level(self, x, level, boxes, t, context, labels=None, text=None, text_mask=None, features_for=()):
+        self.calls.append((level, x.shape[0]))
+        videos = self.videos[level]
+        per_video = x.shape[0] // videos.shape[0]
+        whole = videos.repeat_interleave(per_video, dim=0)
+        signal = self.config.signal_scale(level)
+        y = sample_patches(whole, boxes, self.config.patch) * signal
+        g = gamma(t).reshape(-1, 1, 1, 1, 1)
+        noised = x * (g * (signal * DATA_STD) ** 2 + 1 - g).sqrt()
+        v = (g.sqrt() * noised - y) / (1 - g).sqrt().clamp(min=1e-4)
+        features = {b: torch.zeros(x.shape[0], self.config.tokens, self.config.width) for b in features_for}
+        return v, features
+
+
+@pytest.mark.parametrize("overlap", ["none", "w", "fh", "fhw"])
+@pytest.mark.parametrize(("churn", "second_order"), [(0.0, False), (0.0, True), (10.0, True)])
+def test_a_perfect_denoiser_gives_the_video(overlap, churn, second_order, generator):
+    config = small()
+    videos = [
+        torch.rand(2, 3, *config.level_resolution(n), generator=generator) * 1.8 - 0.9 for n in range(config.levels)
+    ]
+    options = SamplerOptions(steps=8, overlap=overlap, churn=churn, second_order=second_order, tile_batch=7)
+    levels = Sampler(Oracle(config, videos), options)([3, 4])
+    for got, want in zip(levels, videos):
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+
+
+def test_a_video_depends_on_its_seed_and_class_alone():
+    model = random_model(small())
+    options = SamplerOptions(steps=3, overlap="hw", tile_batch=64)
+    together = Sampler(model, options)([5, 6, 7], torch.tensor([0, 1, 2]))[-1]
+    alone = Sampler(model, options)([6], torch.tensor([1]))[-1]
+    torch.testing.assert_close(together[1:2], alone, rtol=0, atol=2e-5)
+    assert (together[0] - together[1]).abs().max() > 0.05
+    chunked = Sampler(model, SamplerOptions(steps=3, overlap="hw", tile_batch=5))([6], torch.tensor([1]))[-1]
+    torch.testing.assert_close(chunked, alone, rtol=0, atol=2e-5)
+    assert torch.equal(alone, Sampler(model, options)([6], torch.tensor([1]))[-1])
+
+
+def test_the_context_of_finished_levels_matters():
+    """Level 1 sampled above two different level-0 videos differs, though its noise is the same."""
+    config = small()
+    model = random_model(config)
+    sampler = Sampler(model, SamplerOptions(steps=2, overlap="none"))
+    first, second = sampler([1], torch.tensor([0])), sampler([1], torch.tensor([0]))
+    assert torch.equal(first[1], second[1])
+    with torch.no_grad():
+        model.latents[:1] += 10  # moves level 0 and what it tells the levels above
+    assert not torch.allclose(sampler([1], torch.tensor([0]))[1], first[1])
+
+
+def test_cached_context_is_what_joint_denoising_sees():
+    """A tile with cached ancestors gets the v that forward() gives it among its clean ancestors."""
+    config = small()
+    model = random_model(config)
+    torch.manual_seed(1)
+    boxes = torch.tensor([[[0, 0, 0, 1, 1, 1], [0.5, 0, 0.25, 0.5, 0.5, 0.5], [0.5, 0.25, 0.5, 0.25, 0.25, 0.25]]])
+    x = torch.randn(1, 3, 3, *config.patch)
+    t = torch.tensor([[0.0, 0.0, 0.6]])
+    labels = torch.tensor([2])
+    with torch.no_grad():
+        joint = model(x, boxes, t, labels)
+        features = {b: [] for b in range(6)}
+        context = None
+        for level in range(3):
+            v, kept = model.forward_level(
+                x[:, level], level, boxes[:, level], t[:, level], context, labels, features_for=model.fusing_blocks(level + 1)
+            )
+            torch.testing.assert_close(v, joint[:, level], rtol=1e-4, atol=1e-5)
+            for b, f in kept.items():
+                features[b].append(f)
+            context = Context(
+                {b: tuple(features[b]) for b in model.fusing_blocks(level + 1)},
+                None,
+                tuple(boxes[:, k] for k in range(level + 1)),
+                torch.zeros(1, level + 1, dtype=torch.long),
+            )
+
+
+@pytest.mark.parametrize("changes", [{"fusion": "shallow"}, {"coordinates": False}, {"levels_per_block": (3, 3)}])
+def test_ablations_sample(changes):
+    model = random_model(small(**changes))
+    videos = Sampler(model, SamplerOptions(steps=2, overlap="hw"))([0], torch.tensor([1]))
+    assert [tuple(v.shape[2:]) for v in videos] == [model.config.level_resolution(n) for n in range(3)]
+    assert all(torch.isfinite(v).all() and v.abs().max() <= 1 for v in videos)
+
+
+def test_image_mode_samples():
+    config = small().with_pyramid((1, 8, 8), (1, 32, 32))
+    videos = Sampler(random_model(config), SamplerOptions(steps=2))([0], torch.tensor([1]))
+    assert tuple(videos[-1].shape) == (1, 3, 1, 32, 32)
+
+
+def test_text_conditioned_models_sample_with_guidance(generator):
+    config = small(conditioning="text", text_width=12)
+    text = torch.randn(2, 5, 12, generator=generator)
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    sampler = Sampler(random_model(config), SamplerOptions(steps=2, overlap="none", guidance=2.0))
+    videos = sampler([0, 1], text=text, text_mask=mask)[-1]
+    text = text.clone()
+    text[1, 2:] = 7.0  # behind the mask
+    torch.testing.assert_close(sampler([0, 1], text=text, text_mask=mask)[-1], videos)
+
+
+def test_guidance_of_one_is_none_and_zero_is_unconditional():
+    model = random_model(small())
+
+    def run(guidance, label):
+        options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, churn=0)
+        return Sampler(model, options)([3], torch.tensor([label]))[0]
+
+    null = model.config.classes
+    torch.testing.assert_close(run(0.0, 1), run(1.0, null), rtol=0, atol=1e-5)
+    assert not torch.allclose(run(3.0, 1), run(1.0, 1), atol=1e-4)
+
+
+def test_progress_ends_complete():
+    seen = []
+    model = random_model(small())
+    Sampler(model, SamplerOptions(steps=4, overlap="hw", tile_batch=4))(
+        [0], torch.tensor([0]), progress=lambda *call: seen.append(call)
+    )
+    for level in range(3):
+        calls = [(done, total) for n, done, total in seen if n == level]
+        assert [done for done, _ in calls] == list(range(1, calls[0][1] + 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps_decay": 0.0}, "steps_decay"),
+        ({"overlap": "q"}, "overlap"),
+        ({"churn": -1.0}, "churn"),
+        ({"tile_batch": 0}, "tile_batch"),
+    ],
+)
+def test_bad_options_are_named(options, field):
+    with pytest.raises(ValueError, match=f"{field}: got"):
+        SamplerOptions(**options)
+
+
+def test_bad_calls_are_named():
+    model = random_model(small())
+    with pytest.raises(ValueError, match="seeds: got none"):
+        Sampler(model)([])
+    with pytest.raises(ValueError, match=r"labels: got \[9\]"):
+        Sampler(model)([0], torch.tensor([9]))
+    with pytest.raises(ValueError, match=r"guidance: got 2.0 without labels"):
+        Sampler(model, SamplerOptions(guidance=2.0))([0])
