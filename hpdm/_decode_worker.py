@@ -45,6 +45,8 @@ class Index:
     fps: float
     codec: str
     video_streams: int
+    container: str  # ffmpeg's name of the format, the first where it has several
+    reordered: bool  # whether frames are stored in another order than they are shown (B-frames)
 
 
 def build_index(path: str) -> Index:
@@ -58,8 +60,12 @@ def build_index(path: str) -> Index:
         stream.codec_context.thread_count = 1
         # Frames outside of an edit list are marked as discarded: they are in the file but not in the video.
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
-        pts = sorted(packet.pts for packet in packets if packet.pts is not None)
-        exact = len(pts) == len(packets) and len(set(pts)) == len(pts)
+        times = [packet.pts for packet in packets if packet.pts is not None]
+        pts = sorted(times)
+        codec, kind = stream.codec_context.codec.canonical_name, container.format.name.split(",")[0]
+        # AVI has no presentation times; those that ffmpeg infers are right for MPEG-4 part 2 and wrong for these two.
+        inferred_wrongly = kind == "avi" and codec in ("h264", "hevc")
+        exact = len(pts) == len(packets) and len(set(pts)) == len(pts) and not inferred_wrongly
         rate = stream.average_rate or stream.guessed_rate or stream.base_rate
         index = Index(
             stream=stream.index,
@@ -73,8 +79,10 @@ def build_index(path: str) -> Index:
             width=0,
             rotation=0,
             fps=float(rate) if rate else 0.0,
-            codec=stream.codec_context.codec.canonical_name,
+            codec=codec,
             video_streams=len(container.streams.video),
+            container=kind,
+            reordered=times != pts or inferred_wrongly,
         )
         del packets
     if not index.frames:
@@ -100,6 +108,11 @@ def read_decord(path: str, index: Index, indices: list[int]) -> np.ndarray:
         raise Refused(f"{index.video_streams} video streams, of which decord may pick another one")
     if index.rotation:
         raise Refused(f"frames are stored turned by {index.rotation} degrees")
+    # Decord 0.6 seeks to wrong frames, without a word, in every other combination that was tried.
+    if index.reordered and not (index.codec == "h264" and index.container in ("mov", "matroska")):
+        raise Refused(f"decord finds wrong frames in {index.codec} with B-frames in {index.container}")
+    if index.container not in ("mov", "matroska", "avi", "asf"):
+        raise Refused(f"decord finds wrong frames in {index.container}")
     try:
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
         # Beyond the true end get_batch can wait forever.

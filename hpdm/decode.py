@@ -5,8 +5,9 @@ another one, so a file with more than one video stream is read with PyAV.
 
 **Which frames.** Frame ``i`` is the i-th in order of presentation, counted from the packets that are really in the
 file, never from what its header claims: a cut-off file has the frames that are left. A file where decord counts
-differently, or whose frames are stored turned (phones), is read with PyAV, so both give the same frames. Only the
-window that is asked for is decoded, from the keyframe before it.
+differently, whose frames are stored turned (phones), or of a kind where decord's seeks go wrong (B-frames other than
+H.264's in mp4 and Matroska, MPEG program and transport streams) is read with PyAV, so both give the same frames. Only
+the window that is asked for is decoded, from the keyframe before it.
 
 **Hangs and crashes.** Decoding runs in a worker process of its own, one for each process that reads, started at the
 first call. Past the timeout it is killed; a hang in decord is retried with PyAV, a hang in PyAV is an error that names
