@@ -102,8 +102,11 @@ def build_index(path: str) -> Index:
 
 def read_decord(path: str, index: Index, indices: list[int]) -> np.ndarray:
     """Reads frames with decord, where it provably sees the same stream and the same frames as the index."""
-    import decord
-
+    try:
+        import decord
+    except (ImportError, OSError) as error:  # there are platforms for which it is not built
+        raise Refused(f"decord cannot be imported: {_first_line(error)}") from None
+    decord.logging.set_level(decord.logging.QUIET)
     if index.video_streams != 1:
         raise Refused(f"{index.video_streams} video streams, of which decord may pick another one")
     if index.rotation:
@@ -197,10 +200,8 @@ def _first_line(error: BaseException) -> str:
 
 def _quiet() -> None:
     import av.logging
-    import decord
 
     av.logging.set_level(av.logging.PANIC)
-    decord.logging.set_level(decord.logging.QUIET)
 
 
 def receive(source: IO[bytes]) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,8 @@ class Inspect:
             if self.full:
                 verify(path, timeout=self.timeout)
         except (DecodeError, FileNotFoundError) as error:
-            return f"would be skipped: {str(error).removeprefix(path).lstrip(': ')}", "skipped"
+            reason = str(error).removeprefix(os.path.abspath(path)).lstrip(": ")
+            return f"would be skipped: {reason}", "skipped"
         streams = f", stream {info.stream}, one of {info.video_streams} with video" if info.video_streams > 1 else ""
         line = f"{info.frames} frames {info.width}x{info.height} {info.fps:g} fps {info.codec}, {clip.decoder}{streams}"
         span = (self.frames - 1) * self.stride + 1

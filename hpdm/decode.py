@@ -167,7 +167,8 @@ def _checked(path: str | os.PathLike[str], timeout: float) -> str:
         raise ValueError(f"timeout: got {timeout}, expected seconds > 0")
     if not Path(path).is_file():
         raise FileNotFoundError(f"path: {path} is not a file")
-    return os.fspath(path)
+    # The worker keeps the folder that it was started in, this process may change its own.
+    return os.path.abspath(path)
 
 
 class _Worker:

@@ -344,6 +344,22 @@ def test_a_hung_worker_ends_without_its_parent(tmp_path, monkeypatch, worker):
     assert process.wait(timeout=20) == -signal.SIGALRM
 
 
+def test_without_decord_everything_is_read_with_pyav(tmp_path, monkeypatch, worker):
+    path = encode(tmp_path / "a.mp4", [numbered(4)])
+    patched(tmp_path, monkeypatch, "sys.modules['decord'] = None")
+    assert read_clip(path, [1]).decoder == "pyav"
+    with pytest.raises(DecodeError, match=r"a\.mp4: decord cannot be imported"):
+        read_clip(path, [1], decoder="decord")
+
+
+def test_relative_paths_follow_this_process(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        encode(tmp_path / name / "a.mp4", [numbered(4 if name == "one" else 7)])
+        monkeypatch.chdir(tmp_path / name)
+        assert probe("a.mp4").frames == (4 if name == "one" else 7)
+
+
 def test_an_interrupt_leaves_no_stale_reply(tmp_path, worker, monkeypatch):
     path = encode(tmp_path / "a.mp4", [numbered(6)])
     read_clip(path, [0])
