@@ -1,0 +1,280 @@
+"""Kernels of the context ops; ``context_triton`` launches them, ``context_geometry`` has the mathematics.
+
+Two small tables, written once per call by ``_context_geometry_kernel`` on the device, carry what depends on boxes and
+sizes: ``place [B, K, 10]`` int32 (start f, h, w; footprint f, h, w; source grid f, h, w; row of the source) and
+``where [B, K, 6]`` fp32 (position of token 0 in the footprint f, h, w; step f, h, w). So the number of sources is a
+loop bound, not a specialisation, and the host never waits. All footprints lie below each other in one buffer, source
+after source, sample after sample: ``[sum_k B * P_k, D]``. Everything is gathered: there are no atomics, and every sum
+has a fixed order.
+"""
+
+from __future__ import annotations
+
+from hpdm_kernels._triton import jit, tl
+
+
+@jit
+def _context_geometry_kernel(  # type: ignore[no-untyped-def]
+    box_ptr, source_box_ptr, index_ptr, place_ptr, where_ptr,
+    k, K, n_f, n_h, n_w, m_f, m_h, m_w, p_f, p_h, p_w,
+    HAS_INDEX: tl.constexpr,
+):  # fmt: skip
+    """One sample of source k per program: rows of both tables. fp64 leaves one rounding to fp32."""
+    b = tl.program_id(0)
+    row = tl.load(index_ptr + b * K + k).to(tl.int32) if HAS_INDEX else b
+    axis = tl.arange(0, 4)
+    real = axis < 3
+    n = tl.where(axis == 0, n_f, tl.where(axis == 1, n_h, n_w)).to(tl.float64)
+    grid = tl.where(axis == 0, m_f, tl.where(axis == 1, m_h, m_w))
+    size = tl.where(axis == 0, p_f, tl.where(axis == 1, p_h, p_w))
+    m = grid.to(tl.float64)
+    box = box_ptr + b * 6 + axis
+    source_box = source_box_ptr + row.to(tl.int64) * 6 + axis
+    source_scale = tl.load(source_box + 3, mask=real, other=1.0).to(tl.float64)
+    offset = tl.load(box, mask=real, other=0.0).to(tl.float64)
+    offset = (offset - tl.load(source_box, mask=real, other=0.0).to(tl.float64)) / source_scale
+    scale = tl.load(box + 3, mask=real, other=1.0).to(tl.float64) / source_scale
+    first = (offset + scale * 0.5 / n) * m - 0.5
+    start = tl.minimum(tl.maximum(tl.floor(first), 0.0), (grid - size).to(tl.float64))
+    where = where_ptr + (b * K + k) * 6 + axis
+    tl.store(where, (first - start).to(tl.float32), mask=real)
+    tl.store(where + 3, (scale * m / n).to(tl.float32), mask=real)
+    place = place_ptr + (b * K + k) * 10 + axis
+    tl.store(place, start.to(tl.int32), mask=real)
+    tl.store(place + 3, size, mask=real)
+    tl.store(place + 6, grid, mask=real)
+    tl.store(place_ptr + (b * K + k) * 10 + 9, row)
+
+
+@jit
+def _context_gather_kernel(  # type: ignore[no-untyped-def]
+    source_ptr, out_ptr, place_ptr, k, K, P, D, stride_source_b, stride_source_n,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Copies a block of one sample's footprint tokens: ``[B_k, N_k, D] -> [B, P, D]``."""
+    b = tl.program_id(1)
+    j = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    place = place_ptr + (b * K + k) * 10
+    p_h, p_w = tl.load(place + 4), tl.load(place + 5)
+    f = tl.load(place) + j // (p_h * p_w)
+    h = tl.load(place + 1) + j // p_w % p_h
+    w = tl.load(place + 2) + j % p_w
+    token = (f * tl.load(place + 7) + h) * tl.load(place + 8) + w
+    mask = (j < P)[:, None] & (d < D)[None, :]
+    source = source_ptr + tl.load(place + 9).to(tl.int64) * stride_source_b + token.to(tl.int64) * stride_source_n
+    value = tl.load(source[:, None] + d[None, :], mask=mask, other=0.0)
+    out = out_ptr + (b.to(tl.int64) * P + j) * D
+    tl.store(out[:, None] + d[None, :], value, mask=mask)
+
+
+@jit
+def _context_scatter_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, out_ptr, place_ptr, k, K, B, N, P, D,
+    HAS_INDEX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Transpose of the gather, by source token: sums the samples, in their order, whose footprint holds it."""
+    row = tl.program_id(1)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_h, m_w = tl.load(place_ptr + k * 10 + 7), tl.load(place_ptr + k * 10 + 8)
+    f, h, w = t // (m_h * m_w), t // m_w % m_h, t % m_w
+    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    first_sample = 0 if HAS_INDEX else row
+    for i in range(B if HAS_INDEX else 1):
+        b = first_sample + i
+        place = place_ptr + (b * K + k) * 10
+        # A sample that another row serves has no footprint here.
+        p_f = tl.where(tl.load(place + 9) == row, tl.load(place + 3), 0)
+        p_h, p_w = tl.load(place + 4), tl.load(place + 5)
+        j_f, j_h, j_w = f - tl.load(place), h - tl.load(place + 1), w - tl.load(place + 2)
+        inside = (j_f >= 0) & (j_f < p_f) & (j_h >= 0) & (j_h < p_h) & (j_w >= 0) & (j_w < p_w) & (t < N)
+        grad = grad_ptr + ((b * P).to(tl.int64) + (j_f * p_h + j_h) * p_w + j_w) * D
+        acc += tl.load(grad[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+    out = out_ptr + (row.to(tl.int64) * N + t) * D
+    tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=(t < N)[:, None] & (d < D)[None, :])
+
+
+@jit
+def _axis_taps(where, place, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-def]
+    """Lower footprint token, upper footprint token and weight of the upper one, for tokens ``i`` of one axis."""
+    last = tl.load(place + 3 + AXIS) - 1
+    u = tl.load(where + AXIS) + i.to(tl.float32) * tl.load(where + 3 + AXIS)
+    u = tl.minimum(tl.maximum(u, 0.0), last.to(tl.float32))
+    low = u.to(tl.int32)
+    return low, tl.minimum(low + 1, last), u - low.to(tl.float32)
+
+
+@jit
+def _add_context(acc, values_ptr, where_ptr, place_ptr, b, B, K, D, f, h, w, d, mask):  # type: ignore[no-untyped-def]
+    """``acc`` plus the mean over sources of trilinear samples of the footprints, for tokens (f, h, w) and columns d."""
+    share = 1.0 / K.to(tl.float32)
+    base = b.to(tl.int64) * 0
+    # One loop over sources and their frame and height taps, with a bound the compiler does not know: unrolled, all
+    # corners are in flight at once and registers spill.
+    for step in range(4 * K):
+        k, tap = step // 4, step % 4
+        where, place = where_ptr + (b * K + k) * 6, place_ptr + (b * K + k) * 10
+        p_h, p_w = tl.load(place + 4), tl.load(place + 5)
+        size = tl.load(place + 3) * p_h * p_w
+        f_0, f_1, t_f = _axis_taps(where, place, 0, f)
+        h_0, h_1, t_h = _axis_taps(where, place, 1, h)
+        w_0, w_1, t_w = _axis_taps(where, place, 2, w)
+        line = (tl.where(tap >= 2, f_1, f_0) * p_h + tl.where(tap % 2 == 1, h_1, h_0)) * p_w
+        weight = share * tl.where(tap >= 2, t_f, 1.0 - t_f) * tl.where(tap % 2 == 1, t_h, 1.0 - t_h)
+        rows = values_ptr + (base + b.to(tl.int64) * size) * D
+        for upper in tl.static_range(2):
+            # Offsets in one footprint fit into 32 bits (checked at launch), which halves the registers they take.
+            row = (line + (w_1 if upper else w_0)) * D
+            value = tl.load(rows + (row[:, None] + d[None, :]), mask=mask, other=0.0).to(tl.float32)
+            acc += (weight * (t_w if upper else 1.0 - t_w))[:, None] * value
+        base += tl.where(tap == 3, size, 0).to(tl.int64) * B
+    return acc
+
+
+@jit
+def _sample_context_fwd_kernel(  # type: ignore[no-untyped-def]
+    values_ptr, where_ptr, place_ptr, out_ptr, B, K, N, D, n_h, n_w, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """A block of tokens and columns of one sample's context per program."""
+    b = tl.program_id(1)
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = (t < N)[:, None] & (d < D)[None, :]
+    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    f, h, w = t // (n_h * n_w), t // n_w % n_h, t % n_w
+    acc = _add_context(acc, values_ptr, where_ptr, place_ptr, b, B, K, D, f, h, w, d, mask)
+    out = out_ptr + (b.to(tl.int64) * N + t) * D
+    tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, weight_ptr, values_ptr, where_ptr, place_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+    B, K, N, D, n_f, n_h, n_w, stride_x_b, stride_x_n,
+    HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``x @ weight.T`` with context, coordinates and bias added on the way out; one tile of one sample per program."""
+    b = tl.program_id(1)
+    # Neighbouring programs share tokens: their rows of x and their footprint rows are then still in L2.
+    n_blocks_d = tl.cdiv(D, BLOCK_D)
+    t = tl.program_id(0) // n_blocks_d * BLOCK_T + tl.arange(0, BLOCK_T)
+    d = tl.program_id(0) % n_blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    inner = tl.arange(0, BLOCK_K)
+    x = x_ptr + b.to(tl.int64) * stride_x_b + t.to(tl.int64)[:, None] * stride_x_n + inner[None, :]
+    weight = weight_ptr + d.to(tl.int64)[None, :] * D + inner[:, None]
+    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
+    for start in range(0, D, BLOCK_K):
+        left = inner < D - start
+        x_tile = tl.load(x + start, mask=(t < N)[:, None] & left[None, :], other=0.0)
+        weight_tile = tl.load(weight + start, mask=left[:, None] & (d < D)[None, :], other=0.0)
+        acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
+
+    f, h, w = t // (n_h * n_w), t // n_w % n_h, t % n_w
+    mask = (t < N)[:, None] & (d < D)[None, :]
+    acc = _add_context(acc, values_ptr, where_ptr, place_ptr, b, B, K, D, f, h, w, d, mask)
+    if HAS_COORDINATES:
+        for axis in tl.static_range(3):
+            i = f if axis == 0 else (h if axis == 1 else w)
+            n = n_f if axis == 0 else (n_h if axis == 1 else n_w)
+            box = box_ptr + b * 6 + axis
+            c = tl.load(box) + tl.load(box + 3) * ((i.to(tl.float32) + 0.5) / n.to(tl.float32))
+            column = tl.load(coordinate_ptr + d * 3 + axis, mask=d < D, other=0.0).to(tl.float32)
+            acc += c[:, None] * column[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+    out = out_ptr + (b.to(tl.int64) * N + t) * D
+    tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _context_contract_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, out_ptr, where_ptr, k, K, rows, per_sample, n, p, width, AXIS: tl.constexpr, MEAN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Transposed interpolation along one axis, ``[outer, n, width] -> [outer, p, width]``, rows flattened to outer * p.
+
+    Footprint token j receives from the tokens whose position lies within one of it: a closed-form range. On the border
+    tokens everything beyond arrives as well.
+    """
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    real = r < rows
+    outer, j = r // p, r % p
+    where = where_ptr + ((outer // per_sample) * K + k) * 6 + AXIS
+    first = tl.load(where, mask=real, other=0.0)
+    step = tl.load(where + 3, mask=real, other=1.0)
+    # One more on either side, for rounding; what does not belong there gets weight 0.
+    low = tl.where(j == 0, 0, tl.minimum(tl.maximum(tl.ceil((j - 1 - first) / step) - 1.0, 0.0), n).to(tl.int32))
+    high = tl.floor((j + 1 - first) / step) + 1.0
+    high = tl.where(j == p - 1, n - 1, tl.minimum(tl.maximum(high, -1.0), n - 1).to(tl.int32))
+    count = tl.max(tl.where(real, high - low + 1, 0), axis=0)
+    acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
+    grad = grad_ptr + outer.to(tl.int64) * n * width
+    for c in range(count):
+        i = low + c
+        u = tl.minimum(tl.maximum(first + i.to(tl.float32) * step, 0.0), (p - 1).to(tl.float32))
+        weight = tl.maximum(1.0 - tl.abs(u - j.to(tl.float32)), 0.0)
+        mask = (real & (i <= high))[:, None] & (d < width)[None, :]
+        value = tl.load((grad + i.to(tl.int64) * width)[:, None] + d[None, :], mask=mask, other=0.0)
+        acc += weight[:, None] * value.to(tl.float32)
+    if MEAN:
+        acc = acc / K.to(tl.float32)
+    out = out_ptr + r.to(tl.int64) * width
+    tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & (d < width)[None, :])
+
+
+@jit
+def _coordinate_sums_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, box_ptr, out_ptr, N, D, n_f, n_h, n_w, chunk, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Sums over a chunk of one sample's tokens of grad and of grad times each coordinate: ``out [B, chunks, 4, D]``."""
+    b = tl.program_id(1)
+    piece = tl.program_id(0)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    box = box_ptr + b * 6
+    o_f, o_h, o_w = tl.load(box), tl.load(box + 1), tl.load(box + 2)
+    s_f, s_h, s_w = tl.load(box + 3), tl.load(box + 4), tl.load(box + 5)
+    zero = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    by_f, by_h, by_w, total = zero, zero, zero, zero
+    for begin in range(piece * chunk, tl.minimum((piece + 1) * chunk, N), BLOCK_T):
+        t = begin + tl.arange(0, BLOCK_T)
+        mask = ((t < N) & (t < (piece + 1) * chunk))[:, None] & (d < D)[None, :]
+        grad = grad_ptr + (b.to(tl.int64) * N + t) * D
+        value = tl.load(grad[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        c_f = o_f + s_f * (((t // (n_h * n_w)).to(tl.float32) + 0.5) / n_f.to(tl.float32))
+        c_h = o_h + s_h * (((t // n_w % n_h).to(tl.float32) + 0.5) / n_h.to(tl.float32))
+        c_w = o_w + s_w * (((t % n_w).to(tl.float32) + 0.5) / n_w.to(tl.float32))
+        by_f += tl.sum(c_f[:, None] * value, axis=0)
+        by_h += tl.sum(c_h[:, None] * value, axis=0)
+        by_w += tl.sum(c_w[:, None] * value, axis=0)
+        total += tl.sum(value, axis=0)
+    out = out_ptr + (b.to(tl.int64) * tl.num_programs(0) + piece) * 4 * D + d
+    tl.store(out, by_f, mask=d < D)
+    tl.store(out + D, by_h, mask=d < D)
+    tl.store(out + 2 * D, by_w, mask=d < D)
+    tl.store(out + 3 * D, total, mask=d < D)
+
+
+@jit
+def _context_matmul_kernel(  # type: ignore[no-untyped-def]
+    a_ptr, b_ptr, out_ptr, M, N, K, stride_a_m, stride_a_k, stride_b_k, stride_b_n, stride_out_m,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``a @ b`` with any strides: for the precisions that PyTorch's own product cannot be asked for."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a = a_ptr + m.to(tl.int64)[:, None] * stride_a_m + k.to(tl.int64)[None, :] * stride_a_k
+    b = b_ptr + k.to(tl.int64)[:, None] * stride_b_k + n.to(tl.int64)[None, :] * stride_b_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        left = k < K - start
+        a_tile = tl.load(a, mask=(m < M)[:, None] & left[None, :], other=0.0)
+        b_tile = tl.load(b, mask=left[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+        a += BLOCK_K * stride_a_k.to(tl.int64)
+        b += BLOCK_K * stride_b_k.to(tl.int64)
+    out = out_ptr + m.to(tl.int64)[:, None] * stride_out_m + n[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
