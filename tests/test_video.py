@@ -96,6 +96,20 @@ def test_full_disk_leaves_the_old_video_and_no_debris(tmp_path, generator):
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 
+def test_a_disk_that_fills_at_any_point_is_noticed(tmp_path, generator):
+    """Also when the last byte of the index, written at the end, is what does not fit."""
+    clip = smooth_clip(generator)
+    write_video(tmp_path / "whole.mp4", clip)
+    size = (tmp_path / "whole.mp4").stat().st_size
+    for limit in (0, size // 2, size - 300, size - 1):
+        with disk_of(limit), pytest.raises(OSError):
+            write_video(tmp_path / "a.mp4", clip)
+    assert os.listdir(tmp_path) == ["whole.mp4"]
+    with disk_of(size):
+        write_video(tmp_path / "a.mp4", clip)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
 def test_interrupted_write_leaves_no_debris(tmp_path):
     def interrupted():
         with atomic_path(tmp_path / "a.txt") as temporary:
