@@ -18,7 +18,7 @@ from hpdm.config import HPDMConfig
 from hpdm.rin import RINBlock
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels._backend import check_backend
-from hpdm_kernels.reference import relative_box
+from hpdm_kernels.reference import coordinate_dtype, relative_box
 
 NOISE_FREQUENCIES = 256
 
@@ -41,10 +41,11 @@ class Context:
 
 
 def noise_frequencies(t: Tensor) -> Tensor:
-    """Sinusoids of the diffusion time: ``[B] -> [B, 256]``."""
+    """Sinusoids of the diffusion time, at least in fp32: ``[B] -> [B, 256]``."""
+    t = t.to(coordinate_dtype(t.dtype))
     half = NOISE_FREQUENCIES // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half))
-    angles = 1000 * t.float()[:, None] * frequencies
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(1e4) / half))
+    angles = 1000 * t[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
@@ -77,7 +78,7 @@ class Conditioner(nn.Module):
 
     def forward(self, t: Tensor, level: Tensor, labels: Tensor | None, text: Tensor | None) -> Tensor:
         """Diffusion times ``[B]``, levels ``[B]``, labels ``[B]``, text tokens ``[B, S, D]`` -> ``[B, c]``, activated."""
-        c = self.noise(noise_frequencies(t)) + self.level(level)
+        c = self.noise(noise_frequencies(t).to(self.level.weight.dtype)) + self.level(level)
         if self.kind == "class":
             labels = torch.full_like(level, self.classes) if labels is None else labels
             c = c + self.label(labels)

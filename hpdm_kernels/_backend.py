@@ -50,8 +50,8 @@ def resolve(backend: str, op: str, tensor: torch.Tensor, triton_dtypes: Sequence
         backend: one of :data:`BACKENDS`.
         op: the public name of the op, for messages.
         tensor: decides by its device and dtype.
-        triton_dtypes: the dtypes that the op's kernels take on a GPU. The interpreter takes fp32 alone,
-            because its bf16 arithmetic is silently wrong.
+        triton_dtypes: the dtypes that the op's kernels take on a GPU. The interpreter takes fp32 and
+            bytes alone, because its bf16 arithmetic is silently wrong.
 
     Raises:
         ValueError: unknown backend.
@@ -84,8 +84,8 @@ def _triton_obstacle(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str
     if tensor.device.type == "cpu":
         if not _triton.INTERPRETED:
             return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 before import)"
-        if tensor.dtype is not torch.float32:
-            return f"Triton's interpreter is right for float32 only, got {tensor.dtype}"
+        if tensor.dtype not in (torch.float32, torch.uint8):
+            return f"Triton's interpreter is right for float32 (and uint8) only, got {tensor.dtype}"
         return None
     return f"no kernels for {tensor.device.type} devices"
 

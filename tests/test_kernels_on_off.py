@@ -1,0 +1,92 @@
+"""Kernels on equal kernels off: same weights, same batch, within stated error budgets.
+
+The budget of a single step is in units of the reference's own fp32 error against fp64: at most twice as far off, per
+output and per gradient. The budget of a training run is absolute: AdamW divides by the root of a second moment, which
+turns a rounding difference in a tiny gradient into a full-size step, so losses may drift by 0.1 % over 32 steps.
+"""
+
+import pytest
+import torch
+
+from hpdm import HPDM, presets
+from hpdm.objective import denoising_error
+from hpdm.optim import make_optimizer
+from hpdm.pyramid import sample_boxes
+from hpdm_kernels.testing import assert_within_budget
+
+STEPS = 32
+DRIFT = 1e-3
+
+
+def config_for(backend, **changes):
+    sizes = dict(width=32, latents=8, latent_width=32, head_width=16, conditioning_width=32)
+    if backend == "triton":  # the interpreter takes milliseconds per block
+        sizes |= dict(patch=(2, 8, 8), width=16, latents=4, latent_width=16, levels_per_block=(1, 3))
+    return presets.tiny().replace(**sizes, **changes)
+
+
+def make(config, kernels, state=None, dtype=torch.float32):
+    torch.manual_seed(0)
+    model = HPDM(config, kernels)
+    if state is None:
+        with torch.no_grad():  # away from the zero initialisation, behind which differences would hide
+            for p in model.parameters():
+                p.add_(torch.randn_like(p) * 0.05)
+    else:
+        model.load_state_dict(state)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("changes", [{}, {"fusion": "shallow"}, {"coordinates": False, "detach_context": True}])
+def test_outputs_and_every_gradient(backend, changes, generator):
+    config = config_for(backend, **changes)
+    state = make(config, "reference").state_dict()
+    batch = 2
+    x = torch.randn(batch, config.levels, 3, *config.patch, generator=generator)
+    boxes = sample_boxes(config, batch, generator)
+    t = torch.rand(batch, config.levels, generator=generator)
+    labels = torch.randint(config.classes, (batch,), generator=generator)
+    weight = torch.randn(x.shape, generator=generator)
+
+    def run(kernels, dtype):
+        model = make(config, kernels, state, dtype)
+        inputs = x.to(dtype).requires_grad_(True)
+        # Boxes stay fp32: they are the data that all three agree on.
+        out = model(inputs, boxes, t.to(dtype), labels)
+        (out * weight.to(dtype)).sum().backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        return out.detach(), inputs.grad, grads
+
+    oracle, plain, ours = run("reference", torch.float64), run("reference", torch.float32), run(backend, torch.float32)
+    assert_within_budget("output", ours[0], plain[0], oracle[0], ulps=16)
+    assert_within_budget("gradient of x", ours[1], plain[1], oracle[1], ulps=16)
+    for name, grad in oracle[2].items():
+        if grad is None:
+            assert ours[2][name] is None, name
+            continue
+        assert_within_budget(f"gradient of {name}", ours[2][name], plain[2][name], grad, factor=3, ulps=64)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_training_run(backend):
+    config = config_for(backend)
+    video = torch.randint(0, 256, (2, 3, *config.resolution), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    video[:, :, :, 8:24, 8:24] = 230  # something to learn
+    labels = torch.tensor([0, 1])
+
+    def run(kernels):
+        model = make(config, kernels)
+        optimizer = make_optimizer(model, "adamw", 1e-3, 0.01)
+        losses = []
+        for step in range(STEPS):
+            loss = denoising_error(model, video, labels, torch.Generator().manual_seed(step), dropout=0.1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    off, on = run("reference"), run(backend)
+    assert off[-8:].mean() < 0.95 * off[:8].mean()  # it learns, so the comparison means something
+    assert ((on - off).abs() / off).max() < DRIFT

@@ -1,0 +1,152 @@
+"""Training runs: the curve continues after any stop, bad input is named, nothing is lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import hpdm.train as training
+from hpdm.checkpoint import list_checkpoints, load_model
+from hpdm.evaluate import EvaluateOptions, evaluate
+from hpdm.synthetic import render_synthetic
+from hpdm.train import TrainOptions, train
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    return render_synthetic(
+        tmp_path_factory.mktemp("data") / "clips", clips=3, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"]
+    )
+
+
+def options(clips, out, **changes):
+    values = dict(
+        data=clips,
+        out=out,
+        patch=(2, 8, 8),
+        resolution=(8, 32, 32),
+        steps=6,
+        batch=3,
+        warmup=2,
+        log_every=1,
+        save_every=3,
+        kernels="torch",
+    )
+    return TrainOptions(**(values | changes))
+
+
+def losses(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["loss_level_0"], row["grad_norm"], row["lr"]) for row in rows]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_an_interrupted_run_continues_bit_for_bit(clips, tmp_path, monkeypatch, optimizer):
+    train(options(clips, tmp_path / "whole", optimizer=optimizer))
+    real = training.save_checkpoint
+
+    def interrupted(run, step, *rest):
+        path = real(run, step, *rest)
+        if step == 3:
+            raise KeyboardInterrupt
+        return path
+
+    monkeypatch.setattr(training, "save_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(options(clips, tmp_path / "parts", optimizer=optimizer))
+    monkeypatch.undo()
+    # A killed process may have logged steps after its last checkpoint, the last of them half.
+    with (tmp_path / "parts" / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 4, "loss": 99.0}) + '\n{"step": 5, "lo')
+    train(options(clips, tmp_path / "parts", optimizer=optimizer))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    whole, parts = (load_model(tmp_path / name)[0] for name in ("whole", "parts"))
+    for (name, p), (_, q) in zip(whole.named_parameters(), parts.named_parameters()):
+        assert torch.equal(p, q), name
+
+
+def test_results_do_not_depend_on_decoding_processes(clips, tmp_path):
+    train(options(clips, tmp_path / "none", steps=3))
+    train(options(clips, tmp_path / "two", steps=3, workers=2, cache_mb=0))
+    assert losses(tmp_path / "none") == losses(tmp_path / "two")
+
+
+def test_a_finished_run_has_everything(clips, tmp_path):
+    train(options(clips, tmp_path, sample_every=6, sample_steps=2, log="tensorboard"))
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000006"]
+    assert (tmp_path / "samples" / "step-00000006.png").stat().st_size > 1000
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert {"step", "loss", "loss_level_0", "loss_level_2", "lr", "clips_per_s", "data_share"} <= set(row)
+    model, names, _, step = load_model(tmp_path)
+    assert (names, step, model.config.resolution) == (["RedDisc", "GreenSquare"], 6, (8, 32, 32))
+
+
+def test_another_config_or_schedule_is_refused(clips, tmp_path):
+    train(options(clips, tmp_path, steps=3))
+    before = losses(tmp_path)
+    with pytest.raises(ValueError, match=r"another config \(coordinates: True -> False\)"):
+        train(options(clips, tmp_path, steps=3, coordinates=False))
+    with pytest.raises(ValueError, match=r"other options \(steps: 3 -> 9"):
+        train(options(clips, tmp_path, steps=9))
+    other = render_synthetic(tmp_path / "other", clips=2, frames=12, size=(32, 32), classes=["RedDisc", "BlueTriangle"])
+    with pytest.raises(ValueError, match=r"classes \['RedDisc', 'BlueTriangle'\], expected"):
+        train(options(other, tmp_path, steps=3))
+    assert losses(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"preset": "huge"}, "preset: got 'huge'"),
+        ({"preset": "hpdm_t2v"}, "conditioned on text"),
+        ({"resolution": (8, 32, 24)}, "resolution: got"),
+        ({"resolution": (16, 64, 64)}, "frames"),
+    ],
+)
+def test_bad_choices_are_named_before_anything_is_written(clips, tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        train(options(clips, tmp_path / "run", **changes))
+    assert not list_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.parametrize("field", ["steps", "batch", "log_every", "save_every", "stride", "lr", "seed"])
+def test_bad_numbers_are_named(clips, tmp_path, field):
+    with pytest.raises(ValueError, match=f"{field}: got -1"):
+        options(clips, tmp_path, **{field: -1})
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        train(options(tmp_path / "nowhere", tmp_path / "run"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no videos in"):
+        train(options(tmp_path / "empty", tmp_path / "run"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
+    real = training.denoising_error
+    monkeypatch.setattr(training, "denoising_error", lambda *a, **k: real(*a, **k) * float("nan"))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
+        train(options(clips, tmp_path))
+    assert not list_checkpoints(tmp_path)
+
+
+def test_a_missing_device_is_named(clips, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    with pytest.raises(RuntimeError, match="device: got 'cuda'"):
+        train(options(clips, tmp_path, device="cuda"))
+
+
+def test_evaluation_is_repeatable_and_sees_improvement(clips, tmp_path):
+    train(options(clips, tmp_path, steps=80, save_every=40, lr=3e-3, batch=4))
+    first, last = list_checkpoints(tmp_path)
+    common = dict(data=clips, split=None, clips=4, bins=2, weights="model")
+    results = [evaluate(EvaluateOptions(run_folder=path, **common)) for path in (first, last, last)]
+    assert results[1] == results[2]
+    means = [sum(map(sum, r["error"])) for r in results]
+    assert means[1] < means[0]
+    with pytest.raises(ValueError, match="data: got classes"):
+        evaluate(EvaluateOptions(run_folder=tmp_path, **(common | {"data": clips / "RedDisc"})))
