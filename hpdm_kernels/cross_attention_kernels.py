@@ -350,22 +350,22 @@ class Tiling:
     num_stages: int
 
 
-# (kernel, products) -> tilings for head widths up to 64, and above. Each is the largest found that needs no stack and
-# fits the shared memory of sm_80, sm_90 and sm_100 (Triton 3.9). On sm_90 those of 16 bits and of one TF32 pass run
-# HGMMA (but for tf32 backward above 64), and two programs share a multiprocessor where registers allow it.
+# (kernel, products) -> tilings for head widths up to 32, up to 64, and above. Each is the largest found that needs no
+# stack and fits the shared memory of sm_80, sm_90 and sm_100 (Triton 3.9). At width 64 those of 16 bits and of one TF32
+# pass run HGMMA on sm_90, and two programs share a multiprocessor where registers allow it.
 _TILINGS = {
-    ("fwd", "16bit"): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
-    ("fwd", "tf32"): (Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2)),
-    ("fwd", "tf32x3"): (Tiling(128, 32, 8, 2), Tiling(32, 32, 8, 2)),
-    ("fwd", "ieee"): (Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
-    ("bwd_q", "16bit"): (Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
-    ("bwd_q", "tf32"): (Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2)),
-    ("bwd_q", "tf32x3"): (Tiling(32, 64, 8, 2), Tiling(16, 32, 8, 2)),
-    ("bwd_q", "ieee"): (Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
-    ("bwd_kv", "16bit"): (Tiling(64, 128, 8, 2), Tiling(64, 64, 8, 2)),
-    ("bwd_kv", "tf32"): (Tiling(32, 64, 4, 2), Tiling(32, 32, 8, 2)),
-    ("bwd_kv", "tf32x3"): (Tiling(32, 32, 4, 2), Tiling(32, 16, 8, 2)),
-    ("bwd_kv", "ieee"): (Tiling(32, 32, 8, 2), Tiling(16, 64, 8, 2)),
+    ("fwd", "16bit"): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
+    ("fwd", "tf32"): (Tiling(128, 32, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2)),
+    ("fwd", "tf32x3"): (Tiling(128, 32, 8, 2), Tiling(128, 32, 8, 2), Tiling(32, 32, 8, 2)),
+    ("fwd", "ieee"): (Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
+    ("bwd_q", "16bit"): (Tiling(128, 64, 8, 2), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
+    ("bwd_q", "tf32"): (Tiling(128, 32, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2)),
+    ("bwd_q", "tf32x3"): (Tiling(64, 32, 8, 2), Tiling(32, 64, 8, 2), Tiling(16, 32, 8, 2)),
+    ("bwd_q", "ieee"): (Tiling(32, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2)),
+    ("bwd_kv", "16bit"): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 64, 8, 2)),
+    ("bwd_kv", "tf32"): (Tiling(32, 64, 4, 2), Tiling(32, 64, 4, 2), Tiling(32, 32, 8, 2)),
+    ("bwd_kv", "tf32x3"): (Tiling(32, 16, 4, 2), Tiling(32, 32, 4, 2), Tiling(32, 16, 8, 2)),
+    ("bwd_kv", "ieee"): (Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(16, 64, 8, 2)),
 }
 
 
@@ -378,7 +378,11 @@ def tiling(kernel: str, products: str, block_d: int) -> Tiling:
     """Block sizes of ``kernel`` (``"fwd"``, ``"bwd_q"``, ``"bwd_kv"``); see :data:`_TILINGS`."""
     if INTERPRETED:  # milliseconds per iteration whatever its size: few, large ones
         return Tiling(128, 128, 1, 1)
-    return _TILINGS[kernel, products][block_d > 64]
+    return _shipped_tiling(kernel, products, block_d)
+
+
+def _shipped_tiling(kernel: str, products: str, block_d: int) -> Tiling:
+    return _TILINGS[kernel, products][(block_d > 32) + (block_d > 64)]
 
 
 def _grid_split(device: torch.device, programs: int, steps: int) -> tuple[int, int]:
@@ -493,7 +497,7 @@ def aot_specs() -> list[KernelSpec]:
     dtypes = [("fp32", p) for p in ("ieee", "tf32x3", "tf32")] + [("bf16", "ieee"), ("fp16", "ieee")]
     specs = []
     for kernel, (dtype, precision), block_d in product(("fwd", "bwd_q", "bwd_kv"), dtypes, (16, 32, 64, 128)):
-        tile = _TILINGS[kernel, precision if dtype == "fp32" else "16bit"][block_d > 64]
+        tile = _shipped_tiling(kernel, precision if dtype == "fp32" else "16bit", block_d)
         for even in (False, True) if block_d == 64 else (False,):
             constexprs = {
                 "WIDTH": block_d, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
