@@ -1,0 +1,95 @@
+"""Which backend runs, and what is said when it cannot."""
+
+import logging
+
+import pytest
+import torch
+
+from hpdm_kernels import _backend, _triton
+
+FLOATS = (torch.float32, torch.bfloat16)
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here, not interpreted")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_portable_backends_are_taken_as_asked(backend: str) -> None:
+    assert _backend.resolve(backend, "op", torch.zeros(1, dtype=torch.float64), FLOATS) == backend
+
+
+@pytest.mark.parametrize("backend", ["cuda", "", "Triton", None])
+def test_unknown_backend(backend) -> None:
+    with pytest.raises(ValueError, match=r"^backend: got .*expected one of 'auto', 'reference', 'torch', 'triton'"):
+        _backend.resolve(backend, "op", torch.zeros(1), FLOATS)
+
+
+@cpu_only
+def test_auto_on_the_cpu_is_torch_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    _backend._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="hpdm_kernels"):
+        for _ in range(3):
+            assert _backend.resolve("auto", "some_op", torch.zeros(1), FLOATS) == "torch"
+    assert [r.message for r in caplog.records] == [
+        "some_op: backend='auto' chose 'torch': the tensors are not on a CUDA device"
+    ]
+
+
+@cpu_only
+def test_triton_takes_fp32_under_the_interpreter() -> None:
+    assert _triton.INTERPRETED
+    assert _backend.resolve("triton", "op", torch.zeros(1), FLOATS) == "triton"
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_triton_refuses_what_the_interpreter_gets_wrong(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match=r"op: backend='triton' cannot run: .*right for float32"):
+        _backend.resolve("triton", "op", torch.zeros(1, dtype=dtype), FLOATS)
+
+
+@cpu_only
+def test_triton_needs_the_interpreter_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        _backend.resolve("triton", "op", torch.zeros(1), FLOATS)
+
+
+def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "AVAILABLE", False)
+    monkeypatch.setattr(_triton, "IMPORT_ERROR", "No module named 'triton'")
+    with pytest.raises(RuntimeError, match="triton is not importable"):
+        _backend.resolve("triton", "op", torch.zeros(1), FLOATS)
+    assert _backend.resolve("auto", "op", torch.zeros(1), FLOATS) == "torch"
+
+
+def test_other_devices_have_no_kernels() -> None:
+    with pytest.raises(RuntimeError, match="no kernels for meta devices"):
+        _backend.resolve("triton", "op", torch.zeros(1, device="meta"), FLOATS)
+    assert _backend.resolve("auto", "op", torch.zeros(1, device="meta"), FLOATS) == "torch"
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+def test_precision_is_taken_as_asked(precision: str) -> None:
+    assert _backend.resolve_precision(precision) == precision
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_precision_follows_pytorch(setting: str, precision: str) -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert _backend.resolve_precision(None) == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(ValueError, match=r"^precision: got 'fp8'"):
+        _backend.resolve_precision("fp8")
+
+
+def test_resolving_does_not_break_graphs() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if _backend.resolve("auto", "compiled_op", x, FLOATS) == "torch" else x - 1
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="eager")(x), f(x))
