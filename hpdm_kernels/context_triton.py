@@ -262,7 +262,7 @@ def fuse_backward(
                 grad_weight[:, 2 * d :] = sums[:3].t()
             result.append(grad_weight)
         if want_bias and sums is not None:
-            result.append(sums[3].to(x.dtype))
+            result.append(sums[3].to(x.dtype, copy=True))
         for k, g in zip(chosen, projected_grad.split([plan.counts[k] for k in chosen])):
             if want_sources[k]:
                 source_grad = _matmul(g, weight[:, d : 2 * d], precision)

@@ -1,0 +1,405 @@
+"""Context: sampling and fusion against the fp64 formulas, footprints, gradients, contract."""
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from hpdm_kernels import context, reference
+from hpdm_kernels.context import footprint_size, fuse_context, sample_context
+from hpdm_kernels.context_geometry import axis_positions, needed_footprint
+from hpdm_kernels.testing import assert_within_budget, random_boxes, value_and_grads
+
+BACKENDS = ("torch", "triton")
+
+
+class Problem:
+    """Random nested boxes, sources and weights; source k lies inside source k - 1, the patch inside the last."""
+
+    def __init__(
+        self, generator, grid, source_grids, scales, batch=2, width=6, coordinates=True, bias=True, dtype=torch.float32
+    ):
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        boxes = []
+        for scale in scales:
+            boxes.append(random_boxes(batch, scale, generator, boxes[-1] if boxes else None))
+        *self.source_boxes, self.box = boxes
+        self.grid, self.source_grids, self.index = grid, source_grids, None
+        self.sources = [normal(batch, math.prod(g), width) for g in source_grids]
+        self.x, self.grad = normal(batch, math.prod(grid), width), normal(batch, math.prod(grid), width)
+        self.weight = normal(width, 2 * width + 3 * coordinates) / width**0.5
+        self.bias = normal(width) if bias else None
+
+    def share_rows(self, generator):
+        """Two rows per source, which all samples share; they cover the whole video."""
+        batch = len(self.box)
+        whole = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]])
+        self.sources = [s.repeat(2, 1, 1)[:2] for s in self.sources]
+        self.source_boxes = [whole.repeat(2, 1) for _ in self.sources]
+        self.index = torch.randint(0, 2, (batch, len(self.sources)), generator=generator)
+        return self
+
+    def sample(self, backend, **options):
+        def call(*sources):
+            return sample_context(
+                sources, self.source_boxes, self.box, self.source_grids, self.grid,
+                source_index=self.index, backend=backend, **options,
+            )  # fmt: skip
+
+        return call
+
+    def fuse(self, backend, **options):
+        def call(x, weight, bias, *sources):
+            return fuse_context(
+                x, sources, self.source_boxes, self.box, weight, bias, self.source_grids, self.grid,
+                source_index=self.index, backend=backend, **options,
+            )  # fmt: skip
+
+        return call
+
+    @property
+    def fuse_inputs(self):
+        return (self.x, self.weight, self.bias, *self.sources)
+
+    def calls(self):
+        return ((self.sample, self.sources), (self.fuse, self.fuse_inputs))
+
+
+def check(problem, backend, grad=None, calls=None, **options):
+    grad = problem.grad if grad is None else grad
+    for make, inputs in calls or problem.calls():
+        wide = [t if t is None else t.double() for t in inputs]
+        oracle = value_and_grads(make("reference"), wide, grad.double())
+        plain = value_and_grads(make("reference"), inputs, grad)
+        actual = value_and_grads(make(backend, **options), inputs, grad)
+        # Against itself the fp64 reference errs nowhere, so all of the budget is this allowance.
+        ulps = 64.0 if grad.dtype is torch.float64 else 4.0
+        name = make.__name__
+        assert_within_budget(name, actual[0], plain[0], oracle[0], ulps=ulps)
+        for i, (got, near, true) in enumerate(zip(actual[1], plain[1], oracle[1], strict=True)):
+            assert (got is None) == (true is None)
+            if true is not None:
+                assert_within_budget(f"{name}, gradient {i}", got, near, true, ulps=ulps)
+
+
+WHOLE = (1.0, 1.0, 1.0)
+CASES = {
+    "pyramid": {
+        "grid": (4, 4, 4),
+        "source_grids": [(4, 4, 4)] * 2,
+        "scales": [WHOLE, (0.5,) * 3, (0.25,) * 3],
+        "batch": 3,
+    },
+    "odd": {
+        "grid": (3, 5, 1),
+        "source_grids": [(4, 2, 7), (1, 6, 3), (5, 1, 2)],
+        "width": 5,
+        "scales": [WHOLE, (0.7, 0.5, 1.0), (0.6, 0.5, 0.3), (0.3, 0.2, 0.25)],
+    },
+    "ratio 1 in time": {"grid": (3, 4, 4), "source_grids": [(3, 4, 4)], "scales": [WHOLE, (1.0, 0.5, 0.5)]},
+    "four sources": {
+        "grid": (2, 3, 2),
+        "source_grids": [(2, 3, 2)] * 4,
+        "scales": [(0.7**k,) * 3 for k in range(5)],
+        "width": 3,
+    },
+    "one token": {
+        "grid": (1, 1, 1),
+        "source_grids": [(1, 1, 1)],
+        "scales": [WHOLE, (0.5,) * 3],
+        "batch": 1,
+        "width": 1,
+    },
+    "same box": {"grid": (2, 3, 4), "source_grids": [(2, 3, 4)], "scales": [WHOLE, WHOLE], "batch": 1},
+    "coarse of fine": {
+        "grid": (1, 2, 3),
+        "source_grids": [(5, 7, 4)],
+        "scales": [WHOLE, (0.9, 1.0, 0.8)],
+        "bias": False,
+    },
+    "no coordinates": {
+        "grid": (2, 2, 3),
+        "source_grids": [(3, 2, 4)],
+        "scales": [WHOLE, (0.5,) * 3],
+        "coordinates": False,
+    },
+    "nothing extra": {
+        "grid": (2, 2, 3),
+        "source_grids": [(3, 2, 4)],
+        "scales": [WHOLE, (0.5,) * 3],
+        "coordinates": False,
+        "bias": False,
+    },
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_paper(case, backend, generator):
+    check(Problem(generator, **CASES[case]), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["pyramid", "odd", "no coordinates"])
+def test_other_dtypes(case, dtype, generator):
+    check(Problem(generator, dtype=dtype, **CASES[case]), "torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_may_share_rows_of_a_source(backend, generator):
+    check(Problem(generator, **{**CASES["pyramid"], "batch": 5}).share_rows(generator), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int32_rows(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"]).share_rows(generator)
+    problem.index = problem.index.int()
+    check(problem, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    problem.x = problem.x.transpose(1, 2).contiguous().transpose(1, 2)
+    problem.sources[0] = torch.cat((problem.sources[0],) * 2, dim=2)[:, :, 1::2].repeat(1, 2, 1)[:, ::2]
+    problem.sources[1] = problem.sources[1].transpose(0, 2).contiguous().transpose(0, 2)
+    problem.weight = problem.weight.t().contiguous().t()
+    problem.box = torch.stack((problem.box, problem.box), dim=2)[:, :, 0]
+    check(problem, backend, problem.grad.transpose(0, 1).contiguous().transpose(0, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_gradient(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    check(problem, backend, problem.grad[:, :, :1].expand_as(problem.grad))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_larger_footprints_change_nothing(backend, generator):
+    check(Problem(generator, **CASES["pyramid"]), backend, footprints=[(3, 4, 4), (4, 4, 4)])
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+def test_kernels_own_products(precision, generator):
+    # The interpreter takes products exactly whatever is asked for, so this covers the path, not the rounding.
+    problem = Problem(generator, **CASES["ratio 1 in time"])
+    check(problem, "triton", calls=[(problem.fuse, problem.fuse_inputs)], precision=precision)
+
+
+def test_footprint_size_is_the_most_that_is_touched():
+    draw = random.Random(0)
+    for n, m in itertools.product((1, 2, 3, 7, 8, 16), repeat=2):
+        for scale in (1.0, 0.5, 0.25, 0.7, 1 / 3):
+            most = 0
+            for offset in [0.0, 1 - scale, *(draw.random() * (1 - scale) for _ in range(200))]:
+                u = [(offset + scale * (i + 0.5) / n) * m - 0.5 for i in (0, n - 1)]
+                low, high = (min(max(v, 0.0), m - 1.0) for v in u)
+                most = max(most, math.ceil(high) - math.floor(low) + 1)
+            assert most <= footprint_size(scale, n, m) <= m
+            # Never more than one token to spare, which offsets on half tokens need.
+            assert footprint_size(scale, n, m) <= most + 1
+
+
+def test_footprint_size_of_the_papers_pyramids():
+    assert [footprint_size(scale, 16, 16) for scale in (1.0, 0.5, 0.25)] == [16, 10, 6]
+
+
+@pytest.mark.parametrize(("scale", "n", "m"), [(0.0, 4, 4), (1.5, 4, 4), (0.5, 0, 4), (0.5, 4, 0)])
+def test_footprint_size_rejects(scale, n, m):
+    with pytest.raises(ValueError, match="relative_scale" if n * m else "n, n_source"):
+        footprint_size(scale, n, m)
+
+
+def test_boxes_of_a_pyramid_fit_the_footprint_of_their_scale(generator):
+    grid = (16, 7, 12)
+    for level in range(1, 4):
+        parent = random_boxes(64, (0.5, 0.5, 1.0), generator)
+        scale = (0.5**level, 0.5**level, 0.5 ** (level - 1))
+        box = random_boxes(64, [s * p for s, p in zip(scale, (0.5, 0.5, 1.0))], generator, parent)
+        needed = needed_footprint(axis_positions(box, parent, grid, grid), grid, grid, slack=4 * 2**-23)
+        assert all(p <= footprint_size(s, n, n) for p, s, n in zip(needed, scale, grid))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_twice(backend, generator):
+    plain, shared = (Problem(generator, **CASES["ratio 1 in time"]) for _ in range(2))
+    for problem in (plain, shared.share_rows(generator)):
+        for make, inputs in problem.calls():
+            first, second = (value_and_grads(make(backend), inputs, problem.grad) for _ in range(2))
+            assert torch.equal(first[0], second[0])
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_wanted_gradients(backend, generator):
+    problem = Problem(generator, **{**CASES["pyramid"], "batch": 1})
+    for make, inputs in problem.calls():
+        everything = value_and_grads(make(backend), inputs, problem.grad)[1]
+        for chosen in range(len(inputs)):
+            leaves = [t.detach().requires_grad_(i == chosen) for i, t in enumerate(inputs)]
+            make(backend)(*leaves).backward(problem.grad)
+            torch.testing.assert_close(leaves[chosen].grad, everything[chosen])
+            assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i != chosen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_as_two_sources(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    problem.source_boxes[1] = problem.source_boxes[0]
+
+    def call(chosen):
+        def run(source):
+            return problem.sample(chosen)(source, source)
+
+        return run
+
+    got = value_and_grads(call(backend), problem.sources[:1], problem.grad)
+    want = value_and_grads(call("reference"), problem.sources[:1], problem.grad)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1][0], want[1][0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saves_inputs_only(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    inputs = [t.clone().requires_grad_() for t in problem.fuse_inputs]
+    known = {t.data_ptr() for t in (*inputs, problem.box, *problem.source_boxes)}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        problem.fuse(backend)(*inputs)
+    assert saved
+    assert set(saved) <= known
+
+
+def op_arguments(problem, backend, fuse):
+    flat = [n for g in problem.source_grids for n in g]
+    shared = (problem.sources, problem.source_boxes, problem.box)
+    tail = (problem.index, flat, list(problem.grid), flat)
+    if fuse:
+        return (problem.x, *shared, problem.weight, problem.bias, *tail, "ieee", backend)
+    return (*shared, *tail, backend)
+
+
+@pytest.mark.parametrize(("backend", "shared"), [("torch", False), ("torch", True), ("triton", True)])
+def test_opcheck(backend, shared, generator):
+    case = {
+        "grid": (2, 2, 3),
+        "source_grids": [(2, 3, 2), (1, 2, 2)],
+        "scales": [WHOLE, (0.5,) * 3, (0.3,) * 3],
+        "width": 3,
+    }
+    problem = Problem(generator, **case)
+    if shared:
+        problem.share_rows(generator)
+    grad = problem.grad
+    args, fuse_args = op_arguments(problem, backend, False), op_arguments(problem, backend, True)
+    torch.library.opcheck(context._sample_bwd, (grad, *args[:-1], [True, False], args[-1]))
+    torch.library.opcheck(context._fuse_bwd, (grad, *fuse_args[:-2], [True, True, True, False, True], *fuse_args[-2:]))
+    for tensor in (problem.x, problem.weight, problem.bias, *problem.sources):
+        tensor.requires_grad_()
+    torch.library.opcheck(context._sample_fwd, args)
+    torch.library.opcheck(context._fuse_fwd, fuse_args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_as_one_graph(backend, generator):
+    problem = Problem(generator, **{**CASES["pyramid"], "batch": 1})
+    for make, inputs in problem.calls():
+        # The sizes of the footprints cannot be read while tracing: the whole source grid, and bounds from the caller.
+        for options in ({}, {"footprints": [(4, 3, 3), (4, 4, 4)]}):
+            got = value_and_grads(torch.compile(make(backend, **options), fullgraph=True), inputs, problem.grad)
+            want = value_and_grads(make("reference"), inputs, problem.grad)
+            torch.testing.assert_close(got, want)
+
+
+def test_auto_is_torch_on_the_cpu(generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    assert torch.equal(problem.fuse("auto")(*problem.fuse_inputs), problem.fuse("torch")(*problem.fuse_inputs))
+
+
+def test_reference_is_the_reference(generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    want = reference.sample_context(
+        problem.sources, problem.source_boxes, problem.box, problem.source_grids, problem.grid
+    )
+    assert torch.equal(problem.sample("reference")(*problem.sources), want)
+
+
+GRID = (2, 2, 2)
+BAD = {
+    "x is a list": ({"x": [1.0]}, TypeError, "^x: "),
+    "x has two axes": ({"x": torch.zeros(8, 4)}, ValueError, "^x: "),
+    "x is int": ({"x": torch.zeros(2, 8, 4, dtype=torch.int64)}, TypeError, "^x: "),
+    "x and grid differ": ({"x": torch.zeros(2, 7, 4)}, ValueError, "^grid: "),
+    "sources is a tensor": ({"sources": torch.zeros(2, 8, 4)}, TypeError, "^sources: "),
+    "no sources": ({"sources": (), "source_boxes": (), "source_grids": ()}, ValueError, "^sources: "),
+    "source of another width": ({"sources": (torch.zeros(2, 8, 5),)}, ValueError, r"^sources\[0\]: "),
+    "source of another dtype": ({"sources": (torch.zeros(2, 8, 4).half(),)}, TypeError, r"^sources\[0\]: "),
+    "source of another batch": ({"sources": (torch.zeros(3, 8, 4),)}, ValueError, r"^sources\[0\]: "),
+    "source not of its grid": ({"source_grids": ((2, 2, 3),)}, ValueError, r"^sources\[0\]: "),
+    "too many source boxes": ({"source_boxes": (torch.ones(2, 6),) * 2}, ValueError, "^source_boxes: "),
+    "source boxes in fp64": ({"source_boxes": (torch.ones(2, 6).double(),)}, TypeError, r"^source_boxes\[0\]: "),
+    "source box outside the video": ({"source_boxes": (torch.ones(2, 6),)}, ValueError, r"^source_boxes\[0\]: row 0"),
+    "too many grids": ({"source_grids": (GRID, GRID)}, ValueError, "^source_grids: "),
+    "grid of two": ({"grid": (2, 4)}, TypeError, "^grid: "),
+    "grid with a zero": ({"grid": (0, 4, 2)}, ValueError, "^grid: "),
+    "box of another batch": ({"box": torch.zeros(3, 6)}, ValueError, "^box: "),
+    "box without scale": ({"box": torch.zeros(2, 6)}, ValueError, "^box: row 0"),
+    "box outside the source's": (
+        {"source_boxes": (torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.5, 0.5]]).repeat(2, 1),)}, ValueError, "^box: row 0",
+    ),
+    "narrow weight": ({"weight": torch.zeros(4, 9)}, ValueError, "^weight: "),
+    "weight of another dtype": ({"weight": torch.zeros(4, 11).double()}, TypeError, "^weight: "),
+    "long bias": ({"bias": torch.zeros(5)}, ValueError, "^bias: "),
+    "float rows": ({"source_index": torch.zeros(2, 1)}, TypeError, "^source_index: "),
+    "rows for other sources": ({"source_index": torch.zeros(2, 2).long()}, ValueError, "^source_index: "),
+    "row beyond the source": ({"source_index": torch.tensor([[0], [2]])}, ValueError, "^source_index: "),
+    "negative row": ({"source_index": torch.tensor([[0], [-1]])}, ValueError, "^source_index: "),
+    "too many footprints": ({"footprints": (GRID, GRID)}, ValueError, "^footprints: "),
+    "footprint beyond the grid": ({"footprints": ((2, 3, 2),)}, ValueError, r"^footprints\[0\]: "),
+    "footprint too small": ({"footprints": ((2, 1, 2),)}, ValueError, r"^footprints\[0\]: .*at least"),
+    "unknown precision": ({"precision": "fp8"}, ValueError, "^precision: "),
+    "unknown backend": ({"backend": "cuda"}, ValueError, "^backend: "),
+    "kernels in fp64": (
+        {
+            "backend": "triton", "x": torch.zeros(2, 8, 4).double(), "sources": (torch.zeros(2, 8, 4).double(),),
+            "weight": torch.zeros(4, 11).double(), "bias": None,
+        }, RuntimeError, "backend='triton'",
+    ),
+}  # fmt: skip
+
+
+def good_arguments():
+    whole = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]).repeat(2, 1)
+    return {
+        "x": torch.zeros(2, 8, 4), "sources": (torch.zeros(2, 8, 4),), "source_boxes": (whole,), "box": whole * 0.75,
+        "weight": torch.zeros(4, 11), "bias": torch.zeros(4), "source_grids": (GRID,), "grid": GRID,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments(case):
+    changes, error, message = BAD[case]
+    fuse_context(**good_arguments())
+    with pytest.raises(error, match=message):
+        fuse_context(**{**good_arguments(), **changes})
+
+
+# Without x, the first source decides the width and the dtype, the box decides the batch.
+FUSION_ONLY = {"source of another width", "source of another dtype", "box of another batch"}
+SAMPLE_BAD = [
+    case for case in BAD if case not in FUSION_ONLY and not BAD[case][0].keys() & {"x", "weight", "bias", "precision"}
+]
+
+
+@pytest.mark.parametrize("case", SAMPLE_BAD)
+def test_bad_arguments_of_sample_context(case):
+    changes, error, message = BAD[case]
+    arguments = {k: v for k, v in good_arguments().items() if k not in ("x", "weight", "bias")}
+    sample_context(**arguments)
+    with pytest.raises(error, match=message):
+        sample_context(**{**arguments, **changes})
