@@ -1,0 +1,102 @@
+"""Tiled sampling: cutting a video into half-overlapping tiles, and averaging tiles back (MultiDiffusion).
+
+The paper's largest case runs on the CPU too: 3375 tiles of 8x36x64 that cover 64x288x512 (746 MB of tiles in fp32).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import peers, shapes
+from hpdm_kernels import average_tiles, extract_tiles, reference
+
+PAPER = shapes.TilesShape(shapes.T2V)
+SHAPES = (*(shape for shape in shapes.TILES if shape != PAPER), PAPER)
+CUDA = torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_average_tiles(compare, backends, device, generator, shape, direction):
+    if direction == "fwd+bwd" and shape == PAPER and not CUDA:
+        pytest.skip("sampling takes no gradients: the smaller shape times them")
+    tiles, _ = shape.make(generator, device)
+    origins = shape.origins()
+    reads_and_writes = shape.bytes() * (2 if direction == "fwd+bwd" else 1)
+
+    def ours(backend):
+        return lambda t: average_tiles(t, origins, shape.size, backend=backend)
+
+    compare(
+        {
+            "reference (accumulate and count)": lambda t: reference.average_tiles(
+                t, origins, shape.size, None, 0.0, 1.0
+            ),
+            "accumulate and count, in place": lambda t: peers.accumulate_and_count(t, origins, shape.size),
+            # Minutes for the largest shape without a GPU.
+            **({"index_add_": lambda t: peers.index_add_average(t, origins, shape.size)} if CUDA else {}),
+            **{f"hpdm {backend}": ours(backend) for backend in backends},
+        },
+        inputs=(tiles,),
+        group="average_tiles",
+        shape=str(shape),
+        direction=direction,
+        reference="reference (accumulate and count)",
+        peers=["accumulate and count, in place", "index_add_"],
+        bytes=reads_and_writes,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sampler_step(compare, backends, device, generator, shape):
+    """The average, and the sampler's linear step with it: one launch and one pass of ours."""
+    tiles, video = shape.make(generator, device)
+    origins = shape.origins()
+
+    def ours(backend):
+        return lambda t, x: average_tiles(t, origins, shape.size, x=x, alpha=0.9, beta=0.1, backend=backend)
+
+    compare(
+        {
+            "reference (accumulate and count)": lambda t, x: reference.average_tiles(
+                t, origins, shape.size, x, 0.9, 0.1
+            ),
+            "accumulate and count, then step": lambda t, x: torch.add(
+                x * 0.9, peers.accumulate_and_count(t, origins, shape.size), alpha=0.1
+            ),
+            **{f"hpdm {backend}": ours(backend) for backend in backends},
+        },
+        inputs=(tiles, video),
+        group="average_tiles, alpha * x + beta * mean",
+        shape=str(shape),
+        direction="fwd",
+        reference="reference (accumulate and count)",
+        peers=["accumulate and count, then step"],
+        bytes=shape.bytes(with_x=True),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_extract_tiles(compare, backends, device, generator, shape):
+    _, video = shape.make(generator, device)
+    origins = shape.origins()
+    step = [n // 2 if half else n for n, half in zip(shape.tile, shape.overlap)]
+
+    def ours(backend):
+        return lambda v: extract_tiles(v, origins, shape.tile, backend=backend)
+
+    compare(
+        {
+            "reference (slices, stacked)": lambda v: reference.extract_tiles(v, origins, shape.tile),
+            "unfold": lambda v: peers.tiles_by_unfold(v, shape.tile, step),
+            **{f"hpdm {backend}": ours(backend) for backend in backends},
+        },
+        inputs=(video,),
+        group="extract_tiles",
+        shape=str(shape),
+        direction="fwd",
+        reference="reference (slices, stacked)",
+        peers=["unfold"],
+        bytes=shape.bytes(),
+    )
