@@ -46,15 +46,15 @@ class _Tiling:
 _TILINGS = {
     ("fwd", "16bit"): (_Tiling(128, 64, 8, 3), _Tiling(128, 64, 8, 3), _Tiling(128, 64, 8, 3)),
     ("fwd", "tf32"): (_Tiling(128, 32, 8, 3), _Tiling(128, 64, 8, 3), _Tiling(128, 32, 8, 2)),
-    ("fwd", "tf32x3"): (_Tiling(128, 32, 8, 2), _Tiling(128, 32, 8, 2), _Tiling(32, 32, 8, 2)),
-    ("fwd", "ieee"): (_Tiling(64, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(64, 32, 8, 2)),
+    ("fwd", "tf32x3"): (_Tiling(128, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(32, 32, 8, 2)),
+    ("fwd", "ieee"): (_Tiling(64, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(32, 32, 8, 2)),
     ("bwd_q", "16bit"): (_Tiling(128, 64, 8, 2), _Tiling(128, 64, 8, 2), _Tiling(64, 64, 8, 2)),
     ("bwd_q", "tf32"): (_Tiling(128, 32, 8, 2), _Tiling(128, 32, 8, 2), _Tiling(64, 32, 8, 2)),
     ("bwd_q", "tf32x3"): (_Tiling(64, 32, 8, 2), _Tiling(32, 64, 8, 2), _Tiling(16, 32, 8, 2)),
     ("bwd_q", "ieee"): (_Tiling(32, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(64, 32, 8, 2)),
     ("bwd_kv", "16bit"): (_Tiling(64, 128, 8, 2), _Tiling(64, 128, 8, 2), _Tiling(64, 64, 8, 2)),
     ("bwd_kv", "tf32"): (_Tiling(32, 64, 4, 2), _Tiling(32, 64, 4, 2), _Tiling(32, 32, 8, 2)),
-    ("bwd_kv", "tf32x3"): (_Tiling(32, 16, 4, 2), _Tiling(32, 32, 4, 2), _Tiling(32, 16, 8, 2)),
+    ("bwd_kv", "tf32x3"): (_Tiling(32, 16, 4, 2), _Tiling(32, 16, 4, 2), _Tiling(32, 16, 8, 2)),
     ("bwd_kv", "ieee"): (_Tiling(32, 32, 8, 2), _Tiling(32, 32, 8, 2), _Tiling(16, 64, 8, 2)),
 }
 
@@ -301,17 +301,18 @@ _KERNELS = {
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Every kernel at every entry of the table, masked; and unmasked at the head width of the presets (64)."""
+    """Every kernel at every entry of the table, masked; and unmasked at head width 64, the presets'."""
     dtypes = [("fp32", p) for p in ("ieee", "tf32x3", "tf32")] + [("bf16", "ieee"), ("fp16", "ieee")]
     specs = []
     for kernel, (dtype, precision), block_d in product(("fwd", "bwd_q", "bwd_kv"), dtypes, (16, 32, 64, 128)):
         tile = _shipped_tiling(kernel, precision if dtype == "fp32" else "16bit", block_d)
         for even in (False, True) if block_d == 64 else (False,):
+            width = block_d if even else block_d * 3 // 4
             constexprs = {
-                "WIDTH": block_d, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                "WIDTH": width, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                 "EVEN": even, "PRECISION": precision,
             }  # fmt: skip
-            label = f"{dtype},{precision},d{block_d}" + (",even" if even else "")
+            label = f"{dtype},{precision},d{width}"
             specs.append(_spec(kernel, label, dtype, constexprs, tile.num_warps, tile.num_stages))
     for dtype, block_d in product(("fp32", "bf16", "fp16"), (16, 32, 64, 128)):
         constexprs = {"WIDTH": block_d, "BLOCK_D": block_d, "BLOCK_M": COMBINE_ROWS}

@@ -65,8 +65,8 @@ def check(inputs: list[Tensor], backend: str, device: torch.device, scale: float
     wide = [t.double() for t in (q, k, v, grad)]
     true_out, true_grads = value_and_grads(plain, wide[:3], wide[3])
     eps = torch.finfo(q.dtype).eps
-    # Weights taken again carry the rounding of the score, of its scaling and of the log-sum-exp, which are fp32 even for
-    # 16-bit inputs. PyTorch's fused attention for the CPU also approximates exp, to 20 units in the last place.
+    # Weights taken again carry the rounding of the score, of its scaling and of the log-sum-exp, fp32 for 16-bit inputs
+    # too. PyTorch's fused attention for the CPU also approximates exp, to 20 units in the last place.
     scores = (wide[0] @ wide[1].transpose(-1, -2) * factor).abs().max().item()
     ulps = 4 * eps + min(eps, torch.finfo(torch.float32).eps) * (3 * scores + 20 * (backend == "torch"))
     results = zip(NAMES, [out, *grads], [plain_out, *plain_grads], [true_out, *true_grads])
