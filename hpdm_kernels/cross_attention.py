@@ -53,8 +53,8 @@ _TILINGS = {
     ("bwd_q", "tf32x3"): (_Tiling(64, 32, 8, 2), _Tiling(32, 64, 8, 2), _Tiling(16, 32, 8, 2)),
     ("bwd_q", "ieee"): (_Tiling(32, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(64, 32, 8, 2)),
     ("bwd_kv", "16bit"): (_Tiling(64, 128, 8, 2), _Tiling(64, 128, 8, 2), _Tiling(64, 64, 8, 2)),
-    ("bwd_kv", "tf32"): (_Tiling(32, 64, 4, 2), _Tiling(32, 64, 4, 2), _Tiling(32, 32, 8, 2)),
-    ("bwd_kv", "tf32x3"): (_Tiling(32, 16, 4, 2), _Tiling(32, 16, 4, 2), _Tiling(32, 16, 8, 2)),
+    ("bwd_kv", "tf32"): (_Tiling(32, 64, 4, 2), _Tiling(32, 64, 8, 2), _Tiling(32, 32, 8, 2)),
+    ("bwd_kv", "tf32x3"): (_Tiling(32, 16, 4, 2), _Tiling(32, 16, 8, 2), _Tiling(32, 16, 8, 2)),
     ("bwd_kv", "ieee"): (_Tiling(32, 32, 8, 2), _Tiling(32, 32, 8, 2), _Tiling(16, 64, 8, 2)),
 }
 
