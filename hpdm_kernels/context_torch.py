@@ -1,15 +1,17 @@
 """Multi-level context in portable PyTorch: three small matrix products per source instead of 8-corner gathers.
 
 A source's footprint ``[pf, ph, pw, D]`` is expanded one axis at a time by hat matrices (``context_geometry``): frames,
-then height. Width comes last and for all sources at once, because their columns concatenate: one product writes the
-output, one product reads its gradient. The mean over sources is folded into that last matrix. For ``fuse_context`` two
-more columns carry the bias and the coordinates, which are separable as well:
+height, and last width, whose product adds to the output in place. In the backward the width comes first, for all
+sources in one product that reads the gradient once. The mean over sources is folded into the width's matrix. For
+``fuse_context`` two more columns carry the coordinates and the bias, which are separable as well:
 
-    out[f, h] = [W_1 .. W_K, c_w, 1] @ [T_1[f, h] .. T_K[f, h], v_w, b + c_f v_f + c_h v_h]  +  x[f, h] @ Wx.T
+    out[f, h] = x[f, h] @ Wx.T + sum_k W_k @ T_k[f, h] + [c_w, 1] @ [v_w, b + c_f v_f + c_h v_h]
 
 with ``W_k`` the ``[n_w, pw_k]`` hat matrices and ``v`` the coordinate columns of the weight. Bytes moved beyond the
-plain product ``x @ Wx.T``: one read and one write of the output, ``sum_k pw_k / n_w`` times as much (about once) for T,
-and the footprints. 16-bit data is interpolated in fp32. Products follow torch's own precision settings.
+plain product ``x @ Wx.T``: the output read and written once per source, ``T_k`` (``pw_k / n_w`` of the output) written
+and read, and the footprints. Writing all ``T_k`` into one buffer would save passes over the output, but its strided
+products cost a thread barrier per line. 16-bit data is interpolated in fp32. Products follow torch's own precision
+settings.
 """
 
 from __future__ import annotations
@@ -84,24 +86,25 @@ def _scatter(grads: Tensor, source: Tensor, tokens: Tensor, shared_rows: bool) -
     return out.to(source.dtype)
 
 
-def _expand(values: Tensor, footprints: Sequence[Footprint], grid: Triple, extra: int) -> Tensor:
-    """Footprints ``[sum_k B * P_k, D]`` spread over frames and height, side by side for the width.
+def _add_context(out: Tensor, values: Tensor, footprints: Sequence[Footprint], grid: Triple, beta: int) -> None:
+    """``out = beta * out + mean`` over sources of footprints ``[sum_k B * P_k, D]`` spread over the patch, in place.
 
-    Returns ``[B * n_f * n_h, sum_k pw_k + extra, D]``; the ``extra`` last columns are left unwritten.
+    ``out`` is ``[B * n_f * n_h, n_w, D]``.
     """
     (b, _, _), d = footprints[0].matrices[0].shape, values.shape[1]
-    widths = [f.size[2] for f in footprints]
-    out = values.new_empty(b * grid[0], grid[1], sum(widths) + extra, d)
-    columns = out.split([*widths, extra], dim=2)
-    for part, footprint, place in zip(values.split([f.tokens.numel() for f in footprints]), footprints, columns):
-        (pf, ph, pw), (to_f, to_h, _) = footprint.size, footprint.matrices
+    for part, footprint in zip(values.split([f.tokens.numel() for f in footprints]), footprints):
+        (pf, ph, pw), (to_f, to_h, to_w) = footprint.size, footprint.matrices
         part = torch.bmm(to_f, part.view(b, pf, ph * pw * d))
-        torch.bmm(to_h.repeat_interleave(grid[0], 0), part.view(-1, ph, pw * d), out=place.flatten(2))
-    return out.flatten(0, 1)
+        part = torch.bmm(to_h.repeat_interleave(grid[0], 0), part.view(-1, ph, pw * d))
+        out.baddbmm_(_columns([to_w], grid), part.view(-1, pw, d), beta=beta)
+        beta = 1
 
 
 def _contract(grads: Tensor, footprints: Sequence[Footprint], grid: Triple) -> Tensor:
-    """The transpose of :func:`_expand`; columns that belong to no source come last and are ignored."""
+    """The transpose of :func:`_add_context` but for the width: ``[B * n_f * n_h, c, D] -> [sum_k B * P_k, D]``.
+
+    Columns that belong to no source come last and are ignored.
+    """
     (b, _, _), d = footprints[0].matrices[0].shape, grads.shape[2]
     counts, widths = [f.tokens.numel() for f in footprints], [f.size[2] for f in footprints]
     out = grads.new_empty(sum(counts), d)
@@ -141,8 +144,9 @@ def sample_forward(
     """Mean over the sources of trilinear samples, ``[B, N, D]``."""
     dtype, d = sources[0].dtype, sources[0].shape[2]
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
-    parts = _expand(_gather(sources, footprints).to(coordinate_dtype(dtype)), footprints, grid, 0)
-    out = torch.bmm(_columns([f.matrices[2] for f in footprints], grid), parts)
+    work = coordinate_dtype(dtype)
+    out = torch.empty(box.shape[0] * grid[0] * grid[1], grid[2], d, dtype=work, device=box.device)
+    _add_context(out, _gather(sources, footprints).to(work), footprints, grid, beta=0)
     return out.view(box.shape[0], -1, d).to(dtype)
 
 
@@ -188,22 +192,20 @@ def fuse_forward(
     work = coordinate_dtype(x.dtype)
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
     projected = torch.mm(_gather(sources, footprints), weight[:, d : 2 * d].t()).to(work)
-    columns = [f.matrices[2] for f in footprints]
-    with_coordinates = weight.shape[1] == 2 * d + 3
-    extra = 2 if with_coordinates else int(bias is not None)
-    parts = _expand(projected, footprints, grid, extra)
-    if extra:
-        columns += _extra_columns(box, grid, work, with_coordinates)
-        base = parts[:, -1].view(b, *grid[:2], d)
-        base.zero_() if bias is None else base.copy_(bias)
-    if with_coordinates:
+    out = torch.mm(x.reshape(-1, d), weight[:, :d].t()).to(work)
+    lines = out.view(-1, grid[2], d)
+    _add_context(lines, projected, footprints, grid, beta=1)
+    if weight.shape[1] == 2 * d + 3:
         c_f, c_h, _ = _coordinates(box, grid, work)
         v_f, v_h, v_w = weight[:, 2 * d :].to(work).unbind(1)
-        base += c_f[:, :, None, None] * v_f + c_h[:, None, :, None] * v_h
-        parts[:, -2] = v_w
-
-    out = torch.mm(x.reshape(-1, d), weight[:, :d].t()).to(work)
-    out.view(-1, grid[2], d).baddbmm_(_columns(columns, grid), parts)
+        rows = x.new_empty(b, grid[0], grid[1], 2, d, dtype=work)
+        rows[:, :, :, 0] = v_w
+        torch.add(c_f[:, :, None, None] * v_f, c_h[:, None, :, None] * v_h, out=rows[:, :, :, 1])
+        if bias is not None:
+            rows[:, :, :, 1] += bias
+        lines.baddbmm_(_columns(_extra_columns(box, grid, work, True), grid), rows.flatten(0, 2))
+    elif bias is not None:
+        out += bias
     return out.view(x.shape).to(x.dtype)
 
 
