@@ -21,7 +21,8 @@ help:  ## this list
 venv: $(READY)  ## set up .venv
 
 # The stamp is the last thing written: an interrupted set-up starts over, on top of what pip already has.
-$(READY): setup.py pyproject.toml constraints.txt | check-python
+$(READY): setup.py pyproject.toml constraints.txt
+	@$(MAKE) --silent --no-print-directory check-python
 	@echo "setting up $(VENV) ..."
 	@if [ -e $(VENV) ] && ! $(BIN)/python -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); fi
 	@[ -e $(VENV) ] || $(PYTHON) -m venv $(VENV)
