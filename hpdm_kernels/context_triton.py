@@ -36,11 +36,11 @@ class Tile(NamedTuple):
 _ROWS = Tile(256, 64) if INTERPRETED else Tile(8, 256)
 _CONTRACT = Tile(256, 64) if INTERPRETED else Tile(4, 256)
 _SUMS = Tile(256, 64) if INTERPRETED else Tile(16, 128)
-_SAMPLE = Tile(256, 64) if INTERPRETED else Tile(16, 128)
+_SAMPLE = Tile(256, 64) if INTERPRETED else Tile(8, 128)
 _CHUNK = 256  # tokens per partial sum of the coordinates' gradient
 _PRODUCT = {
     "ieee": Tile(64, 64, 16, 8, 2),
-    "tf32x3": Tile(64, 64, 32, 8, 2),
+    "tf32x3": Tile(64, 64, 16, 8, 2),
     "tf32": Tile(128, 64, 32, 8, 3),
     "16bit": Tile(128, 64, 64, 8, 3),
 }
