@@ -88,16 +88,18 @@ def _average_torch(
     for start_f, stop_f, cover_f in _pieces(axis_f, most):
         for start_h, stop_h, cover_h in pieces_h:
             total = out.new_zeros(b, c, stop_f - start_f, stop_h - start_h, size[2], dtype=work)
+            # First what shares columns, in long contiguous runs; then the overlap of columns, on a fraction of it.
+            rows = tiles.new_zeros(b, len(axis_w.origins), c, stop_f - start_f, stop_h - start_h, w, dtype=work)
             for i, j in itertools.product(cover_f, cover_h):
-                row = grid[:, i, j]
-                row = row.narrow(3, start_f - axis_f.origins[i], stop_f - start_f)
-                row = row.narrow(4, start_h - axis_h.origins[j], stop_h - start_h).permute(0, 2, 3, 4, 1, 5)
-                for first, count, step in axis_w.runs():
-                    # A run of overlapping tiles is a few tilings without overlap, each added in one operation.
-                    for at in range(0, w, step):
-                        width = min(step, w - at)
-                        span = total.narrow(4, axis_w.origins[first] + at, (count - 1) * step + width)
-                        span.unfold(4, width, step).add_(row.narrow(4, first, count).narrow(5, at, width))
+                row = grid[:, i, j].narrow(3, start_f - axis_f.origins[i], stop_f - start_f)
+                rows += row.narrow(4, start_h - axis_h.origins[j], stop_h - start_h)
+            rows = rows.permute(0, 2, 3, 4, 1, 5)
+            for first, count, step in axis_w.runs():
+                # A run of overlapping tiles is a few tilings without overlap, each added in one operation.
+                for at in range(0, w, step):
+                    width = min(step, w - at)
+                    span = total.narrow(4, axis_w.origins[first] + at, (count - 1) * step + width)
+                    span.unfold(4, width, step).add_(rows.narrow(4, first, count).narrow(5, at, width))
             if mean:
                 total.mul_(inverse_w * (beta / max(1, len(cover_f) * len(cover_h))))
             elif beta != 1.0:
