@@ -78,7 +78,9 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
         "embedding_bag": by(peers.embedding_bag_fuse),
         "separable matmul, compiled": by(peers.compiled(peers.separable_fuse)),
     }
-    peer_names, budgets = list(contenders)[1:], {}
+    peer_names = list(contenders)[1:]
+    # The compiler sums the bias gradient over tokens one after the other, PyTorch in a tree.
+    budgets = {"separable matmul, compiled": 16.0}
     for backend in backends:
         for name, footprints in of_pyramid(shape, backend).items():
             for precision, budget in PRECISIONS.items() if backend == "triton" else [(None, 2.0)]:
