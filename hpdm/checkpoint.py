@@ -1,8 +1,8 @@
 """A run on disk: its config, and checkpoints that are either whole or absent.
 
-``RUN/config.json``, ``RUN/log.jsonl``, ``RUN/samples/`` and ``RUN/checkpoints/step-00001000/`` with ``model``, ``ema`` and
-``optimizer.safetensors`` and ``state.json``. A checkpoint is written to a temporary folder, flushed to the disk and renamed,
-so a killed process or a full disk leaves the one before it untouched.
+``RUN/config.json``, ``RUN/log.jsonl``, ``RUN/samples/`` and ``RUN/checkpoints/step-00001000/`` with ``model``, ``ema``,
+``optimizer.safetensors`` and ``state.json``. A checkpoint is written to a temporary folder, flushed to the disk and
+renamed, so a killed process or a full disk leaves the one before it untouched.
 """
 
 from __future__ import annotations
@@ -189,11 +189,11 @@ def _load_tensors(targets: Mapping[str, Tensor], path: Path) -> None:
         raise ValueError(f"{path}: damaged ({error})") from error
     lacking, extra = sorted(set(targets) - set(loaded)), sorted(set(loaded) - set(targets))
     if lacking or extra:
-        raise ValueError(f"{path}: of another config: lacks {lacking[:3] or 'nothing'}, has {extra[:3] or 'nothing'} more")
+        raise ValueError(f"{path}: of another config: lacks {lacking[:3]}, has {extra[:3]} more")
     for name, target in targets.items():
         if target.shape != loaded[name].shape:
             raise ValueError(
-                f"{path}: of another config: {name} has shape {tuple(loaded[name].shape)}, expected {tuple(target.shape)}"
+                f"{path}: of another config: {name} has shape {tuple(loaded[name].shape)}, not {tuple(target.shape)}"
             )
     with torch.no_grad():
         for name, target in targets.items():

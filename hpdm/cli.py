@@ -21,7 +21,9 @@ Command = (
     | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
-    | Annotated[DataCommand, tyro.conf.subcommand("data")]
+    | Annotated[
+        DataCommand, tyro.conf.subcommand("data", description="Render the synthetic clips, look into video files.")
+    ]
 )
 
 INTERRUPTED = 130
@@ -30,13 +32,17 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status.
 
-    What a user can cause (bad options, missing or damaged files, a full disk, a device that is not there) is one line on
-    standard error and status 1, with ``HPDM_DEBUG=1`` its traceback too; anything else is a bug and always shows it.
+    What a user can cause (bad options, missing or damaged files, a full disk, a device that is not there) is one line
+    on standard error and status 1, with ``HPDM_DEBUG=1`` its traceback too; anything else is a bug and always shows it.
     """
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     try:
         command = tyro.cli(
-            Command, prog="hpdm", description=__doc__, args=arguments, config=(tyro.conf.OmitSubcommandPrefixes,)
+            Command,
+            prog="hpdm",
+            description="Hierarchical Patch Diffusion Models for video.",
+            args=arguments,
+            config=(tyro.conf.OmitSubcommandPrefixes,),
         )
         status = command.run()
     except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:

@@ -84,7 +84,7 @@ class HPDMConfig:
         lpb = self.levels_per_block
         if not lpb or max(lpb) != self.levels or min(lpb) < 1 or list(lpb) != sorted(lpb):
             raise ValueError(
-                f"levels_per_block: got {lpb}, expected a rising sequence of 1..{self.levels} that ends with {self.levels}"
+                f"levels_per_block: got {lpb}, expected a rising sequence of 1..{self.levels} ending with {self.levels}"
             )
         if self.conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning: got {self.conditioning!r}, expected one of {CONDITIONINGS}")
@@ -152,7 +152,7 @@ class HPDMConfig:
         levels, ratio = pyramid_of(patch, resolution)
         blocks = len(self.levels_per_block)
         adaptive = self.levels_per_block[0] < self.levels or self.levels == 1
-        linear = tuple(1 + round(b * (levels - 1) / max(blocks - 1, 1)) for b in range(blocks - 1)) + (levels,)
+        linear = (*(1 + round(b * (levels - 1) / max(blocks - 1, 1)) for b in range(blocks - 1)), levels)
         load = linear if adaptive else (levels,) * blocks
         f, h, w = patch
         return self.replace(patch=(f, h, w), ratio=ratio, levels=levels, levels_per_block=load)
@@ -172,7 +172,8 @@ class HPDMConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"config: got unknown fields {unknown}, expected a subset of {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 def pyramid_of(patch: Sequence[int], resolution: Sequence[int]) -> tuple[int, Triple]:
@@ -182,8 +183,8 @@ def pyramid_of(patch: Sequence[int], resolution: Sequence[int]) -> tuple[int, Tr
         ValueError: ``resolution`` is not ``patch * ratio^l`` for one ``l`` and a ratio of 1 or 2 per axis.
     """
     wrong = ValueError(
-        f"resolution: got {tuple(resolution)}, expected patch = {tuple(patch)} times the same power of two on every axis "
-        "that grows, e.g. " + str(tuple(4 * r for r in patch))
+        f"resolution: got {tuple(resolution)}, expected patch = {tuple(patch)} times the same power of two on every "
+        "axis that grows, e.g. " + str(tuple(4 * r for r in patch))
     )
     if len(patch) != 3 or len(resolution) != 3 or any(n < 1 for n in (*patch, *resolution)):
         raise wrong

@@ -1,7 +1,8 @@
 """The diffusion of a patch: v-prediction with a per-level input scale (paper sections 4.5 and 4.6).
 
-With ``g = cos^2(pi t / 2)`` the noised patch is ``x~ = sqrt(g) b_l x + sqrt(1-g) e``. Everything below works on the scaled
-clean patch ``y = b_l x``: it is an ordinary variance-preserving diffusion of ``y``, with ``v = sqrt(g) e - sqrt(1-g) y``.
+With ``g = cos^2(pi t / 2)`` the noised patch is ``x~ = sqrt(g) b_l x + sqrt(1-g) e``. Everything below works on the
+scaled clean patch ``y = b_l x``: it is an ordinary variance-preserving diffusion of ``y``, with
+``v = sqrt(g) e - sqrt(1-g) y``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """``hpdm evaluate``: how well a run denoises clips, per level and per noise level.
 
-The number is the training loss without its randomness: the same clips, boxes, times and noise whatever the model, so that
-two runs, or a run on its training and its held-out clips, can be compared.
+The number is the training loss without its randomness: the same clips, boxes, times and noise whatever the model, so
+that two runs, or a run on its training and its held-out clips, can be compared.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -50,7 +51,9 @@ class EvaluateOptions:
     def run(self) -> int:
         """The command ``hpdm evaluate``; returns the exit status."""
         result = evaluate(self)
-        print(f"step {result['step']}, {result['clips']} clips of {self.data}, mean squared error of v ({self.weights})")
+        print(
+            f"step {result['step']}, {result['clips']} clips of {self.data}, mean squared error of v ({self.weights})"
+        )
         heads = [f"t {low:.2f}-{high:.2f}" for low, high in result["times"]]
         print("level   " + "".join(f"{head:>14}" for head in (*heads, "mean")))
         for level, row in enumerate(result["error"]):
@@ -91,7 +94,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     count = min(options.clips, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
     edges = [i / options.bins for i in range(options.bins + 1)]
-    times = list(zip(edges, edges[1:]))
+    times = list(pairwise(edges))
     total = torch.zeros(config.levels, options.bins, dtype=torch.float64)
     for first in tqdm(range(0, count, options.batch), unit="batch", dynamic_ncols=True):
         batch = collate([dataset[i] for i in chosen[first : first + options.batch]])

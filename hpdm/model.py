@@ -1,7 +1,7 @@
 """The network: tokenizer, RIN blocks with deep context fusion and adaptive computation, detokenizer (paper Fig. 2).
 
-Two ways in, one set of blocks: :meth:`HPDM.forward` takes one patch of every level (training), :meth:`HPDM.forward_level`
-takes patches of one level and the features of the finished levels below it (sampling).
+Two ways in, one set of blocks: :meth:`HPDM.forward` takes one patch of every level (training),
+:meth:`HPDM.forward_level` takes patches of one level and the features of the finished levels below it (sampling).
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from hpdm.config import HPDMConfig
-from hpdm.rin import RINBlock
+from hpdm.rin import Modulation, RINBlock
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels._backend import check_backend
 from hpdm_kernels.reference import coordinate_dtype, relative_box
@@ -28,7 +29,7 @@ class Context:
     """What the finished levels below give to patches of one level.
 
     Attributes:
-        features: per block that fuses for this level, a tuple over the levels ``k`` below of block inputs ``[T_k, N, D]``.
+        features: per block that fuses for this level, block inputs ``[T_k, N, D]`` of every level ``k`` below.
         pixels: finished clean patches of the previous level ``[T, C, f, h, w]``, for shallow fusion alone.
         boxes: a tuple over the levels below of boxes ``[T_k, 6]``.
         index: ``[B, levels below]`` int64, the row of each source that serves a sample.
@@ -47,6 +48,20 @@ def noise_frequencies(t: Tensor) -> Tensor:
     frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(1e4) / half))
     angles = 1000 * t[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def axis_sinusoids(n: int, width: int, axis: int) -> Tensor:
+    """Where the position table of one axis starts: ``[n, width]``, sinusoids on the axis' own third of the channels.
+
+    At the size of the normalised tokens, so that the latents can tell places apart from the first step on.
+    """
+    table = torch.zeros(n, width)
+    channels = torch.arange(axis, width, 3)
+    wave = torch.arange(len(channels)) // 2
+    frequency = (0.5 * math.pi) * torch.exp(-math.log(4.0 * n) * wave / max(1, len(channels) // 2))
+    angle = torch.arange(n)[:, None] * frequency
+    table[:, channels] = torch.where(torch.arange(len(channels)) % 2 == 0, angle.sin(), angle.cos())
+    return table
 
 
 class Conditioner(nn.Module):
@@ -77,7 +92,7 @@ class Conditioner(nn.Module):
         return tokens if mask is None else torch.where(mask[..., None], tokens, self.no_text)
 
     def forward(self, t: Tensor, level: Tensor, labels: Tensor | None, text: Tensor | None) -> Tensor:
-        """Diffusion times ``[B]``, levels ``[B]``, labels ``[B]``, text tokens ``[B, S, D]`` -> ``[B, c]``, activated."""
+        """Times ``[B]``, levels ``[B]``, labels ``[B]``, text tokens ``[B, S, D]`` -> ``[B, c]``, activated."""
         c = self.noise(noise_frequencies(t).to(self.level.weight.dtype)) + self.level(level)
         if self.kind == "class":
             labels = torch.full_like(level, self.classes) if labels is None else labels
@@ -118,8 +133,14 @@ class HPDM(nn.Module):
         self.detokenizer = nn.Linear(config.width, config.channels * math.prod(config.tokenizer))
         self.initialise()
 
+    @property
+    def rin_blocks(self) -> list[RINBlock]:
+        """The blocks with their type, which ``nn.ModuleList`` forgets."""
+        return cast(list[RINBlock], list(self.blocks))
+
     def initialise(self) -> None:
         """Xavier for linear maps; modulations and the detokenizer start at zero, so that blocks start gentle."""
+        modulations: list[Modulation] = []
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -127,12 +148,17 @@ class HPDM(nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:
-            for modulation in (block.token_modulation, *(layer.modulation for layer in block.layers)):
-                nn.init.zeros_(modulation.linear.weight)
+            elif isinstance(module, Modulation):
+                modulations.append(module)
+        for modulation in modulations:
+            nn.init.zeros_(modulation.linear.weight)
         nn.init.zeros_(self.detokenizer.weight)
-        for table in (self.position_f, self.position_h, self.position_w, self.latents):
-            nn.init.normal_(table, std=0.02)
+        nn.init.normal_(self.latents, std=0.02)
+        with torch.no_grad():
+            for axis, table in enumerate((self.position_f, self.position_h, self.position_w)):
+                table.copy_(
+                    axis_sinusoids(table.numel() // self.config.width, self.config.width, axis).reshape(table.shape)
+                )
 
     def forward(
         self, x: Tensor, boxes: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,
@@ -178,7 +204,7 @@ class HPDM(nn.Module):
             rgb = [torch.cat(pair, dim=1) for pair in zip(rgb, upsampled)]
         tokens = [self._tokenize(patch) for patch in rgb]
         z = [self.latents.expand(batch, -1, -1)] * cfg.levels
-        for block in self.blocks:
+        for block in self.rin_blocks:
             n = block.levels
             fused = [tokens[0]] + [
                 self._fuse(block, tokens[k], k, tuple(tokens[:k]), box[:k], box[k], None) for k in range(1, n)
@@ -239,7 +265,7 @@ class HPDM(nn.Module):
         a = self._tokenize(x)
         z = self.latents.expand(batch, -1, -1)
         features: dict[int, Tensor] = {}
-        for b, block in enumerate(self.blocks):
+        for b, block in enumerate(self.rin_blocks):
             if block.levels <= level:
                 continue
             if b in features_for:
@@ -251,7 +277,9 @@ class HPDM(nn.Module):
 
     def fusing_blocks(self, level: int) -> tuple[int, ...]:
         """The blocks that fuse context into ``level``: those whose inputs the levels below must keep."""
-        return tuple(b for b, block in enumerate(self.blocks) if block.fusion is not None and block.levels > level > 0)
+        return tuple(
+            b for b, block in enumerate(self.rin_blocks) if block.fusion is not None and block.levels > level > 0
+        )
 
     def _fuse(
         self, block: RINBlock, a: Tensor, level: int, sources: tuple[Tensor, ...], source_boxes: Sequence[Tensor],
@@ -264,7 +292,8 @@ class HPDM(nn.Module):
             sources = tuple(s.detach() for s in sources)
         # Scales are the pyramid's, so the footprints are known without looking at the boxes.
         footprints = [
-            tuple(footprint_size(float(q) ** (k - level), n, n) for q, n in zip(cfg.ratio, cfg.grid)) for k in range(level)
+            tuple(footprint_size(float(q) ** (k - level), n, n) for q, n in zip(cfg.ratio, cfg.grid))
+            for k in range(level)
         ]
         return block.fusion(a, sources, source_boxes, box, [cfg.grid] * level, cfg.grid, index, footprints)
 
@@ -298,7 +327,9 @@ class HPDM(nn.Module):
             self._check("labels", labels, (batch,))
         if (text is not None) != (kind == "text"):
             got = "None" if text is None else "a tensor"
-            raise ValueError(f"text: got {got}, expected {'embeddings' if text is None else 'None'} for {kind!r} conditioning")
+            raise ValueError(
+                f"text: got {got}, expected {'embeddings' if text is None else 'None'} for {kind!r} conditioning"
+            )
         if text is None:
             return None
         self._check("text", text, (batch, text.shape[1] if text.ndim > 1 else 1, self.config.text_width))

@@ -62,7 +62,7 @@ class Lamb(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] += 1
         beta1, beta2 = group["betas"]
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
         torch._foreach_lerp_(first, grads, 1 - beta1)
@@ -136,6 +136,4 @@ class EMA:
         """One step towards the model's present parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(
-            list(self.shadow.values()), [p.detach() for _, p in model.named_parameters()], 1 - decay
-        )
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for _, p in model.named_parameters()], 1 - decay)

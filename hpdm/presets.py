@@ -60,8 +60,8 @@ def tiny() -> HPDMConfig:
     """A three-level model of 16x64x64 in patches of 4x16x16 that learns on two CPU cores."""
     return HPDMConfig(
         patch=(4, 16, 16),
-        tokenizer=(1, 4, 4),
-        width=96,
+        tokenizer=(2, 2, 2),
+        width=64,
         latents=48,
         latent_width=96,
         head_width=32,

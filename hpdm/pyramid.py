@@ -64,7 +64,10 @@ def extract_patches(video: Tensor, boxes: Tensor, config: HPDMConfig, backend: s
         raise TypeError(f"video: got dtype {video.dtype}, expected torch.uint8")
     if tuple(video.shape[2:]) != config.resolution:
         raise ValueError(f"video: got size {tuple(video.shape[2:])}, expected config.resolution = {config.resolution}")
-    levels = [sample_patches(video, boxes[:, level].contiguous(), config.patch, backend=backend) for level in range(config.levels)]
+    levels = [
+        sample_patches(video, boxes[:, level].contiguous(), config.patch, backend=backend)
+        for level in range(config.levels)
+    ]
     return torch.stack(levels, dim=1).div_(127.5).sub_(1.0)
 
 
@@ -120,7 +123,9 @@ class Tiling:
         good = (index * stride <= low + 1e-3) & (index * stride + patch >= high - 1e-3)
         if not bool(good.all()):
             row = int((~good.all(dim=1)).nonzero()[0])
-            raise ValueError(f"boxes: no tile contains row {row}, {boxes[row].tolist()}; overlap the tiles on that axis")
+            raise ValueError(
+                f"boxes: no tile contains row {row}, {boxes[row].tolist()}; overlap the tiles on that axis"
+            )
         f, h, w = index.long().unbind(1)
         return (f * self.counts[1] + h) * self.counts[2] + w
 
@@ -138,7 +143,9 @@ def tiling(config: HPDMConfig, level: int, overlap: Sequence[bool]) -> Tiling:
     """
     for axis, (r, on) in enumerate(zip(config.patch, overlap)):
         if on and config.ratio[axis] > 1 and level > 0 and r % 2:
-            raise ValueError(f"overlap: got 50 % on axis {AXES[axis]!r} with patch size {r}, expected an even patch size")
+            raise ValueError(
+                f"overlap: got 50 % on axis {AXES[axis]!r} with patch size {r}, expected an even patch size"
+            )
     f, h, w = (r // 2 if on and r % 2 == 0 else r for r, on in zip(config.patch, overlap))
     return Tiling(config.patch, config.level_resolution(level), (f, h, w))
 

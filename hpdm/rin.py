@@ -1,7 +1,7 @@
 """The RIN block of HPDM (paper Fig. 11): latents read the tokens, think, and write back.
 
-Sizes: tokens ``[B, N, D]``, latents ``[B, M, E]``, conditioning vector ``[B, c]``. ``B`` holds the levels of the pyramid
-folded in, each with its own latent stream.
+Sizes: tokens ``[B, N, D]``, latents ``[B, M, E]``, conditioning vector ``[B, c]``. ``B`` holds the levels of the
+pyramid folded in, each with its own latent stream.
 
 Table 8 fixes the number of parameters (178 / 321 / 725 / 3,934 M at E = 256 / 512 / 1024 / 3072). A search over block
 variants leaves the one built here: MLP of ratio 4 inside each latent layer, no MLP after the read, no output projection

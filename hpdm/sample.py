@@ -78,7 +78,9 @@ def class_numbers(asked: tuple[str, ...], names: list[str], count: int) -> list[
         elif name.isdecimal() and int(name) < len(names):
             numbers.append(int(name))
         else:
-            raise ValueError(f"classes: got {name!r}, expected one of {', '.join(names) or 'none (the run has no classes)'}")
+            raise ValueError(
+                f"classes: got {name!r}, expected one of {', '.join(names) or 'none (the run has no classes)'}"
+            )
     numbers = numbers or list(range(len(names)))
     return [numbers[i % len(numbers)] for i in range(count)] if names else []
 

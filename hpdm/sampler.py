@@ -1,8 +1,8 @@
 """Hierarchical tiled sampling (paper section 4.4): level by level, each level tile by tile.
 
-Level 0 is one patch. A later level is covered by tiles; at every step the tiles' denoised predictions are averaged where
-they overlap (MultiDiffusion) and the whole video takes one step. A finished level is clean, so the block inputs of its
-tiles are computed once and serve as context for all tiles and steps above (section 4.5, "Cached inference").
+Level 0 is one patch. A later level is covered by tiles; at every step the tiles' denoised predictions are averaged
+where they overlap (MultiDiffusion) and the whole video takes one step. A finished level is clean, so the block inputs
+of its tiles are computed once and serve as context for all tiles and steps above (section 4.5, "Cached inference").
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -159,12 +160,18 @@ class Sampler:
         cover = self.tilings[level]
         x = _noise(generators, (self.config.channels, *cover.size), run.device)
         origins = cover.origins
-        for now, then in zip(times, times[1:]):
+        for now, then in pairwise(times):
             tiles = run.predict(level, x, now)
             (signal, noise), (signal_then, noise_then) = _rates(now), _rates(then)
             alpha = noise_then / noise
             x = average_tiles(
-                tiles, origins, cover.size, x=x, alpha=alpha, beta=signal_then - signal * alpha, backend=self.model.kernels
+                tiles,
+                origins,
+                cover.size,
+                x=x,
+                alpha=alpha,
+                beta=signal_then - signal * alpha,
+                backend=self.model.kernels,
             )
         return x
 
@@ -175,7 +182,7 @@ class Sampler:
         sigmas = [math.tan(math.pi / 2 * t) for t in times]
         x = _noise(generators, shape, run.device) * math.hypot(1.0, sigmas[0])
         limit = math.tan(math.pi / 2 * T_MAX)
-        for sigma, sigma_then in zip(sigmas, sigmas[1:]):
+        for sigma, sigma_then in pairwise(sigmas):
             lively = o.churn > 0 and o.churn_range[0] <= sigma <= o.churn_range[1]
             raised = min(sigma * (1 + min(o.churn / steps, math.sqrt(2) - 1)), limit) if lively else sigma
             if raised > sigma:
@@ -281,7 +288,7 @@ class _Run:
     def _network(
         self, level: int, tiles: Tensor, boxes: Tensor, rows: slice, t: float, wanted: Sequence[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """v and block inputs for tiles ``[B, n, C, f, h, w]``; rows ordered (guidance copy, video, tile)."""
+        """Gives v and block inputs for tiles ``[B, n, C, f, h, w]``; rows ordered (guidance copy, video, tile)."""
         videos, n = self.copies * self.batch, tiles.shape[1]
         return self.model.forward_level(
             self._input(level, tiles, t).repeat(self.copies, 1, 1, 1, 1),

@@ -131,7 +131,9 @@ def build_config(options: TrainOptions, class_names: list[str]) -> HPDMConfig:
     """
     config = presets.get(options.preset)
     if config.conditioning == "text":
-        raise ValueError(f"preset: got {options.preset!r}, which is conditioned on text; folders of videos have no captions")
+        raise ValueError(
+            f"preset: got {options.preset!r}, which is conditioned on text; folders of videos have no captions"
+        )
     if options.resolution is not None or options.patch is not None:
         config = config.with_pyramid(options.patch or config.patch, options.resolution or config.resolution)
     config = config.replace(
@@ -205,7 +207,9 @@ class TensorBoardLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError("log='tensorboard' needs the package tensorboard: pip install 'hpdm[tensorboard]'") from error
+            raise ImportError(
+                "log='tensorboard' needs the package tensorboard: pip install 'hpdm[tensorboard]'"
+            ) from error
         self.writer = SummaryWriter(path, purge_step=start + 1)
 
     def write(self, row: dict[str, float]) -> None:
@@ -256,7 +260,7 @@ def train(options: TrainOptions) -> HPDM:
     batches = iter(
         DataLoader(
             dataset,
-            batch_sampler=ClipSampler(len(dataset), options.batch, options.seed, start=start),  # type: ignore[arg-type]
+            batch_sampler=ClipSampler(len(dataset), options.batch, options.seed, start=start),
             num_workers=options.workers,
             collate_fn=collate,
             pin_memory=device.type == "cuda",
@@ -313,7 +317,8 @@ def _loop(
                 since, data_time, clock = step, 0.0, now
                 if not torch.isfinite(losses).all():
                     raise FloatingPointError(
-                        f"the loss is {row['loss']} at step {step}; the last checkpoint is of step {saved}. Lower --lr or set --clip-norm"
+                        f"the loss is {row['loss']} at step {step}; the last checkpoint is of step {saved}. "
+                        "Lower --lr or set --clip-norm"
                     )
             bar.update()
             if step % options.save_every == 0 or step == options.steps:
@@ -379,7 +384,9 @@ def _check_resumable(options: TrainOptions, config: HPDMConfig, class_names: lis
     # What may change between sittings without changing the curve.
     free = {"data", "out", "kernels", "workers", "cache_mb", "log", "log_every", "save_every", "sample_every",
             "sample_steps", "device"}  # fmt: skip
-    changed = ", ".join(f"{k}: {training.get(k)} -> {v}" for k, v in now.items() if k not in free and training.get(k) != v)
+    changed = ", ".join(
+        f"{k}: {training.get(k)} -> {v}" for k, v in now.items() if k not in free and training.get(k) != v
+    )
     if changed:
         raise ValueError(f"out: {options.out} holds a run with other options ({changed}); choose another folder")
 

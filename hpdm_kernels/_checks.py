@@ -74,12 +74,14 @@ def values_are_readable(tensor: Tensor) -> bool:
     On CUDA a look at values would stop the stream and break CUDA graphs, so values are not checked there.
     """
     return (
-        tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) in (Tensor, torch.nn.Parameter)
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
     )
 
 
 def check_boxes(name: str, boxes: object, rows: int | str, like: tuple[str, Tensor]) -> Tensor:
-    """Checks boxes ``[rows, 6]`` float32: offsets >= 0, scales > 0, offset + scale <= 1 (design: fractions of the video).
+    """Checks boxes ``[rows, 6]`` float32, fractions of the video: offset >= 0, scale > 0, offset + scale <= 1.
 
     Raises:
         TypeError, ValueError: as :func:`check_tensor`; ``ValueError`` too for a box outside the video (CPU only).

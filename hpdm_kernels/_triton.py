@@ -42,7 +42,7 @@ class KernelSpec:
     fn: Any
     """The ``@jit`` function."""
     signature: dict[str, str]
-    """Argument name to Triton type: ``"*fp32"``, ``"i32"``, ``"i64"``, ``"fp32"``, and ``"constexpr"`` for constexprs."""
+    """Argument name to Triton type: ``"*fp32"``, ``"i32"``, ``"i64"``, ``"fp32"``; ``"constexpr"`` for constexprs."""
     constexprs: dict[str, Any] = field(default_factory=dict)
     """Values of the constexpr arguments."""
     num_warps: int = 4

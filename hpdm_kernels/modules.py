@@ -65,7 +65,7 @@ class ContextFusion(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.cross_attention`.
+    """Attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.cross_attention`.
 
     Args:
         query_width: width of the queries' rows.

@@ -85,7 +85,7 @@ def fuse_context(
     grid: Sequence[int],
     source_index: Tensor | None = None,
 ) -> Tensor:
-    """Paper eq. 9 and the projection after it: ``concat[x, ctx, c] @ W.T + b``, ``W`` is ``[D, 2D+3]`` or ``[D, 2D]``."""
+    """Paper eq. 9 and its projection: ``concat[x, ctx, c] @ W.T + b``, ``W`` is ``[D, 2D+3]`` or ``[D, 2D]``."""
     parts = [x, sample_context(sources, source_boxes, box, source_grids, grid, source_index)]
     if weight.shape[1] == 2 * x.shape[2] + 3:
         parts.append(token_coordinates(box, grid, x.dtype))

@@ -54,9 +54,7 @@ def value_and_grads(
 
     The inputs are detached and made leaves *without* a copy, so strides are kept.
     """
-    leaves = [
-        t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in inputs
-    ]
+    leaves = [t.detach().requires_grad_(t.is_floating_point()) if isinstance(t, Tensor) else t for t in inputs]
     out = fn(*leaves)
     wanted = [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
     grad_output = torch.ones_like(out) if grad_output is None else grad_output.to(out.dtype)
@@ -79,9 +77,7 @@ def poisoned_allocations() -> Iterator[None]:
         torch.use_deterministic_algorithms(was_on, warn_only=was_warning)
 
 
-def random_boxes(
-    rows: int, scale: Sequence[float], generator: torch.Generator, inside: Tensor | None = None
-) -> Tensor:
+def random_boxes(rows: int, scale: Sequence[float], generator: torch.Generator, inside: Tensor | None = None) -> Tensor:
     """``[rows, 6]`` boxes of the given scale (three fractions) at uniform offsets inside ``inside`` (or the video)."""
     size = torch.tensor(scale, dtype=torch.float32).expand(rows, 3)
     if inside is None:

@@ -83,7 +83,12 @@ def test_bad_configs_name_the_field(changes, field):
 
 @pytest.mark.parametrize(
     ("patch", "resolution"),
-    [((16, 64, 64), (48, 192, 192)), ((16, 64, 64), (64, 256, 128)), ((16, 64, 64), (64, 250, 256)), ((16, 64), (64, 256))],
+    [
+        ((16, 64, 64), (48, 192, 192)),
+        ((16, 64, 64), (64, 256, 128)),
+        ((16, 64, 64), (64, 250, 256)),
+        ((16, 64), (64, 256)),
+    ],
 )
 def test_a_resolution_that_is_no_pyramid_is_refused(patch, resolution):
     with pytest.raises(ValueError, match="resolution: got"):

@@ -1,6 +1,7 @@
 """The diffusion's identities."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -44,6 +45,6 @@ def test_sampling_times():
     assert times[0] == T_MAX
     assert times[-1] == 0
     assert len(times) == 5
-    assert all(math.isclose(a - b, T_MAX / 4) for a, b in zip(times, times[1:]))
+    assert all(math.isclose(a - b, T_MAX / 4) for a, b in pairwise(times))
     with pytest.raises(ValueError, match="steps: got 0"):
         sampling_times(0)

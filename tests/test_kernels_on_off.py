@@ -19,9 +19,9 @@ DRIFT = 1e-3
 
 
 def config_for(backend, **changes):
-    sizes = dict(width=32, latents=8, latent_width=32, head_width=16, conditioning_width=32)
+    sizes = {"width": 32, "latents": 8, "latent_width": 32, "head_width": 16, "conditioning_width": 32}
     if backend == "triton":  # the interpreter takes milliseconds per block
-        sizes |= dict(patch=(2, 8, 8), width=16, latents=4, latent_width=16, levels_per_block=(1, 3))
+        sizes |= {"patch": (2, 8, 8), "width": 16, "latents": 4, "latent_width": 16, "levels_per_block": (1, 3)}
     return presets.tiny().replace(**sizes, **changes)
 
 
@@ -71,7 +71,9 @@ def test_outputs_and_every_gradient(backend, changes, generator):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_training_run(backend):
     config = config_for(backend)
-    video = torch.randint(0, 256, (2, 3, *config.resolution), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    video = torch.randint(
+        0, 256, (2, 3, *config.resolution), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     video[:, :, :, 8:24, 8:24] = 230  # something to learn
     labels = torch.tensor([0, 1])
 

@@ -95,7 +95,9 @@ def test_shallow_fusion_sees_the_previous_level_alone(generator):
 def test_without_coordinates_the_position_of_all_patches_does_not_matter(generator):
     x, boxes, t, labels = inputs(small(), generator)
     # Levels 1 and 2 moved together: their boxes relative to each other stay, relative to level 0 they change.
-    boxes = torch.tensor([[[0, 0, 0, 1, 1, 1], [0, 0, 0, 0.5, 0.5, 0.5], [0.25, 0, 0, 0.25, 0.25, 0.25]]]).repeat(2, 1, 1)
+    boxes = torch.tensor([[[0, 0, 0, 1, 1, 1], [0, 0, 0, 0.5, 0.5, 0.5], [0.25, 0, 0, 0.25, 0.25, 0.25]]]).repeat(
+        2, 1, 1
+    )
     moved = boxes.clone()
     moved[:, 1:, 2] += 0.5
     x = x.clone()

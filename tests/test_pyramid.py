@@ -58,7 +58,7 @@ def test_patches_show_what_their_boxes_say(generator):
 def test_patches_refuse_float_video_and_other_sizes(generator):
     config = presets.tiny()
     boxes = sample_boxes(config, 1, generator)
-    with pytest.raises(TypeError, match="video: got dtype torch.float32"):
+    with pytest.raises(TypeError, match=r"video: got dtype torch\.float32"):
         extract_patches(torch.rand(1, 3, *config.resolution), boxes, config)
     with pytest.raises(ValueError, match="video: got size"):
         extract_patches(torch.zeros(1, 3, 16, 64, 32, dtype=torch.uint8), boxes, config)

@@ -99,7 +99,13 @@ def test_cached_context_is_what_joint_denoising_sees():
         context = None
         for level in range(3):
             v, kept = model.forward_level(
-                x[:, level], level, boxes[:, level], t[:, level], context, labels, features_for=model.fusing_blocks(level + 1)
+                x[:, level],
+                level,
+                boxes[:, level],
+                t[:, level],
+                context,
+                labels,
+                features_for=model.fusing_blocks(level + 1),
             )
             torch.testing.assert_close(v, joint[:, level], rtol=1e-4, atol=1e-5)
             for b, f in kept.items():

@@ -21,18 +21,18 @@ def clips(tmp_path_factory) -> Path:
 
 
 def options(clips, out, **changes):
-    values = dict(
-        data=clips,
-        out=out,
-        patch=(2, 8, 8),
-        resolution=(8, 32, 32),
-        steps=6,
-        batch=3,
-        warmup=2,
-        log_every=1,
-        save_every=3,
-        kernels="torch",
-    )
+    values = {
+        "data": clips,
+        "out": out,
+        "patch": (2, 8, 8),
+        "resolution": (8, 32, 32),
+        "steps": 6,
+        "batch": 3,
+        "warmup": 2,
+        "log_every": 1,
+        "save_every": 3,
+        "kernels": "torch",
+    }
     return TrainOptions(**(values | changes))
 
 
@@ -143,7 +143,7 @@ def test_a_missing_device_is_named(clips, tmp_path):
 def test_evaluation_is_repeatable_and_sees_improvement(clips, tmp_path):
     train(options(clips, tmp_path, steps=80, save_every=40, lr=3e-3, batch=4))
     first, last = list_checkpoints(tmp_path)
-    common = dict(data=clips, split=None, clips=4, bins=2, weights="model")
+    common = {"data": clips, "split": None, "clips": 4, "bins": 2, "weights": "model"}
     results = [evaluate(EvaluateOptions(run_folder=path, **common)) for path in (first, last, last)]
     assert results[1] == results[2]
     means = [sum(map(sum, r["error"])) for r in results]

@@ -1,0 +1,5 @@
+"""``python -m hpdm``."""
+
+from hpdm.cli import main
+
+main()
