@@ -144,7 +144,8 @@ class HPDMConfig:
     def with_pyramid(self, patch: Sequence[int], resolution: Sequence[int]) -> HPDMConfig:
         """The same network on another pyramid; the number of levels follows from the two sizes.
 
-        The load of the blocks is spread anew as in Table 8, linear in the block index (1/1/2/2/3/3, 1/2/2/3/3/4).
+        The load of the blocks is spread anew as in Table 8, linear in the block index (1/1/2/2/3/3, 1/2/2/3/3/4). Tokens
+        shrink on an axis where they do not divide the patch, as in time for single images.
 
         Raises:
             ValueError: ``resolution`` is not ``patch * ratio^l`` with ratio 1 or 2 per axis.
@@ -155,7 +156,8 @@ class HPDMConfig:
         linear = (*(1 + round(b * (levels - 1) / max(blocks - 1, 1)) for b in range(blocks - 1)), levels)
         load = linear if adaptive else (levels,) * blocks
         f, h, w = patch
-        return self.replace(patch=(f, h, w), ratio=ratio, levels=levels, levels_per_block=load)
+        tokenizer = tuple(math.gcd(r, p) for r, p in zip(patch, self.tokenizer))
+        return self.replace(patch=(f, h, w), ratio=ratio, levels=levels, levels_per_block=load, tokenizer=tokenizer)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
