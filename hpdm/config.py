@@ -144,8 +144,8 @@ class HPDMConfig:
     def with_pyramid(self, patch: Sequence[int], resolution: Sequence[int]) -> HPDMConfig:
         """The same network on another pyramid; the number of levels follows from the two sizes.
 
-        The load of the blocks is spread anew as in Table 8, linear in the block index (1/1/2/2/3/3, 1/2/2/3/3/4). Tokens
-        shrink on an axis where they do not divide the patch, as in time for single images.
+        The load of the blocks is spread anew as in Table 8, linear in the block index (1/1/2/2/3/3, 1/2/2/3/3/4).
+        Tokens shrink on an axis where they do not divide the patch, as in time for single images.
 
         Raises:
             ValueError: ``resolution`` is not ``patch * ratio^l`` with ratio 1 or 2 per axis.

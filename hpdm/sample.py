@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from hpdm.checkpoint import load_model
+from hpdm.config import HPDMConfig
+from hpdm.data import VideoDataset
 from hpdm.sampler import Sampler, SamplerOptions
 from hpdm.train import pick_device, to_uint8
 from hpdm.video import write_contact_sheet, write_video
@@ -48,6 +51,10 @@ class SampleOptions:
     fps: float = 16.0
     columns: int = 8
     """Frames per video on the contact sheet."""
+    real: Path | None = None
+    """Folder of videos with the run's classes: a real clip goes above each generated one on the contact sheet."""
+    split: Literal["train", "test"] | None = None
+    """UCF-101's official split of --real."""
     save_levels: bool = False
     """Write the lower levels' videos too."""
     device: str = "auto"
@@ -85,6 +92,39 @@ def class_numbers(asked: tuple[str, ...], names: list[str], count: int) -> list[
     return [numbers[i % len(numbers)] for i in range(count)] if names else []
 
 
+def real_clips(
+    options: SampleOptions, config: HPDMConfig, training: dict[str, Any], names: list[str], numbers: list[int]
+) -> list[Tensor]:
+    """One real clip for each generated video, of the same class: uint8 ``[3, F, H, W]`` each.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: other classes than the run's, or a class without clips.
+    """
+    if options.real is None:
+        return []
+    frames, height, width = config.resolution
+    dataset = VideoDataset(
+        options.real,
+        frames=frames,
+        size=(height, width),
+        stride=int(training["stride"]),
+        split=options.split,
+        train=False,
+        short=training["short"],
+    )
+    if dataset.class_names != names:
+        raise ValueError(f"real: got classes {dataset.class_names}, expected {names} as in the run")
+    labels = numbers or [0] * options.count
+    clips = []
+    for row, label in enumerate(labels):
+        own = [i for i, file in enumerate(dataset.files) if file.label == label]
+        if not own:
+            raise ValueError(f"real: {options.real} has no clip of class {names[label]!r}")
+        clips.append(dataset[own[labels[:row].count(label) % len(own)]]["video"])
+    return clips
+
+
 def sample(options: SampleOptions) -> list[Path]:
     """Samples, writes the files and returns the paths of the mp4 files.
 
@@ -93,10 +133,11 @@ def sample(options: SampleOptions) -> list[Path]:
         ValueError: an unknown class or an option out of range.
     """
     device = pick_device(options.device)
-    model, names, _, step = load_model(
+    model, names, training, step = load_model(
         options.run_folder, kernels=options.kernels, device=device, weights=options.weights
     )
     numbers = class_numbers(options.classes, names, options.count)
+    real = real_clips(options, model.config, training, names, numbers)
     sampler = Sampler(
         model,
         SamplerOptions(
@@ -127,10 +168,13 @@ def sample(options: SampleOptions) -> list[Path]:
             if options.save_levels:
                 for n, video in enumerate(levels[:-1]):
                     write_video(options.out / f"{stem}_level{n}.mp4", to_uint8(video[row]), fps=options.fps)
+            if real:
+                sheet.append(real[first + row])
+                captions.append(f"{name}, real")
             sheet.append(frames)
-            captions.append(name)
+            captions.append(f"{name}, generated" if real else name)
     write_contact_sheet(
-        options.out / "contact_sheet.png", sheet, columns=options.columns, labels=captions if names else None
+        options.out / "contact_sheet.png", sheet, columns=options.columns, labels=captions if names or real else None
     )
     print(f"{len(paths)} videos and contact_sheet.png in {options.out}, {time.perf_counter() - started:.1f} s")
     return paths
