@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from hpdm import presets
 from hpdm.checkpoint import list_checkpoints, load_checkpoint, load_run_config, save_checkpoint, save_run_config
 from hpdm.config import HPDMConfig
 from hpdm.data import ClipItem, ClipSampler, VideoDataset
+from hpdm.log import JsonlLog, Log, TensorBoardLog
 from hpdm.model import HPDM
 from hpdm.objective import denoising_error
 from hpdm.optim import EMA, learning_rate, make_optimizer
@@ -165,64 +166,6 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-class _Log(Protocol):
-    def write(self, row: dict[str, float]) -> None: ...
-    def close(self) -> None: ...
-
-
-class JsonlLog:
-    """One JSON object per line in ``log.jsonl``; rows of steps after ``start`` are dropped on resume."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        kept = ""
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= start)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(kept, encoding="utf-8")
-        temporary.replace(path)
-        self.file = path.open("a", encoding="utf-8")
-
-    def write(self, row: dict[str, float]) -> None:
-        """Appends a row and flushes it."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the half-written last line of a killed process
-
-
-class TensorBoardLog:
-    """Scalars for TensorBoard in the run's folder (extra ``hpdm[tensorboard]``)."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "log='tensorboard' needs the package tensorboard: pip install 'hpdm[tensorboard]'"
-            ) from error
-        self.writer = SummaryWriter(path, purge_step=start + 1)
-
-    def write(self, row: dict[str, float]) -> None:
-        """One scalar per entry."""
-        for name, value in row.items():
-            if name != "step":
-                self.writer.add_scalar(name, value, int(row["step"]))
-
-    def close(self) -> None:
-        """Flushes and closes."""
-        self.writer.close()
-
-
 def train(options: TrainOptions) -> HPDM:
     """Trains until ``options.steps``; returns the model.
 
@@ -254,7 +197,7 @@ def train(options: TrainOptions) -> HPDM:
     ema = EMA(model, options.ema)
     start = load_checkpoint(checkpoints[-1], model, ema, optimizer) if checkpoints else 0
     save_run_config(options.out, config, dataset.class_names, _plain(options))
-    logs: list[_Log] = [JsonlLog(options.out / "log.jsonl", start)]
+    logs: list[Log] = [JsonlLog(options.out / "log.jsonl", start)]
     if options.log == "tensorboard":
         logs.append(TensorBoardLog(options.out / "tensorboard", start))
     batches = iter(
@@ -283,7 +226,7 @@ def _loop(
     optimizer: torch.optim.Optimizer,
     batches: Iterator[Batch],
     start: int,
-    logs: list[_Log],
+    logs: list[Log],
     device: torch.device,
 ) -> None:
     step, saved = start, start
