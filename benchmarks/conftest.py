@@ -63,7 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hpdm benchmarks")
     group.addoption("--save-as", default="local", metavar="NAME", help="folder of benchmarks/results for the results")
     group.addoption("--results", type=Path, metavar="FILE", help="write the results to this file alone, without tables")
-    group.addoption("--seconds", type=float, default=1.5, help="timing per comparison, all contenders together")
+    group.addoption("--seconds", type=float, default=1.0, help="timing per comparison, all contenders together")
 
 
 def pytest_configure(config: pytest.Config) -> None:
