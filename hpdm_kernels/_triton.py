@@ -10,6 +10,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+# Products and sums may be contracted, Triton's own default, which newer versions want to be told.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 try:
     import triton
     import triton.language as tl
