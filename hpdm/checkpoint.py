@@ -48,6 +48,18 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if _STEP.fullmatch(p.name)) if folder.is_dir() else []
 
 
+def newest_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    checkpoints = list_checkpoints(run)
+    if not checkpoints:
+        raise FileNotFoundError(f"run: {run} has no checkpoint yet")
+    return checkpoints[-1]
+
+
 def save_checkpoint(
     run: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, keep: int = 2
 ) -> Path:
@@ -149,12 +161,10 @@ def load_model(
     given = _STEP.fullmatch(run.resolve().name)
     root = run.resolve().parent.parent if given else run
     config, class_names, training = load_run_config(root)
-    checkpoints = [run] if given else list_checkpoints(run)
-    if not checkpoints:
-        raise FileNotFoundError(f"run: {run} has no checkpoint yet")
+    checkpoint = run if given else newest_checkpoint(run)
     model = HPDM(config, kernels)
-    _load_tensors(dict(model.named_parameters()), checkpoints[-1] / f"{weights}.safetensors")
-    step = int(_read_json(checkpoints[-1] / "state.json")["step"])
+    _load_tensors(dict(model.named_parameters()), checkpoint / f"{weights}.safetensors")
+    step = int(_read_json(checkpoint / "state.json")["step"])
     return model.to(device).eval().requires_grad_(False), class_names, training, step
 
 

@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from hpdm import presets
-from hpdm.checkpoint import list_checkpoints, load_checkpoint, load_run_config, save_checkpoint, save_run_config
+from hpdm.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_run_config,
+    newest_checkpoint,
+    save_checkpoint,
+    save_run_config,
+)
 from hpdm.config import HPDMConfig
 from hpdm.data import ClipItem, ClipSampler, VideoDataset
 from hpdm.log import JsonlLog, Log, TensorBoardLog
@@ -42,6 +49,8 @@ class TrainOptions:
     """Folder of videos: UCF-101's layout, class folders, or flat."""
     out: Path
     """Folder of the run; a run that is there already is resumed."""
+    init: Path | None = None
+    """Run of the same model whose newest weights to start from, with a fresh optimizer and schedule."""
     preset: str = "tiny"
     """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny."""
     steps: int = 10_000
@@ -196,6 +205,8 @@ def train(options: TrainOptions) -> HPDM:
     optimizer = make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
     ema = EMA(model, options.ema)
     start = load_checkpoint(checkpoints[-1], model, ema, optimizer) if checkpoints else 0
+    if options.init is not None and not checkpoints:
+        load_checkpoint(newest_checkpoint(options.init), model, ema)
     save_run_config(options.out, config, dataset.class_names, _plain(options))
     logs: list[Log] = [JsonlLog(options.out / "log.jsonl", start)]
     if options.log == "tensorboard":

@@ -83,6 +83,17 @@ def test_a_finished_run_has_everything(clips, tmp_path):
     assert (names, step, model.config.resolution) == (["RedDisc", "GreenSquare"], 6, (8, 32, 32))
 
 
+def test_a_run_can_start_from_another_ones_weights(clips, tmp_path):
+    train(options(clips, tmp_path / "first"))
+    train(options(clips, tmp_path / "second", init=tmp_path / "first", lr=0.0, steps=1, ema=0.5))
+    first, second = (load_model(tmp_path / name, weights="model")[0] for name in ("first", "second"))
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        train(options(clips, tmp_path / "third", init=tmp_path))
+    with pytest.raises(ValueError, match="of another config"):
+        train(options(clips, tmp_path / "third", init=tmp_path / "first", coordinates=False))
+
+
 def test_another_config_or_schedule_is_refused(clips, tmp_path):
     train(options(clips, tmp_path, steps=3))
     before = losses(tmp_path)
