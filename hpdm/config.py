@@ -129,10 +129,6 @@ class HPDMConfig:
         """b_l = b_0 * q^l."""
         return self.input_scale * self.input_scale_decay**level
 
-    def first_block(self, level: int) -> int:
-        """The first block that serves a level."""
-        return next(b for b, n in enumerate(self.levels_per_block) if n > level)
-
     def replace(self, **changes: Any) -> HPDMConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)

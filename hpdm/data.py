@@ -6,7 +6,6 @@ nor on what was read before, so a run resumed at step s sees the clips that it w
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -311,8 +310,3 @@ def resize_and_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
         height, width = target
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
     return frames[:, top : top + size[0], left : left + size[1]]
-
-
-def steps_per_epoch(length: int, batch: int, world: int = 1) -> int:
-    """Steps in which ``world`` processes with ``batch`` clips each go once through ``length`` clips, rounded up."""
-    return math.ceil(length / (batch * world))

@@ -174,7 +174,11 @@ def sample(options: SampleOptions) -> list[Path]:
             sheet.append(frames)
             captions.append(f"{name}, generated" if real else name)
     write_contact_sheet(
-        options.out / "contact_sheet.png", sheet, columns=options.columns, labels=captions if names or real else None
+        options.out / "contact_sheet.png",
+        sheet,
+        columns=options.columns,
+        labels=captions if names or real else None,
+        scale=max(1, 128 // model.config.resolution[2]),  # small videos are hard to see
     )
     print(f"{len(paths)} videos and contact_sheet.png in {options.out}, {time.perf_counter() - started:.1f} s")
     return paths

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from hpdm import decode
-from hpdm.data import ClipKey, ClipSampler, ShortClipError, VideoDataset, resize_and_crop, steps_per_epoch
+from hpdm.data import ClipKey, ClipSampler, ShortClipError, VideoDataset, resize_and_crop
 from hpdm.data_cli import Inspect, Synthetic
 from hpdm.data_layout import find_videos
 from hpdm.decode import DecodeError, read_clip
@@ -309,7 +309,6 @@ def test_sampler_covers_every_epoch_once_and_resumes(world):
     assert [key.clip for key in keys[:length]] != [key.clip for key in keys[length : 2 * length]]
     resumed = iter(ClipSampler(length, batch, seed, start=9, rank=world - 1, world=world))
     assert [next(resumed) for _ in range(3)] == [samplers[-1].keys(step) for step in (9, 10, 11)]
-    assert steps_per_epoch(length, batch, world) == -(-length // (batch * world))
 
 
 def test_sampler_takes_batches_larger_than_the_set():
