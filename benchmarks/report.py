@@ -1,6 +1,7 @@
 """Tables and charts from the JSON files of ``pytest benchmarks``.
 
-``python -m benchmarks.report FILE.json`` prints Markdown tables and draws ``FILE.png``;
+``python -m benchmarks.report FILE.json`` prints Markdown tables and draws ``FILE.png``, with ``--summary`` one line per
+comparison: the reference, the fastest peer, ours;
 ``python -m benchmarks.report OLD.json NEW.json`` also prints what got slower from one to the other, and exits 1 if
 anything did.
 """
@@ -110,6 +111,28 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(result: Mapping[str, Any]) -> str:
+    """One line per comparison in Markdown: the reference, the fastest peer and our fastest, and ours against both."""
+    lines = [
+        "| op | shape | | reference | strongest peer | ours | against reference | against peer |",
+        "|---|---|---|---:|---|---:|---:|---:|",
+    ]
+    for (group, shape, direction), rows in tables(result["rows"]).items():
+        timed = [row for row in rows if row["median_s"]]
+        ours = min((r for r in timed if r["contender"].startswith("hpdm")), key=lambda r: r["median_s"], default=None)
+        reference = next((r for r in timed if r["reference"]), None)
+        if ours is None or reference is None:
+            continue
+        others = [r for r in timed if not r["contender"].startswith("hpdm") and not r["reference"]]
+        peer = min(others, key=lambda r: r["median_s"], default=None)
+        cells = [group, shape, direction, duration(reference["median_s"])]
+        cells += [f"{peer['contender']}, {duration(peer['median_s'])}" if peer else "-", duration(ours["median_s"])]
+        cells += [f"{reference['median_s'] / ours['median_s']:.2f}x"]
+        cells += [f"{peer['median_s'] / ours['median_s']:.2f}x" if peer else "-"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def chart(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """One horizontal bar per contender, its speed-up over the reference; one panel per table.
 
@@ -121,11 +144,14 @@ def chart(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
     panels = [(result, key, rows) for result in results for key, rows in tables(result["rows"]).items()]
     panels = [(result, key, [r for r in rows if r["speedup_vs_reference"]]) for result, key, rows in panels]
     panels = [panel for panel in panels if panel[2]]
-    heights = [0.7 + 0.3 * len(rows) for _, _, rows in panels]
-    figure = Figure(figsize=(9, max(1.5, sum(heights) + 0.5)), layout="constrained")
-    if panels:
-        axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for (_, (group, shape, direction), rows), axis in zip(panels, axes if panels else ()):
+    columns = min(3, 1 + len(panels) // 6)
+    lines = -(-len(panels) // columns)
+    tallest = max((len(rows) for _, _, rows in panels), default=1)
+    figure = Figure(figsize=(7.5 * columns, max(1.5, lines * (0.7 + 0.24 * tallest) + 0.5)), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat) if panels else []
+    for spare in grid[len(panels) :]:
+        spare.set_axis_off()
+    for (_, (group, shape, direction), rows), axis in zip(panels, grid):
         names = [row["contender"] for row in rows]
         values = [row["speedup_vs_reference"] for row in rows]
         colours = ["#c9504b" if name.startswith("hpdm") else "#8a97a6" for name in names]
@@ -169,9 +195,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON files written by pytest benchmarks")
     parser.add_argument("--no-chart", action="store_true", help="do not draw the charts")
+    parser.add_argument("--summary", action="store_true", help="one line per comparison, and no charts")
     options = parser.parse_args(arguments)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
     for path, result in zip(options.files, results):
+        if options.summary:
+            print("\n".join(f"- {line}" for line in header(result)) + f"\n\n{summary(result)}\n")
+            continue
         print(f"## {path.parent.name}, {path.stem}\n\n{markdown(result)}\n")
         if not options.no_chart:
             print(f"chart: {chart([result], path.with_suffix('.png'))}\n")
