@@ -28,7 +28,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -184,9 +184,7 @@ class _Worker:
             try:
                 if self.process is None or self.process.poll() is not None:
                     self.start()
-                assert self.process is not None
-                assert self.process.stdin is not None
-                _decode_worker.send(self.process.stdin, {**request, "timeout": timeout})
+                _decode_worker.send(self._pipes()[0], {**request, "timeout": timeout})
                 return self.receive(time.monotonic() + timeout)
             except TimeoutError:
                 self.stop()
@@ -222,10 +220,14 @@ class _Worker:
         frames = np.frombuffer(self.read(int(np.prod(shape)), deadline), dtype=np.uint8).reshape(shape)
         return reply, frames
 
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        """What the worker reads from and writes to."""
+        if self.process is None or self.process.stdin is None or self.process.stdout is None:
+            raise EOFError("the decoding process is not running")
+        return self.process.stdin, self.process.stdout
+
     def read(self, size: int, deadline: float) -> bytearray:
-        assert self.process is not None
-        assert self.process.stdout is not None
-        pipe = self.process.stdout.fileno()
+        pipe = self._pipes()[1].fileno()
         data = bytearray(size)
         view = memoryview(data)
         done = 0

@@ -144,7 +144,8 @@ def launch_average(
     tiles: Tensor, plan: Plan, size: Sequence[int], x: Tensor | None, alpha: float, beta: float, mean: bool
 ) -> Tensor:
     """For plans with ``axes``."""
-    assert plan.axes is not None
+    if plan.axes is None:
+        raise ValueError("plan: got origins that are no product grid, expected one with axes")
     b, _, c = tiles.shape[:3]
     out = tiles.new_empty(b, c, *size)
     blocks = _blocks(size[1], size[2])

@@ -1,11 +1,12 @@
 """Kernels on equal kernels off: same weights, same batch, within stated error budgets.
 
-The budget of a single step is in units of the reference's own fp32 error against fp64: outputs at most twice as far
-off, gradients at most four times plus 1e-4 of the largest value of that gradient. The latter is for PyTorch's fused
-attention on the CPU, whose backward rebuilds the weights with an approximate exponential; where softmax gradients
-cancel (the queries of the write) that shows as up to 6e-5. The budget of a training run is absolute: AdamW divides by
-the root of a second moment, which turns a rounding difference in a tiny gradient into a full-size step, so losses may
-drift by 0.1 % over 32 steps.
+The budget of a single step is in units of the plain model's own fp32 error against fp64: outputs at most twice as far
+off, gradients at most three times. Plain is the reference; for the ``torch`` backend also the reference with PyTorch's
+fused attention, whose backward on the CPU errs about three times as much where softmax gradients cancel (the queries of
+the write): that error is the library's, with or without our ops.
+
+The budget of a training run is absolute: AdamW divides by the root of a second moment, which turns a rounding difference
+in a tiny gradient into a full-size step, so losses may drift by 0.1 % over 32 steps.
 """
 
 import pytest
@@ -15,12 +16,12 @@ from hpdm import HPDM, presets
 from hpdm.objective import denoising_error
 from hpdm.optim import make_optimizer
 from hpdm.pyramid import sample_boxes
-from hpdm_kernels.testing import assert_within_budget
+from hpdm_kernels import modules
+from hpdm_kernels.testing import assert_within_budget, max_error
 
 STEPS = 32
 DRAWS = 4  # of boxes, times and noise, taken in turn
 DRIFT = 1e-3
-GRADIENT_ULPS = 1e-4 / torch.finfo(torch.float32).eps
 
 
 def config_for(backend, **changes):
@@ -51,7 +52,7 @@ def make(config, kernels, state=None, dtype=torch.float32):
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("changes", [{}, {"fusion": "shallow"}, {"coordinates": False, "detach_context": True}])
-def test_outputs_and_every_gradient(backend, changes, generator):
+def test_outputs_and_every_gradient(backend, changes, generator, monkeypatch):
     config = config_for(backend, **changes)
     state = make(config, "reference").state_dict()
     batch = 2
@@ -71,13 +72,23 @@ def test_outputs_and_every_gradient(backend, changes, generator):
         return out.detach(), inputs.grad, grads
 
     oracle, plain, ours = run("reference", torch.float64), run("reference", torch.float32), run(backend, torch.float32)
+    if backend == "torch":
+        fused = modules.cross_attention
+        monkeypatch.setattr(modules, "cross_attention", lambda q, k, v, backend: fused(q, k, v, backend="torch"))
+        library = run("reference", torch.float32)
+        worse = {
+            n: max((plain[2][n], library[2][n]), key=lambda grad, n=n: max_error(grad, oracle[2][n]))
+            for n, grad in oracle[2].items()
+            if grad is not None
+        }
+        plain = (plain[0], plain[1], worse)
     assert_within_budget("output", ours[0], plain[0], oracle[0], ulps=16)
     assert_within_budget("gradient of x", ours[1], plain[1], oracle[1], ulps=16)
     for name, grad in oracle[2].items():
         if grad is None:
             assert ours[2][name] is None, name
             continue
-        assert_within_budget(f"gradient of {name}", ours[2][name], plain[2][name], grad, factor=4, ulps=GRADIENT_ULPS)
+        assert_within_budget(f"gradient of {name}", ours[2][name], plain[2][name], grad, factor=3, ulps=64)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
