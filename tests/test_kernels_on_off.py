@@ -5,8 +5,8 @@ off, gradients at most three times. Plain is the reference; for the ``torch`` ba
 fused attention, whose backward on the CPU errs about three times as much where softmax gradients cancel (the queries of
 the write): that error is the library's, with or without our ops.
 
-The budget of a training run is absolute: AdamW divides by the root of a second moment, which turns a rounding difference
-in a tiny gradient into a full-size step, so losses may drift by 0.1 % over 32 steps.
+The budget of a training run is absolute: AdamW divides by the root of a second moment, which turns a rounding
+difference in a tiny gradient into a full-size step, so losses may drift by 0.1 % over 32 steps.
 """
 
 import pytest
