@@ -6,6 +6,9 @@ sizes: ``place [B, K, 10]`` int32 (start f, h, w; footprint f, h, w; source grid
 loop bound, not a specialisation, and the host never waits. All footprints lie below each other in one buffer, source
 after source, sample after sample: ``[sum_k B * P_k, D]``. Everything is gathered: there are no atomics, and every sum
 has a fixed order.
+
+Launched for real, an integer argument that is 1 becomes a constant of the kernel, which has no methods: sizes and
+strides are converted by ``* 1.0`` and ``tl.cast``, never by ``.to``.
 """
 
 from __future__ import annotations
@@ -108,7 +111,7 @@ def _axis_taps(where, place, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-
 @jit
 def _add_context(acc, values_ptr, where_ptr, place_ptr, b, B, K, D, f, h, w, d, mask):  # type: ignore[no-untyped-def]
     """``acc`` plus the mean over sources of trilinear samples of the footprints, for tokens (f, h, w) and columns d."""
-    share = 1.0 / K.to(tl.float32)
+    share = 1.0 / (K * 1.0)
     base = b.to(tl.int64) * 0
     # One loop over sources and their frame and height taps, with a bound the compiler does not know: unrolled, all
     # corners are in flight at once and registers spill.
@@ -179,7 +182,7 @@ def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
             i = f if axis == 0 else (h if axis == 1 else w)
             n = n_f if axis == 0 else (n_h if axis == 1 else n_w)
             box = box_ptr + b * 6 + axis
-            c = tl.load(box) + tl.load(box + 3) * ((i.to(tl.float32) + 0.5) / n.to(tl.float32))
+            c = tl.load(box) + tl.load(box + 3) * ((i.to(tl.float32) + 0.5) / (n * 1.0))
             column = tl.load(coordinate_ptr + d * 3 + axis, mask=d < D, other=0.0).to(tl.float32)
             acc += c[:, None] * column[None, :]
     if HAS_BIAS:
@@ -214,13 +217,13 @@ def _context_contract_kernel(  # type: ignore[no-untyped-def]
     grad = grad_ptr + outer.to(tl.int64) * n * width
     for c in range(count):
         i = low + c
-        u = tl.minimum(tl.maximum(first + i.to(tl.float32) * step, 0.0), (p - 1).to(tl.float32))
+        u = tl.minimum(tl.maximum(first + i.to(tl.float32) * step, 0.0), (p - 1) * 1.0)
         weight = tl.maximum(1.0 - tl.abs(u - j.to(tl.float32)), 0.0)
         mask = (real & (i <= high))[:, None] & (d < width)[None, :]
         value = tl.load((grad + i.to(tl.int64) * width)[:, None] + d[None, :], mask=mask, other=0.0)
         acc += weight[:, None] * value.to(tl.float32)
     if MEAN:
-        acc = acc / K.to(tl.float32)
+        acc = acc / (K * 1.0)
     out = out_ptr + r.to(tl.int64) * width
     tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & (d < width)[None, :])
 
@@ -243,9 +246,9 @@ def _coordinate_sums_kernel(  # type: ignore[no-untyped-def]
         mask = ((t < N) & (t < (piece + 1) * chunk))[:, None] & (d < D)[None, :]
         grad = grad_ptr + (b.to(tl.int64) * N + t) * D
         value = tl.load(grad[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        c_f = o_f + s_f * (((t // (n_h * n_w)).to(tl.float32) + 0.5) / n_f.to(tl.float32))
-        c_h = o_h + s_h * (((t // n_w % n_h).to(tl.float32) + 0.5) / n_h.to(tl.float32))
-        c_w = o_w + s_w * (((t % n_w).to(tl.float32) + 0.5) / n_w.to(tl.float32))
+        c_f = o_f + s_f * (((t // (n_h * n_w)).to(tl.float32) + 0.5) / (n_f * 1.0))
+        c_h = o_h + s_h * (((t // n_w % n_h).to(tl.float32) + 0.5) / (n_h * 1.0))
+        c_w = o_w + s_w * (((t % n_w).to(tl.float32) + 0.5) / (n_w * 1.0))
         by_f += tl.sum(c_f[:, None] * value, axis=0)
         by_h += tl.sum(c_h[:, None] * value, axis=0)
         by_w += tl.sum(c_w[:, None] * value, axis=0)
@@ -274,7 +277,7 @@ def _context_matmul_kernel(  # type: ignore[no-untyped-def]
         a_tile = tl.load(a, mask=(m < M)[:, None] & left[None, :], other=0.0)
         b_tile = tl.load(b, mask=left[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
-        a += BLOCK_K * stride_a_k.to(tl.int64)
-        b += BLOCK_K * stride_b_k.to(tl.int64)
+        a += BLOCK_K * tl.cast(stride_a_k, tl.int64)
+        b += BLOCK_K * tl.cast(stride_b_k, tl.int64)
     out = out_ptr + m.to(tl.int64)[:, None] * stride_out_m + n[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])
