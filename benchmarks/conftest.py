@@ -30,12 +30,15 @@ How to write one (all numbers come from ``compare``; a test without it can take 
             peers=["separable matmul"],      # may fail to run here (the table says why); ours may not
             bytes=shape.bytes(direction),    # what an ideal implementation moves, or None
             flops=shape.flops(direction),    # what the formula costs, or None
+            arithmetic={"hpdm triton tf32": "tf32"},   # who takes fp32 products otherwise than PyTorch is set to
         )
 
 Before anything is timed, every contender's output (and gradients) must err at most twice as much as the reference's
-against the reference in fp64 (``oracle=`` names another oracle, ``budgets={"name": 8.0}`` another factor). ``backends``
-is ``("torch",)`` on the CPU and ``("torch", "triton")`` on CUDA. Options: ``--save-as NAME`` writes the results to
-``benchmarks/results/NAME`` instead of ``benchmarks/results/local``, ``--seconds S`` is the time per comparison.
+against the reference in fp64 (``oracle=`` names another oracle, ``budgets={"name": 8.0}`` another factor). A contender
+that fails or errs more gets a row that says so, the others are timed, and then the test fails. ``backends`` is
+``("torch",)`` on the CPU and ``("torch", "triton")`` on CUDA. Options: ``--save-as NAME`` writes the results to
+``benchmarks/results/NAME`` instead of ``benchmarks/results/local``, ``--seconds S`` is the time per comparison (0: only
+validate).
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +61,7 @@ from benchmarks import harness, report
 RESULTS = Path(__file__).parent / "results"
 ROWS = pytest.StashKey[list[harness.Row]]()
 TESTS = pytest.StashKey[list[dict[str, Any]]]()
+CEILINGS = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,6 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
     config.stash[TESTS] = []
+    config.stash[CEILINGS] = {}
     # pytest-benchmark's own table would time whole rounds of contenders; its JSON (--benchmark-json) has our rows.
     if config.pluginmanager.hasplugin("benchmark"):
         config.option.benchmark_quiet = True
@@ -91,13 +97,21 @@ def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
+def add_rows(config: pytest.Config, rows: Sequence[harness.Row]) -> None:
+    """Keeps rows for the tables, each with its floor; the first ones measure the ceilings."""
+    ceilings = config.stash[CEILINGS]
+    if rows and not ceilings:
+        ceilings.update(harness.ceilings(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    config.stash[ROWS] += [harness.add_floor(row, ceilings) for row in rows]
+
+
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., harness.Row]:
     """``record(group, shape, contender, direction, samples, bytes=..., flops=..., extra={...})``: adds one row."""
 
     def add(*arguments: Any, **fields: Any) -> harness.Row:
         row = harness.row_from_samples(*arguments, **fields)
-        request.config.stash[ROWS].append(row)
+        add_rows(request.config, [row])
         return row
 
     return add
@@ -115,8 +129,12 @@ def compare(request: pytest.FixtureRequest) -> Callable[..., list[harness.Row]]:
             benchmark.pedantic(call, rounds=rounds, iterations=1)
 
         options.setdefault("seconds", request.config.getoption("--seconds"))
-        rows = harness.compare(contenders, inputs, drive=drive if benchmark else None, **options)
-        request.config.stash[ROWS] += rows
+        try:
+            rows = harness.compare(contenders, inputs, drive=drive if benchmark else None, **options)
+        except harness.Wrong as wrong:
+            add_rows(request.config, wrong.rows)
+            raise
+        add_rows(request.config, rows)
         if benchmark:
             benchmark.extra_info["rows"] = [dataclasses.asdict(row) for row in rows]
         return rows
@@ -134,18 +152,35 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     return outcome
 
 
+def write_part(config: pytest.Config, done: bool) -> None:
+    """Writes rows and tests so far to the file of ``--results``, in one step, if that was given."""
+    file = config.getoption("--results")
+    if file is None:
+        return
+    part = {
+        "done": done,
+        "rows": [dataclasses.asdict(row) for row in config.stash[ROWS]],
+        "tests": config.stash[TESTS],
+        "ceilings": config.stash[CEILINGS],
+    }
+    fresh = file.with_name(file.name + ".new")
+    fresh.write_text(json.dumps(part), encoding="utf-8")
+    os.replace(fresh, file)
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    # After every test: a kernel that takes the process down does not take the other results with it.
+    write_part(item.config, done=False)
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     rows = config.stash[ROWS]
-    file = config.getoption("--results")
-    if file:
-        part = {"rows": [dataclasses.asdict(row) for row in rows], "tests": config.stash[TESTS]}
-        file.write_text(json.dumps(part), encoding="utf-8")
-        return
-    if not rows:
+    write_part(config, done=True)
+    if not rows or config.getoption("--results"):
         return
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+        **harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.stash[CEILINGS]),
         "tests": config.stash[TESTS],
         "rows": [dataclasses.asdict(row) for row in rows],
     }

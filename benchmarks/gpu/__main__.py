@@ -1,29 +1,36 @@
-"""Checks every kernel on this machine's CUDA device, then times them: ``python -m benchmarks.gpu``.
+"""Everything that this machine's CUDA device can show, in nine minutes: ``make gpu`` or ``python -m benchmarks.gpu``.
 
-Takes the packages of the interpreter as they are; needs torch with CUDA, triton, numpy, einops and pytest. Each file of
-tests runs in a process of its own, so that a kernel which takes the CUDA context down does not stop the rest. The files
-of correctness tests run side by side, the benchmarks one after another. Results: JSON, Markdown and (with matplotlib) a
-chart in ``benchmarks/results/<GPU>/``.
+Takes the packages of the interpreter as they are: needs torch with CUDA, triton, numpy and einops; pytest and
+matplotlib are used if they are there. Runs the pieces of ``pieces.py`` in order, each in a process of its own, so that
+a kernel which takes the CUDA context down does not stop the rest. What a piece reports is written as soon as it ends to
+``benchmarks/results/<GPU>/parts/<sources>/``; pieces that are complete there are not run again, so a run that was cut
+short goes on where it was, as long as the sources and the versions of torch and triton stay the same. The parts are
+merged into ``benchmarks/results/<GPU>/<date>-<sources>.json`` and ``.md``, also where some are missing.
+
+Exit status: 0 all well; 1 something failed, or nothing can run here; 3 nothing failed, but pieces are missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import importlib.util
-import json
 import os
 import re
-import subprocess
+import signal
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-NEEDED = ("torch", "triton", "numpy", "einops", "pytest")
+from benchmarks.gpu.pieces import Piece, all_pieces
+from benchmarks.gpu.suite import ROOT, Suite, write
+
+# Beside each other the pieces may need 60 GB of the device's memory; more would not fit into 80.
+MOST_JOBS = 16
+NEEDED = ("torch", "triton", "numpy", "einops")
 
 
 def obstacle() -> str | None:
@@ -41,95 +48,105 @@ def obstacle() -> str | None:
     return None
 
 
-def _start(file: Path, results: Path, options: Sequence[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pytest", str(file.relative_to(ROOT)), "--results", str(results), "-p", "no:xdist"]
-    return subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def sources_id(root: Path = ROOT) -> str:
+    """Eight digits that change with the library, the benchmarks, and the versions of torch and triton."""
+    digest = hashlib.sha256()
+    for folder in ("hpdm_kernels", "hpdm", "benchmarks"):
+        for path in sorted((root / folder).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    for package in ("torch", "triton"):
+        digest.update(metadata.version(package).encode())
+    return digest.hexdigest()[:8]
 
 
-def _finish(process: subprocess.Popen[str], file: Path, results: Path, until: float) -> dict[str, Any]:
-    """Waits, prints the end of the output, and gives what the file reported, or that it reported nothing."""
-    try:
-        out, _ = process.communicate(timeout=max(1.0, until - time.monotonic()))
-        how = f"exit status {process.returncode}"
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, _ = process.communicate()
-        how = "stopped: out of time"
-    name = str(file.relative_to(ROOT))
-    print(f"---- {name}: {how}\n{out[-6000:]}", flush=True)
-    if results.exists():
-        result: dict[str, Any] = json.loads(results.read_text(encoding="utf-8"))
-    else:
-        result = {"rows": [], "tests": [{"id": name, "outcome": "crashed", "message": f"{how}; {out[-500:]}"}]}
-    return result
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The correctness results in Markdown; the benchmarks' tables follow them."""
-    tests = [t for t in result["tests"] if t["outcome"] != "passed" or "error_of_budget" in t]
-    passed = sum(t["outcome"] == "passed" for t in result["tests"])
-    skipped = sum(t["outcome"] == "skipped" for t in result["tests"])
-    lines = ["## Correctness", "", f"{passed} of {len(result['tests'])} passed, {skipped} skipped.", ""]
-    lines += ["| test | outcome | largest error / budget | message |", "|---|---|---:|---|"]
-    for t in sorted(tests, key=lambda t: t["outcome"] == "passed"):
-        worst = t.get("error_of_budget")
-        message = re.sub(r"[|\s]+", " ", t["message"])[:160]
-        lines.append(f"| {t['id']} | {t['outcome']} | {'-' if worst is None else f'{worst:.2f}'} | {message} |")
+def listing(pieces: Sequence[Piece], state: str | None, suite: Suite | None) -> str:
+    """One line per piece: when it runs, its budget, what it shows, and ``state`` or whether it is complete."""
+    width = max(len(piece.name) for piece in pieces)
+    lines = []
+    for piece in pieces:
+        now = state or ("complete" if suite and suite.complete(piece) else "to do")
+        when = "alone" if piece.alone else "beside others"
+        lines.append(f"{piece.name:<{width}}  {piece.seconds:>4.0f} s  {when:<13}  {now:<10}  {piece.shows}")
     return "\n".join(lines)
 
 
-def main() -> int:
-    """Runs everything, writes the results, and returns 1 if anything failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="correctness and speed on this GPU")
-    parser.add_argument("--seconds", type=float, default=0.5, help="timing per comparison (default 0.5)")
-    parser.add_argument("--limit", type=float, default=290, help="seconds for everything (default 290)")
-    parser.add_argument("--only", choices=("correctness", "speed"), help="only one of the two halves")
-    options = parser.parse_args()
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="what this GPU can show")
+    parser.add_argument("--list", action="store_true", help="print the pieces with their budgets")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run here, and run nothing")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these pieces alone, complete or not")
+    parser.add_argument("--fresh", action="store_true", help="run complete pieces again")
+    parser.add_argument("--merge", action="store_true", help="run nothing, merge the parts there are")
+    parser.add_argument("--limit", type=float, default=540, help="seconds for everything (default 540)")
+    parser.add_argument("--jobs", type=int, help="pieces side by side (default: one per core, at most 16)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the results")
+    return parser.parse_args(arguments)
+
+
+def _interrupted(number: int, _: Any) -> None:
+    raise KeyboardInterrupt(f"signal {number}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the pieces, merges what they reported, and returns the exit status."""
+    options = _options(arguments)
+    pieces = all_pieces()
+    unknown = set(options.only or ()) - {piece.name for piece in pieces}
+    if unknown:
+        print(f"error: --only: no piece {', '.join(sorted(unknown))}; --list prints the pieces", file=sys.stderr)
+        return 1
+    chosen = [piece for piece in pieces if not options.only or piece.name in options.only]
     why = obstacle()
     if why:
+        print(listing(chosen, "needs CUDA", None))
         print(f"error: {why}", file=sys.stderr)
-        return 1
+        return 0 if options.list or options.dry_run else 1
+
     import torch
 
-    from benchmarks import harness, report
+    from benchmarks import harness
 
-    until = time.monotonic() + options.limit
-    checks = sorted(Path(__file__).parent.glob("test_*.py")) if options.only != "speed" else []
-    speeds = sorted(Path(__file__).parents[1].glob("test_*.py")) if options.only != "correctness" else []
-    parts: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = {file: Path(folder) / f"{file.stem}-{n}.json" for n, file in enumerate([*checks, *speeds])}
-        running = {file: _start(file, files[file], []) for file in checks}
-        parts += [_finish(process, file, files[file], until) for file, process in running.items()]
-        for file in speeds:
-            if time.monotonic() > until:
-                name = str(file.relative_to(ROOT))
-                parts.append({"rows": [], "tests": [{"id": name, "outcome": "skipped", "message": "out of time"}]})
-                continue
-            process = _start(file, files[file], ["--seconds", str(options.seconds)])
-            parts.append(_finish(process, file, files[file], until))
-    now = datetime.datetime.now(datetime.UTC)
-    result = {
-        "date": now.isoformat(timespec="seconds"),
-        **harness.environment(torch.device("cuda")),
-        "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
-        "tests": [test for part in parts for test in part["tests"]],
-        "rows": [row for part in parts for row in part["rows"]],
-    }
     slug = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    target = Path(__file__).parents[1] / "results" / slug / f"{now:%Y-%m-%d-%H%M%S}.json"
+    parts = options.results.resolve() / slug / "parts"
+    jobs = options.jobs or min(MOST_JOBS, os.cpu_count() or 4)
+    run_id = sources_id()
+    suite = Suite(chosen, parts / run_id, options.limit, jobs, again=options.fresh or bool(options.only))
+    if options.list or options.dry_run:
+        print(listing(chosen, None, suite))
+        return 0
+    if not options.merge:
+        parts.mkdir(parents=True, exist_ok=True)
+        (parts / ".gitignore").write_text("*\n", encoding="utf-8")
+        signal.signal(signal.SIGTERM, _interrupted)
+        try:
+            suite.run()
+        except KeyboardInterrupt:
+            print("interrupted: merging what there is", file=sys.stderr)
+
+    whole = Suite(pieces, suite.folder)
+    command = " ".join(["python -m benchmarks.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+    environment = harness.environment(torch.device("cuda"), {}) | {"command": command}
+    return _merge(whole, environment, options.results.resolve() / slug, run_id)
+
+
+def _merge(suite: Suite, environment: dict[str, Any], folder: Path, run_id: str) -> int:
+    from benchmarks import report
+    from benchmarks.gpu import summary
+
+    now = datetime.datetime.now(datetime.UTC)
+    result = summary.merge(suite, environment, now.isoformat(timespec="seconds"))
+    target = folder / f"{now:%Y-%m-%d}-{run_id}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = f"# {torch.cuda.get_device_name()}\n\n{report.markdown(result)}\n\n{summary(result)}\n"
+    write(target, result)
+    text = summary.markdown(result)
     target.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
     try:
         report.chart([result], target.with_suffix(".png"))
     except ImportError as error:
         print(f"no chart: {error}")
-    failed = [t["id"] for t in result["tests"] if t["outcome"] not in ("passed", "skipped")]
-    print(f"results: {target.relative_to(ROOT)} and .md; {len(result['tests'])} tests, {len(failed)} failed")
-    return 1 if failed else 0
+    print(f"results: {target} and .md")
+    return summary.verdict(result)
 
 
 if __name__ == "__main__":

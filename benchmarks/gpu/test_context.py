@@ -1,11 +1,11 @@
-"""Context sampling and fusion at odd and real shapes, every arithmetic."""
+"""Context sampling at odd and real shapes."""
 
 import pytest
 import torch
 
-from benchmarks.gpu.checks import ARITHMETIC, DTYPES, check, needs_cuda
-from benchmarks.shapes import T2V, UCF_S, ContextShape, Pyramid
-from hpdm_kernels import fuse_context, reference, sample_context
+from benchmarks.gpu.checks import DTYPES, check, needs_cuda
+from benchmarks.shapes import T2V, T2V_1K, UCF_S, ContextShape, Pyramid
+from hpdm_kernels import reference, sample_context
 
 pytestmark = needs_cuda
 
@@ -14,6 +14,7 @@ SHAPES = (
     ContextShape(Pyramid("single token", (1, 4, 4), (1, 4, 4), 2, (2, 2, 2), 64, width=16)),
     ContextShape(UCF_S),
     ContextShape(T2V, batch=2),
+    ContextShape(T2V_1K),
 )
 
 
@@ -29,29 +30,6 @@ def test_sample_context(request, device, generator, shape, footprints, dtype):
         lambda *s: sample_context(s, *rest, footprints=bounds, backend="triton"),
         lambda *s: reference.sample_context(s, *rest),
         sources,
-    )
-
-
-@pytest.mark.parametrize("arithmetic", ARITHMETIC)
-@pytest.mark.parametrize("coordinates", [True, False], ids=["coordinates", "plain"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fuse_context(request, device, generator, shape, coordinates, arithmetic):
-    dtype, precision, factor = ARITHMETIC[arithmetic]
-    sources, boxes, box = shape.make(generator, device, dtype)
-    d = shape.width
-    x = torch.randn(shape.batch, shape.tokens, d, device=device).to(dtype)
-    weight = (torch.randn(d, 2 * d + 3 * coordinates, device=device) / (2 * d) ** 0.5).to(dtype)
-    bias = torch.randn(d, device=device).to(dtype)
-    rest = (shape.source_grids, shape.grid)
-    check(
-        request,
-        lambda x, w, b, *s: fuse_context(
-            x, s, boxes, box, w, b, *rest, footprints=shape.footprints, precision=precision, backend="triton"
-        ),
-        lambda x, w, b, *s: reference.fuse_context(x, s, boxes, box, w, b, *rest),
-        (x, weight, bias, *sources),
-        factor=factor,
-        tf32=precision == "tf32",
     )
 
 

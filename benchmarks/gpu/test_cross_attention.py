@@ -11,7 +11,7 @@ pytestmark = needs_cuda
 # batch, heads, queries, keys, head width: degenerate, odd, and the paper's read and write (Table 8). Not one key: the
 # gradients are then zero, and PyTorch's error, which is the yardstick, too.
 SHAPES = ((1, 1, 1, 64, 16), (2, 3, 17, 33, 24), (1, 2, 130, 257, 64), (1, 2, 65, 127, 128), (1, 4, 768, 4096, 64))
-SHAPES += ((1, 4, 4096, 768, 64), (1, 2, 100, 3, 32))
+SHAPES += ((1, 4, 4096, 768, 64), (1, 2, 100, 3, 32), (1, 4, 768, 12288, 64), (2, 8, 768, 768, 64))
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
@@ -31,13 +31,17 @@ def test_cross_attention(request, device, shape, arithmetic):
     )
 
 
-def test_strided_inputs(request, device):
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_strided_inputs(request, device, arithmetic):
     """Heads split out of one projection, as the modules do."""
-    qkv = torch.randn(2, 100, 3 * 4 * 64, device=device)
+    dtype, precision, factor = ARITHMETIC[arithmetic]
+    qkv = torch.randn(2, 100, 3 * 4 * 64, device=device).to(dtype)
     q, k, v = (part.unflatten(-1, (4, 64)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
     check(
         request,
-        lambda q, k, v: cross_attention(q, k, v, precision="ieee", backend="triton"),
+        lambda q, k, v: cross_attention(q, k, v, precision=precision, backend="triton"),
         lambda q, k, v: reference.cross_attention(q, k, v, 64**-0.5),
         (q, k, v),
+        factor=factor,
+        tf32=precision == "tf32",
     )
