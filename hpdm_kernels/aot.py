@@ -1,8 +1,11 @@
-"""Compiles every kernel for GPUs that need not be present: ``python -m hpdm_kernels.aot``.
+"""Compiles every kernel for GPUs that need not be present: ``python -m hpdm_kernels.aot [--save docs/kernels.md]``.
 
 The interpreter, which runs the kernels where there is no GPU, accepts kernels that do not compile, spill registers to
 memory or want more shared memory than there is. So each kernel is also compiled ahead of time in every shipped
 configuration (``aot_specs()`` of the op modules), and fails here if it uses any stack or too much shared memory.
+
+Which instructions came out is read from PTX, at no cost, or from the machine code (SASS), a quarter of a second per
+kernel: the committed table is written from SASS, and only where both name the same matrix units.
 """
 
 from __future__ import annotations
@@ -12,49 +15,27 @@ import importlib
 import json
 import multiprocessing
 import pkgutil
-import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import hpdm_kernels
 from hpdm_kernels import _triton
+from hpdm_kernels._aot_code import disassemble, read_operands, read_ptx, read_sass, resource_usage, tool_versions
+from hpdm_kernels._aot_table import (
+    SHARED_MEMORY_LIMITS,
+    Result,
+    Table,
+    config_text,
+    read,
+    render,
+    stale_rows,
+    write_text,
+)
 from hpdm_kernels._triton import KernelSpec
-
-SHARED_MEMORY_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-"""Bytes of shared memory that one block may use; Triton does not check it when compiling ahead of time."""
-
-# PTX to what the hardware calls it: which matrix units a kernel uses.
-_MATRIX_INSTRUCTIONS = {"tcgen05.mma": "UTCMMA", "wgmma.mma_async": "HGMMA", "mma.sync": "HMMA"}
-_GLOBAL_LOAD = re.compile(r"\bld\.global(?:\.[\w:]+)*?(?:\.v(\d+))?\.[busf](\d+)\b")
-_ASYNC_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?,\s*(0x[0-9a-f]+|\d+)\b")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One kernel compiled for one target."""
-
-    kernel: str
-    target: str
-    registers: int | None = None
-    stack: int | None = None
-    """Bytes per thread; more than none means that registers were spilled."""
-    shared: int | None = None
-    """Bytes per block."""
-    matrix: str = "-"
-    """``HGMMA`` (Hopper), ``HMMA`` (Ampere), ``UTCMMA`` (Blackwell) or ``-``."""
-    loads: int = 0
-    """Loads from global memory in the code, asynchronous copies included."""
-    wide_loads: int = 0
-    """Those of 16 bytes or more per thread."""
-    seconds: float = 0.0
-    problem: str = ""
-    """Why this kernel must not be shipped, empty if it may."""
 
 
 def op_modules() -> list[str]:
@@ -89,8 +70,8 @@ def collect(modules: Iterable[str]) -> list[KernelSpec]:
     return list(specs.values())
 
 
-def compile_kernel(spec: KernelSpec, target: str) -> Result:
-    """Compiles one kernel for one target and looks at what came out."""
+def compile_kernel(spec: KernelSpec, target: str, *, op: str = "", sass: bool = False) -> Result:
+    """Compiles one kernel for one target and looks at what came out, in SASS if asked to, else in PTX."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -112,71 +93,70 @@ def compile_kernel(spec: KernelSpec, target: str) -> Result:
         )
     except Exception as error:  # the compiler's errors have no common base; all of them are results here
         text = str(error).strip().splitlines()
-        return Result(spec.name, target, problem=f"{type(error).__name__}: {text[-1] if text else 'no message'}")
+        return Result(
+            spec.name,
+            target,
+            op,
+            config_text(spec),
+            problem=f"{type(error).__name__}: {text[-1] if text else 'no message'}",
+        )
     seconds = time.perf_counter() - begin
-    registers, stack = _resource_usage(compiled.asm["cubin"])
+    registers, stack = resource_usage(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
-    wide, loads = count_loads(ptx)
+    code, read_from = read_ptx(ptx), "PTX"
     shared = int(compiled.metadata.shared)
     problems = []
     if stack:
         problems.append(f"{stack} bytes of stack")
     if shared > limit:
         problems.append(f"{shared} bytes of shared memory, at most {limit}")
+    if sass:
+        try:
+            code, read_from = read_sass(disassemble(compiled.asm["cubin"])), "SASS"
+        except RuntimeError as error:
+            print(f"{spec.name} on {target}: read from PTX, because {error}", file=sys.stderr)
+        if code.matrix != read_ptx(ptx).matrix:
+            problems.append(f"PTX names matrix unit {read_ptx(ptx).matrix}, SASS {code.matrix}")
     return Result(
         kernel=spec.name,
         target=target,
+        op=op,
+        config=config_text(spec),
         registers=registers,
         stack=stack,
         shared=shared,
-        matrix=next((name for text, name in _MATRIX_INSTRUCTIONS.items() if text in ptx), "-"),
-        loads=loads,
-        wide_loads=wide,
+        operands=read_operands(ptx),
+        read_from=read_from,
         seconds=round(seconds, 2),
         problem="; ".join(problems),
+        **asdict(code),
     )
-
-
-def count_loads(ptx: str) -> tuple[int, int]:
-    """Loads from global memory in PTX: (those of at least 16 bytes per thread, all)."""
-    sizes = [int(vector or 1) * int(bits) // 8 for vector, bits in _GLOBAL_LOAD.findall(ptx)]
-    sizes += [int(size, 0) for size in _ASYNC_COPY.findall(ptx)]
-    return sum(size >= 16 for size in sizes), len(sizes)
-
-
-def _resource_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack per thread, from the ``cubin`` by Triton's own ``cuobjdump``."""
-    tool = Path(_triton.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    usage = re.findall(r"REG:(\d+) STACK:(\d+)", out)
-    if not usage:
-        raise RuntimeError(f"cuobjdump -res-usage: got {out!r}, expected REG and STACK")
-    return max(int(r) for r, _ in usage), max(int(s) for _, s in usage)
 
 
 def table(results: Sequence[Result]) -> str:
     """One line per kernel and target."""
     width = max((len(r.kernel) for r in results), default=6)
-    lines = [f"{'kernel':<{width}}  target  regs  stack   shared  matrix  16-byte loads   time  "]
+    lines = [f"{'kernel':<{width}}  target  regs  stack   shared  matrix unit   16-byte loads  copies   time  "]
     for r in results:
         numbers = "".join(f"{'-' if n is None else n:>{w}}" for n, w in ((r.registers, 5), (r.stack, 7), (r.shared, 9)))
+        matrix = r.matrix if r.matrix == "-" else f"{r.matrix} {r.operands}"
         loads = f"{r.wide_loads} of {r.loads}"
         verdict = f"FAILED: {r.problem}" if r.problem else "ok"
         lines.append(
-            f"{r.kernel:<{width}}  {r.target:<6}{numbers}  {r.matrix:<6}  {loads:>13}  {r.seconds:>4.1f}s  {verdict}"
+            f"{r.kernel:<{width}}  {r.target:<6}{numbers}  {matrix:<12}  {loads:>13}  {r.async_copies:>6}  "
+            f"{r.seconds:>4.1f}s  {verdict}"
         )
     return "\n".join(lines)
 
 
-_specs: list[KernelSpec] = []
+_specs: list[tuple[str, KernelSpec]] = []
+"""Op and kernel; forked workers inherit them, for kernels cannot be pickled."""
 
 
-def _job(job: tuple[int, str]) -> Result:
-    index, target = job
-    return compile_kernel(_specs[index], target)
+def _job(job: tuple[int, str, bool]) -> Result:
+    index, target, sass = job
+    op, spec = _specs[index]
+    return compile_kernel(spec, target, op=op, sass=sass)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -188,7 +168,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--filter", default="", metavar="SUBSTR", help="only kernels whose name contains this")
     parser.add_argument("--module", nargs="+", metavar="NAME", help="modules with aot_specs(), instead of all ops")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at work at once (default 2)")
+    parser.add_argument("--sass", action="store_true", help="count instructions in the machine code, not in PTX")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write all results as Markdown, counted in SASS")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="only compare a saved table's rows with today's kernels, no compiling",
+    )
     options = parser.parse_args(arguments)
     if not _triton.AVAILABLE:
         print(f"error: triton is not importable ({_triton.IMPORT_ERROR})", file=sys.stderr)
@@ -196,12 +184,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if _triton.INTERPRETED:
         print("error: TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
         return 2
-    _specs[:] = [s for s in collect(options.module or op_modules()) if options.filter in s.name]
+    part = options.filter or options.module or set(options.target) != set(SHARED_MEMORY_LIMITS)
+    if (options.save or options.check) and part:
+        print("error: --save and --check are about all kernels: drop --filter, --module, --target", file=sys.stderr)
+        return 2
+    modules = options.module or op_modules()
+    specs = collect(modules)
+    if options.check:
+        stale = stale_rows(read(options.check.read_text(encoding="utf-8")), specs)
+        print("\n".join(stale) or f"{options.check}: lists all {len(specs)} kernels as they are")
+        return 1 if stale else 0
+    ops = {spec.name: _op(module) for module in modules for spec in collect([module])}
+    _specs[:] = [(ops[spec.name], spec) for spec in specs if options.filter in spec.name]
     if not _specs:
         print(f"error: no kernel's name contains {options.filter!r}", file=sys.stderr)
         return 2
-    jobs = [(index, target) for target in options.target for index in range(len(_specs))]
-    # Forked workers inherit the specs, whose kernels cannot be pickled.
+    sass = options.sass or options.save is not None
+    jobs = [(index, target, sass) for target in options.target for index in range(len(_specs))]
     with multiprocessing.get_context("fork").Pool(max(1, options.jobs)) as pool:
         results = pool.map(_job, jobs, chunksize=1)
     print(table(results))
@@ -209,8 +208,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(results)} compiled, {failed} failed, {sum(r.seconds for r in results):.0f} s of compiling")
     if options.json:
         out: list[dict[str, Any]] = [asdict(r) for r in results]
-        options.json.write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(out, indent=1) + "\n")
+    if options.save and failed:
+        print(f"error: {options.save} not written: it lists kernels that may be shipped", file=sys.stderr)
+    elif options.save:
+        command = f"python -m hpdm_kernels.aot --save {options.save}"
+        write_text(options.save, render(Table(tool_versions(), results), command))
     return 1 if failed else 0
+
+
+def _op(module: str) -> str:
+    return module.rpartition(".")[2].removesuffix("_triton")
 
 
 if __name__ == "__main__":
