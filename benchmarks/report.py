@@ -1,216 +1,256 @@
-"""Tables and charts from the JSON files of ``pytest benchmarks``.
+"""``python -m benchmarks.report``: tables, charts, comparisons and the README's results from the JSON files of
+``pytest benchmarks``.
 
-``python -m benchmarks.report FILE.json`` prints Markdown tables and draws ``FILE.png``, with ``--summary`` one line per
-comparison: the reference, the fastest peer, ours;
-``python -m benchmarks.report OLD.json NEW.json`` also prints what got slower from one to the other, and exits 1 if
-anything did.
+::
+
+    python -m benchmarks.report FILE.json ...                       Markdown tables, and charts beside each file
+    python -m benchmarks.report OLD.json NEW.json                   also what got slower, needs more memory, got faster
+    python -m benchmarks.report --readme README.md FILE.json ...    writes the README's results between two markers
+    python -m benchmarks.report --readme README.md --check          whether they are what the files named there give
+
+Exit status 1: something got slower or needs more memory, or the README differs; 2: a file or argument is unusable.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
+import os
+import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("contender", "median", "IQR", "speed-up", "GB/s", "% copy", "TFLOP/s", "% matmul", "extra memory")
+from benchmarks import charts
+from benchmarks.tables import Result, Row, duration, header, markdown, memory, summary, text, tokens, where
+from hpdm.video import atomic_path
+
+__all__ = ["block", "chart", "compare", "main", "markdown", "read", "splice", "summary", "text"]
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+TIME_MARGIN, MEMORY_MARGIN = 1.1, 1.05
 
 
-def duration(seconds: float | None) -> str:
-    """Three significant digits with a unit: ``1.23 ms``."""
-    if seconds is None:
-        return "-"
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e9:.3g} ns"
+def read(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a file that ``pytest benchmarks`` wrote.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    needed = ("machine", "versions", "float32_matmul_precision", "commit", "command", "date", "rows")
+    missing = [name for name in needed if not isinstance(result, dict) or name not in result]
+    if missing:
+        raise ValueError(f"{path}: no {', '.join(missing)}; expected a file that `pytest benchmarks` wrote")
+    return dict(result)
 
 
-def memory(size: int | None) -> str:
-    """Three significant digits with a decimal unit, as the paper's tables: ``1.23 GB``."""
-    if size is None:
-        return "-"
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.3g} {unit}"
-    return f"{size} B"
-
-
-def _number(value: float | None, form: str = ".3g") -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _cells(row: Mapping[str, Any], machine: Mapping[str, Any]) -> list[str]:
-    name = row["contender"] + (" *" if row["reference"] else "")
-    if row["error"]:
-        return [name, f"could not run: {row['error'][:90]}", *[""] * (len(COLUMNS) - 2)]
-    gbs, tflops = row["gbs"], row["tflops"]
-    copy, matmul = machine.get("copy_gbs"), machine.get("matmul_fp32_tflops")
-    speedup = row["speedup_vs_reference"]
-    return [
-        name,
-        duration(row["median_s"]),
-        duration(row["iqr_s"]),
-        "-" if speedup is None else f"{speedup:.2f}x",
-        _number(gbs),
-        _number(100 * gbs / copy if gbs and copy else None, ".0f"),
-        _number(tflops),
-        _number(100 * tflops / matmul if tflops and matmul else None, ".0f"),
-        memory(row["peak_extra_bytes"]),
-    ]
-
-
-def tables(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], list[Mapping[str, Any]]]:
-    """Rows by (group, shape, direction), in the order of the run."""
-    out: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        out.setdefault((row["group"], row["shape"], row["direction"]), []).append(row)
-    return out
-
-
-def header(result: Mapping[str, Any]) -> list[str]:
-    """What the numbers were measured on and with."""
-    machine = result["machine"]
-    where = machine.get("gpu") or machine["cpu"]
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    return [
-        f"{where}; {machine['threads']} threads on {machine['cores']} cores; {versions}",
-        f"fp32 products: {result['float32_matmul_precision']}; commit {result['commit']}; {result['date']}",
-        f"ceilings measured in the same run: copy {machine['copy_gbs']:.3g} GB/s, "
-        f"fp32 matmul {machine['matmul_fp32_tflops']:.3g} TFLOP/s",
-        "GB/s and TFLOP/s count what the op must move and compute, not what a contender does; "
-        "* is the reference of the speed-ups",
-        f"command: {result['command']}",
-    ]
-
-
-def text(result: Mapping[str, Any]) -> str:
-    """Plain tables for a terminal."""
-    lines = header(result)
-    for (group, shape, direction), rows in tables(result["rows"]).items():
-        grid = [list(COLUMNS), *(_cells(row, result["machine"]) for row in rows)]
-        good = [cells for cells in grid if not cells[1].startswith("could not")]
-        widths = [max(len(cells[i]) for cells in good) for i in range(len(COLUMNS))]
-        widths[0] = max(len(cells[0]) for cells in grid)
-        lines += ["", f"{group} | {shape} | {direction}"]
-        for cells in grid:
-            first, *rest = cells
-            lines.append(f"  {first:<{widths[0]}}  " + "  ".join(c.rjust(w) for c, w in zip(rest, widths[1:])).rstrip())
-    return "\n".join(lines)
-
-
-def markdown(result: Mapping[str, Any]) -> str:
-    """The same tables in Markdown."""
-    lines = [f"- {line}" for line in header(result)]
-    for (group, shape, direction), rows in tables(result["rows"]).items():
-        lines += ["", f"### {group}: {shape}, {direction}", ""]
-        lines += ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-        lines += ["| " + " | ".join(_cells(row, result["machine"])) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def summary(result: Mapping[str, Any]) -> str:
-    """One line per comparison in Markdown: the reference, the fastest peer and our fastest, and ours against both."""
-    lines = [
-        "| op | shape | | reference | strongest peer | ours | against reference | against peer |",
-        "|---|---|---|---:|---|---:|---:|---:|",
-    ]
-    for (group, shape, direction), rows in tables(result["rows"]).items():
-        timed = [row for row in rows if row["median_s"]]
-        ours = min((r for r in timed if r["contender"].startswith("hpdm")), key=lambda r: r["median_s"], default=None)
-        reference = next((r for r in timed if r["reference"]), None)
-        if ours is None or reference is None:
-            continue
-        others = [r for r in timed if not r["contender"].startswith("hpdm") and not r["reference"]]
-        peer = min(others, key=lambda r: r["median_s"], default=None)
-        cells = [group, shape, direction, duration(reference["median_s"])]
-        cells += [f"{peer['contender']}, {duration(peer['median_s'])}" if peer else "-", duration(ours["median_s"])]
-        cells += [f"{reference['median_s'] / ours['median_s']:.2f}x"]
-        cells += [f"{peer['median_s'] / ours['median_s']:.2f}x" if peer else "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def chart(results: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """One horizontal bar per contender, its speed-up over the reference; one panel per table.
+def chart(results: Sequence[Result], path: Path) -> Path:
+    """Draws the charts of the first file beside ``path`` and gives the path of the first of them.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
-    panels = [(result, key, rows) for result in results for key, rows in tables(result["rows"]).items()]
-    panels = [(result, key, [r for r in rows if r["speedup_vs_reference"]]) for result, key, rows in panels]
-    panels = [panel for panel in panels if panel[2]]
-    columns = min(3, 1 + len(panels) // 6)
-    lines = -(-len(panels) // columns)
-    tallest = max((len(rows) for _, _, rows in panels), default=1)
-    figure = Figure(figsize=(7.5 * columns, max(1.5, lines * (0.7 + 0.24 * tallest) + 0.5)), layout="constrained")
-    grid = list(figure.subplots(lines, columns, squeeze=False).flat) if panels else []
-    for spare in grid[len(panels) :]:
-        spare.set_axis_off()
-    for (_, (group, shape, direction), rows), axis in zip(panels, grid):
-        names = [row["contender"] for row in rows]
-        values = [row["speedup_vs_reference"] for row in rows]
-        colours = ["#c9504b" if name.startswith("hpdm") else "#8a97a6" for name in names]
-        bars = axis.barh(names, values, color=colours)
-        axis.bar_label(bars, [f"{v:.2f}x, {duration(r['median_s'])}" for v, r in zip(values, rows)], padding=3, size=7)
-        axis.set_title(f"{group}: {shape}, {direction}", size=8, loc="left")
-        axis.tick_params(labelsize=7)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.25 * max(values))
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle("speed-up over the reference" + (f", {_where(results)}" if results else ""), size=9)
-    figure.savefig(path, dpi=120)
-    return path
+    return next(iter(charts.draw(results[0], path)), path)
 
 
-def _where(results: Sequence[Mapping[str, Any]]) -> str:
-    return " and ".join(dict.fromkeys(r["machine"].get("gpu") or r["machine"]["cpu"] for r in results))
+# --- comparison of two files ---
 
 
-def slower(old: Mapping[str, Any], new: Mapping[str, Any], margin: float = 1.1) -> list[str]:
-    """What takes more than ``margin`` times as long in ``new``, and by more than both interquartile ranges."""
+def compare(old: Result, new: Result) -> dict[str, list[str]]:
+    """What changed from ``old`` to ``new``, as lines by heading.
 
-    def by_key(result: Mapping[str, Any]) -> dict[tuple[str, ...], Mapping[str, Any]]:
-        keys = ("group", "shape", "direction", "contender")
-        return {tuple(row[k] for k in keys): row for row in result["rows"] if row["median_s"]}
-
-    before, after, lines = by_key(old), by_key(new), []
-    for key in before.keys() & after.keys():
+    Slower and faster: by more than 10 % and by more than both interquartile ranges together. Memory: by more than 5 %.
+    """
+    before, after = _by_key(old), _by_key(new)
+    both = sorted(before.keys() & after.keys())
+    out: dict[str, list[str]] = {
+        "slower": [],
+        "more memory": [],
+        "faster": [],
+        "less memory": [],
+        "not measured now": [],
+    }
+    for key in both:
         was, now = before[key], after[key]
-        noise = was["iqr_s"] + now["iqr_s"]
-        if now["median_s"] > margin * was["median_s"] and now["median_s"] - was["median_s"] > noise:
-            ratio = now["median_s"] / was["median_s"]
-            lines.append(
-                f"{' | '.join(key)}: {duration(was['median_s'])} -> {duration(now['median_s'])} ({ratio:.2f}x)"
-            )
-    return sorted(lines)
+        if was["median_s"] and now["median_s"]:
+            noise = (was["iqr_s"] or 0) + (now["iqr_s"] or 0)
+            certain = abs(now["median_s"] - was["median_s"]) > noise
+            line = _change(key, was, now, "median_s", duration)
+            if certain and now["median_s"] > TIME_MARGIN * was["median_s"]:
+                out["slower"].append(line)
+            if certain and was["median_s"] > TIME_MARGIN * now["median_s"]:
+                out["faster"].append(line)
+        if was.get("peak_extra_bytes") is not None and now.get("peak_extra_bytes") is not None:
+            line = _change(key, was, now, "peak_extra_bytes", memory)
+            if now["peak_extra_bytes"] > MEMORY_MARGIN * was["peak_extra_bytes"]:
+                out["more memory"].append(line)
+            if was["peak_extra_bytes"] > MEMORY_MARGIN * now["peak_extra_bytes"]:
+                out["less memory"].append(line)
+    for key in sorted(before):
+        if not before[key]["error"] and (key not in after or after[key]["error"]):
+            why = after[key]["error"] if key in after else "no such row"
+            out["not measured now"].append(f"{' | '.join(key)}: {why[:90]}")
+    return out
+
+
+def _by_key(result: Result) -> dict[tuple[str, ...], Row]:
+    keys = ("group", "shape", "direction", "contender")
+    rows = {}
+    for row in result["rows"]:
+        size = tokens(row)
+        rows[(*(row[k] for k in keys), *([f"{size} tokens"] if size else []))] = row
+    return rows
+
+
+def _change(key: Sequence[str], was: Row, now: Row, field: str, unit: Callable[[float | None], str]) -> str:
+    ratio = f" ({now[field] / was[field]:.2f}x)" if was[field] else ""
+    return f"{' | '.join(key)}: {unit(was[field])} -> {unit(now[field])}{ratio}"
+
+
+def _different_setting(old: Result, new: Result) -> list[str]:
+    """What else than the code differs between two runs."""
+    settings = {
+        "machine": where,
+        "threads": lambda r: r["machine"]["threads"],
+        "fp32 products": lambda r: r["float32_matmul_precision"],
+        "torch": lambda r: r["versions"].get("torch"),
+        "triton": lambda r: r["versions"].get("triton"),
+    }
+    return [f"{name}: {get(old)} -> {get(new)}" for name, get in settings.items() if get(old) != get(new)]
+
+
+def _print_comparison(old: Path, new: Path, results: Sequence[Result]) -> int:
+    print(f"## {new.name} against {old.name}\n")
+    for line in _different_setting(*results):
+        print(f"not the same setting, {line}")
+    changes = compare(*results)
+    for heading, lines in changes.items():
+        print(f"\n### {heading}\n\n" + ("\n".join(f"- {line}" for line in lines) or "nothing"))
+    return 1 if changes["slower"] or changes["more memory"] else 0
+
+
+# --- README ---
+
+
+def block(readme: Path, files: Sequence[Path]) -> str:
+    """What stands between the markers of ``readme``: per file its setting, a compact table, and its charts."""
+
+    def link(path: Path) -> str:
+        return Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
+
+    parts = [f"<!-- Written by `python -m benchmarks.report --readme {readme.name} FILE.json ...`, do not edit. -->"]
+    for file in files:
+        result = read(file)
+        lines = [f"### {where(result)}, {result['date'][:10]}", "", *(f"- {line}" for line in header(result))]
+        lines.append(f"- all contenders, with memory and rates: [{file.name}]({link(file)})")
+        lines += ["", summary(result)]
+        for picture in charts.paths(result, file):
+            kind = picture.stem.removeprefix(file.stem).strip("-").replace("-", " ") or "speed-up"
+            lines += ["", f"![{kind}, {where(result)}]({link(picture)})"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def splice(content: str, inside: str, name: str = "README.md") -> str:
+    """``content`` with everything between its two marker lines replaced by ``inside``.
+
+    Raises:
+        ValueError: not exactly one marker of each kind, the beginning first.
+    """
+    begin, end = _markers(content, name)
+    return f"{content[:begin]}\n\n{inside}\n\n{content[end:]}"
+
+
+def named_files(content: str, readme: Path) -> list[Path]:
+    """The result files that the block of ``readme`` links to.
+
+    Raises:
+        ValueError: the markers are missing, or there is no link between them.
+    """
+    begin, end = _markers(content, readme.name)
+    files = [readme.parent / link for link in re.findall(r"\]\(([^)]+\.json)\)", content[begin:end])]
+    if not files:
+        raise ValueError(f"{readme}: no result file is named between the markers; give the files")
+    return files
+
+
+def _markers(content: str, name: str) -> tuple[int, int]:
+    """Where the text between the markers begins and ends."""
+    counts = [len(re.findall(rf"^{re.escape(marker)}[ \t]*\r?$", content, re.M)) for marker in (BEGIN, END)]
+    if counts != [1, 1] or content.index(BEGIN) > content.index(END):
+        raise ValueError(
+            f"{name}: got {counts[0]} lines {BEGIN!r} and {counts[1]} lines {END!r}, expected one each, in this order"
+        )
+    return content.index(BEGIN) + len(BEGIN), content.index(END)
+
+
+def _update(readme: Path, files: Sequence[Path], check: bool) -> int:
+    content = readme.read_bytes().decode("utf-8")
+    files = files or named_files(content, readme)
+    wanted = splice(content, block(readme, files), str(readme))
+    pictures = [picture for file in files for picture in charts.paths(read(file), file)]
+    if check:
+        missing = [f"missing chart: {picture}" for picture in pictures if not picture.is_file()]
+        names = (str(readme), "what the files give")
+        changes = difflib.unified_diff(content.splitlines(), wanted.splitlines(), *names, n=0, lineterm="")
+        lines = [*missing, *changes]
+        print("\n".join(lines) or f"{readme}: the results are those of the files")
+        return 1 if lines else 0
+    for file in files:
+        charts.draw(read(file), file)
+    if wanted != content:
+        with atomic_path(readme) as temporary:
+            temporary.write_bytes(wanted.encode("utf-8"))
+    print(f"{readme}: results of {', '.join(file.name for file in files)}")
+    return 0
+
+
+# --- command ---
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the tables of the files; returns 1 if something got slower from the first to the last of them."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="JSON files written by pytest benchmarks")
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", type=Path, help="JSON files written by pytest benchmarks")
     parser.add_argument("--no-chart", action="store_true", help="do not draw the charts")
     parser.add_argument("--summary", action="store_true", help="one line per comparison, and no charts")
+    parser.add_argument("--readme", type=Path, metavar="README.md", help="rewrite the results between its two markers")
+    parser.add_argument("--check", action="store_true", help="with --readme: write nothing, exit 1 if it would change")
     options = parser.parse_args(arguments)
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in options.files]
-    for path, result in zip(options.files, results):
-        if options.summary:
+    if options.check and not options.readme:
+        parser.error("--check: got no --readme, expected one to check")
+    if not options.files and not options.check:
+        parser.error("files: got none, expected JSON files written by pytest benchmarks")
+    try:
+        if options.readme:
+            return _update(options.readme, options.files, options.check)
+        return _print(options.files, options.summary, not options.no_chart and not options.summary)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _print(files: Sequence[Path], brief: bool, drawn: bool) -> int:
+    results = [read(path) for path in files]
+    for path, result in zip(files, results):
+        if brief:
             print("\n".join(f"- {line}" for line in header(result)) + f"\n\n{summary(result)}\n")
             continue
         print(f"## {path.parent.name}, {path.stem}\n\n{markdown(result)}\n")
-        if not options.no_chart:
-            print(f"chart: {chart([result], path.with_suffix('.png'))}\n")
+        for picture in charts.draw(result, path) if drawn else []:
+            print(f"chart: {picture}")
     if len(results) < 2:
         return 0
-    lines = slower(results[0], results[-1])
-    print(f"## slower in {options.files[-1].name} than in {options.files[0].name}\n")
-    print("\n".join(f"- {line}" for line in lines) or "nothing")
-    return 1 if lines else 0
+    return _print_comparison(files[0], files[-1], (results[0], results[-1]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,185 @@
+"""Cost against the number of tokens, 2^10 to 2^18: measured for the ops, predicted for a whole training step.
+
+The ops run forward and backward, validated in fp64 at the fewest tokens, and against each other wherever more than one
+runs. ``fuse_context``: 128 channels, two sources with as many tokens as the patch, as on the last level of UCF-S (the
+model has 1,024 channels, which changes the products' part, not the growth). ``cross_attention``: 768 latents, one head
+of width 64; heads are independent of each other. The paper's formulas stop at 2^16 tokens: beyond, their memory goes
+into gigabytes. The training step is that of HPDM-S at full resolution, one level and so no context, from 16x32x32 to
+64x256x256; nothing runs, :mod:`hpdm.memory` counts, beyond weights, moments and their average.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import harness, peers, shapes
+from benchmarks.tables import exponent
+from hpdm import presets
+from hpdm.memory import training_step
+from hpdm_kernels import cross_attention, fuse_context, reference
+
+GRIDS = ((16, 8, 8), (16, 16, 16), (16, 32, 32), (64, 32, 32), (64, 64, 64))
+LATENTS, HEAD_WIDTH, WIDTH = 768, 64, 128
+MOST_OF_FORMULA = 2**16
+THREE_TF32 = 16.0
+MOST_ROUNDS, SECONDS = 5, 1.0
+DIRECTION = "fwd+bwd"
+
+Contenders = Mapping[str, Callable[..., Tensor]]
+Case = tuple[Contenders, Sequence[Tensor], dict[str, int]]
+
+
+def add_exponents(rows: Sequence[harness.Row]) -> None:
+    """Notes for every contender how its time and memory grow: ``~ tokens^p``."""
+    for name in {row.contender for row in rows}:
+        mine = [row for row in rows if row.contender == name]
+        for field, note in (("median_s", "time_exponent"), ("peak_extra_bytes", "memory_exponent")):
+            points = [(row.extra["tokens"], getattr(row, field)) for row in mine if getattr(row, field)]
+            if points:
+                p = exponent(*zip(*points))
+                for row in mine:
+                    row.extra[note] = p
+
+
+def grow(compare, record, group, limits, cases: Callable[[tuple[int, int, int]], Case], arithmetic=None) -> None:
+    """Measures the contenders at every grid up to their limits; the first is the reference.
+
+    ``arithmetic``: who takes products otherwise than PyTorch is set to.
+    """
+    arithmetic = arithmetic or {}
+    rows: list[harness.Row] = []
+    for grid in GRIDS:
+        n = math.prod(grid)
+        contenders, inputs, costs = cases(grid)
+        contenders = {name: fn for name, fn in contenders.items() if n <= limits.get(name, n)}
+        options = {"group": group, "shape": f"{'x'.join(map(str, grid))} tokens", "direction": DIRECTION, **costs}
+        if grid == GRIDS[0]:
+            first = next(iter(contenders))
+            budgets = dict.fromkeys(arithmetic, THREE_TF32)
+            options |= {"arithmetic": arithmetic, "budgets": budgets}
+            found = compare(contenders, inputs, reference=first, seconds=0.2, **options)
+        else:
+            found = measure(record, contenders, inputs, arithmetic, reference=rows[0].contender, **options)
+        for row in found:
+            row.extra["tokens"] = n
+        rows += found
+    add_exponents(rows)
+
+
+def measure(
+    record, contenders, inputs, arithmetic, *, group, shape, direction, reference, **costs
+) -> list[harness.Row]:
+    """As ``compare``, without an oracle in fp64, which would double time and memory."""
+    device = inputs[0].device
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    with torch.no_grad():
+        size = next(iter(contenders.values()))(*inputs)
+    grad_output = torch.randn_like(size)
+    del size
+    calls = {name: harness.forward_and_backward(fn, leaves, grad_output) for name, fn in contenders.items()}
+    timers = {name: harness.Timer(device) for name in calls}
+    memory, truth = {}, None
+    begin = time.perf_counter()
+    for name, call in calls.items():
+        results: list[tuple[Tensor, ...]] = []
+        # One call warms up, shows its memory, and is checked.
+        memory[name] = harness.peak_extra_bytes(lambda call=call, results=results: results.append(call()), device)
+        truth = truth or results[0]
+        for n, (got, expected) in enumerate(zip(results[0], truth, strict=True)):
+            error = (got - expected).abs().max() / expected.abs().max()
+            assert error < 1e-4, f"{group}, {shape}, {name}: result {n} differs by {error:.1e} of the largest value"
+    del truth, results, got, expected
+    rounds = int(min(MOST_ROUNDS, max(2, SECONDS / (time.perf_counter() - begin))))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            timers[name].sample(call)
+    return [
+        record(
+            group, shape, name, direction, timer.seconds(), reference=name == reference,
+            peak_extra_bytes=memory[name], arithmetic=arithmetic.get(name), **costs,
+        )
+        for name, timer in timers.items()
+    ]  # fmt: skip
+
+
+def test_fuse_context(compare, record, backends, device, generator):
+    def cases(grid: tuple[int, int, int]) -> Case:
+        f, h, w = grid
+        shape = shapes.ContextShape(shapes.Pyramid("growth", (f, 4 * h, 4 * w), (1, 4, 4), 3, (2, 2, 2), 256, WIDTH))
+        sources, source_boxes, box = shape.make(generator, device)
+        x = torch.randn(1, shape.tokens, WIDTH, generator=generator).to(device)
+        weight = (torch.randn(WIDTH, 2 * WIDTH + 3, generator=generator) / math.sqrt(2 * WIDTH)).to(device)
+        bias = torch.randn(WIDTH, generator=generator).to(device)
+
+        def by(fn: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
+            return lambda x, w, b, *s: fn(x, s, source_boxes, box, w, b, shape.source_grids, grid, **options)
+
+        contenders = {
+            "reference (grid_sample)": by(reference.fuse_context),
+            "separable matmul": by(peers.separable_fuse),
+            **{f"hpdm {b}": by(fuse_context, footprints=shape.footprints, backend=b) for b in backends},
+        }
+        costs = {
+            "bytes": shape.bytes(DIRECTION) + 3 * 4 * (x.numel() + weight.numel()),
+            "flops": 3 * 2 * shape.tokens * WIDTH * (2 * WIDTH + 3),
+        }
+        return contenders, (x, weight, bias, *sources), costs
+
+    limits = {"reference (grid_sample)": MOST_OF_FORMULA, "separable matmul": MOST_OF_FORMULA}
+    grow(compare, record, f"growth: fuse_context, {WIDTH} channels, 2 sources", limits, cases)
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["read", "write"])
+def test_cross_attention(compare, record, backends, device, generator, reads):
+    def cases(grid: tuple[int, int, int]) -> Case:
+        n = math.prod(grid)
+        queries, keys = (LATENTS, n) if reads else (n, LATENTS)
+        inputs = [torch.randn(1, 1, rows, HEAD_WIDTH, generator=generator).to(device) for rows in (queries, keys, keys)]
+
+        def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return reference.cross_attention(q, k, v, HEAD_WIDTH**-0.5)
+
+        def ours(backend: str) -> Callable[..., Tensor]:
+            return lambda q, k, v: cross_attention(q, k, v, backend=backend)
+
+        contenders = {"reference (plain softmax)": plain, **{f"hpdm {b}": ours(b) for b in backends}}
+        return (
+            contenders,
+            inputs,
+            {
+                "bytes": 4 * HEAD_WIDTH * 6 * (queries + keys),
+                "flops": 7 * 2 * queries * keys * HEAD_WIDTH,
+            },
+        )
+
+    what = f"{LATENTS} latents read tokens" if reads else f"tokens read {LATENTS} latents"
+    limits = {"reference (plain softmax)": MOST_OF_FORMULA}
+    # What PyTorch fuses of fp32 attention on CUDA always takes three TF32 passes.
+    arithmetic = {"hpdm torch": "tf32x3"} if device.type == "cuda" else {}
+    grow(compare, record, f"growth: cross_attention, {what}", limits, cases, arithmetic)
+
+
+def test_training_step_memory(record):
+    rows = []
+    for f, h, w in GRIDS[::2]:
+        patch = (f, 4 * h, 4 * w)
+        config = presets.hpdm_s().with_pyramid(patch, patch)
+        for kernels in ("reference", "torch"):
+            cost = training_step(config, 1, kernels)
+            size = cost.peak_bytes - cost.static_bytes
+            row = record(
+                "growth: HPDM-S training step at full resolution, predicted", "x".join(map(str, patch)),
+                "reference" if kernels == "reference" else f"hpdm {kernels}", DIRECTION, [math.nan],
+                reference=kernels == "reference", peak_extra_bytes=size, extra={"tokens": config.tokens},
+            )  # fmt: skip
+            # Nothing ran.
+            row.median_s = row.iqr_s = None
+            row.rounds, row.flops = 0, cost.flops
+            rows.append(row)
+    add_exponents(rows)
