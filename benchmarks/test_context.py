@@ -3,6 +3,7 @@
 Peers: the paper's formula with ``F.grid_sample``, one small matrix per axis, a weighted gather of 8 corners, and the
 matrices through ``torch.compile``. Fusion adds concatenation and projection to each. ``hpdm`` appears twice: with
 footprints read from the boxes (on the CPU; whole sources on CUDA), and with the footprints that the pyramid implies.
+Products in TF32 are rows of their own: on CUDA also those of the formula, the strongest peer and the torch backend.
 """
 
 from __future__ import annotations
@@ -78,6 +79,9 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
         "embedding_bag": by(peers.embedding_bag_fuse),
         "separable matmul, compiled": by(peers.compiled(peers.separable_fuse)),
     }
+    if CUDA:
+        contenders |= {f"{REFERENCE}, tf32": contenders[REFERENCE]}
+        contenders |= {"separable matmul, tf32": contenders["separable matmul"]}
     peer_names = list(contenders)[1:]
     # The compiler sums the bias gradient over tokens one after the other, PyTorch in a tree.
     budgets = {"separable matmul, compiled": 16.0}
@@ -87,6 +91,11 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
                 full = f"{name}, {precision}" if precision else name
                 contenders[full] = by(fuse_context, footprints=footprints, precision=precision, backend=backend)
                 budgets[full] = budget
+    if CUDA:
+        name = "hpdm torch, footprints given"
+        contenders |= {f"{name}, tf32": contenders[name]}
+    arithmetic = {name: kind for name in contenders for kind in ("tf32x3", "tf32") if name.endswith(f", {kind}")}
+    budgets |= {name: PRECISIONS[kind] for name, kind in arithmetic.items()}
     # What the formula costs: the whole concatenated product, three times with its gradients.
     product = 2 * shape.batch * shape.tokens * (2 * d + 3) * d
     passes = 3 if direction == "fwd+bwd" else 1
@@ -99,6 +108,7 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
         reference=REFERENCE,
         peers=peer_names,
         budgets=budgets,
+        arithmetic=arithmetic,
         bytes=shape.bytes(direction) + passes * 4 * (x.numel() + weight.numel()),
         flops=passes * product,
     )
