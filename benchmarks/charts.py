@@ -15,8 +15,10 @@ from typing import Any
 
 from benchmarks.gpu import roofline
 from benchmarks.tables import (
+    Comparison,
     Result,
     Row,
+    comparisons,
     curve,
     digits,
     duration,
@@ -24,7 +26,6 @@ from benchmarks.tables import (
     growths,
     memory,
     ours,
-    strongest_peer,
     tables,
     tokens,
     where,
@@ -74,14 +75,13 @@ def colours(contenders: Iterable[str], references: Iterable[str]) -> dict[str, s
 # --- speed-ups ---
 
 
-def speedup_panels(result: Result) -> list[tuple[str, list[tuple[str, Row, Row | None]]]]:
-    """Per group its comparisons: label, our fastest row, the strongest peer."""
-    out: dict[str, list[tuple[str, Row, Row | None]]] = {}
+def speedup_panels(result: Result) -> list[tuple[str, list[tuple[str, Comparison]]]]:
+    """Per group its comparisons, each with a label."""
+    out: dict[str, list[tuple[str, Comparison]]] = {}
     for (group, shape, direction), rows in tables(result["rows"]).items():
-        timed = [row for row in rows if row.get("speedup_vs_reference") and row["median_s"]]
-        mine = min((r for r in timed if ours(r)), key=lambda r: r["median_s"], default=None)
-        if mine is not None:
-            out.setdefault(group, []).append((f"{shape}, {direction}", mine, strongest_peer(timed)))
+        for found in comparisons(rows):
+            label = ", ".join(filter(None, (shape, direction, found.arithmetic)))
+            out.setdefault(group, []).append((label, found))
     return list(out.items())
 
 
@@ -97,7 +97,9 @@ def _draw_speedups(result: Result, panels: Sequence[Any], path: Path) -> None:
     tall = max(sum(heights[n] for n in column) for column in columns)
     title = f"Speed-up over the paper's formula in plain PyTorch, {where(result)}"
     figure = _figure(max(column_width * len(columns) + 0.2, 7.5), tall + 0.75, title)
-    _subtitle(figure, "red: ours; grey: the strongest peer in the same run; dashed: as fast as the formula")
+    _subtitle(
+        figure, "red: ours; grey: the strongest peer in the same run, no less exact; dashed: as fast as the formula"
+    )
     for c, column in enumerate(columns):
         top = 0.75
         for n in column:
@@ -108,20 +110,20 @@ def _draw_speedups(result: Result, panels: Sequence[Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _draw_bars(axis: Any, title: str, entries: Sequence[tuple[str, Row, Row | None]]) -> None:
+def _draw_bars(axis: Any, title: str, entries: Sequence[tuple[str, Comparison]]) -> None:
     most = 1.0
-    for at, (_, mine, peer) in enumerate(entries):
-        for row, colour, shift in ((mine, OURS[0], -0.19), (peer, PLAIN, 0.19)):
+    for at, (_, found) in enumerate(entries):
+        for row, colour, shift in ((found.mine, OURS[0], -0.19), (found.peer, PLAIN, 0.19)):
             if row is None:
                 continue
-            value = row["speedup_vs_reference"]
+            value = found.speedup(row)
             most = max(most, value)
-            name = "" if row is mine else f", {row['contender']}"
+            name = "" if row is found.mine else f", {row['contender']}"
             axis.barh(at + shift, value, 0.34, color=colour)
             words = f" {value:.2f}x, {duration(row['median_s'])}{name}"
             axis.text(value, at + shift, words, size=6, va="center", clip_on=False)
     axis.axvline(1, color="#999999", linewidth=0.8, linestyle="--", zorder=0)
-    axis.set_yticks(range(len(entries)), ["\n".join(textwrap.wrap(label, 38)) for label, _, _ in entries], size=6.5)
+    axis.set_yticks(range(len(entries)), ["\n".join(textwrap.wrap(label, 38)) for label, _ in entries], size=6.5)
     axis.set_ylim(len(entries) - 0.45, -0.55)
     # Room for the words behind the longest bar.
     axis.set_xlim(0, 2.3 * most)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gpu import roofline
@@ -249,7 +250,7 @@ def markdown(result: Result) -> str:
 
 
 def summary(result: Result) -> str:
-    """In Markdown, one line per comparison: the reference, the strongest peer and our fastest, and ours against both.
+    """In Markdown, one line per comparison: the reference, the strongest peer, our fastest row, and it against both.
 
     Growth with tokens is one line per contender. Groups whose rows say more (``extra``) or compare nothing are whole
     tables.
@@ -257,10 +258,9 @@ def summary(result: Result) -> str:
     lines: list[list[str]] = []
     other: dict[str, list[Row]] = {}
     for key, rows in tables(result["rows"]).items():
-        line = None if any(notes(row) for row in rows) else _summarised(key, rows)
-        if line:
-            lines.append(line)
-        else:
+        found = [] if any(notes(row) for row in rows) else comparisons(rows)
+        lines += [_summarised(key, comparison) for comparison in found]
+        if not found:
             other.setdefault(key[0], []).extend(rows)
     parts = []
     if lines:
@@ -276,23 +276,51 @@ def summary(result: Result) -> str:
     return "\n\n".join(parts)
 
 
-def _summarised(key: Key, rows: Sequence[Row]) -> list[str] | None:
+@dataclass(frozen=True)
+class Comparison:
+    """Our fastest row and its fastest rivals that take products at least as exactly."""
+
+    arithmetic: str
+    """``"tf32"`` for one TF32 pass, where everyone is a rival; else ``""``: fp32, in full or by three TF32 passes."""
+    reference: Row
+    peer: Row | None
+    mine: Row
+
+    def speedup(self, row: Row) -> float:
+        """How many times as fast as the reference."""
+        return float(self.reference["median_s"] / row["median_s"])
+
+
+def comparisons(rows: Iterable[Row]) -> list[Comparison]:
+    """What a table says: one comparison, or two where we also have rows in TF32."""
     timed = [row for row in rows if row["median_s"]]
-    mine = min((r for r in timed if ours(r)), key=lambda r: r["median_s"], default=None)
-    reference = next((r for r in timed if r["reference"]), None)
-    if mine is None or reference is None:
-        return None
-    peer = strongest_peer(timed)
-    out = [*key, duration(reference["median_s"])]
-    out += [f"{peer['contender']}, {duration(peer['median_s'])}" if peer else "-", duration(mine["median_s"])]
-    out += [f"{reference['median_s'] / mine['median_s']:.2f}x"]
-    return [*out, f"{peer['median_s'] / mine['median_s']:.2f}x" if peer else "-"]
+
+    def fastest(chosen: Iterable[Row]) -> Row | None:
+        return min(chosen, key=lambda row: row["median_s"], default=None)
+
+    def is_reference(row: Row) -> bool:
+        return bool(row["reference"] or row["contender"].startswith("reference"))
+
+    out = []
+    for arithmetic in ("", "tf32"):
+        inexact = [row for row in timed if row.get("arithmetic") == "tf32"]
+        allowed = timed if arithmetic else [row for row in timed if row not in inexact]
+        mine = fastest(row for row in (inexact if arithmetic else allowed) if ours(row))
+        reference = fastest(row for row in allowed if is_reference(row))
+        if mine is not None and reference is not None:
+            peer = fastest(row for row in allowed if not ours(row) and not is_reference(row))
+            out.append(Comparison(arithmetic, reference, peer, mine))
+    return out
 
 
-def strongest_peer(rows: Iterable[Row]) -> Row | None:
-    """The fastest row that is neither ours nor the reference."""
-    timed = [row for row in rows if row["median_s"] and not ours(row) and not row["reference"]]
-    return min(timed, key=lambda row: row["median_s"], default=None)
+def _summarised(key: Key, found: Comparison) -> list[str]:
+    group, shape, direction = key
+    peer = found.peer
+    out = [group, shape, direction + (f", {found.arithmetic}" if found.arithmetic else "")]
+    out += [duration(found.reference["median_s"])]
+    out += [f"{peer['contender']}, {duration(peer['median_s'])}" if peer else "-", duration(found.mine["median_s"])]
+    out += [f"{found.speedup(found.mine):.2f}x"]
+    return [*out, f"{peer['median_s'] / found.mine['median_s']:.2f}x" if peer else "-"]
 
 
 def _growth_summary(result: Result) -> list[list[str]]:

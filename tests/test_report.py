@@ -89,6 +89,23 @@ def test_losing_shows():
     assert "0.50x" in report.summary(result(4.0))
 
 
+def test_no_one_is_measured_against_less_exact_products():
+    rows = [
+        row("reference", 8.0, reference=True, arithmetic="ieee"), row("reference, tf32", 4.0, arithmetic="tf32"),
+        row("peer", 3.0, arithmetic="tf32x3"), row("peer, tf32", 2.0, arithmetic="tf32"),
+        row("hpdm triton ieee", 2.5, arithmetic="ieee"), row("hpdm triton tf32x3", 1.5, arithmetic="tf32x3"),
+        row("hpdm triton tf32", 1.0, arithmetic="tf32"),
+    ]  # fmt: skip
+    exact, inexact = report.summary(result(rows=rows)).splitlines()[2:]
+    assert exact == "| op | small | fwd | 8 s | peer, 3 s | 1.5 s | 5.33x | 2.00x |"
+    assert inexact == "| op | small | fwd, tf32 | 4 s | peer, tf32, 2 s | 1 s | 4.00x | 2.00x |"
+    # A peer that is exact and yet faster counts against us in TF32 too.
+    rows[2]["median_s"] = 0.5
+    exact, inexact = report.summary(result(rows=rows)).splitlines()[2:]
+    assert exact.endswith("| peer, 500 ms | 1.5 s | 5.33x | 0.33x |")
+    assert inexact.endswith("| peer, 500 ms | 1 s | 4.00x | 0.50x |")
+
+
 def test_the_header_says_what_was_measured_where():
     words = "\n".join(tables.header(result()))
     for part in (
@@ -379,8 +396,9 @@ def test_at_most_twelve_panels_a_picture(tmp_path):
 
 def test_panels_hold_what_the_tables_say():
     rows = [*many(1), row("hpdm torch, slow", 3.0, group="op 0"), row("peer", None, group="op 0", error="no")]
-    ((group, ((label, mine, peer),)),) = charts.speedup_panels(result(rows=rows))
-    assert (group, label, mine["median_s"], peer["contender"]) == ("op 0", "small, fwd", 1.0, "peer")
+    ((group, ((label, found),)),) = charts.speedup_panels(result(rows=rows))
+    assert (group, label, found.mine["median_s"], found.peer["contender"]) == ("op 0", "small, fwd", 1.0, "peer")
+    assert (found.speedup(found.mine), found.speedup(found.peer)) == (4.0, 2.0)
     ((_, points),) = charts.roofline_panels(result(rows=rows))
     assert [p["contender"] for p in points] == ["reference", "peer", "hpdm torch"]
     (panel,) = charts.token_panels(result(rows=growth("hpdm torch", (1.0, 2.0, 4.0), (1e6, 2e6, 4e6))), "median_s")
