@@ -51,7 +51,8 @@ format: $(READY)  ## apply ruff's fixes and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-gpu: check-python  ## check and time the kernels on this machine's CUDA device, with the installed packages
+# Resumable: what is complete for these sources is not run again (ARGS=--fresh: run all, ARGS=--list: say what there is).
+gpu: check-python  ## all that this machine's CUDA device can show, in 9 minutes, with the installed packages
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:  ## remove .venv, caches and local results

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from benchmarks import harness
 from benchmarks.gpu import __main__ as command_line
 from benchmarks.gpu import roofline, summary, test_ops
+from benchmarks.gpu import suite as suite_module
 from benchmarks.gpu.pieces import CHECKS, Piece, all_pieces, timings
 from benchmarks.gpu.suite import Suite, command, read
 
@@ -240,6 +242,26 @@ def test_all_well_is_exit_status_0(tmp_path):
     suite = machine.suite([piece("a")])
     suite.run()
     assert summary.verdict(summary.merge(suite, ENVIRONMENT, "today")) == 0
+
+
+def test_a_real_process_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
+    child = "import time; time.sleep(600)"
+    parent = (
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]);"
+        "print(p.pid, flush=True); time.sleep(600)"
+    )
+    monkeypatch.setattr(suite_module, "command", lambda piece, results: [sys.executable, "-c", parent])
+    process = suite_module.PieceProcess(piece("a"), tmp_path / "a.running")
+    until = time.monotonic() + 30
+    while not process.output().strip() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert process.poll() is None
+    process.kill()
+    assert process.poll() == -9
+    status = Path(f"/proc/{int(process.output())}/stat")
+    while status.exists() and status.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.02)
+    assert time.monotonic() < until, "what it started lives on"
 
 
 # ---- the roofline ----

@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import importlib
 import importlib.util
 import os
 import re
 import signal
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,9 @@ def sources_id(root: Path = ROOT) -> str:
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     for package in ("torch", "triton"):
-        digest.update(metadata.version(package).encode())
+        # Not what is installed under that name: vendors' builds of Triton have others.
+        version = importlib.import_module(package).__version__ if importlib.util.find_spec(package) else "none"
+        digest.update(version.encode())
     return digest.hexdigest()[:8]
 
 
@@ -146,6 +148,9 @@ def _merge(suite: Suite, environment: dict[str, Any], folder: Path, run_id: str)
     except ImportError as error:
         print(f"no chart: {error}")
     print(f"results: {target} and .md")
+    left = [piece["name"] for piece in result["pieces"] if piece["state"] != "complete"]
+    if left:
+        print(f"the same command goes on with what is not complete: {', '.join(left)}")
     return summary.verdict(result)
 
 

@@ -7,6 +7,7 @@ before that in ``<piece>.running``, so a piece that is stopped or crashes keeps 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -61,12 +62,19 @@ class PieceProcess:
         )  # fmt: skip
 
     def poll(self) -> int | None:
-        return self._process.poll()
+        status = self._process.poll()
+        if status is not None:
+            self._end_group()
+        return status
 
     def kill(self) -> None:
-        if self._process.poll() is None:
+        self._end_group()
+        self._process.wait()
+
+    def _end_group(self) -> None:
+        # The group is there as long as one process of it is, whatever became of the first.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
 
     def output(self) -> str:
         self._log.seek(0)
