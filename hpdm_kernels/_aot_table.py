@@ -103,9 +103,10 @@ asynchronous copies included | executed loads: code in loops counts once |
 | async copies | instructions that copy from global to shared memory past the registers (`LDGSTS`, TMA) | bytes |
 | read from | `SASS`, the machine code, disassembled; or `PTX`, the compiler's input, where that failed | |
 
-Pointers and strides are taken as divisible by 16 where the op aligns them, and other sizes as unknown. At launch Triton
-also turns integer arguments that are 1, such as the innermost stride, into constants; what is listed is the code for
-when they are arguments unless the kernel has them as constants anyway."""
+Pointers are taken as multiples of 16 bytes, sizes and strides as multiples of 16 where the op says so and as unknown
+elsewhere. At launch Triton looks at the values: an integer argument that is 1 becomes a constant, a multiple of 16 is
+taken as such. Kernels that take the innermost stride as an argument therefore get better code than is listed here when
+their tensors are contiguous."""
 
 
 def render(table: Table, command: str) -> str:

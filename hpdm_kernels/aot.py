@@ -178,15 +178,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="only compare a saved table's rows with today's kernels, no compiling",
     )
     options = parser.parse_args(arguments)
+    part = options.filter or options.module or set(options.target) != set(SHARED_MEMORY_LIMITS)
+    if (options.save or options.check) and part:
+        print("error: --save and --check are about all kernels: drop --filter, --module, --target", file=sys.stderr)
+        return 2
     if not _triton.AVAILABLE:
         print(f"error: triton is not importable ({_triton.IMPORT_ERROR})", file=sys.stderr)
         return 2
     if _triton.INTERPRETED:
         print("error: TRITON_INTERPRET=1 is set: interpreted kernels cannot be compiled; unset it", file=sys.stderr)
-        return 2
-    part = options.filter or options.module or set(options.target) != set(SHARED_MEMORY_LIMITS)
-    if (options.save or options.check) and part:
-        print("error: --save and --check are about all kernels: drop --filter, --module, --target", file=sys.stderr)
         return 2
     modules = options.module or op_modules()
     specs = collect(modules)
