@@ -101,8 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     why = obstacle()
     if why:
         print(listing(chosen, "needs CUDA", None))
+        if options.list or options.dry_run:
+            print(f"nothing can run here: {why}")
+            return 0
         print(f"error: {why}", file=sys.stderr)
-        return 0 if options.list or options.dry_run else 1
+        return 1
 
     import torch
 
