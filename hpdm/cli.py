@@ -12,7 +12,7 @@ import tyro
 
 from hpdm.data_cli import DataCommand
 from hpdm.evaluate import EvaluateOptions
-from hpdm.memory import PlanCommand
+from hpdm.plan import PlanCommand
 from hpdm.sample import SampleOptions
 from hpdm.train import TrainOptions
 

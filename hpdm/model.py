@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hpdm.config import HPDMConfig
-from hpdm.rin import Modulation, RINBlock
+from hpdm.rin import Modulation, RINBlock, check_recompute, recomputed
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels._backend import check_backend
 from hpdm_kernels.reference import coordinate_dtype, relative_box
@@ -64,6 +64,11 @@ def axis_sinusoids(n: int, width: int, axis: int) -> Tensor:
     return table
 
 
+def _fold(levels: Sequence[Tensor]) -> Tensor:
+    """Levels into the batch, level-major; a single one is not copied."""
+    return levels[0] if len(levels) == 1 else torch.cat(list(levels))
+
+
 class Conditioner(nn.Module):
     """Noise level, pyramid level and class or text, summed into one vector.
 
@@ -109,15 +114,18 @@ class HPDM(nn.Module):
         config: sizes, pyramid and ablation switches; see :mod:`hpdm.presets`.
         kernels: backend of every op, ``"auto" | "reference" | "torch" | "triton"``. It changes neither the parameters
             nor the ``state_dict``, and the results only by rounding.
+        recompute: what the backward pass computes again instead of keeping it, ``"none" | "selective" | "block"``, see
+            :data:`hpdm.rin.Recompute`; memory against time, results the same up to rounding.
 
     Raises:
-        ValueError: unknown backend.
+        ValueError: unknown backend or recompute setting.
     """
 
-    def __init__(self, config: HPDMConfig, kernels: str = "auto") -> None:
+    def __init__(self, config: HPDMConfig, kernels: str = "auto", recompute: str = "none") -> None:
         super().__init__()
         self.config = config
         self.kernels = check_backend(kernels)
+        self.recompute = check_recompute(recompute)
         f, h, w = config.grid
         inputs = config.channels * (2 if config.fusion == "shallow" else 1)
         self.tokenizer = nn.Linear(inputs * math.prod(config.tokenizer), config.width)
@@ -128,7 +136,7 @@ class HPDM(nn.Module):
         self.position_w = nn.Parameter(torch.empty(1, 1, w, config.width))
         self.latents = nn.Parameter(torch.empty(config.latents, config.latent_width))
         self.conditioner = Conditioner(config)
-        self.blocks = nn.ModuleList(RINBlock(config, n, kernels) for n in config.levels_per_block)
+        self.blocks = nn.ModuleList(RINBlock(config, n, kernels, self.recompute) for n in config.levels_per_block)
         self.out_norm = nn.LayerNorm(config.width)
         self.detokenizer = nn.Linear(config.width, config.channels * math.prod(config.tokenizer))
         self.initialise()
@@ -202,19 +210,27 @@ class HPDM(nn.Module):
                 for n in range(1, cfg.levels)
             ]
             rgb = [torch.cat(pair, dim=1) for pair in zip(rgb, upsampled)]
-        tokens = [self._tokenize(patch) for patch in rgb]
+        keep = self.recompute == "none"
+        tokens = [self._tokenize(patch) if keep else recomputed(self._tokenize, patch) for patch in rgb]
         z = [self.latents.expand(batch, -1, -1)] * cfg.levels
+        whole_blocks = self.recompute == "block"
         for block in self.rin_blocks:
             n = block.levels
-            fused = [tokens[0]] + [
-                self._fuse(block, tokens[k], k, tuple(tokens[:k]), box[:k], box[k], None) for k in range(1, n)
-            ]
-            folded, latents = block(
-                torch.cat(fused), torch.cat(z[:n]), c[: n * batch], None if text is None else text.repeat(n, 1, 1)
-            )
-            tokens[:n] = folded.chunk(n)
-            z[:n] = latents.chunk(n)
-        return torch.stack([self._detokenize(a) for a in tokens], dim=1)
+            inputs = (block, tokens[:n], z[:n], c[: n * batch], box[:n], None if text is None else text.repeat(n, 1, 1))
+            tokens[:n], z[:n] = recomputed(self._serve, *inputs) if whole_blocks else self._serve(*inputs)
+        return torch.stack([self._detokenize(a) if keep else recomputed(self._detokenize, a) for a in tokens], dim=1)
+
+    def _serve(
+        self, block: RINBlock, tokens: list[Tensor], z: list[Tensor], c: Tensor, box: Sequence[Tensor],
+        text: Tensor | None,
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
+        """One block on the levels that it serves: fuses each with the block's inputs below it, folds them, unfolds."""
+        fused = [
+            tokens[k] if k == 0 else self._fuse(block, tokens[k], k, tuple(tokens[:k]), box[:k], box[k], None)
+            for k in range(block.levels)
+        ]
+        x, latents = block(_fold(fused), _fold(z), c, text)
+        return x.chunk(block.levels), latents.chunk(block.levels)
 
     def forward_level(
         self,

@@ -7,15 +7,53 @@ Table 8 fixes the number of parameters (178 / 321 / 725 / 3,934 M at E = 256 / 5
 variants leaves the one built here: MLP of ratio 4 inside each latent layer, no MLP after the read, no output projection
 in the read (its values are projected from D to E already, and the self-attention right after it mixes the heads), a
 token MLP of ratio 2 after the write, six adaLN modulations per latent layer and three on the token MLP.
+
+A block is three steps: latents read tokens, latents think, tokens read latents. Everything but the stream of tokens and
+the latents can be computed again in the backward pass instead of being kept, see :class:`Recompute`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hpdm.config import HPDMConfig
 from hpdm_kernels.modules import ContextFusion, CrossAttention, SelfAttention
+
+Recompute = Literal["none", "selective", "block"]
+"""What the backward pass computes again instead of keeping it.
+
+``"none"``: nothing.
+``"selective"``: whatever has a row per token inside a block: projections, attention outputs, the hidden layer of the
+token MLP. Kept are the tokens between the steps of a block and all that has a row per latent.
+``"block"``: whole blocks, context fusion included. Kept are the tokens and latents between blocks.
+"""
+
+CHUNK_ROWS, CHUNKS = 8192, 16
+"""Tokens that are recomputed at a time: about 8192 rows, more where that would be over 16 pieces."""
+
+
+def check_recompute(recompute: str) -> Recompute:
+    """``recompute`` itself.
+
+    Raises:
+        ValueError: not one of :data:`Recompute`.
+    """
+    for known in get_args(Recompute):
+        if recompute == known:
+            return known
+    raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(map(repr, get_args(Recompute)))}")
+
+
+def recomputed(fn: Callable[..., Any], *inputs: Any) -> Any:
+    """``fn(*inputs)``, of which the backward pass keeps the inputs alone. Nothing in the model is random."""
+    if not torch.is_grad_enabled():
+        return fn(*inputs)
+    return checkpoint(fn, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Modulation(nn.Module):
@@ -61,12 +99,14 @@ class RINBlock(nn.Module):
         config: sizes.
         levels: levels that this block serves; a block for level 0 alone has no fusion weights.
         kernels: backend of the ops.
+        recompute: what the backward pass computes again inside the block; see :data:`Recompute`.
     """
 
-    def __init__(self, config: HPDMConfig, levels: int, kernels: str) -> None:
+    def __init__(self, config: HPDMConfig, levels: int, kernels: str, recompute: Recompute = "none") -> None:
         super().__init__()
         d, e, c = config.width, config.latent_width, config.conditioning_width
         self.levels = levels
+        self.recompute = recompute
         self.fusion = (
             ContextFusion(d, coordinates=config.coordinates, backend=kernels)
             if levels > 1 and config.fusion == "deep"
@@ -94,9 +134,24 @@ class RINBlock(nn.Module):
         Returns:
             Tokens ``[B, N, D]`` and latents ``[B, M, E]``.
         """
-        z = z + self.read(self.read_norm(z), x if text is None else torch.cat((x, text), dim=1))
+        if self.recompute == "none":
+            z = self._think(self._read(x, z, text), c)
+            return self._write(x, z, *self.token_modulation(c)), z
+        z = self._think(recomputed(self._read, x, z, text), c)
+        # A token's way through the write depends on no other token, so a few of them at a time are enough.
+        rows = max(CHUNK_ROWS // x.shape[0], -(-x.shape[1] // CHUNKS))
+        vectors = self.token_modulation(c)
+        written = [recomputed(self._write, piece, z, *vectors) for piece in x.split(rows, dim=1)]
+        return (written[0] if len(written) == 1 else torch.cat(written, dim=1)), z
+
+    def _read(self, x: Tensor, z: Tensor, text: Tensor | None) -> Tensor:
+        return z + self.read(self.read_norm(z), x if text is None else torch.cat((x, text), dim=1))
+
+    def _think(self, z: Tensor, c: Tensor) -> Tensor:
         for layer in self.layers:
             z = layer(z, c)
+        return z
+
+    def _write(self, x: Tensor, z: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         x = x + self.write(self.write_norm(x), z)
-        shift, scale, gate = self.token_modulation(c)
-        return torch.addcmul(x, gate, self.token_mlp(torch.addcmul(shift, self.token_norm(x), 1 + scale))), z
+        return torch.addcmul(x, gate, self.token_mlp(torch.addcmul(shift, self.token_norm(x), 1 + scale)))

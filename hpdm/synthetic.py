@@ -133,7 +133,7 @@ def render_clip(
     shape, texture, rgb = CLASSES[class_name]
     height, width = size
     unit = min(height, width)
-    radius = unit * rng.uniform(0.18, 0.22)
+    radius = unit * rng.uniform(0.28, 0.32)
     angle = rng.uniform(0, 2 * math.pi)
     speed = unit * rng.uniform(0.010, 0.022)  # 0.6 to 1.4 pixels a frame at 64 x 64
     steps = np.arange(frames)

@@ -58,6 +58,11 @@ class TrainOptions:
     """Clips per step."""
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     """Backend of every op; "reference" is the paper's formulas without our kernels."""
+    recompute: Literal["none", "selective", "block"] = "none"
+    """What the backward pass computes again instead of keeping it: less memory, more work; see `hpdm plan`."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Of products: "tf32" on CUDA, "bf16" by automatic mixed precision. The paper found that mixed precision trains
+    worse."""
     resolution: tuple[int, int, int] | None = None
     """Target frames, height, width; the preset's if not given. The levels of the pyramid follow from it."""
     patch: tuple[int, int, int] | None = None
@@ -201,7 +206,7 @@ def train(options: TrainOptions) -> HPDM:
     if checkpoints:
         _check_resumable(options, config, dataset.class_names)
     torch.manual_seed(options.seed)
-    model = HPDM(config, options.kernels).to(device)
+    model = HPDM(config, options.kernels, options.recompute).to(device)
     optimizer = make_optimizer(model, options.optimizer, options.lr, options.weight_decay)
     ema = EMA(model, options.ema)
     start = load_checkpoint(checkpoints[-1], model, ema, optimizer) if checkpoints else 0
@@ -222,9 +227,13 @@ def train(options: TrainOptions) -> HPDM:
         )
     )
     logger.info("%s: %s parameters, %d clips, device %s", options.preset, f"{_count(model):,}", len(dataset), device)
+    before = torch.get_float32_matmul_precision()
     try:
+        if options.precision != "fp32":
+            torch.set_float32_matmul_precision("high")
         _loop(options, model, ema, optimizer, batches, start, logs, device)
     finally:
+        torch.set_float32_matmul_precision(before)
         for log in logs:
             log.close()
     return model
@@ -255,7 +264,9 @@ def _loop(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             generator = step_generator(options.seed, step)
-            losses = denoising_error(model, video, labels, generator, dropout=model.config.conditioning_dropout).mean(0)
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                dropout = model.config.conditioning_dropout
+                losses = denoising_error(model, video, labels, generator, dropout=dropout).mean(0)
             optimizer.zero_grad(set_to_none=True)
             losses.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm or float("inf"), foreach=True)
@@ -336,11 +347,11 @@ def _check_resumable(options: TrainOptions, config: HPDMConfig, class_names: lis
         raise ValueError(f"data: got classes {class_names}, expected {old_classes} as in the run at {options.out}")
     now = _plain(options)
     # What may change between sittings without changing the curve.
-    free = {"data", "out", "kernels", "workers", "cache_mb", "log", "log_every", "save_every", "sample_every",
-            "sample_steps", "device"}  # fmt: skip
-    changed = ", ".join(
-        f"{k}: {training.get(k)} -> {v}" for k, v in now.items() if k not in free and training.get(k) != v
-    )
+    free = {"data", "out", "kernels", "recompute", "workers", "cache_mb", "log", "log_every", "save_every",
+            "sample_every", "sample_steps", "device"}  # fmt: skip
+    # A run of an earlier version has no value for an option that came later: it ran with what is now the default.
+    was = {f.name: f.default for f in dataclasses.fields(options)} | training
+    changed = ", ".join(f"{k}: {was[k]} -> {v}" for k, v in now.items() if k not in free and was[k] != v)
     if changed:
         raise ValueError(f"out: {options.out} holds a run with other options ({changed}); choose another folder")
 

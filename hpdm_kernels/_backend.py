@@ -110,3 +110,8 @@ def resolve_precision(precision: str | None) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected None or one of {', '.join(map(repr, PRECISIONS))}")
     return precision
+
+
+def unmixed(x: torch.Tensor) -> torch.autocast:
+    """Context inside a registered op: it is one operation, whose insides automatic mixed precision must not cast."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -47,7 +47,8 @@ def _sample_fwd(
     backend: str,
 ) -> Tensor:
     forward = context_triton.sample_forward if backend == "triton" else context_torch.sample_forward
-    return forward(sources, source_boxes, box, source_index, _triples(source_grids), grid, _triples(footprints))
+    with _backend.unmixed(box):
+        return forward(sources, source_boxes, box, source_index, _triples(source_grids), grid, _triples(footprints))
 
 
 @_sample_fwd.register_fake
@@ -78,9 +79,10 @@ def _sample_bwd(
     backend: str,
 ) -> list[Tensor]:
     backward = context_triton.sample_backward if backend == "triton" else context_torch.sample_backward
-    return backward(
-        grad, sources, source_boxes, box, source_index, _triples(source_grids), grid, _triples(footprints), wanted
-    )
+    with _backend.unmixed(box):
+        return backward(
+            grad, sources, source_boxes, box, source_index, _triples(source_grids), grid, _triples(footprints), wanted
+        )
 
 
 @_sample_bwd.register_fake
@@ -135,9 +137,10 @@ def _fuse_fwd(
     backend: str,
 ) -> Tensor:
     args = (x, sources, source_boxes, box, weight, bias, source_index, _triples(source_grids), grid)
-    if backend == "triton":
-        return context_triton.fuse_forward(*args, _triples(footprints), precision)
-    return context_torch.fuse_forward(*args, _triples(footprints))
+    with _backend.unmixed(x):
+        if backend == "triton":
+            return context_triton.fuse_forward(*args, _triples(footprints), precision)
+        return context_torch.fuse_forward(*args, _triples(footprints))
 
 
 @_fuse_fwd.register_fake
@@ -176,9 +179,10 @@ def _fuse_bwd(
     backend: str,
 ) -> list[Tensor]:
     args = (grad, x, sources, source_boxes, box, weight, bias, source_index, _triples(source_grids), grid)
-    if backend == "triton":
-        return context_triton.fuse_backward(*args, _triples(footprints), wanted, precision)
-    return context_torch.fuse_backward(*args, _triples(footprints), wanted)
+    with _backend.unmixed(x):
+        if backend == "triton":
+            return context_triton.fuse_backward(*args, _triples(footprints), wanted, precision)
+        return context_torch.fuse_backward(*args, _triples(footprints), wanted)
 
 
 @_fuse_bwd.register_fake

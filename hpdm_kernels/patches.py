@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hpdm_kernels import reference
-from hpdm_kernels._backend import resolve
+from hpdm_kernels._backend import resolve, unmixed
 from hpdm_kernels._checks import FLOATS, check_boxes, check_tensor, check_triple
 from hpdm_kernels.patches_triton import launch_backward, launch_forward
 
@@ -192,7 +192,8 @@ def _backward_torch(grad: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
 
 @torch.library.custom_op("hpdm::sample_patches_fwd", mutates_args=())
 def _forward_op(video: Tensor, box: Tensor, size: Sequence[int], backend: str) -> Tensor:
-    return (launch_forward if backend == "triton" else _forward_torch)(video, box, size)
+    with unmixed(video):
+        return (launch_forward if backend == "triton" else _forward_torch)(video, box, size)
 
 
 @_forward_op.register_fake
@@ -203,7 +204,8 @@ def _(video: Tensor, box: Tensor, size: Sequence[int], backend: str) -> Tensor:
 
 @torch.library.custom_op("hpdm::sample_patches_bwd", mutates_args=())
 def _backward_op(grad: Tensor, box: Tensor, size: Sequence[int], backend: str) -> Tensor:
-    return (launch_backward if backend == "triton" else _backward_torch)(grad, box, size)
+    with unmixed(grad):
+        return (launch_backward if backend == "triton" else _backward_torch)(grad, box, size)
 
 
 @_backward_op.register_fake

@@ -175,7 +175,7 @@ def test_any_strides(backend, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_gradient(backend, generator):
     problem = Problem(generator, **CASES["pyramid"])
-    check(problem, backend, problem.grad[:, :, :1].expand_as(problem.grad))
+    check(problem, backend, problem.grad[:1].expand_as(problem.grad))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -403,3 +403,15 @@ def test_bad_arguments_of_sample_context(case):
     sample_context(**arguments)
     with pytest.raises(error, match=message):
         sample_context(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_precision_stops_at_the_op(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    for make, inputs in problem.calls():
+        plain = value_and_grads(make(backend), inputs, problem.grad)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = value_and_grads(make(backend), inputs, problem.grad)
+        assert torch.equal(mixed[0], plain[0])
+        for got, true in zip(mixed[1], plain[1], strict=True):
+            assert torch.equal(got, true)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hpdm import HPDM, presets
+from hpdm import HPDM, presets, rin
 from hpdm.pyramid import sample_boxes
+from hpdm_kernels.testing import assert_within_budget
 
 
 def small(**changes):
@@ -13,10 +14,10 @@ def small(**changes):
     )
 
 
-def awake(config, kernels="torch", seed=0):
+def awake(config, kernels="torch", seed=0, recompute="none"):
     """A model whose zero-initialised parts are not zero, so that everything can influence the output."""
     torch.manual_seed(seed)
-    model = HPDM(config, kernels)
+    model = HPDM(config, kernels, recompute)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
@@ -161,3 +162,76 @@ def test_bad_inputs_are_named(generator):
         model.forward_level(x[:, 1], 1, boxes[:, 1], t[:, 1], None, labels)
     with pytest.raises(ValueError, match=r"backend: got 'cuda'"):
         HPDM(config, kernels="cuda")
+
+
+def value_and_gradients(model, given):
+    out = model(*given)
+    out.square().mean().backward()
+    return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"fusion": "shallow"}, {"detach_context": True}], ids=["deep", "shallow", "detached"]
+)
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+def test_recomputing_gives_the_same_bits(recompute, kernels, changes, generator):
+    config = small(**changes)
+    given = inputs(config, generator)
+    kept, again = (value_and_gradients(awake(config, kernels, recompute=r), given) for r in ("none", recompute))
+    assert torch.equal(kept[0], again[0])
+    assert torch.equal(kept[1], again[1])
+
+
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+def test_recomputing_in_pieces_changes_only_rounding(recompute, monkeypatch, generator):
+    monkeypatch.setattr(rin, "CHUNK_ROWS", 10)
+    monkeypatch.setattr(rin, "CHUNKS", 3)
+    config = small(conditioning="text", text_width=8)
+    x, boxes, t, _ = inputs(config, generator)
+    given = (x, boxes, t, None, torch.randn(2, 5, 8, generator=generator))
+    wide = [g if g is None else g.double() for g in given]
+    wide[1] = boxes
+    oracle = value_and_gradients(awake(config).double(), wide)
+    kept, again = (value_and_gradients(awake(config, recompute=r), given) for r in ("none", recompute))
+    for name, got, near, true in zip(("output", "gradients"), again, kept, oracle):
+        assert_within_budget(name, got, near, true)
+
+
+def test_recomputing_keeps_less(generator):
+    """Bytes that the forward pass leaves for the backward pass, each storage once."""
+    config = small()
+    given = inputs(config, generator)
+    kept = {}
+    for recompute in ("none", "selective", "block"):
+        storages = {}
+
+        def pack(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        model = awake(config, recompute=recompute)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = model(*given)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept[recompute] = sum(size for pointer, size in storages.items() if pointer not in weights)
+        out.sum().backward()
+    assert kept["block"] < 0.5 * kept["selective"] < 0.5 * kept["none"]
+
+
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+def test_recomputing_compiles_as_one_graph(recompute, generator):
+    config = small()
+    given = inputs(config, generator)
+    eager = value_and_gradients(awake(config, recompute=recompute), given)
+    model = awake(config, recompute=recompute)
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(*given)
+    out.square().mean().backward()
+    gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+    torch.testing.assert_close(out.detach(), eager[0])
+    torch.testing.assert_close(gradients, eager[1])
+
+
+def test_unknown_recompute_setting_is_named():
+    with pytest.raises(ValueError, match=r"^recompute: got 'all', expected one of 'none', 'selective', 'block'$"):
+        HPDM(small(), recompute="all")

@@ -199,3 +199,13 @@ def test_rejects(message):
 def test_triton_refuses_what_it_cannot_run():
     with pytest.raises(RuntimeError, match="sample_patches: backend='triton' cannot run"):
         sample_patches(VIDEO.double(), BOX, (1, 2, 2), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_mixed_precision_stops_at_the_op(backend, generator):
+    video = torch.rand(1, 2, 4, 16, 16, generator=generator)
+    box = random_boxes(1, (0.5, 0.7, 0.7), generator)
+    plain = sample_patches(video, box, (2, 8, 8), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = sample_patches(video, box, (2, 8, 8), backend=backend)
+    assert torch.equal(mixed, plain)

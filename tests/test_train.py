@@ -66,6 +66,33 @@ def test_an_interrupted_run_continues_bit_for_bit(clips, tmp_path, monkeypatch, 
         assert torch.equal(p, q), name
 
 
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+def test_recomputing_changes_no_loss(clips, tmp_path, recompute):
+    train(options(clips, tmp_path / "kept"))
+    train(options(clips, tmp_path / "recomputed", recompute=recompute))
+    assert losses(tmp_path / "recomputed") == losses(tmp_path / "kept")
+
+
+def test_mixed_precision_trains_close_by(clips, tmp_path):
+    train(options(clips, tmp_path / "fp32"))
+    train(options(clips, tmp_path / "bf16", precision="bf16"))
+    exact, mixed = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
+    assert exact != mixed
+    assert [row[1] for row in mixed] == pytest.approx([row[1] for row in exact], rel=0.02)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_run_of_a_version_without_an_option_resumes(clips, tmp_path):
+    train(options(clips, tmp_path, steps=3))
+    file = tmp_path / "config.json"
+    stored = json.loads(file.read_text())
+    del stored["training"]["precision"], stored["training"]["recompute"]
+    file.write_text(json.dumps(stored))
+    train(options(clips, tmp_path, steps=3))
+    with pytest.raises(ValueError, match="precision: fp32 -> bf16"):
+        train(options(clips, tmp_path, steps=3, precision="bf16"))
+
+
 def test_results_do_not_depend_on_decoding_processes(clips, tmp_path):
     train(options(clips, tmp_path / "none", steps=3))
     train(options(clips, tmp_path / "two", steps=3, workers=2, cache_mb=0))

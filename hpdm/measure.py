@@ -1,0 +1,125 @@
+"""The memory of a real training step, to hold the predictions of :mod:`hpdm.memory` against.
+
+A process of its own, so that nothing else counts. On the CPU the growth of peak resident memory over what the process
+held before it built the model; the C library is told to give memory back at once (``MALLOC_*``), or what was freed
+would still be resident. On CUDA ``max_memory_allocated``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpdm.config import HPDMConfig
+from hpdm.memory import TEXT_TOKENS
+from hpdm.model import HPDM
+from hpdm.optim import EMA, make_optimizer
+from hpdm.pyramid import sample_boxes
+
+# Storages of 64 KiB and more come from the system and go back to it when freed.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+def measured_step(
+    config: HPDMConfig,
+    batch: int = 1,
+    kernels: str = "auto",
+    recompute: str = "none",
+    precision: str = "fp32",
+    optimizer: str = "adamw",
+    device: str = "auto",
+) -> int:
+    """Peak memory in bytes of the second training step of a run, in a process of its own.
+
+    Args:
+        config, batch, kernels, recompute, precision, optimizer: as for :func:`hpdm.memory.training_step`, with every
+            backend for ``kernels``.
+        device: ``"auto"`` takes CUDA when there is one.
+
+    Raises:
+        RuntimeError: the step failed, which includes running out of memory; or peak memory cannot be read here.
+    """
+    order = {
+        "config": config.to_dict(), "batch": batch, "kernels": kernels, "recompute": recompute,
+        "precision": precision, "optimizer": optimizer, "device": device,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "hpdm.measure", json.dumps(order)]
+    done = subprocess.run(command, env={**os.environ, **_MALLOC}, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"the measured step failed: {last[0]}")
+    return int(json.loads(done.stdout)["peak_bytes"])
+
+
+def _resident(what: str) -> int:
+    """``VmRSS`` or ``VmHWM`` of this process in bytes."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError as error:
+        raise RuntimeError("peak resident memory cannot be read on this system") from error
+    found = re.search(rf"{what}:\s+(\d+) kB", text)
+    if found is None:
+        raise RuntimeError(f"/proc/self/status: got no {what}")
+    return 1024 * int(found[1])
+
+
+def _step(config: HPDMConfig, order: dict[str, Any], device: torch.device) -> Any:
+    torch.manual_seed(0)
+    model = HPDM(config, order["kernels"], order["recompute"]).to(device)
+    stepper = make_optimizer(model, order["optimizer"], 1e-4, 0.01)
+    average = EMA(model, 0.999)
+    batch = order["batch"]
+    x = torch.randn(batch, config.levels, config.channels, *config.patch, device=device)
+    target = torch.randn_like(x)
+    inputs: dict[str, torch.Tensor] = {
+        "x": x,
+        "boxes": sample_boxes(config, batch, torch.Generator().manual_seed(0)).to(device),
+        "t": torch.rand(batch, config.levels, device=device),
+    }
+    if config.conditioning == "class":
+        inputs["labels"] = torch.zeros(batch, dtype=torch.long, device=device)
+    if config.conditioning == "text":
+        inputs["text"] = torch.randn(batch, TEXT_TOKENS, config.text_width, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=order["precision"] == "bf16"):
+            loss = (model(**inputs) - target).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
+        stepper.step()
+        average.update(model)
+        stepper.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _measure(order: dict[str, Any]) -> int:
+    name = order["device"]
+    device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    config = HPDMConfig.from_dict(order["config"])
+    small = config.replace(width=64, latent_width=config.head_width, latents=16, latent_layers=1)
+    if device.type == "cuda":
+        step = _step(config, order, device)
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    # A step of a small model first: libraries load and threads start, which is none of the model's memory.
+    _step(small, order, device)()
+    before = _resident("VmRSS")
+    step = _step(config, order, device)
+    step()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak resident memory starts anew
+    step()
+    return _resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(json.dumps({"peak_bytes": _measure(json.loads(sys.argv[1]))}))

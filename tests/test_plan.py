@@ -1,0 +1,136 @@
+"""``hpdm plan``: counted parameters, the sampler's own calls, the command and Table 1."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hpdm import presets, table1
+from hpdm.model import HPDM
+from hpdm.plan import PlanCommand, parameters_by_part, patch_flops, sampling_plan
+from hpdm.sampler import Sampler, SamplerOptions
+
+
+@pytest.mark.parametrize("name", presets.PUBLISHED_PARAMETERS)
+def test_parameters_by_part(name: str) -> None:
+    counts = parameters_by_part(presets.get(name))
+    assert all(count > 0 for count in counts.values())
+    assert sum(counts.values()) == pytest.approx(presets.PUBLISHED_PARAMETERS[name], rel=0.01)
+
+
+def test_sampling_plan_of_the_paper() -> None:
+    """3,375 tiles on the last level of HPDM-T2V (2R/r - 1 per axis); each level keeps what the ones above fuse."""
+    plans = sampling_plan(presets.hpdm_t2v())
+    assert [p.tiles for p in plans] == [1, 27, 343, 3375]
+    assert [p.steps for p in plans] == [128, 64, 32, 16]
+    assert [p.cached_blocks for p in plans] == [5, 3, 1, 0]
+    assert plans[1].cache_bytes == 27 * 3 * 8 * 12 * 16 * 1024 * 4
+    guided = sampling_plan(presets.hpdm_t2v(), SamplerOptions(guidance=3.0))
+    assert [g.patches for g in guided] == [2 * p.patches for p in plans]
+    assert [g.flops for g in guided] == [2 * p.flops for p in plans]
+
+
+@pytest.mark.parametrize("fusion", ["deep", "shallow"])
+def test_work_of_a_patch_is_the_models(fusion) -> None:
+    """Level 0 has no context, so that the formulas are counted the same with kernels on and off."""
+    config = presets.tiny().replace(fusion=fusion)
+    model = HPDM(config, kernels="reference")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.forward_level(
+            torch.randn(1, 3, *config.patch), 0, torch.tensor([[0.0, 0, 0, 1, 1, 1]]), torch.rand(1), None
+        )
+    assert patch_flops(config, 0) == counter.get_total_flops()
+    # Fewer blocks serve the levels above, which have context to fuse.
+    assert patch_flops(config, 0) > patch_flops(config, 1) > patch_flops(config, 2) > 0
+
+
+def test_network_calls_are_the_samplers() -> None:
+    """The plan against what the sampler reports while it runs, and the patches its model is given."""
+    config = presets.tiny().replace(width=32, latent_width=32, latents=4, conditioning="none")
+    options = SamplerOptions(steps=4, overlap="hw", tile_batch=5)
+    model = HPDM(config, kernels="torch").eval()
+    calls = dict.fromkeys(range(config.levels), 0)
+    patches = dict(calls)
+    forward = model.forward_level
+
+    def counted(x, level, *rest):
+        calls[level] += 1
+        patches[level] += x.shape[0]
+        return forward(x, level, *rest)
+
+    model.forward_level = counted
+    Sampler(model, options)([0])
+    plans = sampling_plan(config, options)
+    assert calls == {p.level: p.network_calls for p in plans}
+    assert patches == {p.level: p.patches for p in plans}
+
+
+def test_cells_of_table_1() -> None:
+    loads = {
+        ((64, 256, 256), False): (1,) * 6,
+        ((16, 64, 64), True): (1, 1, 2, 2, 3, 3),
+    }
+    for cell in table1.CELLS:
+        config = cell.config(presets.hpdm_m())
+        assert config.resolution[1:] == cell.resolution[1:]
+        if cell.resolution == (64, 256, 256):
+            assert config.levels_per_block == loads.get((cell.patch, cell.adaptive), config.levels_per_block)
+    deepest = table1.CELLS[-1].config(presets.hpdm_m())
+    assert deepest.levels_per_block == (1, 2, 2, 3, 3, 4)
+    assert table1.CELLS[-2].config(presets.hpdm_m()).levels_per_block == (4,) * 6
+    assert [cell.published_gb for cell in table1.CELLS if cell.published_gb is None] == [None]
+
+
+def test_table_1_needs_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At most 0.6 of the published memory in all nine cells; full 64x512^2, which ran out of it, within 80 GB."""
+    file = tmp_path / "table1.json"
+    assert PlanCommand(table1=True, json=file).run() == 0
+    rows = json.loads(file.read_text())
+    assert len(rows) == 10
+    for row in rows:
+        assert row["kernels_gb"] <= (80 if row["published_gb"] is None else 0.6 * row["published_gb"])
+        by_setting = row["kernels_gb_by_recompute"]
+        assert by_setting["block"] <= by_setting["selective"] <= by_setting["none"] < row["reference_gb"]
+        work = row["kernels_tflop_per_video"]
+        assert work["none"] < work["selective"] < work["block"] < 1.7 * work["none"]
+        # Weights, gradients, two moments and the moving average in fp32 are always there.
+        assert row["kernels_gb"] > 5 * 4 * 0.321
+    assert "OOM" in capsys.readouterr().out
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    command = PlanCommand(preset="tiny", batch=2, kernels="triton", memory_gb=0.5, measure=True, json=file)
+    assert command.run() == 0
+    result = json.loads(file.read_text())
+    assert [cost["recompute"] for cost in result["training"]] == ["none", "selective", "block"]
+    for cost in result["training"]:
+        assert cost["batch"] == 2
+        assert cost["largest_batch"] > 2
+        assert cost["measured_bytes"] > cost["static_bytes"]
+    assert sum(result["parameters"].values()) == sum(p.numel() for p in HPDM(presets.tiny()).parameters())
+    out = capsys.readouterr().out
+    assert "Predicted" in out
+    assert "largest batch" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"preset": "hpdm_xl"}, "preset"),
+        ({"preset": "tiny", "batch": 0}, "batch"),
+        ({"preset": "tiny", "memory_gb": 0.0}, "memory-gb"),
+        ({"preset": "tiny", "resolution": (5, 64, 64)}, "resolution"),
+        ({"preset": "tiny", "table1": True, "batch": 2}, "table1"),
+    ],
+)
+def test_bad_options_are_named(arguments, named) -> None:
+    with pytest.raises(ValueError, match=f"^{named}:"):
+        PlanCommand(**arguments).run()
+
+
+def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="^json:"):
+        PlanCommand(preset="tiny", json=tmp_path / "none" / "plan.json").run()
