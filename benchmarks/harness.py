@@ -80,7 +80,12 @@ def row_from_samples(
     flops: int | None = None,
     **fields: Any,
 ) -> Row:
-    """A :class:`Row` with the median and the interquartile range of ``samples`` (seconds), and the rates they give."""
+    """A :class:`Row` with the median and the interquartile range of ``samples`` (seconds), and the rates they give.
+
+    Without samples nothing ran: the row has no times and no rates.
+    """
+    if not samples:
+        return Row(group, shape, contender, direction, None, None, 0, bytes=bytes, flops=flops, **fields)
     values = torch.tensor(samples, dtype=torch.float64)
     low, median, high = (values.quantile(q).item() for q in (0.25, 0.5, 0.75))
     return Row(

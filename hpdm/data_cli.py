@@ -12,7 +12,7 @@ import tyro
 
 from hpdm.data_layout import find_videos
 from hpdm.decode import TIMEOUT_S, DecodeError, Decoder, probe, read_clip, verify
-from hpdm.synthetic import render_synthetic
+from hpdm.synthetic import RADIUS, render_synthetic
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Synthetic:
     """Equal seeds give equal clips."""
     classes: tuple[str, ...] = ()
     """Class names out of RedDisc, GreenSquare, BlueTriangle, YellowRing, MagentaCross, CyanDiamond; none for all."""
+    radius: tuple[float, float] = RADIUS
+    """Half of an object's extent, from the smallest to the largest, as shares of the picture's shorter side."""
     overwrite: bool = False
     """Write into a folder that is not empty."""
 
@@ -46,6 +48,7 @@ class Synthetic:
             fps=self.fps,
             seed=self.seed,
             classes=self.classes or None,
+            radius=self.radius,
             overwrite=self.overwrite,
         )
         names, files = find_videos(self.out)

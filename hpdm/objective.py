@@ -9,6 +9,8 @@ from hpdm.diffusion import add_noise, network_input, signal_scales
 from hpdm.model import HPDM
 from hpdm.pyramid import extract_patches, sample_boxes
 
+SPREADS = ("uniform", "logit-normal")
+
 
 def denoising_error(
     model: HPDM,
@@ -17,11 +19,12 @@ def denoising_error(
     generator: torch.Generator,
     times: tuple[float, float] = (0.0, 1.0),
     dropout: float = 0.0,
+    spread: str = "uniform",
 ) -> Tensor:
     """Mean squared error of v per clip and level, ``[B, L]``; its mean is the training loss.
 
     Boxes, times, noise and conditioning dropout are drawn from ``generator`` on the CPU, so that every device sees the
-    same. Each level has its own time, uniform in ``times``.
+    same. Each level has its own time.
 
     Args:
         model: the network.
@@ -30,12 +33,24 @@ def denoising_error(
         generator: CPU generator.
         times: range of the diffusion time.
         dropout: probability that a clip's label is dropped.
+        spread: how times are spread over the range, one of :data:`SPREADS`: ``"uniform"``, or ``"logit-normal"``, which
+            favours the middle, where shapes are decided (Esser et al. 2024, section 3.1, with mean 0 and variance 1).
+
+    Raises:
+        ValueError: unknown ``spread``.
     """
+    if spread not in SPREADS:
+        raise ValueError(f"spread: got {spread!r}, expected one of {', '.join(map(repr, SPREADS))}")
     config, batch, device = model.config, video.shape[0], video.device
     boxes = sample_boxes(config, batch, generator).to(device)
     x = extract_patches(video, boxes, config, backend=model.kernels)
     first, last = times
-    t = (first + (last - first) * torch.rand(batch, config.levels, generator=generator)).to(device)
+    shape = (batch, config.levels)
+    if spread == "uniform":
+        share = torch.rand(shape, generator=generator)
+    else:
+        share = torch.randn(shape, generator=generator).sigmoid()
+    t = (first + (last - first) * share).to(device)
     noise = torch.randn(x.shape, generator=generator).to(device)
     dropped = (torch.rand(batch, generator=generator) < dropout).to(device)
     if labels is not None:

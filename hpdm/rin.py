@@ -33,8 +33,8 @@ token MLP. Kept are the tokens between the steps of a block and all that has a r
 ``"block"``: whole blocks, context fusion included. Kept are the tokens and latents between blocks.
 """
 
-CHUNK_ROWS, CHUNKS = 8192, 16
-"""Tokens that are recomputed at a time: about 8192 rows, more where that would be over 16 pieces."""
+CHUNK_ROWS, CHUNKS = 8192, 8
+"""Tokens that are recomputed at a time: about 8192 rows, more where that would be over 8 pieces."""
 
 
 def check_recompute(recompute: str) -> Recompute:

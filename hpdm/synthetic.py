@@ -20,6 +20,8 @@ import numpy as np
 from hpdm.video import write_text, write_video
 
 SPLIT_FOLDER = "ucfTrainTestlist"
+RADIUS = (0.36, 0.40)
+"""Half of an object's extent, from the smallest to the largest, as shares of the picture's shorter side."""
 _GROUP_CLIPS = 4  # clips of one group, which never straddles train and test, as in UCF-101
 
 
@@ -114,6 +116,7 @@ def render_clip(
     *,
     frames: int = 32,
     size: tuple[int, int] = (64, 64),
+    radius: tuple[float, float] = RADIUS,
     rng: np.random.Generator,
 ) -> Clip:
     """Renders one clip.
@@ -122,6 +125,7 @@ def render_clip(
         class_name: a key of :data:`CLASSES`.
         frames: number of frames, >= 1.
         size: (height, width) in pixels, each >= 8.
+        radius: range of half the object's extent, as shares of the picture's shorter side; above 0, at most 0.45.
         rng: the source of size, start, direction, speed, texture phase and background.
 
     Raises:
@@ -129,16 +133,16 @@ def render_clip(
     """
     if class_name not in CLASSES:
         raise ValueError(f"class_name: got {class_name!r}, expected one of {', '.join(CLASSES)}")
-    _check_numbers(frames, size)
+    _check_numbers(frames, size, radius)
     shape, texture, rgb = CLASSES[class_name]
     height, width = size
     unit = min(height, width)
-    radius = unit * rng.uniform(0.28, 0.32)
+    half = unit * rng.uniform(*radius)
     angle = rng.uniform(0, 2 * math.pi)
     speed = unit * rng.uniform(0.010, 0.022)  # 0.6 to 1.4 pixels a frame at 64 x 64
     steps = np.arange(frames)
     axes = [
-        bounce(rng.uniform(radius, extent - radius), speed * part, radius, extent - radius, steps)
+        bounce(rng.uniform(half, extent - half), speed * part, half, extent - half, steps)
         for extent, part in ((width, math.cos(angle)), (height, math.sin(angle)))
     ]
     position, velocity = (np.stack([axes[0][i], axes[1][i]], axis=1) for i in range(2))
@@ -149,11 +153,11 @@ def render_clip(
     dx = x - position[:, 0, None, None]
     dy = y - position[:, 1, None, None]
     # Distance in pixels: coverage falls from 1 to 0 over one pixel across the edge.
-    coverage = np.clip(0.5 - shape(dx / radius, dy / radius) * radius, 0, 1)
+    coverage = np.clip(0.5 - shape(dx / half, dy / half) * half, 0, 1)
     pattern = texture(dx * (2 * math.pi / period) + phase[0], dy * (2 * math.pi / period) + phase[1])
     paint = np.array(rgb) * (0.8 + 0.2 * np.tanh(2 * pattern))[..., None]
     image = background + coverage[..., None] * (paint - background)
-    return Clip(np.clip(image.round(), 0, 255).astype(np.uint8), position, velocity, radius)
+    return Clip(np.clip(image.round(), 0, 255).astype(np.uint8), position, velocity, half)
 
 
 def render_synthetic(
@@ -165,6 +169,7 @@ def render_synthetic(
     fps: float = 16,
     seed: int = 0,
     classes: Sequence[str] | None = None,
+    radius: tuple[float, float] = RADIUS,
     crf: int = 12,
     overwrite: bool = False,
 ) -> Path:
@@ -181,6 +186,7 @@ def render_synthetic(
         frames, size, fps, crf: length, (height, width), rate and x264 quality of every clip.
         seed: >= 0.
         classes: names out of :data:`CLASSES`, default all; labels follow this order.
+        radius: as for :func:`render_clip`.
 
     Raises:
         ValueError: a number below its minimum, unknown or repeated classes.
@@ -193,7 +199,7 @@ def render_synthetic(
         raise ValueError(f"clips: got {clips}, expected >= 2, so that train and test both have one")
     if seed < 0:
         raise ValueError(f"seed: got {seed}, expected >= 0")
-    _check_numbers(frames, size)
+    _check_numbers(frames, size, radius)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
         raise FileExistsError(f"out: {out} is not empty; choose another folder or pass overwrite")
@@ -210,7 +216,7 @@ def render_synthetic(
             group, member = divmod(number, per_group)
             file = f"{name}/v_{name}_g{group + 1:02d}_c{member + 1:02d}.mp4"
             rng = np.random.default_rng([seed, list(CLASSES).index(name), number])
-            clip = render_clip(name, frames=frames, size=size, rng=rng)
+            clip = render_clip(name, frames=frames, size=size, radius=radius, rng=rng)
             write_video(out / file, clip.frames, fps, crf=crf)
             is_test = group < test_groups
             (test_lines if is_test else train_lines).append(file if is_test else f"{file} {label + 1}")
@@ -236,8 +242,10 @@ def render_synthetic(
     return out
 
 
-def _check_numbers(frames: int, size: tuple[int, int]) -> None:
+def _check_numbers(frames: int, size: tuple[int, int], radius: tuple[float, float]) -> None:
     if frames < 1:
         raise ValueError(f"frames: got {frames}, expected >= 1")
     if len(size) != 2 or min(size) < 8:
         raise ValueError(f"size: got {size}, expected (height, width), each >= 8")
+    if len(radius) != 2 or not 0 < radius[0] <= radius[1] <= 0.45:
+        raise ValueError(f"radius: got {radius}, expected (smallest, largest), above 0 and at most 0.45")

@@ -83,6 +83,8 @@ class TrainOptions:
     """Largest gradient norm; 0 for no clipping."""
     ema: float = 0.999
     """Decay of the moving average of the weights."""
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    """How diffusion times are drawn; "logit-normal" favours the middle."""
     dropout: float | None = None
     """Share of unconditional samples, for guidance; the preset's (0.1) if not given."""
     fusion: Literal["deep", "shallow"] = "deep"
@@ -266,7 +268,7 @@ def _loop(
             generator = step_generator(options.seed, step)
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 dropout = model.config.conditioning_dropout
-                losses = denoising_error(model, video, labels, generator, dropout=dropout).mean(0)
+                losses = denoising_error(model, video, labels, generator, dropout=dropout, spread=options.times).mean(0)
             optimizer.zero_grad(set_to_none=True)
             losses.mean().backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm or float("inf"), foreach=True)

@@ -33,7 +33,7 @@ def test_memory_in_mixed_precision_and_with_lamb(precision, optimizer) -> None:
 
 
 def test_a_step_that_fails_is_an_error() -> None:
-    with pytest.raises(RuntimeError, match="the measured step failed: .*cuda"):
+    with pytest.raises(RuntimeError, match=r"the measured step failed: .*cuda"):
         measured_step(SMALL, kernels="cuda", device="cpu")
 
 

@@ -132,5 +132,5 @@ def test_bad_options_are_named(arguments, named) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="^json:"):
+    with pytest.raises(FileNotFoundError, match=r"^json: "):
         PlanCommand(preset="tiny", json=tmp_path / "none" / "plan.json").run()

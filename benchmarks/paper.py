@@ -1,0 +1,155 @@
+"""Training steps of the paper's tables, as they are measured: memory at batch 1, largest batch under a cap, videos/s.
+
+The paper's card had 80 GB. A larger one is capped to that, so that it answers as the paper's would.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import harness
+from hpdm import HPDM, HPDMConfig, presets
+from hpdm.optim import EMA, make_optimizer
+from hpdm.pyramid import sample_boxes
+
+CAP_BYTES = 80_000_000_000
+MOST_CLIPS = 64
+ROUNDS = 3
+OutOfMemory = torch.cuda.OutOfMemoryError
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run the same model."""
+
+    name: str
+    kernels: str
+    recompute: str = "none"
+    compiled: bool = False
+
+
+CONTENDERS = (
+    Contender("hpdm triton", "triton"),
+    Contender("reference", "reference"),
+    Contender("hpdm triton, recompute selective", "triton", "selective"),
+    Contender("hpdm triton, recompute block", "triton", "block"),
+    Contender("reference, torch.compile", "reference", compiled=True),
+)
+
+
+def ablations(base: HPDMConfig) -> dict[str, tuple[HPDMConfig, float]]:
+    """The setups of Table 3 at 64x256^2 in patches of 16x64^2, with the published videos/s on one A100."""
+    return {
+        "shallow fusion": (base.replace(fusion="shallow"), 4.91),
+        "context detached": (base.replace(detach_context=True), 4.4),
+        "no adaptive computation": (base.without_adaptive_computation(), 2.73),
+        "no coordinates": (base.replace(coordinates=False), 4.47),
+        "default": (base, 4.4),
+    }
+
+
+def base_config() -> HPDMConfig:
+    """Table 1's static memory (6.1 to 6.4 GB) is that of five fp32 copies of the weights of HPDM-M."""
+    return presets.hpdm_m()
+
+
+class Training:
+    """A model with its optimizer, moving average and inputs; ``step(batch)`` runs one training step."""
+
+    def __init__(self, config: HPDMConfig, contender: Contender, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.config, self.device = config, device
+        with device:
+            self.model = HPDM(config, contender.kernels, contender.recompute)
+        self.run: Callable[..., torch.Tensor] = torch.compile(self.model) if contender.compiled else self.model
+        self.optimizer = make_optimizer(self.model, "adamw", 1e-4, 0.01)
+        self.average = EMA(self.model, 0.999)
+
+    def step(self, batch: int) -> Callable[[], None]:
+        """A call that trains on ``batch`` clips of noise: the time does not depend on what they show."""
+        config, device = self.config, self.device
+        x = torch.randn(batch, config.levels, config.channels, *config.patch, device=device)
+        target = torch.randn_like(x)
+        boxes = sample_boxes(config, batch, torch.Generator().manual_seed(0)).to(device)
+        t = torch.rand(batch, config.levels, device=device)
+        labels = torch.zeros(batch, dtype=torch.long, device=device) if config.conditioning == "class" else None
+
+        def call() -> None:
+            (self.run(x, boxes, t, labels) - target).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+            self.optimizer.step()
+            self.average.update(self.model)
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return call
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one contender needs for one model."""
+
+    peak_bytes: int
+    """At batch 1, everything counted."""
+    batch: int
+    """The largest tried that fits under the cap."""
+    samples: list[float]
+    """Seconds per step at that batch."""
+
+
+def total_peak_bytes(call: Callable[[], None], device: torch.device) -> int:
+    """Most memory held at once while ``call`` runs: on CUDA all of it, on the CPU what the call adds."""
+    if device.type != "cuda":
+        return harness.peak_extra_bytes(call, device)
+    before = torch.cuda.memory_allocated(device)
+    return before + harness.peak_extra_bytes(call, device)
+
+
+def measure(config: HPDMConfig, contender: Contender, device: torch.device, cap: int = CAP_BYTES) -> Measured:
+    """Memory at batch 1, then the largest batch that fits, then its time.
+
+    The batch is reckoned from the peaks of one and two clips, between which memory grows linearly, and reduced by a
+    tenth while it does not fit. At most :data:`MOST_CLIPS`.
+
+    Raises:
+        OutOfMemory: not even one clip fits.
+    """
+    training = Training(config, contender, device)
+
+    def peak(batch: int) -> int:
+        call = training.step(batch)
+        call()  # the first step makes the moments, and compiles
+        return total_peak_bytes(call, device)
+
+    one = peak(1)
+    if one > cap:
+        raise OutOfMemory(f"one clip needs {one / 1e9:.1f} GB, the cap is {cap / 1e9:.1f} GB")
+    batch = 1
+    try:
+        batch = int(min(MOST_CLIPS, 1 + (cap - one) // max(1, peak(2) - one)))
+    except OutOfMemory:
+        release(device)
+    while True:
+        try:
+            call = training.step(batch)
+            call()
+            timer = harness.Timer(device)
+            for _ in range(ROUNDS):
+                timer.sample(call)
+            return Measured(one, batch, timer.seconds())
+        except OutOfMemory:
+            if batch == 1:
+                raise
+            training.optimizer.zero_grad(set_to_none=True)
+            release(device)
+            batch = max(1, batch * 9 // 10)
+
+
+def release(device: torch.device) -> None:
+    """Gives back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,122 @@
+"""The paper's Tables 1 and 3: predicted everywhere, measured on CUDA.
+
+Table 1 is memory at batch 1 and training videos/s at the largest batch under 80 GB, at full resolution and in patches;
+Table 3 the training speed of five setups. Both were published for one A100. The predictions (:mod:`hpdm.table1`) count
+the same step on fake tensors. Measured rows: kernels on with each recompute setting, the paper's formulas, and those
+under ``torch.compile``; what does not fit is a row that says so.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import paper
+from hpdm.memory import training_step
+from hpdm.table1 import CELLS, Cell, size, table1
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; predicted above")
+BASE = paper.base_config()
+SETUPS = paper.ablations(BASE)
+# Full resolution first within a contender: what follows is set against it. The paper's own columns before the rest.
+MEASURED = [(contender, cell) for contender in paper.CONTENDERS for cell in CELLS]
+
+
+def shape_of(cell: Cell) -> str:
+    """``64x256x256 in 16x64x64, adaptive``."""
+    what = size(cell.resolution) + (f" in {size(cell.patch)}" if cell.patch != cell.resolution else " at once")
+    return what + (", adaptive" if cell.adaptive else "")
+
+
+def test_table_1_predicted(record):
+    for cell, row in zip(CELLS, table1(BASE), strict=True):
+        for contender, gb, tflop in (
+            ("reference", row["reference_gb"], row["tflop_per_video"]),
+            *(
+                (f"hpdm, recompute {name}", gb, row["kernels_tflop_per_video"][name])
+                for name, gb in row["kernels_gb_by_recompute"].items()
+            ),
+        ):
+            published = cell.published_gb
+            record(
+                "table 1, predicted", shape_of(cell), contender, "training step", [],
+                reference=contender == "reference",
+                extra={
+                    "published_gb": published, "predicted_gb": gb,
+                    "of_published": gb / published if published else None, "tflop_per_video": tflop,
+                },
+            )  # fmt: skip
+
+
+def test_table_3_predicted(record):
+    for name, (config, published) in SETUPS.items():
+        for kernels in ("reference", "torch"):
+            cost = training_step(config, 1, kernels)
+            record(
+                "table 3, predicted", name, "reference" if kernels == "reference" else "hpdm", "training step", [],
+                reference=kernels == "reference",
+                extra={
+                    "published_videos_per_s": published, "predicted_gb": cost.peak_bytes / 1e9,
+                    "tflop_per_video": cost.flops / 1e12,
+                },
+            )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def full_resolution():
+    """videos/s of full resolution by contender and size, for the speed-ups over it."""
+    return {}
+
+
+@pytest.fixture
+def capped(device):
+    """The paper's 80 GB on any card."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, paper.CAP_BYTES / total))
+        yield
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        paper.release(device)
+
+
+def measured_row(record, device, group, shape, contender, config, published):
+    """One row; out of memory is a row too, and ``None``."""
+    flops = training_step(config, 1, "reference").flops
+    try:
+        found = paper.measure(config, contender, device)
+    except paper.OutOfMemory as error:
+        row = record(group, shape, contender.name, "training step", [], extra=dict(published))
+        row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
+        return None
+    row = record(
+        group, shape, contender.name, "training step", found.samples, flops=flops * found.batch,
+        reference=contender.name == "reference", extra=dict(published),
+    )  # fmt: skip
+    row.extra |= {
+        "measured_gb": found.peak_bytes / 1e9, "batch": found.batch, "videos_per_s": found.batch / row.median_s,
+    }  # fmt: skip
+    return row
+
+
+@needs_cuda
+@pytest.mark.parametrize(
+    ("contender", "cell"), MEASURED, ids=[f"{c.name}-{shape_of(cell)}".replace(" ", "_") for c, cell in MEASURED]
+)
+def test_table_1_measured(record, device, capped, full_resolution, contender, cell):
+    published = {"published_gb": cell.published_gb, "published_videos_per_s": cell.published_videos_per_s}
+    row = measured_row(record, device, "table 1", shape_of(cell), contender, cell.config(BASE), published)
+    if row is None:
+        return
+    key = contender.name, cell.resolution
+    if cell.patch == cell.resolution:
+        full_resolution[key] = row.extra["videos_per_s"]
+    elif key in full_resolution:
+        row.extra["speedup_over_full"] = row.extra["videos_per_s"] / full_resolution[key]
+
+
+@needs_cuda
+@pytest.mark.parametrize("contender", paper.CONTENDERS[:2], ids=lambda c: c.name.replace(" ", "_"))
+@pytest.mark.parametrize("setup", SETUPS, ids=lambda s: s.replace(" ", "_"))
+def test_table_3_measured(record, device, capped, setup, contender):
+    config, published = SETUPS[setup]
+    measured_row(record, device, "table 3", setup, contender, config, {"published_videos_per_s": published})
