@@ -56,7 +56,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import harness, report
+from benchmarks import charts, harness, report
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = pytest.StashKey[list[harness.Row]]()
@@ -194,11 +194,12 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
         write(line)
     write(f"results: {_shown(path)}")
     try:
-        chart = report.chart([result], path.with_suffix(".png"))
+        drawn = charts.draw(result, path.with_suffix(".png"))
     except ImportError as error:
-        write(f"no chart: {error}")
+        write(f"no charts: {error}")
     else:
-        write(f"chart:   {_shown(chart)}")
+        for chart in drawn:
+            write(f"chart:   {_shown(chart)}")
     if exitstatus:
         print("some benchmarks failed: the tables above lack them", file=sys.stderr)
 

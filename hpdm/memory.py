@@ -147,23 +147,27 @@ def largest_batch(memory: int, cost: Callable[[int], StepCost]) -> int:
 
     Args:
         memory: bytes.
-        cost: the prediction for a batch; nearly linear in it, so few predictions are made.
+        cost: the prediction for a batch. Its peak rises with the batch, from some batch on linearly, once activations
+            are more than what the optimizer needs: so doubling first, then interpolating and halving takes few predictions.
     """
-    first = cost(1).peak_bytes
-    if first > memory:
-        return 0
-    slope = max(1, cost(2).peak_bytes - first)
-    low, high = 1, None  # the peak at `low` fits, the one at `high` does not
-    guess = max(2, 1 + (memory - first) // slope)
-    while high is None or high - low > 1:
+    fits, fits_bytes = 0, 0
+    fails, fails_bytes = 1, cost(1).peak_bytes
+    while fails_bytes <= memory:
+        fits, fits_bytes = fails, fails_bytes
+        fails *= 2
+        fails_bytes = cost(fails).peak_bytes
+    halve = False
+    while fails - fits > 1:
+        # In turns: where the peak is still flat, interpolation alone would creep.
+        share = 0.5 if halve else (memory - fits_bytes) / (fails_bytes - fits_bytes)
+        halve = not halve
+        guess = min(max(fits + int(share * (fails - fits)), fits + 1), fails - 1)
         peak = cost(guess).peak_bytes
         if peak <= memory:
-            low = guess
+            fits, fits_bytes = guess, peak
         else:
-            high = guess
-        guess += (memory - peak) // slope if peak <= memory else -(-(memory - peak) // slope)
-        guess = max(low + 1, guess) if high is None else min(max(low + 1, guess), high - 1)
-    return low
+            fails, fails_bytes = guess, peak
+    return fits
 
 
 def example_inputs(config: HPDMConfig, batch: int) -> dict[str, Tensor]:
