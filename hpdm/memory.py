@@ -148,7 +148,7 @@ def largest_batch(memory: int, cost: Callable[[int], StepCost]) -> int:
     Args:
         memory: bytes.
         cost: the prediction for a batch. Its peak rises with the batch, from some batch on linearly, once activations
-            are more than what the optimizer needs: doubling first, then interpolating and halving takes few predictions.
+            are more than the optimizer needs: doubling first, then interpolating and halving takes few predictions.
     """
     fits, fits_bytes = 0, 0
     fails, fails_bytes = 1, cost(1).peak_bytes
