@@ -21,9 +21,9 @@ MEDIUM = presets.hpdm_s().replace(
 @pytest.mark.parametrize(
     ("config", "batch", "kernels", "recompute"),
     [
-        (SMALL, 16, "reference", "none"),
-        (SMALL, 16, "torch", "none"),
-        (SMALL, 16, "torch", "block"),
+        (SMALL, 64, "reference", "none"),
+        (SMALL, 64, "torch", "none"),
+        (SMALL, 64, "torch", "block"),
         (MEDIUM, 2, "reference", "none"),
         (MEDIUM, 2, "torch", "none"),
         (MEDIUM, 2, "torch", "selective"),
@@ -38,8 +38,8 @@ def test_memory_is_that_of_a_real_step(config, batch, kernels, recompute) -> Non
 
 
 def test_memory_with_lamb() -> None:
-    predicted = training_step(SMALL, 16, "torch", optimizer="lamb").peak_bytes
-    assert measured_step(SMALL, 16, "torch", optimizer="lamb", device="cpu") == pytest.approx(predicted, rel=0.05)
+    predicted = training_step(SMALL, 64, "torch", optimizer="lamb").peak_bytes
+    assert measured_step(SMALL, 64, "torch", optimizer="lamb", device="cpu") == pytest.approx(predicted, rel=0.05)
 
 
 def test_memory_in_mixed_precision() -> None:
