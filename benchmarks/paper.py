@@ -5,6 +5,7 @@ The paper's card had 80 GB. A larger one is capped to that, so that it answers a
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import harness
-from hpdm import HPDM, HPDMConfig, presets
-from hpdm.optim import EMA, make_optimizer
-from hpdm.pyramid import sample_boxes
+from hpdm import HPDMConfig, presets
+from hpdm.measure import NoiseTraining
+from hpdm.memory import training_step
 
 CAP_BYTES = 80_000_000_000
 MOST_CLIPS = 64
@@ -52,40 +53,15 @@ def ablations(base: HPDMConfig) -> dict[str, tuple[HPDMConfig, float]]:
     }
 
 
+@functools.cache
+def formula_flops(config: HPDMConfig) -> int:
+    """Work of one clip by the paper's formulas, whatever a contender does; seconds to count, so once per model."""
+    return training_step(config, 1, "reference").flops
+
+
 def base_config() -> HPDMConfig:
     """Table 1's static memory (6.1 to 6.4 GB) is that of five fp32 copies of the weights of HPDM-M."""
     return presets.hpdm_m()
-
-
-class Training:
-    """A model with its optimizer, moving average and inputs; ``step(batch)`` runs one training step."""
-
-    def __init__(self, config: HPDMConfig, contender: Contender, device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.config, self.device = config, device
-        with device:
-            self.model = HPDM(config, contender.kernels, contender.recompute)
-        self.run: Callable[..., torch.Tensor] = torch.compile(self.model) if contender.compiled else self.model
-        self.optimizer = make_optimizer(self.model, "adamw", 1e-4, 0.01)
-        self.average = EMA(self.model, 0.999)
-
-    def step(self, batch: int) -> Callable[[], None]:
-        """A call that trains on ``batch`` clips of noise: the time does not depend on what they show."""
-        config, device = self.config, self.device
-        x = torch.randn(batch, config.levels, config.channels, *config.patch, device=device)
-        target = torch.randn_like(x)
-        boxes = sample_boxes(config, batch, torch.Generator().manual_seed(0)).to(device)
-        t = torch.rand(batch, config.levels, device=device)
-        labels = torch.zeros(batch, dtype=torch.long, device=device) if config.conditioning == "class" else None
-
-        def call() -> None:
-            (self.run(x, boxes, t, labels) - target).square().mean().backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
-            self.optimizer.step()
-            self.average.update(self.model)
-            self.optimizer.zero_grad(set_to_none=True)
-
-        return call
 
 
 @dataclass(frozen=True)
@@ -117,7 +93,7 @@ def measure(config: HPDMConfig, contender: Contender, device: torch.device, cap:
     Raises:
         OutOfMemory: not even one clip fits.
     """
-    training = Training(config, contender, device)
+    training = NoiseTraining(config, device, contender.kernels, contender.recompute, compiled=contender.compiled)
 
     def peak(batch: int) -> int:
         call = training.step(batch)

@@ -74,7 +74,7 @@ def capped(device):
 
 def measured_row(record, device, group, shape, contender, config, published):
     """One row; out of memory is a row too, and ``None``."""
-    flops = training_step(config, 1, "reference").flops
+    flops = paper.formula_flops(config)
     try:
         found = paper.measure(config, contender, device)
     except paper.OutOfMemory as error:

@@ -14,10 +14,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpdm.config import HPDMConfig
 from hpdm.memory import TEXT_TOKENS
@@ -80,34 +82,55 @@ def _give_back() -> None:
         trim(0)
 
 
-def _step(config: HPDMConfig, order: dict[str, Any], device: torch.device) -> Any:
-    torch.manual_seed(0)
-    model = HPDM(config, order["kernels"], order["recompute"]).to(device)
-    stepper = make_optimizer(model, order["optimizer"], 1e-4, 0.01)
-    average = EMA(model, 0.999)
-    batch = order["batch"]
-    x = torch.randn(batch, config.levels, config.channels, *config.patch, device=device)
-    target = torch.randn_like(x)
-    inputs: dict[str, torch.Tensor] = {
-        "x": x,
-        "boxes": sample_boxes(config, batch, torch.Generator().manual_seed(0)).to(device),
-        "t": torch.rand(batch, config.levels, device=device),
-    }
-    if config.conditioning == "class":
-        inputs["labels"] = torch.zeros(batch, dtype=torch.long, device=device)
-    if config.conditioning == "text":
-        inputs["text"] = torch.randn(batch, TEXT_TOKENS, config.text_width, device=device)
+class NoiseTraining:
+    """A model in training on clips of noise: what a step needs does not depend on what the clips show.
 
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=order["precision"] == "bf16"):
-            loss = (model(**inputs) - target).square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        stepper.step()
-        average.update(model)
-        stepper.zero_grad(set_to_none=True)
+    Args:
+        config: the model.
+        device: where it trains.
+        kernels, recompute: as for :class:`hpdm.model.HPDM`.
+        precision: ``"fp32"`` or ``"bf16"``.
+        optimizer: ``"adamw"`` or ``"lamb"``.
+        compiled: whether the model runs under ``torch.compile``.
+    """
 
-    return step
+    def __init__(
+        self, config: HPDMConfig, device: torch.device, kernels: str = "auto", recompute: str = "none",
+        precision: str = "fp32", optimizer: str = "adamw", compiled: bool = False,
+    ) -> None:  # fmt: skip
+        torch.manual_seed(0)
+        self.config, self.device, self.precision = config, device, precision
+        with device:
+            self.model = HPDM(config, kernels, recompute)
+        self.run: Callable[..., Tensor] = torch.compile(self.model) if compiled else self.model
+        self.optimizer = make_optimizer(self.model, optimizer, 1e-4, 0.01)
+        self.average = EMA(self.model, 0.999)
+
+    def step(self, batch: int) -> Callable[[], None]:
+        """A call that runs one whole training step on ``batch`` clips, always the same."""
+        config, device = self.config, self.device
+        x = torch.randn(batch, config.levels, config.channels, *config.patch, device=device)
+        target = torch.randn_like(x)
+        inputs: dict[str, Tensor] = {
+            "x": x,
+            "boxes": sample_boxes(config, batch, torch.Generator().manual_seed(0)).to(device),
+            "t": torch.rand(batch, config.levels, device=device),
+        }
+        if config.conditioning == "class":
+            inputs["labels"] = torch.zeros(batch, dtype=torch.long, device=device)
+        if config.conditioning == "text":
+            inputs["text"] = torch.randn(batch, TEXT_TOKENS, config.text_width, device=device)
+
+        def call() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = (self.run(**inputs) - target).square().mean()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=True)
+            self.optimizer.step()
+            self.average.update(self.model)
+            self.optimizer.zero_grad(set_to_none=True)
+
+        return call
 
 
 def _measure(order: dict[str, Any]) -> int:
@@ -115,17 +138,18 @@ def _measure(order: dict[str, Any]) -> int:
     device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     config = HPDMConfig.from_dict(order["config"])
     small = config.replace(width=64, latent_width=config.head_width, latents=16, latent_layers=1)
+    settings = [order[name] for name in ("kernels", "recompute", "precision", "optimizer")]
     if device.type == "cuda":
-        step = _step(config, order, device)
+        step = NoiseTraining(config, device, *settings).step(order["batch"])
         step()
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
     # A step of a small model first: libraries load and threads start, which is none of the model's memory.
-    _step(small, order, device)()
+    NoiseTraining(small, device, *settings).step(order["batch"])()
     _give_back()
     before = _resident("VmRSS")
-    step = _step(config, order, device)
+    step = NoiseTraining(config, device, *settings).step(order["batch"])
     step()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # peak resident memory starts anew
     step()

@@ -28,14 +28,14 @@ def test_one_clip_may_be_too_much():
 
 
 def test_a_batch_that_does_not_fit_after_all_is_reduced(monkeypatch):
-    step = paper.Training.step
+    step = paper.NoiseTraining.step
 
     def limited(self, batch):
         if batch > 3:
             raise paper.OutOfMemory("too much")
         return step(self, batch)
 
-    monkeypatch.setattr(paper.Training, "step", limited)
+    monkeypatch.setattr(paper.NoiseTraining, "step", limited)
     assert paper.measure(SMALL, PLAIN, CPU).batch == 3
 
 
