@@ -100,8 +100,11 @@ def _new_rows(like: Tensor, dtype: torch.dtype | None = None, splits: int | None
     return like.new_empty(*lead, rows, heads, width, dtype=dtype).transpose(-2, -3)
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str) -> tuple[Tensor, Tensor]:
-    """``out`` like ``q`` and the log-sum-exp ``[B, h, M]`` in base 2; the last axis of each input has stride 1."""
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``out`` like ``q`` and the log-sum-exp ``[B, h, M]`` in base 2."""
+    q, k, v = map(_unit_stride, (q, k, v))
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     block_d = max(16, triton.next_power_of_2(width))
@@ -113,11 +116,11 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: st
     if splits > 1:
         part, part_lse = _new_rows(q, torch.float32, splits), lse.new_empty(splits, *lse.shape)
     kernels.cross_attention_fwd_kernel[(blocks * splits,)](
-        q, k, v, part, part_lse,
+        q, k, v, _mask_bytes(key_mask), part, part_lse,
         *_strides(q, k, v),
         batch, heads, queries, keys, per_split * tile.block_n, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        EVEN=queries % tile.block_m == 0 and keys % tile.block_n == 0, PRECISION=precision,
+        EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -128,10 +131,20 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: st
     return out, lse
 
 
-def _launch_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, precision: str
+def launch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    precision: str,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k``, ``v``; the last axis of each input has stride 1, ``lse`` is contiguous."""
+    """Gradients of ``q``, ``k``, ``v``. Those of some of the keys need ``out`` and ``lse`` of all of them."""
+    grad, q, k, v, out = map(_unit_stride, (grad, q, k, v, out))
+    lse, mask = lse.contiguous(), _mask_bytes(key_mask)
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     block_d = max(16, triton.next_power_of_2(width))
@@ -143,11 +156,11 @@ def _launch_backward(
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(keys, tile.block_n))
     part_q = _new_rows(q, torch.float32 if splits > 1 else q.dtype, splits)
     kernels.cross_attention_bwd_q_kernel[(blocks * splits,)](
-        grad, q, k, v, out, lse, delta, part_q,
+        grad, q, k, v, mask, out, lse, delta, part_q,
         *_strides(grad, q, k, v, out),
         batch, heads, queries, keys, per_split * tile.block_n, scale, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        EVEN=queries % tile.block_m == 0 and keys % tile.block_n == 0, PRECISION=precision,
+        EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     grad_q = _sum_parts(part_q, q.dtype)
@@ -157,14 +170,23 @@ def _launch_backward(
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(queries, tile.block_m))
     part_k, part_v = (_new_rows(k, torch.float32 if splits > 1 else k.dtype, splits) for _ in range(2))
     kernels.cross_attention_bwd_kv_kernel[(blocks * splits,)](
-        grad, q, k, v, lse, delta, part_k, part_v,
+        grad, q, k, v, mask, lse, delta, part_k, part_v,
         *_strides(grad, q, k, v),
         batch, heads, queries, keys, per_split * tile.block_m, scale, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        EVEN=queries % tile.block_m == 0 and keys % tile.block_n == 0, PRECISION=precision,
+        EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return grad_q, _sum_parts(part_k, k.dtype), _sum_parts(part_v, k.dtype)
+
+
+def _even(queries: int, keys: int, key_mask: Tensor | None, tile: _Tiling) -> bool:
+    """Whether every block is whole and every key may be read, so that a kernel without masks will do."""
+    return key_mask is None and queries % tile.block_m == 0 and keys % tile.block_n == 0
+
+
+def _mask_bytes(key_mask: Tensor | None) -> Tensor | None:
+    return None if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
 def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,30 +197,49 @@ def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.library.custom_op("hpdm::cross_attention_fwd", mutates_args=())
-def _cross_attention_fwd(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str) -> tuple[Tensor, Tensor]:
+def _cross_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``out [B,h,M,d]`` and the base-2 log-sum-exp of the scaled scores ``[B,h,M]``."""
     with torch.cuda.device_of(q):
-        return _launch_forward(_unit_stride(q), _unit_stride(k), _unit_stride(v), scale, precision)
+        return launch_forward(q, k, v, scale, precision, key_mask)
 
 
 @_cross_attention_fwd.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return _new_rows(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("hpdm::cross_attention_bwd", mutates_args=())
 def _cross_attention_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, precision: str
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    precision: str,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``."""
     with torch.cuda.device_of(q):
-        grad, q, k, v, out = map(_unit_stride, (grad, q, k, v, out))
-        return _launch_backward(grad, q, k, v, out, lse.contiguous(), scale, precision)
+        return launch_backward(grad, q, k, v, out, lse, scale, precision, key_mask)
 
 
 @_cross_attention_bwd.register_fake
 def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, precision: str
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    precision: str,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _new_rows(q), _new_rows(k), _new_rows(k)
 
@@ -209,15 +250,15 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale, ctx.precision = inputs
+    q, k, v, ctx.scale, ctx.precision, key_mask = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.save_for_backward(q, k, v, out, lse, key_mask)
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = _cross_attention_bwd(grad, *ctx.saved_tensors, ctx.scale, ctx.precision)
-    return (*grads, None, None)
+    *tensors, key_mask = ctx.saved_tensors
+    return (*_cross_attention_bwd(grad, *tensors, ctx.scale, ctx.precision, key_mask), None, None, None)
 
 
 _cross_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -242,6 +283,7 @@ def cross_attention(
     v: Tensor,
     *,
     scale: float | None = None,
+    key_mask: Tensor | None = None,
     precision: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -253,15 +295,19 @@ def cross_attention(
         k: ``[B, h, N, d]`` keys, dtype and device of ``q``. ``d`` is at most 128.
         v: ``[B, h, N, d]`` values.
         scale: factor of the scores, any finite number; default ``1 / sqrt(d)``.
+        key_mask: ``[B, N]`` bool, true where a key may be read (texts differ in length); ``None``: all may. Hidden keys
+            and values get no gradient; they must be finite, since zero times NaN is NaN.
         precision: how the kernels take fp32 products: ``"ieee"``, ``"tf32x3"``, ``"tf32"``; ``None`` follows
             :func:`torch.get_float32_matmul_precision`. ``reference`` and ``torch`` leave it to PyTorch.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        ``[B, h, M, d]`` of ``q``'s dtype. Gradients flow to ``q``, ``k`` and ``v``.
+        ``[B, h, M, d]`` of ``q``'s dtype. Gradients flow to ``q``, ``k`` and ``v``. A sample that may read no key gives
+        zeros and zero gradients.
 
     Raises:
-        TypeError: an argument is not a tensor, its dtype is no float or not ``q``'s, or ``scale`` is no number.
+        TypeError: an argument is not a tensor, its dtype is no float or not ``q``'s, ``key_mask`` is not bool, or
+            ``scale`` is no number.
         ValueError: wrong rank, sizes or device; ``scale`` not finite; unknown ``precision`` or ``backend``.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
@@ -271,15 +317,18 @@ def cross_attention(
         raise ValueError(f"q: got head width {width}, expected at most {MAX_HEAD_WIDTH}")
     check_tensor("k", k, (batch, heads, "N", width), like=("q", q))
     check_tensor("v", v, tuple(k.shape), like=("q", q))
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, (batch, k.shape[2]), dtypes=(torch.bool,), like=("q", q), same_dtype=False)
     scale = _check_scale(scale, width)
     precision = _backend.resolve_precision(precision)
     chosen = _backend.resolve(backend, "cross_attention", q, TRITON_DTYPES)
     if chosen == "reference":
-        return reference.cross_attention(q, k, v, scale)
+        return reference.cross_attention(q, k, v, scale, key_mask)
     if chosen == "torch":
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+        mask = None if key_mask is None else key_mask[:, None, None]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     # The products of 16-bit inputs are exact in fp32: one kernel whatever the setting.
-    return _cross_attention_fwd(q, k, v, scale, precision if q.dtype is torch.float32 else "ieee")[0]
+    return _cross_attention_fwd(q, k, v, scale, precision if q.dtype is torch.float32 else "ieee", key_mask)[0]
 
 
 def _check_scale(scale: object, width: int) -> float:
@@ -301,18 +350,22 @@ _KERNELS = {
 
 
 def aot_specs() -> list[KernelSpec]:
-    """Every kernel at every entry of the table, masked; and unmasked at head width 64, the presets'."""
+    """Every kernel at every entry of the table, for blocks that are not whole and for hidden keys; and for whole blocks
+    at head width 64, the presets'.
+    """
     dtypes = [("fp32", p) for p in ("ieee", "tf32x3", "tf32")] + [("bf16", "ieee"), ("fp16", "ieee")]
     specs = []
     for kernel, (dtype, precision), block_d in product(("fwd", "bwd_q", "bwd_kv"), dtypes, (16, 32, 64, 128)):
         tile = _shipped_tiling(kernel, precision if dtype == "fp32" else "16bit", block_d)
-        for even in (False, True) if block_d == 64 else (False,):
+        for even, masked in ((False, False), (False, True), *([(True, False)] if block_d == 64 else [])):
             width = block_d if even else block_d * 3 // 4
             constexprs = {
                 "WIDTH": width, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
                 "EVEN": even, "PRECISION": precision,
             }  # fmt: skip
-            label = f"{dtype},{precision},d{width}"
+            if not masked:
+                constexprs["mask_ptr"] = None
+            label = f"{dtype},{precision},d{width}{',mask' * masked}"
             specs.append(_spec(kernel, label, dtype, constexprs, tile.num_warps, tile.num_stages))
     for dtype, block_d in product(("fp32", "bf16", "fp16"), (16, 32, 64, 128)):
         constexprs = {"WIDTH": block_d, "BLOCK_D": block_d, "BLOCK_M": COMBINE_ROWS}
@@ -329,9 +382,10 @@ def _spec(
         if name in constexprs:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            always_fp32 = name.removesuffix("_ptr") in ("lse", "delta", "part", "part_lse")
-            signature[name] = "*fp32" if always_fp32 else f"*{dtype}"
-            aligned.append(name)
+            always = {"lse": "fp32", "delta": "fp32", "part": "fp32", "part_lse": "fp32", "mask": "u8"}
+            signature[name] = f"*{always.get(name.removesuffix('_ptr'), dtype)}"
+            if name != "mask_ptr":
+                aligned.append(name)
         elif name.startswith("stride_"):
             signature[name] = "i32"
             aligned.append(name)

@@ -6,6 +6,8 @@ keys (dQ), the other holds keys and walks over queries (dK, dV). Each output ele
 
 A walk may be cut into ranges, one program each, whose partial results are fp32. Those of the forward are weighed by
 their log-sum-exps in the combine kernel; those of the backward are added up. Both happen in a fixed order.
+
+A mask may hide keys. A query whose scores are all -inf, hidden or not, gets zeros, as in PyTorch's attention.
 """
 
 # Kernels' arguments have Triton's types, not Python's.
@@ -60,10 +62,28 @@ def _store_rows(
 
 
 @jit
+def _readable(mask_ptr, start, keys, ROWS: tl.constexpr):
+    """Which of the keys ``start ... start + ROWS - 1`` exist and are not hidden; ``mask_ptr`` may be None."""
+    rows = start + tl.arange(0, ROWS)
+    inside = rows < keys
+    if mask_ptr is not None:
+        inside = tl.load(mask_ptr + rows, mask=inside, other=0) != 0
+    return inside
+
+
+@jit
+def _load_lse(ptrs, inside):
+    """Log-sum-exps; of a query whose scores are all -inf, +inf: its weights ``exp2(s - lse)`` are then 0, not NaN."""
+    lse = tl.load(ptrs, mask=inside, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@jit
 def cross_attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    mask_ptr,  # [B, N] bytes, 0 hides a key; or None
     out_ptr,  # [splits, B, M, h, d]
     lse_ptr,  # [splits, B, h, M], base 2
     stride_q_b,
@@ -98,6 +118,8 @@ def cross_attention_fwd_kernel(
 
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
+    if mask_ptr is not None:
+        mask_ptr += sample * keys
     q_ptr += sample * stride_q_b + head * stride_q_h
     q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
 
@@ -108,9 +130,9 @@ def cross_attention_fwd_kernel(
         k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if not EVEN:
-            s = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], s, float("-inf"))
+            s = tl.where(_readable(mask_ptr, start_n, keys, BLOCK_N)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
-        # A row whose scores so far all overflowed to -inf has weight 0, not exp2(-inf + inf).
+        # A row whose scores so far are all -inf has weight 0, not exp2(-inf + inf).
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(top - base)
@@ -121,7 +143,8 @@ def cross_attention_fwd_kernel(
 
     # group counts (split, sample, head); the row of (split, sample, m, head) in out:
     row0 = group // heads * queries * heads + head
-    _store_rows(out_ptr, acc / total[:, None], row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+    out = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
+    _store_rows(out_ptr, out, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
     rows = start_m + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + group * queries + rows, top + tl.log2(total), mask=rows < queries)
 
@@ -159,15 +182,14 @@ def cross_attention_combine_kernel(
         part = _load_rows(part_ptr + first_row * WIDTH, heads * WIDTH, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, False)
         new_top = tl.maximum(top, lse, propagate_nan=tl.PropagateNan.ALL)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        # A part whose scores all overflowed to -inf is 0 / 0 with weight 0.
-        part = tl.where((lse == float("-inf"))[:, None], 0.0, part)
         weight = tl.exp2(lse - base)
         shrink = tl.exp2(top - base)
         total = total * shrink + weight
         acc = acc * shrink[:, None] + part * weight[:, None]
         top = new_top
     row0 = sample * queries * heads + head
-    _store_rows(out_ptr, acc / total[:, None], row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+    out = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
+    _store_rows(out_ptr, out, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
     tl.store(lse_ptr + group * queries + rows, top + tl.log2(total), mask=inside)
 
 
@@ -177,6 +199,7 @@ def cross_attention_bwd_q_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    mask_ptr,  # [B, N] bytes, 0 hides a key; or None
     out_ptr,
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M], written: rowsum(grad * out)
@@ -229,11 +252,13 @@ def cross_attention_bwd_q_kernel(
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
     if split == 0:
         tl.store(delta_ptr + row_of, delta, mask=inside)
-    lse = tl.load(lse_ptr + row_of, mask=inside, other=0.0)
+    lse = _load_lse(lse_ptr + row_of, inside)
     q_ptr += sample * stride_q_b + head * stride_q_h
     q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
+    if mask_ptr is not None:
+        mask_ptr += sample * keys
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(first, tl.minimum(first + keys_per_split, keys), BLOCK_N):
@@ -245,7 +270,7 @@ def cross_attention_bwd_q_kernel(
         ds = p * (dp - delta[:, None])
         if not EVEN:
             # Absent keys are rows of zeros, but exp2(-lse) times -delta need not be finite.
-            ds = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], ds, 0.0)
+            ds = tl.where(_readable(mask_ptr, start_n, keys, BLOCK_N)[None, :], ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
     row0 = group // heads * queries * heads + head
@@ -258,6 +283,7 @@ def cross_attention_bwd_kv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    mask_ptr,  # [B, N] bytes, 0 hides a key; or None
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M]
     grad_k_ptr,  # [splits, B, N, h, d], written
@@ -304,6 +330,8 @@ def cross_attention_bwd_kv_kernel(
     q_ptr += sample * stride_q_b + head * stride_q_h
     lse_ptr += (sample * heads + head) * queries
     delta_ptr += (sample * heads + head) * queries
+    if mask_ptr is not None:
+        readable = _readable(mask_ptr + sample * keys, start_n, keys, BLOCK_N)
 
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -312,19 +340,22 @@ def cross_attention_bwd_kv_kernel(
         inside = rows < queries
         q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
         grad = _load_rows(grad_ptr, stride_g_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
-        lse = tl.load(lse_ptr + rows, mask=inside, other=0.0)
+        lse = _load_lse(lse_ptr + rows, inside)
         delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
         # Transposed scores: keys are rows, so both accumulators are left operands' rows.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(s * scale_log2 - lse[None, :])
+        counts = inside[None, :]
+        if mask_ptr is not None:
+            counts = counts & readable[:, None]
         if not EVEN:
             # Absent queries are rows of zeros, but an infinite key or value would make NaN of them.
-            p = tl.where(inside[None, :], p, 0.0)
+            p = tl.where(counts, p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if not EVEN:
-            ds = tl.where(inside[None, :], ds, 0.0)
+            ds = tl.where(counts, ds, 0.0)
         grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
     row0 = group // heads * keys * heads + head

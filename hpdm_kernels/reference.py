@@ -92,9 +92,43 @@ def fuse_context(
     return F.linear(torch.cat(parts, dim=-1), weight, bias)
 
 
-def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """``softmax(q @ k.T * scale) @ v`` with the score matrix written out: ``[B,h,M,d], [B,h,N,d] -> [B,h,M,d]``."""
-    return torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1) @ v
+def project_sources(sources: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
+    """Every source through the columns of eq. 9's projection that belong to the context: ``[B_k, N_k, D]`` each."""
+    d = weight.shape[0]
+    return tuple(F.linear(source, weight[:, d : 2 * d]) for source in sources)
+
+
+def fuse_projected(
+    x: Tensor,
+    projected: Sequence[Tensor],
+    source_boxes: Sequence[Tensor],
+    box: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source_grids: Sequence[Sequence[int]],
+    grid: Sequence[int],
+    source_index: Tensor | None = None,
+) -> Tensor:
+    """:func:`fuse_context` with sources that were projected before they are sampled."""
+    d = x.shape[2]
+    out = F.linear(x, weight[:, :d], bias)
+    out = out + sample_context(projected, source_boxes, box, source_grids, grid, source_index)
+    if weight.shape[1] == 2 * d + 3:
+        out = out + F.linear(token_coordinates(box, grid, x.dtype), weight[:, 2 * d :])
+    return out
+
+
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
+    """``softmax(q @ k.T * scale) @ v`` with the score matrix written out: ``[B,h,M,d], [B,h,N,d] -> [B,h,M,d]``.
+
+    Keys where ``key_mask [B, N]`` is false have weight 0; a sample without any other gives zeros.
+    """
+    scores = q @ k.transpose(-1, -2) * scale
+    if key_mask is None:
+        return torch.softmax(scores, dim=-1) @ v
+    hidden = ~key_mask[:, None, None]
+    # The softmax of a row without keys is NaN, and so is its gradient unless zeros come after it.
+    return torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1).masked_fill(hidden, 0.0) @ v
 
 
 def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int]) -> Tensor:

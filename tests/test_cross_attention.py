@@ -1,13 +1,16 @@
 """Cross-attention: every backend against the formula in fp64, forward and backward."""
 
+import contextlib
 import importlib
 import math
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm_kernels import cross_attention, reference
@@ -40,27 +43,36 @@ def with_backend(backend: str, **options: object) -> Callable[..., Tensor]:
     return lambda q, k, v: cross_attention(q, k, v, backend=backend, precision="ieee", **options)
 
 
-def sizes_before_cancelling(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float) -> list[float]:
+def sizes_before_cancelling(
+    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float, key_mask: Tensor | None
+) -> list[float]:
     """Largest output and gradients if all terms of every sum had the same sign.
 
     Rounding is relative to the terms, not to what is left of them: with one key ``q`` and ``k`` have no gradient.
     """
-    p = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
+    p = reference.cross_attention(q, k, torch.eye(k.shape[2], dtype=q.dtype, device=q.device), scale, key_mask)
     dp = grad.abs() @ v.abs().transpose(-1, -2)
     ds = p * (dp + (p * dp).sum(-1, keepdim=True)) * abs(scale)
     sizes = (p @ v.abs(), ds @ k.abs(), ds.transpose(-1, -2) @ q.abs(), p.transpose(-1, -2) @ grad.abs())
     return [t.max().item() for t in sizes]
 
 
-def check(inputs: list[Tensor], backend: str, device: torch.device, scale: float | None = None) -> None:
+def check(
+    inputs: list[Tensor],
+    backend: str,
+    device: torch.device,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> None:
     """Output and gradients of ``backend`` err at most twice as much as the formula's, against the formula in fp64."""
     q, k, v, grad = (t.to(device) for t in inputs)
+    key_mask = None if key_mask is None else key_mask.to(device)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
 
     def plain(*tensors: Tensor) -> Tensor:
-        return reference.cross_attention(*tensors, factor)
+        return reference.cross_attention(*tensors, factor, key_mask)
 
-    out, grads = value_and_grads(with_backend(backend, scale=scale), (q, k, v), grad)
+    out, grads = value_and_grads(with_backend(backend, scale=scale, key_mask=key_mask), (q, k, v), grad)
     plain_out, plain_grads = value_and_grads(plain, (q, k, v), grad)
     wide = [t.double() for t in (q, k, v, grad)]
     true_out, true_grads = value_and_grads(plain, wide[:3], wide[3])
@@ -70,7 +82,7 @@ def check(inputs: list[Tensor], backend: str, device: torch.device, scale: float
     scores = (wide[0] @ wide[1].transpose(-1, -2) * factor).abs().max().item()
     ulps = 4 * eps + min(eps, torch.finfo(torch.float32).eps) * (3 * scores + 20 * (backend == "torch"))
     results = zip(NAMES, [out, *grads], [plain_out, *plain_grads], [true_out, *true_grads])
-    for (name, x, p, true), size in zip(results, sizes_before_cancelling(*wide, factor)):
+    for (name, x, p, true), size in zip(results, sizes_before_cancelling(*wide, factor, key_mask)):
         assert x.dtype == q.dtype, name
         assert x.shape == true.shape, name
         budget = 2 * max_error(p, true) + ulps * size
@@ -192,6 +204,107 @@ def test_nan_value_and_query(backend, generator, device):
     assert torch.equal(out.isnan(), expected)
 
 
+def make_mask(batch: int, keys: int, generator: torch.Generator) -> Tensor:
+    """Half of the keys at random, at least one per sample; of the last sample all, of the one before it none."""
+    mask = torch.rand(batch, keys, generator=generator) < 0.5
+    mask[torch.arange(batch), torch.randint(keys, (batch,), generator=generator)] = True
+    if batch > 1:
+        mask[-1], mask[-2] = True, False
+    return mask
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "shape", [(4, 3, 5, 7, 24), (3, 2, 65, 300, 64), (2, 1, 3, 1, 16), (1, 2, 128, 256, 32)], ids=str
+)
+def test_key_mask(shape, backend, generator, device):
+    check(make(shape, generator), backend, device, key_mask=make_mask(shape[0], shape[3], generator))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_key_mask_dtypes_torch(dtype, generator, device):
+    check(make((3, 2, 9, 20, 16), generator, dtype), "torch", device, key_mask=make_mask(3, 20, generator))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_hidden_keys_do_not_matter(backend, generator, device):
+    # Cut off at the first sample's length, and hidden: the same.
+    q, k, v, grad = (t.to(device) for t in make((1, 2, 9, 300, 16), generator))
+    mask = (torch.arange(300, device=device) < 140)[None]
+    out, grads = value_and_grads(with_backend(backend, key_mask=mask), (q, k, v), grad)
+    cut, cut_grads = value_and_grads(with_backend(backend), (q, k[:, :, :140], v[:, :, :140]), grad)
+    torch.testing.assert_close(out, cut)
+    torch.testing.assert_close(grads[0], cut_grads[0])
+    for g, c in zip(grads[1:], cut_grads[1:]):
+        torch.testing.assert_close(g[:, :, :140], c)
+        assert (g[:, :, 140:] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("keys", [7, 300], ids=["whole walk", "split walk"])
+def test_without_keys_everything_is_zero(keys, backend, generator, device):
+    q, k, v, grad = (t.to(device) for t in make((2, 2, 9, keys, 16), generator))
+    mask = torch.ones(2, keys, dtype=torch.bool, device=device)
+    mask[1] = False
+    out, grads = value_and_grads(with_backend(backend, key_mask=mask), (q, k, v), grad)
+    assert all((t[1] == 0).all() and (t[0] != 0).any() for t in (out, *grads))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["expanded", "strided"])
+def test_strided_masks(layout, backend, generator, device):
+    mask = make_mask(4, 18, generator)
+    mask = mask[:1].expand(4, 18) if layout == "expanded" else mask[:, ::2]
+    check(make((4, 1, 5, mask.shape[1], 16), generator), backend, device, key_mask=mask)
+
+
+NOT_FINITE = {
+    "a NaN in a query": ("q", math.nan),
+    "a NaN in a key": ("k", math.nan),
+    "a NaN in a value": ("v", math.nan),
+    "inf in a query": ("q", math.inf),
+    "-inf in a query": ("q", -math.inf),
+    "inf in a key": ("k", math.inf),
+    "-inf in a key": ("k", -math.inf),
+    "inf in a value": ("v", math.inf),
+    "-inf in a value": ("v", -math.inf),
+    "all scores -inf": ("k", -1e25),
+    "all scores inf": ("k", 1e25),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keys", [9, 300], ids=["whole walk", "split walk"])
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_infinities_and_nans_are_those_of_sdpa(case, keys, backend, generator, device):
+    tensors = dict(zip("qkv", (t.to(device) for t in make((1, 2, 5, keys, 16), generator))))
+    name, value = NOT_FINITE[case]
+    if case.startswith("all"):
+        tensors["q"][..., 0], tensors["k"][..., 0] = 1e25, value
+    else:
+        tensors[name][0, 1, -1, 2] = value
+    out = with_backend(backend)(**tensors)
+    # PyTorch's fused attention for the CPU, the torch backend, gives zeros for a query of NaN if keys are few; its
+    # plain one gives NaN, and so do the kernels.
+    with sdpa_kernel(SDPBackend.MATH) if backend == "triton" else contextlib.nullcontext():
+        expected = F.scaled_dot_product_attention(*tensors.values())
+    assert torch.equal(out.isnan(), expected.isnan())
+    torch.testing.assert_close(out, expected, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_queries_whose_scores_are_all_minus_infinity_have_no_gradients(backend, generator, device):
+    q, k, v, grad = (t.to(device) for t in make((1, 1, 5, 280, 16), generator))
+    q[:, :, 2:, 0], q[:, :, :2, 0], k[..., 0] = 1e25, 0.0, -1e25
+    out, grads = value_and_grads(with_backend(backend), (q, k, v), grad)
+    few, few_grads = value_and_grads(with_backend(backend), (q[:, :, :2], k, v), grad[:, :, :2])
+    assert (out[:, :, 2:] == 0).all()
+    assert (grads[0][:, :, 2:] == 0).all()
+    torch.testing.assert_close(out[:, :, :2], few)
+    for g, f in zip((grads[0][:, :, :2], *grads[1:]), few_grads):
+        torch.testing.assert_close(g[..., 1:], f[..., 1:])  # column 0 is what is left of terms of 1e25
+
+
 @pytest.mark.parametrize("overflowing", [range(130), range(130, 280)], ids=["first keys", "last keys"])
 def test_scores_of_minus_infinity_have_no_weight(overflowing, generator, device):
     # A whole block, and a whole range of a split walk, without weight.
@@ -217,10 +330,12 @@ def test_infinite_key_leaves_absent_queries_out(generator, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_repeatable_to_the_bit(backend, generator, device):
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeatable_to_the_bit(masked, backend, generator, device):
     q, k, v, grad = (t.to(device) for t in make((1, 2, 70, 300, 40), generator))
-    first, first_grads = value_and_grads(with_backend(backend), (q, k, v), grad)
-    again, again_grads = value_and_grads(with_backend(backend), (q, k, v), grad)
+    call = with_backend(backend, key_mask=make_mask(1, 300, generator).to(device) if masked else None)
+    first, first_grads = value_and_grads(call, (q, k, v), grad)
+    again, again_grads = value_and_grads(call, (q, k, v), grad)
     assert torch.equal(first, again)
     assert all(torch.equal(a, b) for a, b in zip(first_grads, again_grads))
 
@@ -268,16 +383,18 @@ def test_flops_are_counted_in_both_directions(generator, device):
 
 
 @pytest.mark.parametrize("m", [5, 130], ids=["whole walks", "split walks"])
-def test_opcheck(m, generator, device):
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked, m, generator, device):
     b, h, d = 1, 2, 16
     fused = torch.randn(b, m, 3 * h * d, generator=generator).to(device)
     q, k, v = (t.detach().requires_grad_() for t in fused.view(b, m, 3, h, d).permute(2, 0, 3, 1, 4))
     k, v = (t.detach()[:, :, : m - 1].requires_grad_() for t in (k, v))
-    torch.library.opcheck(torch.ops.hpdm.cross_attention_fwd.default, (q, k, v, 0.25, "ieee"))
+    mask = make_mask(b, m - 1, generator).to(device) if masked else None
+    torch.library.opcheck(torch.ops.hpdm.cross_attention_fwd.default, (q, k, v, 0.25, "ieee", mask))
     q, k, v = q.detach(), k.detach(), v.detach()
-    out, lse = torch.ops.hpdm.cross_attention_fwd(q, k, v, 0.25, "ieee")
+    out, lse = torch.ops.hpdm.cross_attention_fwd(q, k, v, 0.25, "ieee", mask)
     torch.library.opcheck(
-        torch.ops.hpdm.cross_attention_bwd.default, (torch.randn_like(out), q, k, v, out, lse, 0.25, "ieee")
+        torch.ops.hpdm.cross_attention_bwd.default, (torch.randn_like(out), q, k, v, out, lse, 0.25, "ieee", mask)
     )
 
 
@@ -287,7 +404,9 @@ def test_compiles_as_one_graph(backend, dynamic, generator, device):
     def loss(x: Tensor, y: Tensor) -> Tensor:
         q = x.unflatten(-1, (2, 16)).transpose(1, 2)
         k, v = y.unflatten(-1, (2, 2, 16)).permute(2, 0, 3, 1, 4)
-        return cross_attention(q, k, v, backend=backend).transpose(1, 2).flatten(2).square().sum()
+        mask = y[..., 0] > 0
+        masked = cross_attention(q, k, v, key_mask=mask, backend=backend)
+        return (masked + cross_attention(q, k, v, backend=backend)).transpose(1, 2).flatten(2).square().sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
@@ -316,6 +435,10 @@ BAD = [
     ({"v": GOOD[:, :, :4]}, ValueError, "v: got shape"),
     ({"v": GOOD.half()}, TypeError, "v: got dtype torch.float16"),
     ({"v": [1.0]}, TypeError, "v: got list"),
+    ({"key_mask": torch.ones(2, 5)}, TypeError, "key_mask: got dtype torch.float32, expected one of torch.bool"),
+    ({"key_mask": torch.ones(2, 4, dtype=torch.bool)}, ValueError, "key_mask: got shape"),
+    ({"key_mask": torch.ones(2, 3, 5, 5, dtype=torch.bool)}, ValueError, "key_mask: got shape"),
+    ({"key_mask": [True]}, TypeError, "key_mask: got list"),
     ({"scale": math.inf}, ValueError, "scale: got inf"),
     ({"scale": math.nan}, ValueError, "scale: got nan"),
     ({"scale": "1"}, TypeError, "scale: got '1'"),
