@@ -62,13 +62,10 @@ def _store_rows(
 
 
 @jit
-def _readable(mask_ptr, start, keys, ROWS: tl.constexpr):
-    """Which of the keys ``start ... start + ROWS - 1`` exist and are not hidden; ``mask_ptr`` may be None."""
+def _load_bias(bias_ptr, start, keys, ROWS: tl.constexpr):
+    """What is added to the scores of the keys ``start ... start + ROWS - 1``: 0, or -inf where they are hidden."""
     rows = start + tl.arange(0, ROWS)
-    inside = rows < keys
-    if mask_ptr is not None:
-        inside = tl.load(mask_ptr + rows, mask=inside, other=0) != 0
-    return inside
+    return tl.load(bias_ptr + rows, mask=rows < keys, other=float("-inf"))
 
 
 @jit
@@ -83,7 +80,7 @@ def cross_attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    mask_ptr,  # [B, N] bytes, 0 hides a key; or None
+    bias_ptr,  # [B, N] fp32, -inf hides a key, else 0; or None
     out_ptr,  # [splits, B, M, h, d]
     lse_ptr,  # [splits, B, h, M], base 2
     stride_q_b,
@@ -118,8 +115,8 @@ def cross_attention_fwd_kernel(
 
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
-    if mask_ptr is not None:
-        mask_ptr += sample * keys
+    if bias_ptr is not None:
+        bias_ptr += sample * keys
     q_ptr += sample * stride_q_b + head * stride_q_h
     q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
 
@@ -129,8 +126,10 @@ def cross_attention_fwd_kernel(
     for start_n in range(first, tl.minimum(first + keys_per_split, keys), BLOCK_N):
         k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-        if not EVEN:
-            s = tl.where(_readable(mask_ptr, start_n, keys, BLOCK_N)[None, :], s, float("-inf"))
+        if bias_ptr is not None:
+            s += _load_bias(bias_ptr, start_n, keys, BLOCK_N)[None, :]
+        elif not EVEN:
+            s = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         # A row whose scores so far are all -inf has weight 0, not exp2(-inf + inf).
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -199,7 +198,7 @@ def cross_attention_bwd_q_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    mask_ptr,  # [B, N] bytes, 0 hides a key; or None
+    bias_ptr,  # [B, N] fp32, -inf hides a key, else 0; or None
     out_ptr,
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M], written: rowsum(grad * out)
@@ -257,20 +256,22 @@ def cross_attention_bwd_q_kernel(
     q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
-    if mask_ptr is not None:
-        mask_ptr += sample * keys
+    if bias_ptr is not None:
+        bias_ptr += sample * keys
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(first, tl.minimum(first + keys_per_split, keys), BLOCK_N):
         k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
         v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = tl.exp2(s * scale_log2 - lse[:, None])
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if bias_ptr is not None:
+            s += _load_bias(bias_ptr, start_n, keys, BLOCK_N)[None, :]
+        p = tl.exp2(s - lse[:, None])
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
-        if not EVEN:
+        if bias_ptr is None and not EVEN:
             # Absent keys are rows of zeros, but exp2(-lse) times -delta need not be finite.
-            ds = tl.where(_readable(mask_ptr, start_n, keys, BLOCK_N)[None, :], ds, 0.0)
+            ds = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
     row0 = group // heads * queries * heads + head
@@ -283,7 +284,7 @@ def cross_attention_bwd_kv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    mask_ptr,  # [B, N] bytes, 0 hides a key; or None
+    bias_ptr,  # [B, N] fp32, -inf hides a key, else 0; or None
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M]
     grad_k_ptr,  # [splits, B, N, h, d], written
@@ -330,8 +331,8 @@ def cross_attention_bwd_kv_kernel(
     q_ptr += sample * stride_q_b + head * stride_q_h
     lse_ptr += (sample * heads + head) * queries
     delta_ptr += (sample * heads + head) * queries
-    if mask_ptr is not None:
-        readable = _readable(mask_ptr + sample * keys, start_n, keys, BLOCK_N)
+    if bias_ptr is not None:
+        bias = _load_bias(bias_ptr + sample * keys, start_n, keys, BLOCK_N)
 
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -343,19 +344,18 @@ def cross_attention_bwd_kv_kernel(
         lse = _load_lse(lse_ptr + rows, inside)
         delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
         # Transposed scores: keys are rows, so both accumulators are left operands' rows.
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = tl.exp2(s * scale_log2 - lse[None, :])
-        counts = inside[None, :]
-        if mask_ptr is not None:
-            counts = counts & readable[:, None]
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+        if bias_ptr is not None:
+            s += bias[:, None]
+        p = tl.exp2(s - lse[None, :])
         if not EVEN:
             # Absent queries are rows of zeros, but an infinite key or value would make NaN of them.
-            p = tl.where(counts, p, 0.0)
+            p = tl.where(inside[None, :], p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if not EVEN:
-            ds = tl.where(counts, ds, 0.0)
+            ds = tl.where(inside[None, :], ds, 0.0)
         grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
 
     row0 = group // heads * keys * heads + head

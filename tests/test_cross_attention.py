@@ -1,7 +1,6 @@
 """Cross-attention: every backend against the formula in fp64, forward and backward."""
 
 import contextlib
-import importlib
 import math
 from collections.abc import Callable
 
@@ -13,11 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpdm_kernels import cross_attention, reference
+from hpdm_kernels import cross_attention, cross_attention_triton, reference
 from hpdm_kernels.testing import max_error, value_and_grads
 
-# In the package, the module's name is the function's.
-MODULE = importlib.import_module("hpdm_kernels.cross_attention")
 BACKENDS = ("torch", "triton")
 NAMES = ("out", "grad_q", "grad_k", "grad_v")
 SHAPES = [
@@ -162,7 +159,7 @@ def test_strides(layout, backend, generator, device):
 def test_fused_projections_are_read_in_place(generator):
     fused = torch.randn(2, 7, 3 * 4 * 24, generator=generator)
     for x in fused.view(2, 7, 3, 4, 24).permute(2, 0, 3, 1, 4):
-        assert MODULE._unit_stride(x) is x
+        assert cross_attention_triton._unit_stride(x) is x
 
 
 def test_heads_merge_without_a_copy(generator, device):
@@ -356,10 +353,10 @@ def test_some_gradients(needed, backend, generator, device):
 def test_splits_cover_the_walk(device):
     for programs in (1, 2, 3, 7, 100):
         for steps in (1, 2, 3, 5, 64, 1000):
-            splits, per_split = MODULE._grid_split(device, programs, steps)
+            splits, per_split = cross_attention_triton._grid_split(device, programs, steps)
             assert (splits - 1) * per_split < steps <= splits * per_split
-    assert MODULE._grid_split(device, 1, 1000)[0] > 1
-    assert MODULE._grid_split(device, 10**6, 1000)[0] == 1
+    assert cross_attention_triton._grid_split(device, 1, 1000)[0] > 1
+    assert cross_attention_triton._grid_split(device, 10**6, 1000)[0] == 1
 
 
 def test_saves_inputs_output_and_log_sum_exp_alone(generator, device):
