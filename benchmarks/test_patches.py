@@ -42,19 +42,20 @@ def test_sample_patches(compare, backends, device, generator, shape, dtype):
 
 
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("batch", [1, 4], ids="B={}".format)
 @pytest.mark.parametrize("pyramid", [shapes.UCF_S], ids=lambda p: p.name)
-def test_between_pixels(compare, backends, device, generator, pyramid, direction):
-    """A box of the last level's size that lies between pixels: linear interpolation."""
-    shape = shapes.PatchesShape(pyramid, pyramid.levels - 1)
-    video = torch.rand(1, 3, *shape.size, generator=generator).to(device)
-    box = random_boxes(1, [n / m for n, m in zip(pyramid.patch, shape.size)], generator).to(device)
-    where = (2 * reference.token_coordinates(box, pyramid.patch) - 1).flip(-1).reshape(1, *pyramid.patch, 3)
+def test_between_pixels(compare, backends, device, generator, pyramid, batch, direction):
+    """Boxes of the last level's size that lie between pixels, each elsewhere: linear interpolation."""
+    shape = shapes.PatchesShape(pyramid, pyramid.levels - 1, batch)
+    video = torch.rand(batch, 3, *shape.size, generator=generator).to(device)
+    box = random_boxes(batch, [n / m for n, m in zip(pyramid.patch, shape.size)], generator).to(device)
+    where = (2 * reference.token_coordinates(box, pyramid.patch) - 1).flip(-1).reshape(batch, *pyramid.patch, 3)
 
     def grid_sample(v):
         return F.grid_sample(v, where.to(v.dtype), padding_mode="border", align_corners=False)
 
     name = "F.grid_sample (grid ready-made)"
-    compare(
+    rows = compare(
         {
             "reference (dense matrices)": lambda v: reference.sample_patches(v, box, pyramid.patch),
             name: grid_sample,
@@ -69,3 +70,7 @@ def test_between_pixels(compare, backends, device, generator, pyramid, direction
         budgets={name: 32.0},
         peers=[name],
     )
+    for row in rows:
+        if row.contender == "hpdm torch" and device.type == "cpu" and direction == "fwd+bwd":
+            # The gradient's memory comes from numpy, which the profiler does not see.
+            row.peak_extra_bytes += video.nbytes

@@ -1,5 +1,7 @@
 """Patch extraction against the fp64 formula, its gradient, its exact cases, its contract."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -100,6 +102,47 @@ def test_one_hot_gradients(backend, device):
     assert torch.equal(grad != 0, inside != 0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_sample_has_its_own_filter(backend, generator, device):
+    """Even and uneven windows, interpolation, a copy and a whole axis in one batch: together as one by one."""
+    scales = [(1, 1, 1), (0.5, 0.9, 0.61), (0.5, 3 / 12, 4 / 16), (0.25, 0.5, 0.5), (0.3, 0.1, 0.1)]
+    box = torch.cat([random_boxes(1, scale, generator) for scale in scales])
+    box[3, :3] = torch.tensor([0.25, 2 / 12, 4 / 16])
+    box = box.to(device)
+    size = (2, 3, 4)
+    video = torch.randn(len(box), 2, 4, 12, 16, generator=generator).to(device)
+    grad = torch.randn(len(box), 2, *size, generator=generator).to(device)
+    check(backend, video, box, size, grad)
+    run = lambda v, box: sample_patches(v, box, size, backend=backend)
+    together, (dvideo,) = value_and_grads(functools.partial(run, box=box), (video,), grad)
+    for b in range(len(box)):
+        row = slice(b, b + 1)
+        alone, (dalone,) = value_and_grads(functools.partial(run, box=box[row]), (video[row],), grad[row])
+        assert torch.equal(alone, together[row])
+        assert torch.equal(dalone, dvideo[row])
+
+
+@pytest.mark.parametrize("frames", [2, 3072])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_is_a_dense_tensor_of_zeros_but_for_the_box(dtype, frames, generator, device):
+    """Both where freed memory is used again and where there is too much of it for that (glibc: 32 MB)."""
+    video = torch.randn(1, 1, frames, 64, 64 * 4 // dtype.itemsize, generator=generator).to(device, dtype)
+    box = torch.tensor([[0, 0.25, 0.5, 1, 0.5, 0.25]], device=device)
+    used = torch.full_like(video, torch.nan)
+    del used
+    run = lambda v: sample_patches(v, box, (1, 8, 8), backend="torch")
+    _, (grad,) = value_and_grads(run, (video,))
+    assert grad.dtype is dtype
+    assert grad.stride() == video.stride()
+    assert grad.untyped_storage().nbytes() == grad.nbytes
+    height, width = video.shape[3:]
+    inside = torch.zeros_like(video, dtype=torch.bool)
+    inside[..., height // 4 : 3 * height // 4, width // 2 : 3 * width // 4] = True
+    assert torch.equal(grad != 0, inside)
+    # It belongs to the caller, who may write to it.
+    assert torch.equal(grad.clone().add_(1), grad.add_(1))
+
+
 def test_uint8(generator, device):
     video, box, size, _ = inputs("uneven", generator, device)
     bytes_ = (video * 60 + 128).clamp(0, 255).to(torch.uint8)
@@ -113,7 +156,7 @@ def test_uint8(generator, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_large_footprints_are_cut(dtype, generator, device, monkeypatch):
     monkeypatch.setattr("hpdm_kernels.patches.CPU_PIECE", 100)
-    for name in ("shrink", "uneven", "stretch"):
+    for name in ("shrink", "uneven", "stretch", "window"):
         video, box, size, _ = inputs(name, generator, device)
         video = (video * 60 + 128).clamp(0, 255).to(dtype)
         out = sample_patches(video, box, size, backend="torch")
