@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -102,7 +103,37 @@ def _multiply(matrix: Tensor, x: Tensor, axis: int) -> Tensor:
 
 
 def _filters(box: Tensor, size: Sequence[int], video: Sequence[int], work: torch.dtype) -> list[list[_Filter]]:
-    """``reference.area_weights`` on the footprint alone, per sample and axis.
+    """``reference.area_weights`` on the footprint alone, per sample and axis."""
+    even = [[_even_filter(*axis, work) for axis in zip(row[:3], row[3:], size, video)] for row in box.detach().tolist()]
+    if all(one is not None for row in even for one in row):
+        return cast(list[list[_Filter]], even)
+    return [
+        [first or second for first, second in zip(*rows)] for rows in zip(even, _any_filters(box, size, video, work))
+    ]
+
+
+def _even_filter(offset: float, scale: float, n: int, pixels: int, work: torch.dtype) -> _Filter | None:
+    """Windows of a whole number of pixels, as all levels of a pyramid have, lie alike: one set of weights for all.
+
+    No array operations: with cold caches those take 0.3 ms, longer than filtering a patch of 3x16x64x64 (0.2 ms).
+    """
+    width = scale * pixels / n
+    if not width.is_integer() or not 1 <= width < MOST_TAPS:
+        return None
+    step, low = int(width), offset * pixels
+    if abs(low - round(low)) < reference.EDGE_SNAP:
+        low = round(low)
+    first = math.floor(low)
+    part = low - first
+    weight = [(1 - part) / step, *[1 / step] * (step - 1)] + ([part / step] if part else [])
+    length = step * (n - 1) + len(weight)
+    if first < 0 or first + length > pixels:
+        return None
+    return _Filter(first, length, step, torch.tensor(weight, dtype=work)[:, None].expand(-1, n), n / length)
+
+
+def _any_filters(box: Tensor, size: Sequence[int], video: Sequence[int], work: torch.dtype) -> list[list[_Filter]]:
+    """Filters of any windows.
 
     All samples and axes at once and in numpy: the cost is the number of small operations, and PyTorch's cost four
     times as much each. One sample takes about 90 us, four take 120 us.
