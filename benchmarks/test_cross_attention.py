@@ -1,4 +1,5 @@
-"""RIN's three attentions: latents read tokens, tokens read latents, latents read latents.
+"""RIN's three attentions: latents read tokens, tokens read latents, latents read latents; and the read with its
+projection and with hidden tokens.
 
 Peers are PyTorch's fused attention as it chooses, and on CUDA each of its backends by name. FlashAttention and cuDNN
 take no fp32: their rows say so. On the CPU only the smallest pyramid runs, in about a minute on one core.
@@ -11,11 +12,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks import peers, shapes
 from hpdm_kernels import cross_attention, reference
+from hpdm_kernels.read_tokens import read_tokens
 
 CUDA = torch.cuda.is_available()
 
@@ -103,4 +107,79 @@ def test_cross_attention(compare, backends, device, generator, shape, dtype, dir
         arithmetic=arithmetic,
         bytes=shape.bytes(direction, dtype.itemsize),
         flops=shape.flops(direction),
+    )
+
+
+READS = tuple(shapes.AttentionShape(pyramid, True, batch=2) for pyramid in PYRAMIDS)
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("shape", READS, ids=str)
+def test_key_mask(compare, backends, device, generator, shape, direction):
+    """A quarter of the keys hidden, as where texts differ in length."""
+    q, k, v = shape.make(generator, device)
+    mask = (torch.rand(shape.batch, shape.keys, generator=generator) < 0.75).to(device)
+    compare(
+        {
+            "reference (plain softmax)": lambda q, k, v: reference.cross_attention(q, k, v, q.shape[-1] ** -0.5, mask),
+            "SDPA": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask[:, None, None]),
+            **{
+                f"hpdm {backend}": lambda q, k, v, backend=backend: cross_attention(
+                    q, k, v, key_mask=mask, backend=backend, precision="ieee"
+                )
+                for backend in backends
+            },
+        },
+        inputs=(q, k, v),
+        group="cross_attention with a mask",
+        shape=str(shape),
+        direction=direction,
+        reference="reference (plain softmax)",
+        peers=["SDPA"],
+        budgets={"SDPA": THREE_TF32, "hpdm torch": THREE_TF32} if CUDA else {},
+        arithmetic=dict.fromkeys(("SDPA", "hpdm torch"), "tf32x3") if CUDA else {},
+        bytes=shape.bytes(direction),
+        flops=shape.flops(direction),
+    )
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("shape", READS, ids=str)
+def test_read_tokens(compare, backends, device, generator, shape, direction):
+    """The peers keep keys and values, or take them and the attention again."""
+    width, both = shape.pyramid.width, 2 * shape.heads * shape.head_dim
+    q, _, _ = shape.make(generator, device)
+    tokens = torch.randn(shape.batch, shape.keys, width, generator=generator).to(device)
+    weight = (torch.randn(both, width, generator=generator) / width**0.5).to(device)
+
+    def projected(q: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        k, v = F.linear(tokens, weight).unflatten(-1, (2, shape.heads, -1)).permute(2, 0, 3, 1, 4)
+        return peers.sdpa(q, k, v)
+
+    def recomputed(q: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        return checkpoint(projected, q, tokens, weight, use_reentrant=False, preserve_rng_state=False)
+
+    def ours(backend: str) -> Callable[..., Tensor]:
+        return lambda q, tokens, weight: read_tokens(q, tokens, weight, backend=backend, precision="ieee")
+
+    fused = ("projection, SDPA", "projection, SDPA, checkpoint", "hpdm torch")
+    product = 2 * tokens[..., 0].numel() * width * both
+    ends = 2 * q.numel() + tokens.numel() + weight.numel()
+    compare(
+        {
+            "reference (projection, plain softmax)": ours("reference"),
+            fused[0]: projected,
+            fused[1]: recomputed,
+            **{f"hpdm {backend}": ours(backend) for backend in backends},
+        },
+        inputs=(q, tokens, weight),
+        group="read_tokens",
+        shape=str(shape),
+        direction=direction,
+        reference="reference (projection, plain softmax)",
+        peers=list(fused[:2]),
+        budgets=dict.fromkeys(fused, THREE_TF32) if CUDA else {},
+        arithmetic=dict.fromkeys(fused[:2], "tf32x3") if CUDA else {},
+        bytes=ends * tokens.itemsize * (3 if direction == "fwd+bwd" else 1),
+        flops=shape.flops(direction) + product * (3 if direction == "fwd+bwd" else 1),
     )

@@ -116,7 +116,7 @@ def backward(
     work, kind = weight.to(q.dtype), reference.coordinate_dtype(q.dtype)
     # Sums over pieces, in fp32 for 16-bit inputs.
     grad_q, grad_weight = torch.zeros_like(new_rows(q), dtype=kind), torch.zeros_like(weight, dtype=kind)
-    grad_tokens = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tokens]
+    grad_tokens: dict[int, Tensor] = {}
     for samples, ranges in _pieces(q.shape[0], [t.shape[1] for t in tokens], piece_rows):
         for sequence, piece, columns in ranges:
             rows = tokens[sequence][samples, piece].to(q.dtype)
@@ -130,12 +130,14 @@ def backward(
             del of_k, of_v
             grad_q[samples] += of_q
             grad_weight += of_kv.t() @ rows.flatten(0, 1)
+            if sequence not in grad_tokens:  # not before keys and values of the first piece are gone
+                grad_tokens[sequence] = tokens[sequence].new_empty(tokens[sequence].shape)
             into = grad_tokens[sequence][samples, piece].view(-1, weight.shape[1])
             if into.dtype == of_kv.dtype:
                 torch.mm(of_kv, work, out=into)
             else:
                 into.copy_(of_kv @ work)
-    return [grad_q.to(q.dtype), grad_weight.to(weight.dtype), *grad_tokens]
+    return [grad_q.to(q.dtype), grad_weight.to(weight.dtype), *grad_tokens.values()]
 
 
 @torch.library.custom_op("hpdm::read_tokens_fwd", mutates_args=())

@@ -58,12 +58,12 @@ def check(shape: tuple, backend: str, device: torch.device, generator: torch.Gen
     plain = value_and_grads(ours("reference", **options), inputs, grad)
     true = value_and_grads(ours("reference", **options), [t.double() for t in inputs], grad.double())
     flat = [[out, *grads] for out, grads in (result, plain, true)]
-    # Of one key alone the gradient of q is what terms that cancel leave: in units of the terms, hence the floor.
-    floor = torch.finfo(dtype).eps * 8
+    # With one key the gradient of q is zero, left of terms of up to some 30 that cancel, each rounded once or twice.
+    left = torch.finfo(dtype).eps * 100
     for i, (x, p, t) in enumerate(zip(*flat, strict=True)):
         assert x.dtype == dtype
-        if t.abs().max() < floor:
-            assert x.abs().max() < 4 * floor, i
+        if t.abs().max() < 1e-12:
+            assert x.abs().max() < left, i
         else:
             assert_within_budget(f"{backend}, {i}", x, p, t, ulps=8.0)
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from benchmarks.gpu.checks import ARITHMETIC, check, needs_cuda
+from benchmarks.harness import products_in
 from hpdm_kernels import cross_attention, reference
+from hpdm_kernels.read_tokens import read_tokens
 
 pytestmark = needs_cuda
 
@@ -45,3 +47,43 @@ def test_strided_inputs(request, device, arithmetic):
         factor=factor,
         tf32=precision == "tf32",
     )
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("shape", [(3, 2, 17, 33, 24), (3, 2, 130, 257, 64), (2, 4, 768, 4096, 64)], ids=str)
+def test_key_mask(request, device, shape, arithmetic):
+    """Half of the keys hidden; of the last sample all."""
+    dtype, precision, factor = ARITHMETIC[arithmetic]
+    b, h, m, n, d = shape
+    q, k, v = (torch.randn(b, h, rows, d, device=device).to(dtype) for rows in (m, n, n))
+    mask = torch.rand(b, n, device=device) < 0.5
+    mask[:-1, 0], mask[-1] = True, False
+    check(
+        request,
+        lambda q, k, v: cross_attention(q, k, v, key_mask=mask, precision=precision, backend="triton"),
+        lambda q, k, v: reference.cross_attention(q, k, v, d**-0.5, mask),
+        (q, k, v),
+        factor=factor,
+        tf32=precision == "tf32",
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+@pytest.mark.parametrize("rows", [100, 8192], ids=["parts of a sample", "samples together"])
+def test_read_tokens(request, device, arithmetic, backend, rows):
+    dtype, precision, factor = ARITHMETIC[arithmetic]
+    if backend == "torch" and precision == "tf32x3":
+        pytest.skip("PyTorch's own products: as ieee")
+    q = torch.randn(3, 130, 4, 64, device=device).transpose(1, 2).to(dtype)
+    tokens = torch.randn(3, 257, 96, device=device).to(dtype)
+    weight = (torch.randn(2 * 4 * 64, 96, device=device) / 96**0.5).to(dtype)
+    with products_in("tf32" if precision == "tf32" else "ieee"):
+        check(
+            request,
+            lambda q, t, w: read_tokens(q, t, w, piece_rows=rows, precision=precision, backend=backend),
+            lambda q, t, w: read_tokens(q, t, w, backend="reference"),
+            (q, tokens, weight),
+            factor=factor,
+            tf32=precision == "tf32",
+        )
