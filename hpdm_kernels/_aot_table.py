@@ -17,6 +17,14 @@ SHARED_MEMORY_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 TARGETS = tuple(SHARED_MEMORY_LIMITS)
 
 
+REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
+"""What a multiprocessor of any target holds (CUDA C++ Programming Guide, "Technical Specifications per Compute
+Capability")."""
+
+RESERVED_SHARED_MEMORY = 1024
+"""Bytes that the driver takes per block; a multiprocessor has as much as one block may use, and these."""
+
+
 @dataclass(frozen=True)
 class Result:
     """One kernel compiled for one target."""
@@ -49,6 +57,20 @@ class Result:
     problem: str = ""
     """Why this kernel must not be shipped, empty if it may."""
 
+    @property
+    def blocks(self) -> int:
+        """How many blocks a multiprocessor holds at once, by registers, shared memory and warps."""
+        warps = int(self.config.rpartition(", ")[2].split(" x ")[0])
+        # Registers are given to a warp in units of 256, eight per thread.
+        registers_per_warp = -(-(self.registers or 0) // 8) * 256
+        shared = SHARED_MEMORY_LIMITS[self.target] + RESERVED_SHARED_MEMORY
+        return min(
+            BLOCKS,
+            WARPS // warps,
+            REGISTERS // registers_per_warp // warps,
+            shared // ((self.shared or 0) + RESERVED_SHARED_MEMORY),
+        )
+
 
 @dataclass(frozen=True)
 class Table:
@@ -74,6 +96,7 @@ _COLUMNS: dict[str, Callable[[Result], str]] = {
     "16-byte loads": lambda r: f"{r.wide_loads} of {r.loads}",
     "async copies": lambda r: str(r.async_copies),
     "read from": lambda r: r.read_from,
+    "blocks per SM": lambda r: str(r.blocks),
 }
 
 _INTRODUCTION = """\
@@ -91,7 +114,7 @@ A cell holds one value if it is the same for all of them, else one per target, i
 |---|---|---|
 | configuration | block sizes (`M128`: `BLOCK_M` is 128), then warps x pipeline stages | tuned on a GPU |
 | registers | 32-bit registers per thread, at most 255; 65,536 per multiprocessor, so 255 leave room for \
-8 warps | occupancy: shared memory limits that too |
+8 warps | occupancy: see the last column |
 | stack | bytes of local memory per thread: spilled registers. Must be 0 | |
 | shared | bytes of shared memory per block, without what the driver reserves. At most {limits} | bank conflicts |
 | matrix unit | which matrix instructions the code has: `HMMA` (sm_80's), `HGMMA` (sm_90's), `UTCHMMA` (sm_100's), \
@@ -102,6 +125,8 @@ the kernel's inputs: fp32 is rounded to TF32, or split into three products of TF
 asynchronous copies included | executed loads: code in loops counts once |
 | async copies | instructions that copy from global to shared memory past the registers (`LDGSTS`, TMA) | bytes |
 | read from | `SASS`, the machine code, disassembled; or `PTX`, the compiler's input, where that failed | |
+| blocks per SM | how many blocks a multiprocessor holds at once: 65,536 registers, 64 warps, 32 blocks, shared memory \
+as above and 1,024 bytes more per block | measured; tensor memory, which limits products on sm_100 too |
 
 Pointers are taken as multiples of 16 bytes, sizes and strides as multiples of 16 where the op says so and as unknown
 elsewhere. At launch Triton looks at the values: an integer argument that is 1 becomes a constant, a multiple of 16 is

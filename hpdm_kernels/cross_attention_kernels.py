@@ -62,13 +62,6 @@ def _store_rows(
 
 
 @jit
-def _load_bias(bias_ptr, start, keys, ROWS: tl.constexpr):
-    """What is added to the scores of the keys ``start ... start + ROWS - 1``: 0, or -inf where they are hidden."""
-    rows = start + tl.arange(0, ROWS)
-    return tl.load(bias_ptr + rows, mask=rows < keys, other=float("-inf"))
-
-
-@jit
 def _load_lse(ptrs, inside):
     """Log-sum-exps; of a query whose scores are all -inf, +inf: its weights ``exp2(s - lse)`` are then 0, not NaN."""
     lse = tl.load(ptrs, mask=inside, other=0.0)
@@ -80,7 +73,7 @@ def cross_attention_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    bias_ptr,  # [B, N] fp32, -inf hides a key, else 0; or None
+    bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
     out_ptr,  # [splits, B, M, h, d]
     lse_ptr,  # [splits, B, h, M], base 2
     stride_q_b,
@@ -92,6 +85,7 @@ def cross_attention_fwd_kernel(
     stride_v_b,
     stride_v_h,
     stride_v_n,
+    stride_bias_b,
     batch,
     heads,
     queries,
@@ -116,7 +110,7 @@ def cross_attention_fwd_kernel(
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
     if bias_ptr is not None:
-        bias_ptr += sample * keys
+        bias_ptr += sample * stride_bias_b
     q_ptr += sample * stride_q_b + head * stride_q_h
     q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
 
@@ -127,7 +121,7 @@ def cross_attention_fwd_kernel(
         k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if bias_ptr is not None:
-            s += _load_bias(bias_ptr, start_n, keys, BLOCK_N)[None, :]
+            s += tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))[None, :]
         elif not EVEN:
             s = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
@@ -198,7 +192,7 @@ def cross_attention_bwd_q_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    bias_ptr,  # [B, N] fp32, -inf hides a key, else 0; or None
+    bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
     out_ptr,
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M], written: rowsum(grad * out)
@@ -218,6 +212,7 @@ def cross_attention_bwd_q_kernel(
     stride_o_b,
     stride_o_h,
     stride_o_m,
+    stride_bias_b,
     batch,
     heads,
     queries,
@@ -257,7 +252,7 @@ def cross_attention_bwd_q_kernel(
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
     if bias_ptr is not None:
-        bias_ptr += sample * keys
+        bias_ptr += sample * stride_bias_b
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start_n in range(first, tl.minimum(first + keys_per_split, keys), BLOCK_N):
@@ -265,7 +260,7 @@ def cross_attention_bwd_q_kernel(
         v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
         if bias_ptr is not None:
-            s += _load_bias(bias_ptr, start_n, keys, BLOCK_N)[None, :]
+            s += tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))[None, :]
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
@@ -284,7 +279,7 @@ def cross_attention_bwd_kv_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    bias_ptr,  # [B, N] fp32, -inf hides a key, else 0; or None
+    bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M]
     grad_k_ptr,  # [splits, B, N, h, d], written
@@ -301,6 +296,7 @@ def cross_attention_bwd_kv_kernel(
     stride_v_b,
     stride_v_h,
     stride_v_n,
+    stride_bias_b,
     batch,
     heads,
     queries,
@@ -332,7 +328,8 @@ def cross_attention_bwd_kv_kernel(
     lse_ptr += (sample * heads + head) * queries
     delta_ptr += (sample * heads + head) * queries
     if bias_ptr is not None:
-        bias = _load_bias(bias_ptr + sample * keys, start_n, keys, BLOCK_N)
+        bias_ptr += sample * stride_bias_b
+        bias = tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))
 
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

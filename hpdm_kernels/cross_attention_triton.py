@@ -14,6 +14,8 @@ from hpdm_kernels._triton import INTERPRETED, KernelSpec, triton
 
 LOG2E = 1.4426950408889634
 COMBINE_ROWS = 16
+KEY_PAD = 128
+"""A multiple of every ``block_n``."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,22 @@ class _Tiling:
 
 
 # (kernel, products) -> tilings for head widths up to 32, up to 64, and above. Each is the largest found that needs no
-# stack and fits the shared memory of sm_80, sm_90 and sm_100 (Triton 3.9). At width 64 those of 16 bits and of one TF32
-# pass run HGMMA on sm_90, and two programs share a multiprocessor where registers allow it.
+# stack and fits the shared memory of sm_80, sm_90 and sm_100, with hidden keys and without (Triton 3.9). All products of
+# 16 bits and of one TF32 pass run HGMMA on sm_90. Of 3xTF32 those of all three kernels at width 128 and of bwd_kv at
+# width 64 run HMMA: blocks of the 64 rows that HGMMA wants spill there, on sm_80 if not on sm_90.
 _TILINGS = {
     ("fwd", "16bit"): (_Tiling(128, 64, 8, 3), _Tiling(128, 64, 8, 3), _Tiling(128, 64, 8, 3)),
     ("fwd", "tf32"): (_Tiling(128, 32, 8, 3), _Tiling(128, 64, 8, 3), _Tiling(128, 32, 8, 2)),
     ("fwd", "tf32x3"): (_Tiling(128, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(32, 32, 8, 2)),
-    ("fwd", "ieee"): (_Tiling(64, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(32, 32, 8, 2)),
-    ("bwd_q", "16bit"): (_Tiling(128, 64, 8, 2), _Tiling(128, 64, 8, 2), _Tiling(64, 64, 8, 2)),
+    ("fwd", "ieee"): (_Tiling(64, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(16, 32, 8, 2)),
+    ("bwd_q", "16bit"): (_Tiling(128, 64, 8, 3), _Tiling(128, 64, 8, 2), _Tiling(64, 64, 8, 2)),
     ("bwd_q", "tf32"): (_Tiling(128, 32, 8, 2), _Tiling(128, 32, 8, 2), _Tiling(64, 32, 8, 2)),
-    ("bwd_q", "tf32x3"): (_Tiling(64, 32, 8, 2), _Tiling(32, 64, 8, 2), _Tiling(16, 32, 8, 2)),
-    ("bwd_q", "ieee"): (_Tiling(32, 32, 8, 2), _Tiling(64, 32, 8, 2), _Tiling(64, 32, 8, 2)),
+    ("bwd_q", "tf32x3"): (_Tiling(64, 16, 8, 2), _Tiling(64, 16, 8, 1), _Tiling(16, 32, 8, 2)),
+    ("bwd_q", "ieee"): (_Tiling(32, 32, 8, 2), _Tiling(32, 32, 8, 2), _Tiling(64, 16, 8, 2)),
     ("bwd_kv", "16bit"): (_Tiling(64, 128, 8, 2), _Tiling(64, 128, 8, 2), _Tiling(64, 64, 8, 2)),
-    ("bwd_kv", "tf32"): (_Tiling(32, 64, 4, 2), _Tiling(32, 64, 8, 2), _Tiling(32, 32, 8, 2)),
-    ("bwd_kv", "tf32x3"): (_Tiling(32, 16, 4, 2), _Tiling(32, 16, 8, 2), _Tiling(32, 16, 8, 2)),
-    ("bwd_kv", "ieee"): (_Tiling(32, 32, 8, 2), _Tiling(32, 32, 8, 2), _Tiling(16, 64, 8, 2)),
+    ("bwd_kv", "tf32"): (_Tiling(32, 64, 4, 2), _Tiling(32, 64, 8, 2), _Tiling(16, 64, 4, 1)),
+    ("bwd_kv", "tf32x3"): (_Tiling(16, 64, 4, 2), _Tiling(32, 16, 8, 2), _Tiling(32, 16, 8, 2)),
+    ("bwd_kv", "ieee"): (_Tiling(64, 32, 8, 2), _Tiling(32, 32, 8, 2), _Tiling(16, 64, 8, 2)),
 }
 
 
@@ -90,7 +93,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str, key_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``out`` like ``q`` and the log-sum-exp ``[B, h, M]`` in base 2."""
-    q, k, v = map(_unit_stride, (q, k, v))
+    (q, k, v), bias = map(_unit_stride, (q, k, v)), _bias_of(key_mask)
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     block_d = max(16, triton.next_power_of_2(width))
@@ -102,8 +105,8 @@ def forward(
     if splits > 1:
         part, part_lse = new_rows(q, torch.float32, splits), lse.new_empty(splits, *lse.shape)
     kernels.cross_attention_fwd_kernel[(blocks * splits,)](
-        q, k, v, _bias_of(key_mask), part, part_lse,
-        *_strides(q, k, v),
+        q, k, v, bias, part, part_lse,
+        *_strides(q, k, v), 0 if bias is None else bias.stride(0),
         batch, heads, queries, keys, per_split * tile.block_n, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
@@ -143,7 +146,7 @@ def backward(
     part_q = new_rows(q, torch.float32 if splits > 1 else q.dtype, splits)
     kernels.cross_attention_bwd_q_kernel[(blocks * splits,)](
         grad, q, k, v, bias, out, lse, delta, part_q,
-        *_strides(grad, q, k, v, out),
+        *_strides(grad, q, k, v, out), 0 if bias is None else bias.stride(0),
         batch, heads, queries, keys, per_split * tile.block_n, scale, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
@@ -157,7 +160,7 @@ def backward(
     part_k, part_v = (new_rows(k, torch.float32 if splits > 1 else k.dtype, splits) for _ in range(2))
     kernels.cross_attention_bwd_kv_kernel[(blocks * splits,)](
         grad, q, k, v, bias, lse, delta, part_k, part_v,
-        *_strides(grad, q, k, v),
+        *_strides(grad, q, k, v), 0 if bias is None else bias.stride(0),
         batch, heads, queries, keys, per_split * tile.block_m, scale, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
@@ -172,10 +175,16 @@ def _even(queries: int, keys: int, key_mask: Tensor | None, tile: _Tiling) -> bo
 
 
 def _bias_of(key_mask: Tensor | None) -> Tensor | None:
-    """Added to scores it hides a key at the cost of one addition; kernels that read the mask itself spill registers."""
+    """What hides keys when added to their scores: ``[B, N]``, rounded up so that no load of a block needs a mask.
+
+    An addition is all it costs; kernels that read the mask itself, or this with a mask, need too many registers.
+    """
     if key_mask is None:
         return None
-    return torch.zeros(key_mask.shape, device=key_mask.device).masked_fill_(~key_mask, -torch.inf)
+    batch, keys = key_mask.shape
+    bias = torch.full((batch, triton.cdiv(keys, KEY_PAD) * KEY_PAD), -torch.inf, device=key_mask.device)
+    bias[:, :keys].masked_fill_(key_mask, 0.0)
+    return bias
 
 
 def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
