@@ -29,9 +29,9 @@ class _Tiling:
 
 
 # (kernel, products) -> tilings for head widths up to 32, up to 64, and above. Each is the largest found that needs no
-# stack and fits the shared memory of sm_80, sm_90 and sm_100, with hidden keys and without (Triton 3.9). All products of
-# 16 bits and of one TF32 pass run HGMMA on sm_90. Of 3xTF32 those of all three kernels at width 128 and of bwd_kv at
-# width 64 run HMMA: blocks of the 64 rows that HGMMA wants spill there, on sm_80 if not on sm_90.
+# stack and fits the shared memory of sm_80, sm_90 and sm_100, with hidden keys and without (Triton 3.9). All of 16 bits
+# and of one TF32 pass run HGMMA on sm_90. Of 3xTF32, width 128 and bwd_kv at width 64 run HMMA: blocks of the 64 rows
+# that HGMMA wants spill there, on sm_80 if not on sm_90.
 _TILINGS = {
     ("fwd", "16bit"): (_Tiling(128, 64, 8, 3), _Tiling(128, 64, 8, 3), _Tiling(128, 64, 8, 3)),
     ("fwd", "tf32"): (_Tiling(128, 32, 8, 3), _Tiling(128, 64, 8, 3), _Tiling(128, 32, 8, 2)),
