@@ -13,101 +13,18 @@ fp32. Each op is the other's backward, so both are repeatable bit for bit and tw
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hpdm_kernels import reference
+from hpdm_kernels import reference, tiles_torch
 from hpdm_kernels._backend import resolve
 from hpdm_kernels._checks import check_tensor, check_triple
-from hpdm_kernels.tiles_geometry import Axis, Plan, read_origins
+from hpdm_kernels.tiles_geometry import read_origins
 from hpdm_kernels.tiles_triton import launch_average, launch_extract
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The portable average works on pieces of this many elements (1 MB in fp32), which stay in the cache while the tiles
-# that cover them are added up. On a GPU launches cost more than cache misses.
-CPU_PIECE = 1 << 18
-GPU_PIECE = 1 << 26
-
-
-def _inverse_counts(axis: Axis, like: Tensor) -> Tensor:
-    return 1.0 / torch.tensor([max(n, 1) for n in axis.counts()], dtype=like.dtype, device=like.device)
-
-
-def _pieces(axis: Axis, longest: int) -> Iterator[tuple[int, int, range]]:
-    for start, stop, cover in axis.cells():
-        for at in range(start, stop, longest):
-            yield at, min(at + longest, stop), cover
-
-
-def _extract_torch(video: Tensor, plan: Plan, tile: Sequence[int], mean: bool, scale: float) -> Tensor:
-    """One strided copy per row of tiles; the weights, if any, are applied to the video first."""
-    b, c = video.shape[:2]
-    out = video.new_empty(b, len(plan.origins), c, *tile)
-    if mean or scale != 1.0:
-        video = video.to(reference.coordinate_dtype(video.dtype)) * scale
-    if plan.axes is None:
-        f, h, w = tile
-        for t, (i, j, k) in enumerate(plan.origins):
-            out[:, t] = video[:, :, i : i + f, j : j + h, k : k + w]
-        return out
-    if mean:
-        inverse = [_inverse_counts(axis, video) for axis in plan.axes]
-        video.mul_(inverse[1][:, None] * inverse[2]).mul_(inverse[0][:, None, None])
-    axis_f, axis_h, axis_w = plan.axes
-    grid = out.unflatten(1, [len(axis.origins) for axis in plan.axes])
-    for (i, at_f), (j, at_h) in itertools.product(enumerate(axis_f.origins), enumerate(axis_h.origins)):
-        rows = video.narrow(2, at_f, axis_f.tile).narrow(3, at_h, axis_h.tile)
-        for first, count, step in axis_w.runs():
-            row = rows.narrow(4, axis_w.origins[first], (count - 1) * step + axis_w.tile).unfold(4, axis_w.tile, step)
-            grid[:, i, j, first : first + count] = row.permute(0, 4, 1, 2, 3, 5)
-    return out
-
-
-def _average_torch(
-    tiles: Tensor, plan: Plan, size: Sequence[int], x: Tensor | None, alpha: float, beta: float, mean: bool
-) -> Tensor:
-    """Adds up, for each piece of the video that one set of tiles covers in frames and height, whole rows of tiles."""
-    b, _, c, f, h, w = tiles.shape
-    work = reference.coordinate_dtype(tiles.dtype)
-    if plan.axes is None:
-        total = tiles.new_zeros(b, c, *size, dtype=work)
-        for t, (i, j, k) in enumerate(plan.origins):
-            total[:, :, i : i + f, j : j + h, k : k + w] += tiles[:, t]
-        total *= beta
-        return (total if x is None else total.add_(x, alpha=alpha)).to(tiles.dtype)
-    out = tiles.new_empty(b, c, *size)
-    axis_f, axis_h, axis_w = plan.axes
-    grid = tiles.unflatten(1, [len(axis.origins) for axis in plan.axes])
-    inverse_w = _inverse_counts(axis_w, tiles.new_empty(0, dtype=work))
-    most = max(1, (CPU_PIECE if tiles.device.type == "cpu" else GPU_PIECE) // (b * c * size[2]))
-    pieces_h = list(_pieces(axis_h, most))
-    most = max(1, most // max(stop - start for start, stop, _ in pieces_h))
-    for start_f, stop_f, cover_f in _pieces(axis_f, most):
-        for start_h, stop_h, cover_h in pieces_h:
-            total = out.new_zeros(b, c, stop_f - start_f, stop_h - start_h, size[2], dtype=work)
-            # First what shares columns, in long contiguous runs; then the overlap of columns, on a fraction of it.
-            rows = tiles.new_zeros(b, len(axis_w.origins), c, stop_f - start_f, stop_h - start_h, w, dtype=work)
-            for i, j in itertools.product(cover_f, cover_h):
-                row = grid[:, i, j].narrow(3, start_f - axis_f.origins[i], stop_f - start_f)
-                rows += row.narrow(4, start_h - axis_h.origins[j], stop_h - start_h)
-            rows = rows.permute(0, 2, 3, 4, 1, 5)
-            for first, count, step in axis_w.runs():
-                # A run of overlapping tiles is a few tilings without overlap, each added in one operation.
-                for at in range(0, w, step):
-                    width = min(step, w - at)
-                    span = total.narrow(4, axis_w.origins[first] + at, (count - 1) * step + width)
-                    span.unfold(4, width, step).add_(rows.narrow(4, first, count).narrow(5, at, width))
-            if mean:
-                total.mul_(inverse_w * (beta / max(1, len(cover_f) * len(cover_h))))
-            elif beta != 1.0:
-                total.mul_(beta)
-            if x is not None:
-                total.add_(x[:, :, start_f:stop_f, start_h:stop_h], alpha=alpha)
-            out[:, :, start_f:stop_f, start_h:stop_h] = total
-    return out
 
 
 @torch.library.custom_op("hpdm::extract_tiles", mutates_args=())
@@ -115,7 +32,7 @@ def _extract_op(
     video: Tensor, origins: Tensor, tile_size: Sequence[int], mean: bool, scale: float, backend: str
 ) -> Tensor:
     plan = read_origins(origins, tile_size, video.shape[2:])
-    extract = launch_extract if backend == "triton" else _extract_torch
+    extract = launch_extract if backend == "triton" else tiles_torch.extract
     return extract(video, plan, tile_size, mean, scale)
 
 
@@ -138,7 +55,7 @@ def _average_op(
     plan = read_origins(origins, tiles.shape[3:], size, cover=mean)
     # Where tiles are no grid (gradients of extraction alone), a voxel's tiles are in no range: both backends then add
     # them up one by one.
-    average = launch_average if backend == "triton" and plan.axes else _average_torch
+    average = launch_average if backend == "triton" and plan.axes else tiles_torch.average
     return average(tiles, plan, size, x, alpha, beta, mean)
 
 

@@ -14,6 +14,22 @@ AXES = ("frames", "height", "width")
 
 
 @dataclass(frozen=True)
+class Cells:
+    """Evenly spaced cells of one length, each covered by the same parts of as many tiles."""
+
+    start: int
+    length: int
+    step: int
+    count: int
+    first: int
+    """The first tile that covers the first cell."""
+    tile_step: int
+    """Tiles from one cell's first tile to the next one's."""
+    offsets: tuple[int, ...]
+    """Where the cell begins inside of each of its tiles, in the order of the tiles."""
+
+
+@dataclass(frozen=True)
 class Axis:
     """One axis of a product grid of tiles."""
 
@@ -28,6 +44,25 @@ class Axis:
             (a, b, range(sum(o + self.tile <= a for o in self.origins), sum(o <= a for o in self.origins)))
             for a, b in itertools.pairwise(edges)
         ]
+
+    def alike(self) -> list[Cells]:
+        """All cells, those together that one strided view can name: three sets at 50 % overlap, however many tiles."""
+        kinds: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
+        for start, stop, cover in self.cells():
+            offsets = tuple(start - self.origins[t] for t in cover)
+            kinds.setdefault((stop - start, offsets), []).append((start, cover.start))
+        sets = []
+        for (length, offsets), places in kinds.items():
+            at = 0
+            while at < len(places):
+                (start, first), following = places[at], places[at + 1 : at + 2]
+                step, tile_step = (following[0][0] - start, following[0][1] - first) if following else (length, 1)
+                count = 1
+                while places[at + count : at + count + 1] == [(start + count * step, first + count * tile_step)]:
+                    count += 1
+                sets.append(Cells(start, length, step, count, first, tile_step, offsets))
+                at += count
+        return sets
 
     def runs(self) -> list[tuple[int, int, int]]:
         """Maximal runs of evenly spaced tiles: ``(first tile, number of tiles, step in pixels)``."""

@@ -130,7 +130,7 @@ def test_strided_inputs(backend, generator, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pieces_smaller_than_cells(backend, generator, device, monkeypatch):
     """The portable average cuts cells that are too large for the cache."""
-    monkeypatch.setattr("hpdm_kernels.tiles.CPU_PIECE", 40)
+    monkeypatch.setattr("hpdm_kernels.tiles_torch.CPU_PIECE", 1)
     tiles, x, grad, origins, _, size = inputs("half", generator, device)
     check_average(backend, tiles, x, grad, origins, size)
 

@@ -1,0 +1,125 @@
+"""The portable backend of ``tiles.py``: strided views of many tiles at once, in pieces that stay in the cache."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from hpdm_kernels.reference import coordinate_dtype
+from hpdm_kernels.tiles_geometry import Axis, Cells, Plan
+from hpdm_kernels.tiles_memory import new_empty
+
+# The average takes as many frames at once as have about this many elements in all tiles (8 MB in fp32). The last
+# cache (32 MB on the CPU measured) then holds a piece through all of its sums, and calls are few; on a GPU launches
+# cost more than cache misses.
+CPU_PIECE = 1 << 21
+GPU_PIECE = 1 << 26
+
+
+def inverse_counts(axis: Axis, like: Tensor) -> Tensor:
+    """One over the number of tiles that cover each coordinate, of ``like``'s dtype and device."""
+    return 1.0 / torch.tensor([max(n, 1) for n in axis.counts()], dtype=like.dtype, device=like.device)
+
+
+def _pieces(axis: Axis, longest: int) -> Iterator[tuple[int, int, range]]:
+    """The cells of an axis, each cut into equal pieces where it is longer than ``longest``."""
+    for start, stop, cover in axis.cells():
+        cuts = -(-(stop - start) // longest)
+        for a, b in itertools.pairwise(start + (stop - start) * n // cuts for n in range(cuts + 1)):
+            yield a, b, cover
+
+
+def _sum_into(out: Tensor, parts: Sequence[Tensor]) -> None:
+    """Overwrites ``out`` with the sum of ``parts``, taken in their order and in ``out``'s dtype."""
+    if len(parts) > 1 and parts[0].dtype == out.dtype:
+        torch.add(parts[0], parts[1], out=out)
+        parts = parts[2:]
+    elif parts:
+        out.copy_(parts[0])
+        parts = parts[1:]
+    else:
+        out.zero_()
+    for part in parts:
+        out.add_(part)
+
+
+def extract(video: Tensor, plan: Plan, tile: Sequence[int], mean: bool, scale: float) -> Tensor:
+    """One strided copy per row of tiles; the weights, if any, are applied to the video first."""
+    b, c = video.shape[:2]
+    out = new_empty(video, b, len(plan.origins), c, *tile)
+    if mean or scale != 1.0:
+        video = video.to(coordinate_dtype(video.dtype)) * scale
+    if plan.axes is None:
+        f, h, w = tile
+        for t, (i, j, k) in enumerate(plan.origins):
+            out[:, t] = video[:, :, i : i + f, j : j + h, k : k + w]
+        return out
+    if mean:
+        inverse = [inverse_counts(axis, video) for axis in plan.axes]
+        video.mul_(inverse[1][:, None] * inverse[2]).mul_(inverse[0][:, None, None])
+    axis_f, axis_h, axis_w = plan.axes
+    grid = out.unflatten(1, [len(axis.origins) for axis in plan.axes])
+    for (i, at_f), (j, at_h) in itertools.product(enumerate(axis_f.origins), enumerate(axis_h.origins)):
+        rows = video.narrow(2, at_f, axis_f.tile).narrow(3, at_h, axis_h.tile)
+        for first, count, step in axis_w.runs():
+            row = rows.narrow(4, axis_w.origins[first], (count - 1) * step + axis_w.tile).unfold(4, axis_w.tile, step)
+            grid[:, i, j, first : first + count] = row.permute(0, 4, 1, 2, 3, 5)
+    return out
+
+
+def _add_up(out: Tensor, tiles: Tensor, cells: Sequence[Cells]) -> None:
+    """``out [..., size]`` becomes the sums of ``tiles [T, ..., tile]`` where they lie along the last dimension."""
+    for c in cells:
+        span = out.narrow(-1, c.start, (c.count - 1) * c.step + c.length).unfold(-1, c.length, c.step)
+        covering = [tiles[c.first + p :: c.tile_step][: c.count] for p in range(len(c.offsets))]
+        _sum_into(span, [t.narrow(-1, at, c.length).movedim(0, -2) for t, at in zip(covering, c.offsets)])
+
+
+def average(
+    tiles: Tensor, plan: Plan, size: Sequence[int], x: Tensor | None, alpha: float, beta: float, mean: bool
+) -> Tensor:
+    """Adds up all tiles, some frames at a time, along frames, then height, then width.
+
+    Each axis leaves fewer elements for the next (half as many at 50 % overlap), and the last one has the shortest runs.
+    Only the first sum reads the tiles from memory, in runs of whole frames.
+    """
+    b, _, c, f, h, w = tiles.shape
+    work = coordinate_dtype(tiles.dtype)
+    if plan.axes is None:
+        total = tiles.new_zeros(b, c, *size, dtype=work)
+        for t, (i, j, k) in enumerate(plan.origins):
+            total[:, :, i : i + f, j : j + h, k : k + w] += tiles[:, t]
+        total *= beta
+        return (total if x is None else total.add_(x, alpha=alpha)).to(tiles.dtype)
+    axis_f, axis_h, axis_w = plan.axes
+    grid = tiles.unflatten(1, [len(axis.origins) for axis in plan.axes])
+    per_frame = grid[:, 0, :, :, :, 0].numel()
+    pieces = list(_pieces(axis_f, max(1, (CPU_PIECE if tiles.device.type == "cpu" else GPU_PIECE) // per_frame)))
+    longest = max(stop - start for start, stop, _ in pieces)
+    n_h, n_w = len(axis_h.origins), len(axis_w.origins)
+    after_f = tiles.new_empty(b, n_h, n_w, c, longest, h, w, dtype=work)
+    after_h = tiles.new_empty(b, n_w, c, longest, size[1], w, dtype=work)
+    after_w = tiles.new_empty(b, c, longest, size[1], size[2], dtype=work)
+    inverse = inverse_counts(axis_h, after_w)[:, None] * inverse_counts(axis_w, after_w)
+    alike_h, alike_w = axis_h.alike(), axis_w.alike()
+    out = new_empty(tiles, b, c, *size)
+    for start, stop, cover in pieces:
+        n = stop - start
+        parts = [grid[:, i].narrow(4, start - axis_f.origins[i], n) for i in cover]
+        sums = after_f.narrow(4, 0, n)
+        if len(parts) == 1 and tiles.dtype == work:
+            sums = parts[0]
+        else:
+            _sum_into(sums, parts)
+        rows, total, here = after_h.narrow(3, 0, n), after_w.narrow(2, 0, n), slice(start, stop)
+        _add_up(rows.transpose(4, 5), sums.movedim(1, 0).transpose(5, 6), alike_h)
+        _add_up(total, rows.movedim(1, 0), alike_w)
+        weight = inverse * (beta / max(1, len(cover))) if mean else beta
+        if x is None:
+            torch.mul(total, weight, out=out[:, :, here])
+        else:
+            torch.add(total.mul_(weight), x[:, :, here], alpha=alpha, out=out[:, :, here])
+    return out
