@@ -91,9 +91,10 @@ def forward(
     for samples, ranges in _pieces(q.shape[0], [t.shape[1] for t in tokens], piece_rows):
         parts = []
         for sequence, piece, columns in ranges:
-            k, v = _projected(tokens[sequence][samples, piece].to(q.dtype), weight, q.shape[1])
             mask = None if key_mask is None else key_mask[samples, columns]
-            parts.append(attention.forward(q[samples], k, v, scale, precision, mask))
+            rows = tokens[sequence][samples, piece].to(q.dtype)
+            # Without names for keys and values, those of a piece are gone before the next ones are there.
+            parts.append(attention.forward(q[samples], *_projected(rows, weight, q.shape[1]), scale, precision, mask))
         out[samples], lse[samples] = _combined(parts)
     return out, lse
 
@@ -137,6 +138,7 @@ def backward(
                 torch.mm(of_kv, work, out=into)
             else:
                 into.copy_(of_kv @ work)
+            del of_kv
     return [grad_q.to(q.dtype), grad_weight.to(weight.dtype), *grad_tokens.values()]
 
 
