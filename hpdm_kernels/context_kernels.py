@@ -1,11 +1,15 @@
 """Kernels of the context ops; ``context_triton`` launches them, ``context_geometry`` has the mathematics.
 
-Two small tables, written once per call by ``_context_geometry_kernel`` on the device, carry what depends on boxes and
-sizes: ``place [B, K, 10]`` int32 (start f, h, w; footprint f, h, w; source grid f, h, w; row of the source) and
-``where [B, K, 6]`` fp32 (position of token 0 in the footprint f, h, w; step f, h, w). So the number of sources is a
-loop bound, not a specialisation, and the host never waits. All footprints lie below each other in one buffer, source
-after source, sample after sample: ``[sum_k B * P_k, D]``. Everything is gathered: there are no atomics, and every sum
-has a fixed order.
+Three small tables, written once per call by ``_context_geometry_kernel`` on the device, carry what depends on boxes
+and sizes:
+
+    place   [B, K, 10] int32   start f, h, w; footprint f, h, w; source grid f, h, w; row of the source
+    where   [B, K, 6]  fp32    position of token 0 in the footprint f, h, w; step f, h, w
+    values  [B, K, 4]  int64   address of the footprint's first token; elements from one token to the next f, h, w
+
+So the number of sources is a loop bound, not a specialisation, the host never waits, and footprints are read where they
+lie: in the source itself, in a cache of projections, or in a buffer of their own. Everything is gathered: there are no
+atomics, and every sum has a fixed order.
 
 Launched for real, an integer argument that is 1 becomes a constant of the kernel, which has no methods: sizes and
 strides are converted by ``* 1.0`` and ``tl.cast``, never by ``.to``.
@@ -18,11 +22,14 @@ from hpdm_kernels._triton import jit, tl
 
 @jit
 def _context_geometry_kernel(  # type: ignore[no-untyped-def]
-    box_ptr, source_box_ptr, index_ptr, place_ptr, where_ptr,
-    k, K, n_f, n_h, n_w, m_f, m_h, m_w, p_f, p_h, p_w,
-    HAS_INDEX: tl.constexpr,
+    box_ptr, source_box_ptr, index_ptr, place_ptr, where_ptr, values_ptr,
+    k, K, n_f, n_h, n_w, m_f, m_h, m_w, p_f, p_h, p_w, address, stride_row, stride_token, itemsize,
+    HAS_INDEX: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One sample of source k per program: rows of both tables. fp64 leaves one rounding to fp32."""
+    """One sample of source k per program: rows of the tables. fp64 leaves one rounding to fp32.
+
+    At ``address`` lie whole rows of the source (``WHOLE``), or the footprints of the samples, one after the other.
+    """
     b = tl.program_id(0)
     row = tl.load(index_ptr + b * K + k).to(tl.int32) if HAS_INDEX else b
     axis = tl.arange(0, 4)
@@ -47,6 +54,15 @@ def _context_geometry_kernel(  # type: ignore[no-untyped-def]
     tl.store(place + 3, size, mask=real)
     tl.store(place + 6, grid, mask=real)
     tl.store(place_ptr + (b * K + k) * 10 + 9, row)
+    line = m_w if WHOLE else p_w
+    frame = m_h * m_w if WHOLE else p_h * p_w
+    stride = tl.where(axis == 0, frame, tl.where(axis == 1, line, 1)).to(tl.int64) * stride_token
+    skipped = tl.cast(row if WHOLE else b, tl.int64) * stride_row
+    if WHOLE:
+        skipped += tl.sum(tl.where(real, start.to(tl.int64) * stride, 0), axis=0)
+    values = values_ptr + (b * K + k) * 4
+    tl.store(values, address + skipped * itemsize)
+    tl.store(values + 1 + axis, stride, mask=real)
 
 
 @jit
@@ -99,84 +115,61 @@ def _context_scatter_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _position(where, place, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-def]
+    """Where tokens ``i`` of one axis lie in the footprint; the clamp is the border padding."""
+    u = tl.load(where + AXIS) + i.to(tl.float32) * tl.load(where + 3 + AXIS)
+    return tl.minimum(tl.maximum(u, 0.0), (tl.load(place + 3 + AXIS) - 1).to(tl.float32))
+
+
+@jit
 def _axis_taps(where, place, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-def]
     """Lower footprint token, upper footprint token and weight of the upper one, for tokens ``i`` of one axis."""
-    last = tl.load(place + 3 + AXIS) - 1
-    u = tl.load(where + AXIS) + i.to(tl.float32) * tl.load(where + 3 + AXIS)
-    u = tl.minimum(tl.maximum(u, 0.0), last.to(tl.float32))
+    u = _position(where, place, AXIS, i)
     low = u.to(tl.int32)
-    return low, tl.minimum(low + 1, last), u - low.to(tl.float32)
+    return low, tl.minimum(low + 1, tl.load(place + 3 + AXIS) - 1), u - low.to(tl.float32)
 
 
 @jit
-def _add_context(acc, values_ptr, where_ptr, place_ptr, b, B, K, D, f, h, w, d, mask):  # type: ignore[no-untyped-def]
-    """``acc`` plus the mean over sources of trilinear samples of the footprints, for tokens (f, h, w) and columns d."""
+def _context_tile(  # type: ignore[no-untyped-def]
+    where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+    b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
+    HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Mean over sources of trilinear samples, plus coordinates and bias: fp32 ``[BLOCK_W, BLOCK_L, BLOCK_D]``.
+
+    Lines of tokens along the width: the source tokens that a line needs are each summed over the frame and height taps
+    once, and go to all tokens of the line by their hat weights. At relative scale 1/2 eight tokens need at most six
+    sums, 24 rows read, where their corners are 64. The loop over those sums is no constant: unrolled, registers spill.
+    """
+    line = first_line + tl.arange(0, BLOCK_L)
+    w = first_w + tl.arange(0, BLOCK_W)
+    d = first_d + tl.arange(0, BLOCK_D)
+    f, h = line // n_h, line % n_h
+    mask = (f < n_f)[None, :, None] & (d < D)[None, None, :]
     share = 1.0 / (K * 1.0)
-    base = b.to(tl.int64) * 0
-    # One loop over sources and their frame and height taps, with a bound the compiler does not know: unrolled, all
-    # corners are in flight at once and registers spill.
-    for step in range(4 * K):
-        k, tap = step // 4, step % 4
-        where, place = where_ptr + (b * K + k) * 6, place_ptr + (b * K + k) * 10
-        p_h, p_w = tl.load(place + 4), tl.load(place + 5)
-        size = tl.load(place + 3) * p_h * p_w
+    acc = tl.zeros((BLOCK_W, BLOCK_L, BLOCK_D), dtype=tl.float32)
+    for k in range(K):
+        where, place, values = where_ptr + (b * K + k) * 6, place_ptr + (b * K + k) * 10, values_ptr + (b * K + k) * 4
+        origin = tl.load(values).to(tl.pointer_type(out_ptr.dtype.element_ty))
+        stride_f, stride_h, stride_w = tl.load(values + 1), tl.load(values + 2), tl.load(values + 3)
+        if ALIGNED:
+            # Of what comes from memory the compiler knows nothing: told this, it loads 16 bytes at a time.
+            origin, stride_f = tl.multiple_of(origin, 16), tl.multiple_of(stride_f, 16)
+            stride_h, stride_w = tl.multiple_of(stride_h, 16), tl.multiple_of(stride_w, 16)
         f_0, f_1, t_f = _axis_taps(where, place, 0, f)
         h_0, h_1, t_h = _axis_taps(where, place, 1, h)
-        w_0, w_1, t_w = _axis_taps(where, place, 2, w)
-        line = (tl.where(tap >= 2, f_1, f_0) * p_h + tl.where(tap % 2 == 1, h_1, h_0)) * p_w
-        weight = share * tl.where(tap >= 2, t_f, 1.0 - t_f) * tl.where(tap % 2 == 1, t_h, 1.0 - t_h)
-        rows = values_ptr + (base + b.to(tl.int64) * size) * D
-        for upper in tl.static_range(2):
-            # Offsets in one footprint fit into 32 bits (checked at launch), which halves the registers they take.
-            row = (line + (w_1 if upper else w_0)) * D
-            value = tl.load(rows + (row[:, None] + d[None, :]), mask=mask, other=0.0).to(tl.float32)
-            acc += (weight * (t_w if upper else 1.0 - t_w))[:, None] * value
-        base += tl.where(tap == 3, size, 0).to(tl.int64) * B
-    return acc
-
-
-@jit
-def _sample_context_fwd_kernel(  # type: ignore[no-untyped-def]
-    values_ptr, where_ptr, place_ptr, out_ptr, B, K, N, D, n_h, n_w, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """A block of tokens and columns of one sample's context per program."""
-    b = tl.program_id(1)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (t < N)[:, None] & (d < D)[None, :]
-    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    f, h, w = t // (n_h * n_w), t // n_w % n_h, t % n_w
-    acc = _add_context(acc, values_ptr, where_ptr, place_ptr, b, B, K, D, f, h, w, d, mask)
-    out = out_ptr + (b.to(tl.int64) * N + t) * D
-    tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@jit
-def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, values_ptr, where_ptr, place_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
-    B, K, N, D, n_f, n_h, n_w, stride_x_b, stride_x_n,
-    HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """``x @ weight.T`` with context, coordinates and bias added on the way out; one tile of one sample per program."""
-    b = tl.program_id(1)
-    # Neighbouring programs share tokens: their rows of x and their footprint rows are then still in L2.
-    n_blocks_d = tl.cdiv(D, BLOCK_D)
-    t = tl.program_id(0) // n_blocks_d * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(0) % n_blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    inner = tl.arange(0, BLOCK_K)
-    x = x_ptr + b.to(tl.int64) * stride_x_b + t.to(tl.int64)[:, None] * stride_x_n + inner[None, :]
-    weight = weight_ptr + d.to(tl.int64)[None, :] * D + inner[:, None]
-    acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
-    for start in range(0, D, BLOCK_K):
-        left = inner < D - start
-        x_tile = tl.load(x + start, mask=(t < N)[:, None] & left[None, :], other=0.0)
-        weight_tile = tl.load(weight + start, mask=left[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
-
-    f, h, w = t // (n_h * n_w), t // n_w % n_h, t % n_w
-    mask = (t < N)[:, None] & (d < D)[None, :]
-    acc = _add_context(acc, values_ptr, where_ptr, place_ptr, b, B, K, D, f, h, w, d, mask)
+        low, _, _ = _axis_taps(where, place, 2, first_w)
+        _, high, _ = _axis_taps(where, place, 2, tl.minimum(first_w + BLOCK_W, n_w) - 1)
+        u = _position(where, place, 2, w)
+        for j in range(low, high + 1):
+            value = tl.zeros((1, BLOCK_L, BLOCK_D), dtype=tl.float32)
+            for tap in tl.static_range(4):
+                row = (f_1 if tap >= 2 else f_0) * stride_f + (h_1 if tap % 2 == 1 else h_0) * stride_h + j * stride_w
+                weight = share * (t_f if tap >= 2 else 1.0 - t_f) * (t_h if tap % 2 == 1 else 1.0 - t_h)
+                rows = tl.load(origin + row[None, :, None] + d[None, None, :], mask=mask, other=0.0)
+                value += weight[None, :, None] * rows.to(tl.float32)
+            acc += tl.maximum(1.0 - tl.abs(u - j), 0.0)[:, None, None] * value
     if HAS_COORDINATES:
         for axis in tl.static_range(3):
             i = f if axis == 0 else (h if axis == 1 else w)
@@ -184,11 +177,77 @@ def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
             box = box_ptr + b * 6 + axis
             c = tl.load(box) + tl.load(box + 3) * ((i.to(tl.float32) + 0.5) / (n * 1.0))
             column = tl.load(coordinate_ptr + d * 3 + axis, mask=d < D, other=0.0).to(tl.float32)
-            acc += c[:, None] * column[None, :]
+            acc += (c[:, None, None] if axis == 2 else c[None, :, None]) * column[None, None, :]
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
-    out = out_ptr + (b.to(tl.int64) * N + t) * D
-    tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, None, :]
+    return acc
+
+
+@jit
+def _add_context_kernel(  # type: ignore[no-untyped-def]
+    where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr, K, D, n_f, n_h, n_w,
+    ONTO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Writes one tile of one sample's context, or adds it, coordinates and bias to what is there (``ONTO``)."""
+    b = tl.program_id(1)
+    blocks_w = tl.cdiv(n_w, BLOCK_W)
+    first_line, first_w = tl.program_id(0) // blocks_w * BLOCK_L, tl.program_id(0) % blocks_w * BLOCK_W
+    first_d = tl.program_id(2) * BLOCK_D
+    acc = _context_tile(
+        where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+        b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
+        HAS_BIAS, HAS_COORDINATES, ALIGNED, BLOCK_W, BLOCK_L, BLOCK_D,
+    )  # fmt: skip
+    line = first_line + tl.arange(0, BLOCK_L)[None, :, None]
+    w = first_w + tl.arange(0, BLOCK_W)[:, None, None]
+    d = first_d + tl.arange(0, BLOCK_D)[None, None, :]
+    lines = tl.cast(n_f, tl.int64) * n_h
+    mask = (line < lines) & (w < n_w) & (d < D)
+    out = out_ptr + ((b * lines + line) * n_w + w) * D + d
+    if ONTO:
+        acc += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, weight_ptr, where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+    K, D, n_f, n_h, n_w, stride_x_b, stride_x_n, stride_weight,
+    HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``x @ weight.T`` on top of context, coordinates and bias; one tile of one sample per program.
+
+    The sum starts from the context: added at the end, both would be in registers at once.
+    """
+    b = tl.program_id(1)
+    # Neighbouring programs share tokens: their rows of x and of the sources are then still in L2.
+    blocks_d, blocks_w = tl.cdiv(D, BLOCK_D), tl.cdiv(n_w, BLOCK_W)
+    block, first_d = tl.program_id(0) // blocks_d, tl.program_id(0) % blocks_d * BLOCK_D
+    first_line, first_w = block // blocks_w * BLOCK_L, block % blocks_w * BLOCK_W
+    acc = _context_tile(
+        where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+        b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
+        HAS_BIAS, HAS_COORDINATES, True, BLOCK_W, BLOCK_L, BLOCK_D,
+    )  # fmt: skip
+    acc = tl.reshape(acc, (BLOCK_W * BLOCK_L, BLOCK_D))
+    row = tl.arange(0, BLOCK_W * BLOCK_L)
+    line, w = first_line + row % BLOCK_L, first_w + row // BLOCK_L
+    lines = tl.cast(n_f, tl.int64) * n_h
+    real = (line < lines) & (w < n_w)
+    t = line.to(tl.int64) * n_w + w
+    d = first_d + tl.arange(0, BLOCK_D)
+    inner = tl.arange(0, BLOCK_K)
+    x = x_ptr + b.to(tl.int64) * stride_x_b + t[:, None] * stride_x_n + inner[None, :]
+    weight = weight_ptr + d.to(tl.int64)[None, :] * stride_weight + inner[:, None]
+    for start in range(0, D, BLOCK_K):
+        left = inner < D - start
+        x_tile = tl.load(x + start, mask=real[:, None] & left[None, :], other=0.0)
+        weight_tile = tl.load(weight + start, mask=left[:, None] & (d < D)[None, :], other=0.0)
+        acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
+    out = out_ptr + (b * lines * n_w + t) * D
+    tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
 
 
 @jit

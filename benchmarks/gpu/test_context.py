@@ -1,5 +1,7 @@
 """Context sampling at odd and real shapes."""
 
+import math
+
 import pytest
 import torch
 
@@ -50,3 +52,20 @@ def test_source_index(request, device, generator, index_dtype):
         lambda *s: reference.sample_context(s, *rest, index.long()),
         sources,
     )
+
+
+@pytest.mark.parametrize("rows", [600, 3000])
+def test_large_cache(device, rows):
+    """The last row of a cache of more than 2^31 elements, read in place, gives what it gives alone."""
+    tokens, width = (16, 16, 16) if rows == 600 else (8, 8, 16), 1024
+    if torch.cuda.get_device_properties(device).total_memory < 24e9:
+        pytest.skip("needs a device with 24 GB")
+    cache = torch.empty(rows, math.prod(tokens), width, dtype=torch.bfloat16, device=device).normal_()
+    assert cache.numel() > 2**31
+    whole = torch.tensor([[0, 0, 0, 1, 1, 1.0]], device=device)
+    box = torch.tensor([[0.4, 0.5, 0.3, 0.5, 0.5, 0.5]], device=device)
+    index = torch.tensor([[rows - 1]], device=device)
+    rest = {"source_grids": [tokens], "grid": (8, 8, 8), "backend": "triton"}
+    out = sample_context([cache], [whole.expand(rows, 6)], box, source_index=index, **rest)
+    alone = sample_context([cache[-1:].clone()], [whole], box, **rest)
+    assert torch.equal(out, alone)
