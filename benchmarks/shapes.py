@@ -115,6 +115,40 @@ class ContextShape:
 
 
 @dataclass(frozen=True)
+class TiledContextShape(ContextShape):
+    """``batch`` tiles of the last level at once, as a sampler takes them; all read the same finished levels."""
+
+    def __str__(self) -> str:
+        return f"{self.pyramid.name} {self.batch} tiles, cached levels of {', '.join(map(str, self.rows))} tiles"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Tiles of each finished level at 50 % overlap, at most 16 of them: a tile reads one."""
+        counts = (math.prod(2 * r**level - 1 for r in self.pyramid.ratio) for level in range(len(self.source_grids)))
+        return tuple(min(16, n) for n in counts)
+
+    def make_tiles(
+        self, generator: torch.Generator, device: torch.device
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor]:
+        """Sources with a row per cached tile, their boxes, the boxes of the tiles, and which row serves which."""
+        boxes: list[Tensor] = []
+        for level, n in enumerate((*self.rows, self.batch)):
+            parents = boxes[-1][torch.arange(n) % len(boxes[-1])] if boxes else None
+            boxes.append(random_boxes(n, [1.0 / r**level for r in self.pyramid.ratio], generator, inside=parents))
+        # Tile i of a level lies in tile i (modulo their number) of the level below, and so on down.
+        index = [torch.arange(self.batch)]
+        for n in reversed(self.rows):
+            index.insert(0, index[0] % n)
+        sources = tuple(torch.randn(n, self.tokens, self.width, generator=generator).to(device) for n in self.rows)
+        return (
+            sources,
+            tuple(b.to(device) for b in boxes[:-1]),
+            boxes[-1].to(device),
+            torch.stack(index[:-1], 1).to(device),
+        )
+
+
+@dataclass(frozen=True)
 class AttentionShape:
     """A cross-attention of a RIN block. The paper publishes no head width; 64 is this library's choice."""
 
@@ -248,6 +282,7 @@ class PatchesShape:
 
 # What runs by default. Without a GPU the smaller half, so that the whole suite ends in minutes on two cores.
 _CUDA = torch.cuda.is_available()
+TILED_CONTEXT = (TiledContextShape(UCF_S, batch=32 if _CUDA else 4), TiledContextShape(T2V, batch=64 if _CUDA else 8))
 CONTEXT = (
     ContextShape(UCF_S),
     ContextShape(T2V),

@@ -1,5 +1,8 @@
 """Context sampling (paper eq. 7) and fusion (eq. 9): the last level of a pyramid reads all levels before it.
 
+In training a patch has sources of its own; in tiled sampling many tiles read the same cached levels, and the context
+product can be taken once for all of them.
+
 Peers: the paper's formula with ``F.grid_sample``, one small matrix per axis, a weighted gather of 8 corners, and the
 matrices through ``torch.compile``. Fusion adds concatenation and projection to each. ``hpdm`` appears twice: with
 footprints read from the boxes (on the CPU; whole sources on CUDA), and with the footprints that the pyramid implies.
@@ -15,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import peers, shapes
-from hpdm_kernels import fuse_context, reference, sample_context
+from benchmarks import harness, peers, shapes
+from hpdm_kernels import fuse_context, fuse_projected, project_sources, reference, sample_context
 
 REFERENCE = "reference (grid_sample)"
 CUDA = torch.cuda.is_available()
@@ -61,8 +64,11 @@ def test_sample_context(compare, backends, device, generator, shape, direction):
     )
 
 
-@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
-@pytest.mark.parametrize("shape", shapes.CONTEXT, ids=str)
+FUSIONS = [(shape, direction) for shape in shapes.CONTEXT for direction in ("fwd", "fwd+bwd")]
+FOUR = shapes.ContextShape(shapes.UCF_S, batch=4)
+
+
+@pytest.mark.parametrize(("shape", "direction"), [*FUSIONS, (FOUR, "fwd+bwd")], ids=str)
 def test_fuse_context(compare, backends, device, generator, shape, direction):
     d = shape.width
     sources, source_boxes, box = shape.make(generator, device)
@@ -111,4 +117,101 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
         arithmetic=arithmetic,
         bytes=shape.bytes(direction) + passes * 4 * (x.numel() + weight.numel()),
         flops=passes * product,
+    )
+
+
+@pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
+@pytest.mark.parametrize("shape", [shapes.CONTEXT[0], FOUR], ids=str)
+def test_fuse_context_against_its_products(record, device, generator, shape, direction):
+    """What no implementation can avoid: x and the tokens that are touched, each through its half of the weight."""
+    d = shape.width
+    sources, source_boxes, box = shape.make(generator, device)
+    touched = shape.batch * sum(map(math.prod, shape.footprints))
+    x, tokens = (torch.randn(n, d, generator=generator).to(device) for n in (shape.batch * shape.tokens, touched))
+    weight = (torch.randn(d, 2 * d + 3, generator=generator) / math.sqrt(2 * d)).to(device)
+    bias = torch.randn(d, generator=generator).to(device)
+    backward = harness.check_direction(direction)
+    grads, own, context = torch.randn_like(x), weight[:, :d], weight[:, d : 2 * d]
+
+    def products() -> None:
+        for rows, grad, half in ((x, grads, own), (tokens, grads[:touched], context)):
+            rows @ half.t()
+            if backward:
+                grad @ half
+                grad.t() @ rows
+
+    def fuse(x: Tensor, weight: Tensor, bias: Tensor, *sources: Tensor) -> Tensor:
+        place = (shape.source_grids, shape.grid)
+        return fuse_context(x, sources, source_boxes, box, weight, bias, *place, footprints=shape.footprints)
+
+    leaves = [t.clone().requires_grad_(backward) for t in (x.view(shape.batch, -1, d), weight, bias, *sources)]
+    with torch.set_grad_enabled(backward):
+        grad = grads.view(leaves[0].shape) if backward else None
+        calls = {"the products alone": products, "hpdm": harness.forward_and_backward(fuse, leaves, grad)}
+        timers = {name: harness.Timer(device) for name in calls}
+        for _ in range(12):
+            for name, call in calls.items():
+                timers[name].sample(call)
+    for name, timer in timers.items():
+        record(
+            "fuse_context against its products", str(shape), name, direction, timer.seconds()[2:],
+            reference=name != "hpdm", arithmetic=harness.arithmetic_of(torch.float32),
+            flops=2 * (len(x) + touched) * d * d * (3 if backward else 1),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", shapes.TILED_CONTEXT, ids=str)
+def test_fuse_context_of_cached_levels(compare, backends, device, generator, shape):
+    d = shape.width
+    sources, source_boxes, box, index = shape.make_tiles(generator, device)
+    x = torch.randn(shape.batch, shape.tokens, d, generator=generator).to(device)
+    weight = (torch.randn(d, 2 * d + 3, generator=generator) / math.sqrt(2 * d)).to(device)
+    bias = torch.randn(d, generator=generator).to(device)
+    place = (shape.source_grids, shape.grid)
+    cached = project_sources(sources, weight)
+
+    def formula(x: Tensor) -> Tensor:
+        wide = [[t.to(x.dtype) for t in tensors] for tensors in (sources, (weight, bias))]
+        return reference.fuse_context(x, wide[0], source_boxes, box, *wide[1], *place, index)
+
+    def peer(context: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        """Projects once as well, then samples with ``context`` the rows that it picked."""
+
+        def call(x: Tensor) -> Tensor:
+            rows = [(s[index[:, k]], b[index[:, k]]) for k, (s, b) in enumerate(zip(cached, source_boxes))]
+            picked, boxes = zip(*rows)
+            own = torch.cat((x, reference.token_coordinates(box, shape.grid, x.dtype)), dim=2)
+            columns = torch.cat((weight[:, :d], weight[:, 2 * d :]), dim=1)
+            return torch.nn.functional.linear(own, columns, bias) + context(picked, boxes, box, *place)
+
+        return call
+
+    contenders = {
+        REFERENCE: formula,
+        "separable matmul, projected once": peer(peers.separable_context),
+        "embedding_bag, projected once": peer(peers.embedding_bag_context),
+    }
+    peer_names = list(contenders)[1:]
+    for backend in backends:
+        options = {"source_index": index, "footprints": shape.footprints, "backend": backend}
+
+        def at_once(x: Tensor, options: dict = options) -> Tensor:
+            return fuse_context(x, sources, source_boxes, box, weight, bias, *place, **options)
+
+        def in_two(x: Tensor, options: dict = options) -> Tensor:
+            return fuse_projected(x, cached, source_boxes, box, weight, bias, *place, **options)
+
+        contenders[f"hpdm {backend}, projected for each tile"] = at_once
+        contenders[f"hpdm {backend}, projected once"] = in_two
+    compare(
+        contenders,
+        inputs=(x,),
+        group="fuse_context, cached levels",
+        shape=str(shape),
+        direction="fwd",
+        reference=REFERENCE,
+        peers=peer_names,
+        # The product of x alone; what is touched of the caches, x, its weight columns and the output once.
+        bytes=shape.bytes() + 4 * (x.numel() + d * d),
+        flops=2 * x.numel() * d,
     )

@@ -26,6 +26,8 @@ from hpdm.config import HPDMConfig
 from hpdm.model import HPDM
 from hpdm.optim import EMA, make_optimizer
 from hpdm_kernels import context_torch
+from hpdm_kernels.read_tokens import backward as read_backward
+from hpdm_kernels.read_tokens import forward as read_forward
 
 TEXT_TOKENS = 77
 """Length of the text that a text-conditional model is planned for."""
@@ -228,6 +230,8 @@ class Ledger(TorchDispatchMode):
         self._opened: dict[Any, Callable[..., Any]] = {
             ours.fuse_context_fwd: _open_fuse_forward,
             ours.fuse_context_bwd: _open_fuse_backward,
+            ours.read_tokens_fwd: read_forward,
+            ours.read_tokens_bwd: read_backward,
         }
 
     def label(self, tensors: Iterable[Tensor], category: str) -> None:
@@ -296,17 +300,18 @@ def _triples(flat: Any) -> list[Any]:
 
 def _open_fuse_forward(
     x: Tensor, sources: Any, source_boxes: Any, box: Tensor, weight: Tensor, bias: Any, index: Any, grids: Any,
-    grid: Any, footprints: Any, *rest: Any,
+    grid: Any, footprints: Any, projected: bool, *rest: Any,
 ) -> Tensor:  # fmt: skip
     return context_torch.fuse_forward(
-        x, sources, source_boxes, box, weight, bias, index, _triples(grids), grid, _triples(footprints)
+        x, sources, source_boxes, box, weight, bias, index, _triples(grids), grid, _triples(footprints), projected
     )
 
 
 def _open_fuse_backward(
     grad: Tensor, x: Tensor, sources: Any, source_boxes: Any, box: Tensor, weight: Tensor, bias: Any, index: Any,
-    grids: Any, grid: Any, footprints: Any, wanted: Any, *rest: Any,
+    grids: Any, grid: Any, footprints: Any, wanted: Any, projected: bool, *rest: Any,
 ) -> list[Tensor]:  # fmt: skip
     return context_torch.fuse_backward(
-        grad, x, sources, source_boxes, box, weight, bias, index, _triples(grids), grid, _triples(footprints), wanted
-    )
+        grad, x, sources, source_boxes, box, weight, bias, index, _triples(grids), grid, _triples(footprints), wanted,
+        projected,
+    )  # fmt: skip

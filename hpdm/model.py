@@ -29,7 +29,8 @@ class Context:
     """What the finished levels below give to patches of one level.
 
     Attributes:
-        features: per block that fuses for this level, block inputs ``[T_k, N, D]`` of every level ``k`` below.
+        features: per block that fuses for this level, its projected inputs ``[T_k, N, D]`` of every level ``k`` below,
+            as :meth:`HPDM.forward_level` returns them.
         pixels: finished clean patches of the previous level ``[T, C, f, h, w]``, for shallow fusion alone.
         boxes: a tuple over the levels below of boxes ``[T_k, 6]``.
         index: ``[B, levels below]`` int64, the row of each source that serves a sample.
@@ -253,10 +254,11 @@ class HPDM(nn.Module):
             t: diffusion times ``[B]``.
             context: what the levels below give; ``None`` on level 0 alone.
             labels, text, text_mask: as in :meth:`forward`.
-            features_for: blocks whose inputs for this level are wanted back, to serve as context above.
+            features_for: blocks that fuse this level into levels above, whose inputs are wanted as context for these.
 
         Returns:
-            v ``[B, C, f, h, w]`` and the block inputs ``{block: [B, N, D]}``.
+            v ``[B, C, f, h, w]`` and the block inputs, projected by the block's fusion once for all patches that will
+            sample them, ``{block: [B, N, D]}``.
 
         Raises:
             ValueError: shapes that do not match the config, or a context missing where one is needed.
@@ -284,8 +286,8 @@ class HPDM(nn.Module):
         for b, block in enumerate(self.rin_blocks):
             if block.levels <= level:
                 continue
-            if b in features_for:
-                features[b] = a
+            if b in features_for and block.fusion is not None:
+                features[b] = block.fusion.project(a)
             if context is not None:
                 a = self._fuse(block, a, level, context.features.get(b, ()), context.boxes, boxes, context.index)
             a, z = block(a, z, c, text)
@@ -301,6 +303,7 @@ class HPDM(nn.Module):
         self, block: RINBlock, a: Tensor, level: int, sources: tuple[Tensor, ...], source_boxes: Sequence[Tensor],
         box: Tensor, index: Tensor | None,
     ) -> Tensor:  # fmt: skip
+        """``a`` with its context; sources that samples share by ``index`` are projected already."""
         if block.fusion is None:
             return a
         cfg = self.config
@@ -311,7 +314,9 @@ class HPDM(nn.Module):
             tuple(footprint_size(float(q) ** (k - level), n, n) for q, n in zip(cfg.ratio, cfg.grid))
             for k in range(level)
         ]
-        return block.fusion(a, sources, source_boxes, box, [cfg.grid] * level, cfg.grid, index, footprints)
+        return block.fusion(
+            a, sources, source_boxes, box, [cfg.grid] * level, cfg.grid, index, footprints, projected=index is not None
+        )
 
     def _upsample(self, pixels: Tensor, box: Tensor, parent: Tensor) -> Tensor:
         """What the previous level's patch ``[B, C, f, h, w]`` shows inside ``box``, at the patch's resolution."""

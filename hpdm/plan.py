@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +13,10 @@ import torch
 from hpdm import presets
 from hpdm.config import HPDMConfig
 from hpdm.measure import measured_step
-from hpdm.memory import CATEGORIES, Ledger, StepCost, example_inputs, fake_fp32, largest_batch, training_step
-from hpdm.model import HPDM, Context
-from hpdm.pyramid import parse_overlap, tiling
+from hpdm.memory import CATEGORIES, StepCost, largest_batch, training_step
+from hpdm.model import HPDM
 from hpdm.rin import Recompute
-from hpdm.sampler import SamplerOptions
+from hpdm.sampling_plan import sampling_plan
 from hpdm.table1 import RECOMPUTE, size, table1, table1_text
 from hpdm.video import write_text
 
@@ -42,83 +40,6 @@ def parameters_by_part(config: HPDMConfig) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         counts[next(part for part, text in _PARTS if text in name)] += parameter.numel()
     return counts
-
-
-@dataclass(frozen=True)
-class LevelPlan:
-    """Sampling one level of one video."""
-
-    level: int
-    resolution: tuple[int, int, int]
-    tiles: int
-    steps: int
-    predictions: int
-    """Denoising passes over the whole level; second order takes two per step but the last."""
-    network_calls: int
-    """Batches of at most ``tile_batch`` patches through the network, the pass that fills the cache included."""
-    patches: int
-    """Patches through the network in all of them."""
-    flops: int
-    """Products and attention of all patches."""
-    cached_blocks: int
-    """Blocks whose inputs are kept for the levels above."""
-    cache_bytes: int
-    """What that takes, fp32."""
-
-
-def sampling_plan(config: HPDMConfig, options: SamplerOptions | None = None) -> list[LevelPlan]:
-    """Tiles, calls, work and cached features per level of sampling one video with ``options``."""
-    options = options or SamplerOptions()
-    overlap = parse_overlap(options.overlap)
-    copies = 1 if options.guidance == 1.0 else 2
-    chunk = max(1, options.tile_batch // copies)
-    fuses = config.fusion == "deep"
-    plans = []
-    for level in range(config.levels):
-        tiles = tiling(config, level, overlap).tiles
-        steps = options.level_steps(level)
-        predictions = 2 * steps - 1 if level == 0 and options.second_order else steps
-        last = level == config.levels - 1
-        cached = 0 if last or not fuses else sum(n > level + 1 for n in config.levels_per_block)
-        passes = predictions + (0 if last or not fuses else 1)
-        patches = passes * tiles * copies
-        plans.append(
-            LevelPlan(
-                level=level,
-                resolution=config.level_resolution(level),
-                tiles=tiles,
-                steps=steps,
-                predictions=predictions,
-                network_calls=passes * math.ceil(tiles / chunk),
-                patches=patches,
-                flops=patches * patch_flops(config, level),
-                cached_blocks=cached,
-                cache_bytes=copies * tiles * cached * config.tokens * config.width * 4,
-            )
-        )
-    return plans
-
-
-def patch_flops(config: HPDMConfig, level: int) -> int:
-    """Products and attention of one patch of one level through the network while sampling, kernels on."""
-    with fake_fp32(), torch.no_grad():
-        model = HPDM(config, kernels="torch")
-        inputs = example_inputs(config, 1)
-        context = None
-        if level:
-            below = torch.empty(1, config.tokens, config.width)
-            context = Context(
-                features=dict.fromkeys(model.fusing_blocks(level), (below,) * level),
-                pixels=torch.empty(1, config.channels, *config.patch) if config.fusion == "shallow" else None,
-                boxes=(torch.empty(1, 6),) * level,
-                index=torch.zeros(1, level, dtype=torch.long),
-            )
-        with Ledger() as ledger:
-            model.forward_level(
-                inputs["x"][:, level], level, inputs["boxes"][:, level], inputs["t"][:, level], context,
-                labels=inputs.get("labels"), text=inputs.get("text"),
-            )  # fmt: skip
-    return ledger.flops
 
 
 @dataclass(frozen=True)

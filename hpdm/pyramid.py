@@ -79,7 +79,7 @@ class Tiling:
     size: Triple
     """Resolution of the video that is covered, R_l."""
     stride: Triple
-    """Pixels between neighbouring tiles: ``patch`` without overlap, ``patch / 2`` with 50 % overlap."""
+    """Pixels between neighbouring tiles: ``patch`` without overlap, ``patch / 2`` with 50 % overlap, or finer."""
 
     @property
     def counts(self) -> Triple:
@@ -130,23 +130,28 @@ class Tiling:
         return (f * self.counts[1] + h) * self.counts[2] + w
 
 
-def tiling(config: HPDMConfig, level: int, overlap: Sequence[bool]) -> Tiling:
-    """The cover of one level with 0 % or 50 % overlap per axis (paper section 4.4).
+def tiling(config: HPDMConfig, level: int, overlap: Sequence[bool], tiles_per_patch: int = 2) -> Tiling:
+    """The cover of one level by tiles that overlap on some axes (paper section 4.4: by 0 % or 50 %).
 
     Args:
         config: gives the pyramid.
         level: pyramid level l; level 0 is a single patch.
         overlap: three flags (frames, height, width). Axes of ratio 1 have a single tile either way.
+        tiles_per_patch: tiles that start within one patch on an axis that overlaps: 2 is 50 %, 4 is 75 %.
 
     Raises:
-        ValueError: overlap on an axis whose patch size is odd.
+        ValueError: overlap on an axis whose patch size is no multiple of ``tiles_per_patch``.
     """
-    for axis, (r, on) in enumerate(zip(config.patch, overlap)):
-        if on and config.ratio[axis] > 1 and level > 0 and r % 2:
+    stride = []
+    for axis, (r, ratio, on) in enumerate(zip(config.patch, config.ratio, overlap)):
+        overlaps = on and ratio > 1 and level > 0
+        if overlaps and r % tiles_per_patch:
             raise ValueError(
-                f"overlap: got 50 % on axis {AXES[axis]!r} with patch size {r}, expected an even patch size"
+                f"overlap: got axis {AXES[axis]!r} with patch size {r}, expected a multiple of {tiles_per_patch}, "
+                "the tiles per patch"
             )
-    f, h, w = (r // 2 if on and r % 2 == 0 else r for r, on in zip(config.patch, overlap))
+        stride.append(r // tiles_per_patch if overlaps else r)
+    f, h, w = stride
     return Tiling(config.patch, config.level_resolution(level), (f, h, w))
 
 

@@ -137,7 +137,9 @@ class RINBlock(nn.Module):
         if self.recompute == "none":
             z = self._think(self._read(x, z, text), c)
             return self._write(x, z, *self.token_modulation(c)), z
-        z = self._think(recomputed(self._read, x, z, text), c)
+        # With kernels on, the read recomputes what has a row per token by itself, and its attention not at all.
+        plain = self.read.backend == "reference"
+        z = self._think(recomputed(self._read, x, z, text) if plain else self._read(x, z, text), c)
         # A token's way through the write depends on no other token, so a few of them at a time are enough.
         rows = max(CHUNK_ROWS // x.shape[0], -(-x.shape[1] // CHUNKS))
         vectors = self.token_modulation(c)
@@ -145,7 +147,8 @@ class RINBlock(nn.Module):
         return (written[0] if len(written) == 1 else torch.cat(written, dim=1)), z
 
     def _read(self, x: Tensor, z: Tensor, text: Tensor | None) -> Tensor:
-        return z + self.read(self.read_norm(z), x if text is None else torch.cat((x, text), dim=1))
+        tokens = x if text is None else (x, text)
+        return z + self.read(self.read_norm(z), tokens, recompute=self.recompute != "none")
 
     def _think(self, z: Tensor, c: Tensor) -> Tensor:
         for layer in self.layers:

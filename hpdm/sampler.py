@@ -1,27 +1,48 @@
 """Hierarchical tiled sampling (paper section 4.4): level by level, each level tile by tile.
 
 Level 0 is one patch. A later level is covered by tiles; at every step the tiles' denoised predictions are averaged
-where they overlap (MultiDiffusion) and the whole video takes one step. A finished level is clean, so the block inputs
-of its tiles are computed once and serve as context for all tiles and steps above (section 4.5, "Cached inference").
+where they overlap (MultiDiffusion) and the whole video takes one step (``solvers``). A finished level is clean, so the
+block inputs of its tiles are computed and projected once and serve as context for all tiles and steps above, which
+interpolate them and no more (section 4.5, "Cached inference"; ``context_cache``). Tiles are shared out over processes
+(``ranks``).
+
+What a process holds grows with the videos and with one batch of tiles, never with the number of tiles, but for the
+features of the finished levels, which lie where ``cache`` says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hpdm.diffusion import T_MAX, denoise, gamma, network_input, sampling_times, time_of_sigma
+from hpdm import ranks
+from hpdm.config import HPDMConfig
+from hpdm.context_cache import ContextCache, Finished, allocate
+from hpdm.diffusion import denoise, network_input, time_of_sigma
 from hpdm.model import HPDM, Context
 from hpdm.pyramid import Tiling, parse_overlap, tiling
-from hpdm_kernels import average_tiles, extract_tiles
+from hpdm.solvers import Solver
+from hpdm_kernels import TileAccumulator, extract_tiles
 
 Progress = Callable[[int, int, int], None]
 """Called as (level, network calls done, network calls in all) after every call on that level."""
+
+SolverName = Literal["edm", "heun", "ddim"]
+"""``"edm"``: second order with churn. ``"heun"``: second order. ``"ddim"``: first order. The last two deterministic."""
+
+CacheMode = Literal["gpu", "cpu", "off"]
+"""Where features of finished levels lie: on the model's device, in host memory, or nowhere: computed for each tile."""
+
+
+def _check_choice(name: str, value: str, kind: object) -> None:
+    if value not in get_args(kind):
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
 
 
 @dataclass(frozen=True)
@@ -36,49 +57,57 @@ class SamplerOptions:
     """Steps on level 0."""
     steps_decay: float = 0.5
     """Factor on the steps with every level (appendix C: halved)."""
+    solver: SolverName = "edm"
+    """On level 0."""
+    later_solver: SolverName = "ddim"
+    """On later levels. A second-order correction there made grain (appendix D.3)."""
     overlap: str = "fhw"
-    """Axes on which tiles overlap by 50 %: "none" or some of the letters f, h, w (Table 4)."""
+    """Axes on which tiles overlap: "none" or some of the letters f, h, w (Table 4)."""
+    tiles_per_patch: int = 2
+    """Tiles that start within one patch on an overlapping axis: 2 is 50 % overlap, 4 is 75 %."""
     guidance: float = 1.0
     """Classifier-free guidance weight; 1 is none, 0 is unconditional."""
     churn: float = 10.0
-    """Stochasticity on level 0, EDM's S_churn; 0 makes it deterministic."""
+    """Stochasticity of the solver "edm", EDM's S_churn."""
     churn_range: tuple[float, float] = (0.05, 50.0)
     """Noise levels sigma between which churn acts, EDM's S_tmin and S_tmax."""
-    second_order: bool = True
-    """Heun's correction on level 0. Later levels are first order: a correction there made grain (appendix D.3)."""
     clip: bool = True
     """Clamp predictions to the range of pixels."""
     tile_batch: int = 64
     """Patches per network call, guidance counted twice."""
+    cache: CacheMode = "gpu"
+    """Features of finished levels: on the device ("gpu"), in host memory ("cpu"), or computed per tile ("off")."""
 
     def __post_init__(self) -> None:
         parse_overlap(self.overlap)
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, expected at least 1")
+        _check_choice("solver", self.solver, SolverName)
+        _check_choice("later_solver", self.later_solver, SolverName)
+        _check_choice("cache", self.cache, CacheMode)
+        for name, least in (("steps", 1), ("tiles_per_patch", 2), ("churn", 0), ("tile_batch", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
         if not 0 < self.steps_decay <= 1:
             raise ValueError(f"steps_decay: got {self.steps_decay}, expected a factor in (0, 1]")
-        if self.churn < 0:
-            raise ValueError(f"churn: got {self.churn}, expected at least 0")
-        if self.tile_batch < 1:
-            raise ValueError(f"tile_batch: got {self.tile_batch}, expected at least 1")
 
     def level_steps(self, level: int) -> int:
         """Steps on a level, at least one."""
         return max(1, round(self.steps * self.steps_decay**level))
 
+    def level_solver(self, level: int) -> Solver:
+        """How a level is sampled."""
+        name = self.later_solver if level else self.solver
+        churn = self.churn if name == "edm" else 0.0
+        return Solver(self.level_steps(level), name != "ddim", churn, self.churn_range)
 
-@dataclass(frozen=True)
-class _Finished:
-    """A finished level as its tiles' features, for the levels above."""
-
-    tiling: Tiling
-    boxes: Tensor  # [rows, 6]
-    features: dict[int, Tensor]  # block -> [rows, N, D]
-    pixels: Tensor | None  # [rows, C, f, h, w], for shallow fusion
+    def tiling(self, config: HPDMConfig, level: int) -> Tiling:
+        """The cover of a level."""
+        return tiling(config, level, parse_overlap(self.overlap), self.tiles_per_patch)
 
 
 class Sampler:
     """Samples whole videos from a model.
+
+    Under ``torch.distributed`` every process makes the same call and gets the same videos.
 
     Args:
         model: in eval mode, on the device to sample on.
@@ -89,8 +118,7 @@ class Sampler:
         self.model = model
         self.options = options or SamplerOptions()
         self.config = model.config
-        self.overlap = parse_overlap(self.options.overlap)
-        self.tilings = [tiling(self.config, n, self.overlap) for n in range(self.config.levels)]
+        self.tilings = [self.options.tiling(model.config, n) for n in range(self.config.levels)]
 
     @torch.no_grad()
     def __call__(
@@ -100,6 +128,8 @@ class Sampler:
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         progress: Progress | None = None,
+        finished: Sequence[Tensor] = (),
+        on_level: Callable[[int, Tensor], None] | None = None,
     ) -> list[Tensor]:
         """Samples one video per seed.
 
@@ -109,95 +139,23 @@ class Sampler:
             text: ``[B, S, text_width]`` embeddings, for text conditioning.
             text_mask: ``[B, S]`` bool.
             progress: called after every network call.
+            finished: videos of the first levels that an earlier, interrupted call of the same seeds and conditioning
+                has made; sampling goes on behind them.
+            on_level: called as (level, videos) after every level, to keep them.
 
         Returns:
             The videos of every level, ``[B, C, F_l, H_l, W_l]`` float32 in [-1, 1]; the last one is the result.
 
         Raises:
-            ValueError: no seeds, labels out of range, or guidance without conditioning.
+            ValueError: no seeds, labels out of range, guidance without conditioning, or finished levels that do not
+                match.
         """
-        batch = len(seeds)
-        if batch == 0:
-            raise ValueError("seeds: got none, expected at least one")
-        guided = self.options.guidance != 1.0
-        if guided and labels is None and text is None:
-            raise ValueError(f"guidance: got {self.options.guidance} without labels or text, expected 1")
-        device = self.model.latents.device
-        if labels is not None:
-            if tuple(labels.shape) != (batch,) or labels.min() < 0 or labels.max() > self.config.classes:
-                raise ValueError(f"labels: got {labels.tolist()}, expected {batch} in 0..{self.config.classes - 1}")
-            labels = labels.to(device)
-            if guided:
-                labels = torch.cat((labels, torch.full_like(labels, self.config.classes)))
-        if text is not None:
-            text = text.to(device)
-            mask = torch.ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
-            text_mask = mask.to(device)
-            if guided:
-                text, text_mask = text.repeat(2, 1, 1), torch.cat((text_mask, torch.zeros_like(text_mask)))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        run = _Run(self, batch, 2 if guided else 1, labels, text, text_mask, device, progress)
-        videos: list[Tensor] = []
-        for level in range(self.config.levels):
-            videos.append(self._sample_level(run, level, generators))
-            if level + 1 < self.config.levels:
-                run.finish(level, videos[-1])
-        return videos
-
-    def _sample_level(self, run: _Run, level: int, generators: list[torch.Generator]) -> Tensor:
-        times = sampling_times(self.options.level_steps(level))
-        calls = len(times) - 1
-        if level == 0:
-            run.begin(level, 2 * calls - 1 if self.options.second_order else calls)
-            y = self._stochastic(run, times, generators)
-        else:
-            run.begin(level, calls)
-            y = self._deterministic(run, level, times, generators)
-        return (y / self.config.signal_scale(level)).clamp_(-1, 1)
-
-    def _deterministic(self, run: _Run, level: int, times: list[float], generators: list[torch.Generator]) -> Tensor:
-        """First-order deterministic steps (DDIM), each ``x <- alpha x + beta mean of the tiles' predictions``."""
-        cover = self.tilings[level]
-        x = _noise(generators, (self.config.channels, *cover.size), run.device)
-        origins = cover.origins
-        for now, then in pairwise(times):
-            tiles = run.predict(level, x, now)
-            (signal, noise), (signal_then, noise_then) = _rates(now), _rates(then)
-            alpha = noise_then / noise
-            x = average_tiles(
-                tiles,
-                origins,
-                cover.size,
-                x=x,
-                alpha=alpha,
-                beta=signal_then - signal * alpha,
-                backend=self.model.kernels,
-            )
-        return x
-
-    def _stochastic(self, run: _Run, times: list[float], generators: list[torch.Generator]) -> Tensor:
-        """EDM's Algorithm 2 (churn, then Heun) on level 0, in its variable ``x~ / sqrt(g) = y + sigma e``."""
-        o, steps = self.options, len(times) - 1
-        shape = (self.config.channels, *self.config.patch)
-        sigmas = [math.tan(math.pi / 2 * t) for t in times]
-        x = _noise(generators, shape, run.device) * math.hypot(1.0, sigmas[0])
-        limit = math.tan(math.pi / 2 * T_MAX)
-        for sigma, sigma_then in pairwise(sigmas):
-            lively = o.churn > 0 and o.churn_range[0] <= sigma <= o.churn_range[1]
-            raised = min(sigma * (1 + min(o.churn / steps, math.sqrt(2) - 1)), limit) if lively else sigma
-            if raised > sigma:
-                x = x + math.sqrt(raised**2 - sigma**2) * _noise(generators, shape, run.device)
-            slope = (x - self._denoised(run, x, raised)) / raised
-            ahead = x + (sigma_then - raised) * slope
-            if o.second_order and sigma_then > 0:
-                slope_then = (ahead - self._denoised(run, ahead, sigma_then)) / sigma_then
-                ahead = x + (sigma_then - raised) * (slope + slope_then) / 2
-            x = ahead
-        return x
-
-    def _denoised(self, run: _Run, x: Tensor, sigma: float) -> Tensor:
-        t = float(time_of_sigma(torch.tensor(sigma, dtype=torch.float64)))
-        return run.predict(0, x / math.hypot(1.0, sigma), t)[:, 0]
+        run = _Run(self, seeds, labels, text, text_mask, progress, finished)
+        for level in range(len(finished), self.config.levels):
+            run.sample(level)
+            if on_level is not None:
+                on_level(level, run.videos[level])
+        return run.videos
 
 
 class _Run:
@@ -206,79 +164,184 @@ class _Run:
     def __init__(
         self,
         sampler: Sampler,
-        batch: int,
-        copies: int,
+        seeds: Sequence[int],
         labels: Tensor | None,
         text: Tensor | None,
         text_mask: Tensor | None,
-        device: torch.device,
         progress: Progress | None,
+        finished: Sequence[Tensor],
     ) -> None:
-        self.sampler, self.model, self.config, self.options = sampler, sampler.model, sampler.config, sampler.options
-        self.batch, self.copies, self.device = batch, copies, device
+        self.model, self.config, self.options = sampler.model, sampler.config, sampler.options
+        self.tilings, self.seeds, self.progress = sampler.tilings, seeds, progress
+        self.device = self.model.latents.device
+        guided = self.options.guidance != 1.0
+        self.copies = 2 if guided else 1
+        self.chunk = max(1, self.options.tile_batch // max(1, len(seeds) * self.copies))
+        self._set_conditioning(labels, text, text_mask, guided)
+        self._check_finished(finished)
+        # Per level: the tile of every level below that contains each tile.
+        self.ancestors = [
+            [below.containing(cover.boxes) for below in self.tilings[:n]] for n, cover in enumerate(self.tilings)
+        ]
+        self.cache = ContextCache(self.device, self.copies * len(seeds), self.options.cache == "cpu")
+        self.videos = [v.to(self.device) for v in finished]
+        self.done = self.calls = 0
+        for level in range(min(len(finished), self.config.levels - 1) if self._caches else 0):
+            self._keep_features(level)
+
+    def _set_conditioning(
+        self, labels: Tensor | None, text: Tensor | None, text_mask: Tensor | None, guided: bool
+    ) -> None:
+        batch = len(self.seeds)
+        if batch == 0:
+            raise ValueError("seeds: got none, expected at least one")
+        if guided and labels is None and text is None:
+            raise ValueError(f"guidance: got {self.options.guidance} without labels or text, expected 1")
+        if labels is not None:
+            if tuple(labels.shape) != (batch,) or labels.min() < 0 or labels.max() > self.config.classes:
+                raise ValueError(f"labels: got {labels.tolist()}, expected {batch} in 0..{self.config.classes - 1}")
+            labels = labels.to(self.device)
+            if guided:
+                labels = torch.cat((labels, torch.full_like(labels, self.config.classes)))
+        if text is not None:
+            text = text.to(self.device)
+            mask = torch.ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
+            text_mask = mask.to(self.device)
+            if guided:
+                text, text_mask = text.repeat(2, 1, 1), torch.cat((text_mask, torch.zeros_like(text_mask)))
         self.labels, self.text, self.text_mask = labels, text, text_mask
-        self.progress = progress
-        self.finished: list[_Finished] = []
-        self.ancestors: list[Tensor] = []  # per level below, [T] rows of that level's tiles
 
-    def begin(self, level: int, predictions: int) -> None:
-        """Looks up, once per level, which finished tiles are the ancestors of this level's tiles."""
-        boxes = self.sampler.tilings[level].boxes
-        self.ancestors = [f.tiling.containing(boxes) for f in self.finished]
-        per_prediction = math.ceil(self.sampler.tilings[level].tiles / self._chunk())
-        self.level, self.done, self.calls = level, 0, predictions * per_prediction
+    def _check_finished(self, finished: Sequence[Tensor]) -> None:
+        shapes = [(len(self.seeds), self.config.channels, *t.size) for t in self.tilings]
+        got = [tuple(v.shape) for v in finished]
+        if len(got) > len(shapes) or any(a != b for a, b in zip(got, shapes)):
+            raise ValueError(f"finished: got videos of {got}, expected the first of {shapes}")
 
-    def predict(self, level: int, x: Tensor, t: float) -> Tensor:
-        """Denoised tiles ``[B, T, C, f, h, w]`` of the noised video ``x [B, C, F, H, W]`` at time ``t``."""
-        cover = self.sampler.tilings[level]
+    def sample(self, level: int) -> None:
+        """Samples a level above the finished ones, and keeps what the levels above need of it."""
+        cover, solver = self.tilings[level], self.options.level_solver(level)
+        shape = (self.config.channels, *cover.size)
+        generators = [_generator(seed, level) for seed in self.seeds]
+
+        def noise() -> Tensor:
+            # Drawn on the CPU, so that every device sees the same.
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(self.device)
+
+        all_batches = ranks.batches(cover.tiles, self.chunk)
+        keeps = level + 1 < self.config.levels and self._caches
+        self.done, self.calls = 0, (solver.predictions + keeps) * len(ranks.own(all_batches))
+        sums = TileAccumulator(cover.origins, self.config.patch, cover.size, backend=self.model.kernels)
+
+        def update(x: Tensor, sigma: float, base: Tensor, alpha: float, beta: float) -> Tensor:
+            self._predict(level, x, sigma, all_batches, sums)
+            return sums.step(base, alpha, beta)
+
+        y = solver.solve(solver.start(noise()), update, noise)
+        self.videos.append((y / self.config.signal_scale(level)).clamp_(-1, 1))
+        if keeps:
+            self._keep_features(level)
+
+    def _predict(self, level: int, x: Tensor, sigma: float, all_batches: list[slice], sums: TileAccumulator) -> None:
+        """Adds up the denoised tiles of ``x`` at noise level ``sigma``."""
+        cover, bound = self.tilings[level], self.config.signal_scale(level)
+        t = float(time_of_sigma(torch.tensor(sigma, dtype=torch.float64)))
+        noised = x / math.hypot(1.0, sigma)
         origins, boxes = cover.origins, cover.boxes
-        out = x.new_empty((self.batch, cover.tiles, self.config.channels, *self.config.patch))
-        bound = self.config.signal_scale(level)
-        for first in range(0, cover.tiles, self._chunk()):
-            rows = slice(first, min(first + self._chunk(), cover.tiles))
-            tiles = extract_tiles(x, origins[rows], self.config.patch, backend=self.model.kernels)
-            v, _ = self._network(level, tiles, boxes[rows], rows, t)
-            if self.copies == 2:
-                with_condition, without = v.chunk(2)
-                v = torch.lerp(without, with_condition, self.options.guidance)
-            time = torch.full((1,), t, device=self.device)
-            y = denoise(tiles.flatten(0, 1), v, time)
-            out[:, rows] = (y.clamp_(-bound, bound) if self.options.clip else y).unflatten(0, (self.batch, -1))
-            self.done += 1
-            if self.progress is not None:
-                self.progress(self.level, self.done, self.calls)
-        return out
+        like = x.new_empty(x.shape[0], 0, x.shape[1], *self.config.patch)
+        mine = ranks.own(all_batches)
+        contexts = self._contexts(level, mine)
+        for turn in range(ranks.rounds(all_batches)):
+            y = None
+            if turn < len(mine):
+                batch = mine[turn]
+                tiles = extract_tiles(noised, origins[batch], self.config.patch, backend=self.model.kernels)
+                v, _ = self._network(level, tiles, boxes[batch], t, next(contexts))
+                if self.copies == 2:
+                    with_condition, without = v.chunk(2)
+                    v = torch.lerp(without, with_condition, self.options.guidance)
+                y = denoise(tiles.flatten(0, 1), v, torch.full((1,), t, device=self.device))
+                y = (y.clamp_(-bound, bound) if self.options.clip else y).unflatten(0, tiles.shape[:2])
+                self._count(level)
+            for _, part in ranks.exchange(all_batches, turn, y, like):
+                sums.add(part)
 
-    def finish(self, level: int, video: Tensor) -> None:
-        """Computes what the levels above need of a finished one: the block inputs of all its (clean) tiles."""
-        cover = self.sampler.tilings[level]
-        origins, boxes = cover.origins, cover.boxes
-        wanted = self.model.fusing_blocks(level + 1)
-        scale = self.config.signal_scale(level)
-        features: dict[int, list[Tensor]] = {b: [] for b in wanted}
-        pixels: list[Tensor] = []
-        for first in range(0, cover.tiles, self._chunk()):
-            rows = slice(first, min(first + self._chunk(), cover.tiles))
-            tiles = extract_tiles(video, origins[rows], self.config.patch, backend=self.model.kernels) * scale
-            if self.config.fusion == "shallow":
-                clean = self._input(level, tiles, 0.0).unflatten(0, (self.batch, -1))
-                pixels.append(clean.repeat(self.copies, 1, 1, 1, 1, 1))
-                continue
-            _, found = self._network(level, tiles, boxes[rows], rows, 0.0, wanted)
+    def _contexts(self, level: int, batches: list[slice]) -> Iterator[Context | None]:
+        if self.config.fusion == "shallow":
+            return (self._shallow(level, batch) for batch in batches)
+        if self.options.cache == "off":
+            return (self._recomputed(level, batch) for batch in batches)
+        return self.cache.contexts(self.ancestors[level], batches, self.model.fusing_blocks(level))
+
+    def _shallow(self, level: int, batch: slice) -> Context | None:
+        """For shallow fusion the context is the previous level's pixels, one tile of them for each tile."""
+        if level == 0:
+            return None
+        cover, tiles = self.tilings[level - 1], self.ancestors[level][-1][batch]
+        pixels = self._input(level - 1, self._clean_tiles(level - 1, cover.origins[tiles]), 0.0)
+        boxes = cover.boxes[tiles].repeat(self.cache.videos, 1).to(self.device)
+        index = torch.arange(len(boxes), device=self.device)[:, None]
+        return Context({}, pixels.repeat(self.copies, 1, 1, 1, 1), (boxes,), index)
+
+    def _recomputed(self, level: int, batch: slice) -> Context | None:
+        """The context of a batch of tiles from scratch: each tile's own chain of ancestors goes through the network."""
+        blocks = self.model.fusing_blocks(1)
+        features: dict[int, list[Tensor]] = {b: [] for b in blocks}
+        boxes: list[Tensor] = []
+        context = None
+        for k in range(level):
+            cover, tiles = self.tilings[k], self.ancestors[level][k][batch]
+            found = self._clean_features(k, cover.origins[tiles], cover.boxes[tiles], context)
+            boxes.append(cover.boxes[tiles].repeat(self.cache.videos, 1).to(self.device))
             for b, feature in found.items():
-                features[b].append(feature.unflatten(0, (self.copies * self.batch, -1)))
-        self.finished.append(
-            _Finished(
-                cover,
-                boxes.repeat(self.copies * self.batch, 1).to(self.device),
-                {b: torch.cat(parts, dim=1).flatten(0, 1) for b, parts in features.items() if parts},
-                torch.cat(pixels, dim=1).flatten(0, 1) if pixels else None,
-            )
-        )
+                features[b].append(feature)
+            index = torch.arange(len(boxes[0]), device=self.device)[:, None].expand(-1, k + 1)
+            fusing = self.model.fusing_blocks(k + 1)
+            context = Context({b: tuple(features[b]) for b in fusing}, None, tuple(boxes), index)
+        return context
 
-    def _chunk(self) -> int:
-        """Tiles per network call, of every video and both guidance branches at once."""
-        return max(1, self.options.tile_batch // (self.batch * self.copies))
+    @property
+    def _caches(self) -> bool:
+        """Whether a finished level leaves features behind."""
+        return self.config.fusion == "deep" and self.options.cache != "off"
+
+    def _keep_features(self, level: int) -> None:
+        """Computes what the levels above need of a finished one: the features of all its (clean) tiles."""
+        cover, videos, like = self.tilings[level], self.cache.videos, self.model.latents
+        origins, boxes = cover.origins, cover.boxes
+        shape = (self.config.tokens, self.config.width)
+        kept = {
+            b: allocate((videos, cover.tiles, *shape), like, self.cache.on_host)
+            for b in self.model.fusing_blocks(level + 1)
+        }
+        all_batches = ranks.batches(cover.tiles, self.chunk)
+        mine = ranks.own(all_batches)
+        contexts = self._contexts(level, mine)
+        for turn in range(ranks.rounds(all_batches)):
+            found = None
+            if turn < len(mine):
+                found = self._clean_features(level, origins[mine[turn]], boxes[mine[turn]], next(contexts))
+                self._count(level)
+            for b, whole in kept.items():
+                part = None if found is None else found[b].unflatten(0, (videos, -1))
+                for rows, got in ranks.exchange(all_batches, turn, part, like.new_empty(videos, 0, *shape)):
+                    whole[:, rows] = got
+        self.cache.finished.append(Finished(cover, boxes, {b: part.flatten(0, 1) for b, part in kept.items()}))
+
+    def _count(self, level: int) -> None:
+        """Reports a network call; those that only restore the features of an earlier run have no level's total."""
+        self.done += 1
+        if self.progress is not None and self.done <= self.calls:
+            self.progress(level, self.done, self.calls)
+
+    def _clean_tiles(self, level: int, origins: Tensor) -> Tensor:
+        """Scaled tiles of a finished level, ``[B, n, C, f, h, w]``."""
+        tiles = extract_tiles(self.videos[level], origins, self.config.patch, backend=self.model.kernels)
+        return tiles * self.config.signal_scale(level)
+
+    def _clean_features(self, level: int, origins: Tensor, boxes: Tensor, context: Context | None) -> dict[int, Tensor]:
+        """Features of tiles of a finished level for the levels above."""
+        tiles = self._clean_tiles(level, origins)
+        return self._network(level, tiles, boxes, 0.0, context, self.model.fusing_blocks(level + 1))[1]
 
     def _input(self, level: int, tiles: Tensor, t: float) -> Tensor:
         flat = tiles.flatten(0, 1)
@@ -286,44 +349,24 @@ class _Run:
         return network_input(flat, time, torch.full((1,), self.config.signal_scale(level), device=self.device))
 
     def _network(
-        self, level: int, tiles: Tensor, boxes: Tensor, rows: slice, t: float, wanted: Sequence[int] = ()
+        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, wanted: Sequence[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Gives v and block inputs for tiles ``[B, n, C, f, h, w]``; rows ordered (guidance copy, video, tile)."""
-        videos, n = self.copies * self.batch, tiles.shape[1]
+        """Gives v and features for tiles ``[B, n, C, f, h, w]``; rows ordered (guidance copy, video, tile)."""
+        videos, n = self.copies * len(self.seeds), tiles.shape[1]
         return self.model.forward_level(
             self._input(level, tiles, t).repeat(self.copies, 1, 1, 1, 1),
             level,
             boxes.repeat(videos, 1).to(self.device),
             torch.full((videos * n,), t, device=self.device),
-            self._context(level, rows, videos),
+            context,
             None if self.labels is None else self.labels.repeat_interleave(n),
             None if self.text is None else self.text.repeat_interleave(n, dim=0),
             None if self.text_mask is None else self.text_mask.repeat_interleave(n, dim=0),
             wanted,
         )
 
-    def _context(self, level: int, rows: slice, videos: int) -> Context | None:
-        if level == 0:
-            return None
-        below = self.finished[:level]
-        index = [
-            (torch.arange(videos)[:, None] * f.tiling.tiles + ancestor[rows]).flatten()
-            for f, ancestor in zip(below, self.ancestors)
-        ]
-        return Context(
-            {b: tuple(f.features[b] for f in below) for b in self.model.fusing_blocks(level)},
-            below[-1].pixels,
-            tuple(f.boxes for f in below),
-            torch.stack(index, dim=1).to(self.device),
-        )
 
-
-def _rates(t: float) -> tuple[float, float]:
-    """``sqrt(g), sqrt(1 - g)`` in double precision: the steps are built from their differences."""
-    g = float(gamma(torch.tensor(t, dtype=torch.float64)))
-    return math.sqrt(g), math.sqrt(1 - g)
-
-
-def _noise(generators: list[torch.Generator], shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """One standard normal sample per generator, drawn on the CPU so that every device sees the same."""
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+def _generator(seed: int, level: int) -> torch.Generator:
+    """A stream of its own for each level of a video, so that an interrupted run can go on with a later level."""
+    (state,) = np.random.SeedSequence((seed, level)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state) >> 1)

@@ -6,232 +6,31 @@
 with ``x [B, N, D]``, sources ``a_k [B_k, N_k, D]``, ``c`` the absolute coordinates of the tokens. Averaging,
 interpolating and projecting commute, so the context product is taken before interpolating and on the *footprint* alone,
 the few tokens of ``a_k`` that the patch touches (at ratio 2, ``n / 2 + 2`` of a parent's ``n`` per axis). Nothing is
-concatenated and no context is written: the forward reads x, the footprints and W and writes out. ``context_torch`` has
-the portable implementation, ``context_triton`` the kernels, ``context_geometry`` the positions, ``context_checks`` the
-validation.
+concatenated and no context is written: the forward reads x, the footprints and W and writes out.
+
+Where many patches read the same sources (the tiles of a level, at every step of a sampler), the product is taken once
+for whole sources, ``p_k = a_k @ Wc.T`` (``project_sources``), and every patch pays for interpolation alone
+(``fuse_projected``).
+
+``context_ops`` registers the ops, ``context_torch`` has the portable implementation, ``context_triton`` the kernels,
+``context_geometry`` the positions, ``context_checks`` the validation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpdm_kernels import _backend, _checks, context_torch, context_triton, reference
+from hpdm_kernels import _backend, _checks, context_ops, reference
 from hpdm_kernels.context_checks import as_tuple, check_context, flatten_triples
 from hpdm_kernels.context_geometry import footprint_size
 from hpdm_kernels.context_triton import aot_specs
 
-__all__ = ["aot_specs", "footprint_size", "fuse_context", "sample_context"]
+__all__ = ["aot_specs", "footprint_size", "fuse_context", "fuse_projected", "project_sources", "sample_context"]
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# ---- registered ops: flat lists of ints, because a schema has no nested lists ----
-
-
-def _triples(flat: Sequence[int]) -> list[Sequence[int]]:
-    return [flat[i : i + 3] for i in range(0, len(flat), 3)]
-
-
-@torch.library.custom_op("hpdm::sample_context_fwd", mutates_args=())
-def _sample_fwd(
-    sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
-    source_index: Tensor | None,
-    source_grids: Sequence[int],
-    grid: Sequence[int],
-    footprints: Sequence[int],
-    backend: str,
-) -> Tensor:
-    forward = context_triton.sample_forward if backend == "triton" else context_torch.sample_forward
-    with _backend.unmixed(box):
-        return forward(sources, source_boxes, box, source_index, _triples(source_grids), grid, _triples(footprints))
-
-
-@_sample_fwd.register_fake
-def _(
-    sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
-    source_index: Tensor | None,
-    source_grids: Sequence[int],
-    grid: Sequence[int],
-    footprints: Sequence[int],
-    backend: str,
-) -> Tensor:
-    return sources[0].new_empty(box.shape[0], grid[0] * grid[1] * grid[2], sources[0].shape[2])
-
-
-@torch.library.custom_op("hpdm::sample_context_bwd", mutates_args=())
-def _sample_bwd(
-    grad: Tensor,
-    sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
-    source_index: Tensor | None,
-    source_grids: Sequence[int],
-    grid: Sequence[int],
-    footprints: Sequence[int],
-    wanted: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    backward = context_triton.sample_backward if backend == "triton" else context_torch.sample_backward
-    with _backend.unmixed(box):
-        return backward(
-            grad, sources, source_boxes, box, source_index, _triples(source_grids), grid, _triples(footprints), wanted
-        )
-
-
-@_sample_bwd.register_fake
-def _(
-    grad: Tensor,
-    sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
-    source_index: Tensor | None,
-    source_grids: Sequence[int],
-    grid: Sequence[int],
-    footprints: Sequence[int],
-    wanted: Sequence[bool],
-    backend: str,
-) -> list[Tensor]:
-    return [s.new_empty(s.shape) for s, want in zip(sources, wanted) if want]
-
-
-def _sample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    sources, source_boxes, box, source_index, *ctx.rest = inputs
-    ctx.count = len(sources)
-    ctx.save_for_backward(box, source_index, *sources, *source_boxes)
-
-
-def _sample_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    box, source_index, *tensors = ctx.saved_tensors
-    sources, source_boxes = tensors[: ctx.count], tensors[ctx.count :]
-    source_grids, grid, footprints, backend = ctx.rest
-    wanted = list(ctx.needs_input_grad[0])
-    grads = iter(
-        _sample_bwd(grad, sources, source_boxes, box, source_index, source_grids, grid, footprints, wanted, backend)
-    )
-    return [next(grads) if want else None for want in wanted], [None] * ctx.count, None, None, None, None, None, None
-
-
-_sample_fwd.register_autograd(_sample_autograd, setup_context=_sample_setup)
-
-
-@torch.library.custom_op("hpdm::fuse_context_fwd", mutates_args=())
-def _fuse_fwd(
-    x: Tensor,
-    sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source_index: Tensor | None,
-    source_grids: Sequence[int],
-    grid: Sequence[int],
-    footprints: Sequence[int],
-    precision: str,
-    backend: str,
-) -> Tensor:
-    args = (x, sources, source_boxes, box, weight, bias, source_index, _triples(source_grids), grid)
-    with _backend.unmixed(x):
-        if backend == "triton":
-            return context_triton.fuse_forward(*args, _triples(footprints), precision)
-        return context_torch.fuse_forward(*args, _triples(footprints))
-
-
-@_fuse_fwd.register_fake
-def _(
-    x: Tensor,
-    sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source_index: Tensor | None,
-    source_grids: Sequence[int],
-    grid: Sequence[int],
-    footprints: Sequence[int],
-    precision: str,
-    backend: str,
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@torch.library.custom_op("hpdm::fuse_context_bwd", mutates_args=())
-def _fuse_bwd(
-    grad: Tensor,
-    x: Tensor,
-    sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source_index: Tensor | None,
-    source_grids: Sequence[int],
-    grid: Sequence[int],
-    footprints: Sequence[int],
-    wanted: Sequence[bool],
-    precision: str,
-    backend: str,
-) -> list[Tensor]:
-    args = (grad, x, sources, source_boxes, box, weight, bias, source_index, _triples(source_grids), grid)
-    with _backend.unmixed(x):
-        if backend == "triton":
-            return context_triton.fuse_backward(*args, _triples(footprints), wanted, precision)
-        return context_torch.fuse_backward(*args, _triples(footprints), wanted)
-
-
-@_fuse_bwd.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    source_index: Tensor | None,
-    source_grids: Sequence[int],
-    grid: Sequence[int],
-    footprints: Sequence[int],
-    wanted: Sequence[bool],
-    precision: str,
-    backend: str,
-) -> list[Tensor]:
-    inputs = (x, weight, bias, *sources)
-    return [t.new_empty(t.shape) for t, want in zip(inputs, wanted) if want and t is not None]
-
-
-def _fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, sources, source_boxes, box, weight, bias, source_index, *ctx.rest = inputs
-    ctx.count = len(sources)
-    ctx.save_for_backward(x, box, weight, bias, source_index, *sources, *source_boxes)
-
-
-def _fuse_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, box, weight, bias, source_index, *tensors = ctx.saved_tensors
-    sources, source_boxes = tensors[: ctx.count], tensors[ctx.count :]
-    source_grids, grid, footprints, precision, backend = ctx.rest
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[4], bias is not None and needs[5], *needs[1]]
-    grads = iter(
-        _fuse_bwd(
-            grad, x, sources, source_boxes, box, weight, bias, source_index, source_grids, grid, footprints,
-            wanted, precision, backend,
-        )
-    )  # fmt: skip
-    of_x, of_weight, of_bias, *of_sources = (next(grads) if want else None for want in wanted)
-    return of_x, of_sources, [None] * ctx.count, None, of_weight, of_bias, None, None, None, None, None, None
-
-
-_fuse_fwd.register_autograd(_fuse_autograd, setup_context=_fuse_setup)
-
-
-# ---- public functions ----
 
 
 def sample_context(
@@ -286,16 +85,10 @@ def sample_context(
     chosen = _backend.resolve(backend, "sample_context", first, TRITON_DTYPES)
     if chosen == "reference":
         return reference.sample_context(sources, source_boxes, box, source_grids, grid, source_index)
-    return _sample_fwd(
-        sources,
-        source_boxes,
-        box,
-        source_index,
-        flatten_triples(source_grids),
-        list(grid),
-        flatten_triples(footprints),
-        chosen,
-    )
+    return context_ops.sample_fwd(
+        sources, source_boxes, box, source_index, flatten_triples(source_grids), list(grid),
+        flatten_triples(footprints), chosen,
+    )  # fmt: skip
 
 
 def fuse_context(
@@ -339,26 +132,120 @@ def fuse_context(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sample_context`; ``ValueError`` too for an unknown precision.
     """
+    return _fuse(
+        "fuse_context", x, sources, source_boxes, box, weight, bias, source_grids, grid, source_index, footprints,
+        precision, backend,
+    )  # fmt: skip
+
+
+def project_sources(
+    sources: Sequence[Tensor], weight: Tensor, *, precision: str | None = None, backend: str = "auto"
+) -> tuple[Tensor, ...]:
+    """Sources through the context columns of a fusion weight, ``a_k @ weight[:, D:2D].T``, for :func:`fuse_projected`.
+
+    The product that :func:`fuse_context` takes for the footprints of each patch anew, taken once for whole sources: it
+    pays where the tokens of all footprints are more than the sources have, as in a sampler with cached levels.
+
+    Args:
+        sources: K >= 1 tensors ``[B_k, N_k, D]``, float16/bfloat16/float32/float64.
+        weight: ``[D, 2D + 3]`` or ``[D, 2D]``, as for :func:`fuse_context`; dtype of the sources.
+        precision, backend: as for :func:`fuse_context`.
+
+    Returns:
+        K tensors ``[B_k, N_k, D]``. Differentiable with respect to the sources and ``weight``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fuse_context`.
+    """
     precision = _backend.resolve_precision(precision)
-    sources, source_boxes = (
-        as_tuple("sources", sources),
-        as_tuple("source_boxes", source_boxes),
-    )
+    sources = as_tuple("sources", sources)
+    if not sources:
+        raise ValueError("sources: got none, expected at least one tensor [B_k, N_k, D]")
+    first = _checks.check_tensor("sources[0]", sources[0], ("B_0", "N_0", "D"))
+    for k, source in enumerate(sources):
+        _checks.check_tensor(f"sources[{k}]", source, (f"B_{k}", f"N_{k}", first.shape[2]), like=("sources[0]", first))
+    weight = _check_weight(weight, first.shape[2], ("sources[0]", first))
+    chosen = _backend.resolve(backend, "project_sources", first, TRITON_DTYPES)
+    if chosen == "reference":
+        return reference.project_sources(sources, weight)
+    return tuple(context_ops.project_fwd(source, weight, precision, chosen) for source in sources)
+
+
+def fuse_projected(
+    x: Tensor,
+    projected: Sequence[Tensor],
+    source_boxes: Sequence[Tensor],
+    box: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source_grids: Sequence[Sequence[int]],
+    grid: Sequence[int],
+    *,
+    source_index: Tensor | None = None,
+    footprints: Sequence[Sequence[int]] | None = None,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`fuse_context` of sources that :func:`project_sources` projected: the context costs interpolation alone.
+
+    ``fuse_projected(x, project_sources(a, weight), ...)`` is ``fuse_context(x, a, ...)`` up to rounding.
+
+    Args:
+        projected: K >= 1 tensors ``[B_k, N_k, D]``, what :func:`project_sources` made with the same ``weight``.
+        weight: as for :func:`fuse_context`; of its context columns nothing is read here, and their gradient is zero.
+        x, source_boxes, box, bias, source_grids, grid, source_index, footprints, precision, backend: as for
+            :func:`fuse_context`.
+
+    Returns:
+        ``[B, N, D]``, dtype of ``x``. Differentiable with respect to ``x``, ``projected``, ``weight`` and ``bias``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`fuse_context`.
+    """
+    return _fuse(
+        "fuse_projected", x, projected, source_boxes, box, weight, bias, source_grids, grid, source_index, footprints,
+        precision, backend,
+    )  # fmt: skip
+
+
+def _fuse(
+    op: str,
+    x: Tensor,
+    sources: Sequence[Tensor],
+    source_boxes: Sequence[Tensor],
+    box: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    source_grids: Sequence[Sequence[int]],
+    grid: Sequence[int],
+    source_index: Tensor | None,
+    footprints: Sequence[Sequence[int]] | None,
+    precision: str | None,
+    backend: str,
+) -> Tensor:
+    precision = _backend.resolve_precision(precision)
+    names = ("sources", "source_boxes") if op == "fuse_context" else ("projected", "source_boxes")
+    sources, source_boxes = (as_tuple(name, value) for name, value in zip(names, (sources, source_boxes)))
     x = _checks.check_tensor("x", x, ("B", "N", "D"))
     b, n, d = x.shape
     source_grids, grid, footprints = check_context(
-        sources, source_boxes, box, source_grids, grid, source_index, footprints, ("x", x), b
+        sources, source_boxes, box, source_grids, grid, source_index, footprints, ("x", x), b, names[0]
     )
     if grid[0] * grid[1] * grid[2] != n:
         raise ValueError(f"grid: got {grid} with product {grid[0] * grid[1] * grid[2]}, expected {n} tokens as in x")
-    columns = 2 * d if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == 2 * d else 2 * d + 3
-    weight = _checks.check_tensor("weight", weight, (d, columns), like=("x", x))
+    weight = _check_weight(weight, d, ("x", x))
     if bias is not None:
         bias = _checks.check_tensor("bias", bias, (d,), like=("x", x))
-    chosen = _backend.resolve(backend, "fuse_context", x, TRITON_DTYPES)
+    chosen = _backend.resolve(backend, op, x, TRITON_DTYPES)
     if chosen == "reference":
-        return reference.fuse_context(x, sources, source_boxes, box, weight, bias, source_grids, grid, source_index)
-    return _fuse_fwd(
+        formula = reference.fuse_context if op == "fuse_context" else reference.fuse_projected
+        return formula(x, sources, source_boxes, box, weight, bias, source_grids, grid, source_index)
+    return context_ops.fuse_fwd(
         x, sources, source_boxes, box, weight, bias, source_index, flatten_triples(source_grids), list(grid),
-        flatten_triples(footprints), precision, chosen,
+        flatten_triples(footprints), op == "fuse_projected", precision, chosen,
     )  # fmt: skip
+
+
+def _check_weight(weight: Tensor, d: int, like: tuple[str, Tensor]) -> Tensor:
+    columns = 2 * d if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == 2 * d else 2 * d + 3
+    return _checks.check_tensor("weight", weight, (d, columns), like=like)

@@ -33,14 +33,18 @@ def check_context(
     footprints: Sequence[Sequence[int]] | None,
     like: tuple[str, Tensor],
     b: int | str,
+    name: str = "sources",
 ) -> tuple[list[tuple[int, int, int]], tuple[int, int, int], list[tuple[int, int, int]]]:
-    """Checks what both functions share; returns source grids, grid and footprints as tuples."""
+    """Checks what the functions share; returns source grids, grid and footprints as tuples.
+
+    ``name`` is what the caller calls the sources.
+    """
     count, d = len(sources), like[1].shape[2]
     if count == 0:
-        raise ValueError("sources: got none, expected at least one tensor [B_k, N_k, D]")
-    for name, value in (("source_boxes", source_boxes), ("source_grids", source_grids), ("footprints", footprints)):
-        if value is not None and len(as_tuple(name, value)) != count:
-            raise ValueError(f"{name}: got {len(value)} entries, expected {count}, one per source")
+        raise ValueError(f"{name}: got none, expected at least one tensor [B_k, N_k, D]")
+    for other, value in (("source_boxes", source_boxes), ("source_grids", source_grids), ("footprints", footprints)):
+        if value is not None and len(as_tuple(other, value)) != count:
+            raise ValueError(f"{other}: got {len(value)} entries, expected {count}, one per source")
     box = _checks.check_boxes("box", box, b, like)
     b = box.shape[0]
     grid = _checks.check_triple("grid", grid)
@@ -51,7 +55,7 @@ def check_context(
         )
     for k, (source, source_box, (f, h, w)) in enumerate(zip(sources, source_boxes, grids)):
         rows: int | str = b if source_index is None else f"B_{k}"
-        _checks.check_tensor(f"sources[{k}]", source, (rows, f * h * w, d), like=like)
+        _checks.check_tensor(f"{name}[{k}]", source, (rows, f * h * w, d), like=like)
         _checks.check_boxes(f"source_boxes[{k}]", source_box, source.shape[0], like)
     bounds = None
     if footprints is not None:

@@ -8,15 +8,16 @@ sources in one product that reads the gradient once. The mean over sources is fo
     out[f, h] = x[f, h] @ Wx.T + sum_k W_k @ T_k[f, h] + [c_w, 1] @ [v_w, b + c_f v_f + c_h v_h]
 
 with ``W_k`` the ``[n_w, pw_k]`` hat matrices and ``v`` the coordinate columns of the weight. Bytes moved beyond the
-plain product ``x @ Wx.T``: the output read and written once per source, ``T_k`` (``pw_k / n_w`` of the output) written
-and read, and the footprints. Writing all ``T_k`` into one buffer would save passes over the output, but its strided
-products cost a thread barrier per line. 16-bit data is interpolated in fp32. Products follow torch's own precision
-settings.
+plain product ``x @ Wx.T``: the output read and written once per source, ``T_k`` (``pw_k / n_w`` of the output, a few
+frames at a time) written and read, and the footprints. Memory beyond the inputs is at most the output, the projections
+of the footprints, and ``SCRATCH``. Writing all ``T_k`` into one buffer would save passes over the output, but its
+strided products cost a thread barrier per line. 16-bit data is interpolated in fp32. Products follow torch's own
+precision settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ from hpdm_kernels import context_geometry as geometry
 from hpdm_kernels.reference import axis_positions, coordinate_dtype
 
 Triple = Sequence[int]
+
+SCRATCH, SCRATCH_BACKWARD = 1 << 18, 1 << 22
+"""Elements between footprints and patch at a time. Forward 1 MB in fp32, which costs 4 % against no limit and is small
+beside any output; backward 16 MB, below what the C library takes from the system, and gives back, every time."""
 
 
 class Footprint(NamedTuple):
@@ -86,39 +91,63 @@ def _scatter(grads: Tensor, source: Tensor, tokens: Tensor, shared_rows: bool) -
     return out.to(source.dtype)
 
 
-def _add_context(out: Tensor, values: Tensor, footprints: Sequence[Footprint], grid: Triple, beta: int) -> None:
+def _pieces(b: int, n_f: int, of_frame: int, scratch: int) -> Iterator[tuple[slice, slice]]:
+    """Samples and frames to take at a time, so that frames of ``of_frame`` elements fit ``scratch``; at least one."""
+    frames = min(n_f, max(1, scratch // of_frame))
+    # The tokens of a piece lie side by side: of several samples only whole ones.
+    samples = min(b, max(1, scratch // (of_frame * n_f))) if frames == n_f else 1
+    for i in range(0, b, samples):
+        for j in range(0, n_f, frames):
+            yield slice(i, min(i + samples, b)), slice(j, min(j + frames, n_f))
+
+
+def _add_context(out: Tensor, values: Tensor, footprints: Sequence[Footprint], beta: int) -> None:
     """``out = beta * out + mean`` over sources of footprints ``[sum_k B * P_k, D]`` spread over the patch, in place.
 
-    ``out`` is ``[B * n_f * n_h, n_w, D]``.
+    ``out`` is ``[B, n_f, n_h, n_w, D]``.
     """
-    (b, _, _), d = footprints[0].matrices[0].shape, values.shape[1]
+    b, n_f, n_h, _, d = out.shape
     for part, footprint in zip(values.split([f.tokens.numel() for f in footprints]), footprints):
         (pf, ph, pw), (to_f, to_h, to_w) = footprint.size, footprint.matrices
-        part = torch.bmm(to_f, part.view(b, pf, ph * pw * d))
-        part = torch.bmm(to_h.repeat_interleave(grid[0], 0), part.view(-1, ph, pw * d))
-        out.baddbmm_(_columns([to_w], grid), part.view(-1, pw, d), beta=beta)
+        part = part.view(b, pf, ph * pw * d)
+        for some, frames in _pieces(b, n_f, (ph + n_h) * pw * d, SCRATCH):
+            place = out[some, frames]
+            count = place.shape[1]
+            lines = torch.bmm(to_f[some, frames], part[some])
+            lines = torch.bmm(to_h[some].repeat_interleave(count, 0), lines.view(-1, ph, pw * d))
+            columns = to_w[some].repeat_interleave(count * n_h, 0)
+            place.flatten(0, 2).baddbmm_(columns, lines.view(-1, pw, d), beta=beta)
         beta = 1
 
 
-def _contract(grads: Tensor, footprints: Sequence[Footprint], grid: Triple) -> Tensor:
-    """The transpose of :func:`_add_context` but for the width: ``[B * n_f * n_h, c, D] -> [sum_k B * P_k, D]``.
+def _contract(grad: Tensor, footprints: Sequence[Footprint], extra: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor]:
+    """The transpose of :func:`_add_context`, from ``grad [B, n_f, n_h, n_w, D]``.
 
-    Columns that belong to no source come last and are ignored.
+    ``extra`` are more matrices ``[B, n_w, e_i]`` of the width, which belong to no source: the gradient is read once.
+
+    Returns:
+        ``[sum_k B * P_k, D]`` and, of the extra columns, ``[B, n_f, n_h, sum e_i, D]``.
     """
-    (b, _, _), d = footprints[0].matrices[0].shape, grads.shape[2]
+    b, n_f, n_h, _, d = grad.shape
+    work = coordinate_dtype(grad.dtype)
     counts, widths = [f.tokens.numel() for f in footprints], [f.size[2] for f in footprints]
-    out = grads.new_empty(sum(counts), d)
-    columns = grads.view(b * grid[0], grid[1], -1, d)[:, :, : sum(widths)].split(widths, dim=2)
-    for rows, footprint, place in zip(out.split(counts), footprints, columns):
-        (pf, ph, pw), (to_f, to_h, _) = footprint.size, footprint.matrices
-        part = torch.bmm(to_h.transpose(1, 2).repeat_interleave(grid[0], 0), place.flatten(2))
-        torch.bmm(to_f.transpose(1, 2), part.view(b, grid[0], ph * pw * d), out=rows.view(b, pf, ph * pw * d))
-    return out
-
-
-def _columns(columns: Sequence[Tensor], grid: Triple) -> Tensor:
-    """The last matrix, ``[B, n_w, c_i]`` side by side, for every row of tokens: ``[B * n_f * n_h, n_w, sum c_i]``."""
-    return torch.cat(list(columns), dim=2).repeat_interleave(grid[0] * grid[1], 0)
+    columns = torch.cat([*(f.matrices[2] for f in footprints), *extra], dim=2).transpose(1, 2)
+    out = grad.new_empty(sum(counts), d, dtype=work)
+    rest = grad.new_empty(b, n_f, n_h, columns.shape[1] - sum(widths), d, dtype=work)
+    widths.append(rest.shape[3])
+    for some, frames in _pieces(b, n_f, n_h * columns.shape[1] * d, SCRATCH_BACKWARD):
+        piece = grad[some, frames].to(work)
+        count = piece.shape[1]
+        parts = torch.bmm(columns[some].repeat_interleave(count * n_h, 0), piece.flatten(0, 2))
+        *parts_of, own = parts.view(*piece.shape[:3], -1, d).split(widths, dim=3)
+        rest[some, frames] = own
+        for rows, footprint, part in zip(out.split(counts), footprints, parts_of):
+            (pf, ph, pw), (to_f, to_h, _) = footprint.size, footprint.matrices
+            lines = torch.bmm(to_h[some].transpose(1, 2).repeat_interleave(count, 0), part.flatten(0, 1).flatten(2))
+            rows.view(b, pf, ph * pw * d)[some].baddbmm_(
+                to_f[some, frames].transpose(1, 2), lines.view(-1, count, ph * pw * d), beta=int(frames.start > 0)
+            )
+    return out, rest
 
 
 def _coordinates(box: Tensor, grid: Triple, work: torch.dtype) -> list[Tensor]:
@@ -145,8 +174,8 @@ def sample_forward(
     dtype, d = sources[0].dtype, sources[0].shape[2]
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
     work = coordinate_dtype(dtype)
-    out = torch.empty(box.shape[0] * grid[0] * grid[1], grid[2], d, dtype=work, device=box.device)
-    _add_context(out, _gather(sources, footprints).to(work), footprints, grid, beta=0)
+    out = torch.empty(box.shape[0], *grid, d, dtype=work, device=box.device)
+    _add_context(out, _gather(sources, footprints).to(work), footprints, beta=0)
     return out.view(box.shape[0], -1, d).to(dtype)
 
 
@@ -162,13 +191,10 @@ def sample_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of the wanted sources. A source that is not wanted still counts in the mean, but costs nothing."""
-    work = coordinate_dtype(sources[0].dtype)
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
     chosen = [k for k, want in enumerate(wanted) if want]
     of_chosen = [footprints[k] for k in chosen]
-    columns = _columns([f.matrices[2] for f in of_chosen], grid)
-    rows = grad.to(work).reshape(-1, grid[2], grad.shape[2])
-    grads = _contract(torch.bmm(columns.transpose(1, 2), rows), of_chosen, grid)
+    grads, _ = _contract(grad.contiguous().unflatten(1, tuple(grid)), of_chosen)
     return [
         _scatter(g, sources[k], footprints[k].tokens, source_index is not None)
         for k, g in zip(chosen, grads.split([f.tokens.numel() for f in of_chosen]))
@@ -186,15 +212,18 @@ def fuse_forward(
     source_grids: Sequence[Triple],
     grid: Triple,
     sizes: Sequence[Triple],
+    projected: bool = False,
 ) -> Tensor:
-    """``concat[x, context, coordinates] @ weight.T + bias``, ``[B, N, D]``."""
+    """``concat[x, context, coordinates] @ weight.T + bias``, ``[B, N, D]``; sources may be projected already."""
     b, _, d = x.shape
     work = coordinate_dtype(x.dtype)
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
-    projected = torch.mm(_gather(sources, footprints), weight[:, d : 2 * d].t()).to(work)
+    values = _gather(sources, footprints)
+    if not projected:
+        values = project(values, weight)
     out = torch.mm(x.reshape(-1, d), weight[:, :d].t()).to(work)
-    lines = out.view(-1, grid[2], d)
-    _add_context(lines, projected, footprints, grid, beta=1)
+    _add_context(out.view(b, *grid, d), values.to(work), footprints, beta=1)
+    del values  # before the coordinates' rows come
     if weight.shape[1] == 2 * d + 3:
         c_f, c_h, _ = _coordinates(box, grid, work)
         v_f, v_h, v_w = weight[:, 2 * d :].to(work).unbind(1)
@@ -203,7 +232,8 @@ def fuse_forward(
         torch.add(c_f[:, :, None, None] * v_f, c_h[:, None, :, None] * v_h, out=rows[:, :, :, 1])
         if bias is not None:
             rows[:, :, :, 1] += bias
-        lines.baddbmm_(_columns(_extra_columns(box, grid, work, True), grid), rows.flatten(0, 2))
+        columns = torch.cat(_extra_columns(box, grid, work, True), dim=2).repeat_interleave(grid[0] * grid[1], 0)
+        out.view(-1, grid[2], d).baddbmm_(columns, rows.flatten(0, 2))
     elif bias is not None:
         out += bias
     return out.view(x.shape).to(x.dtype)
@@ -222,44 +252,68 @@ def fuse_backward(
     grid: Triple,
     sizes: Sequence[Triple],
     wanted: Sequence[bool],
+    projected: bool = False,
 ) -> list[Tensor]:
     """Gradients of those of ``x, weight, bias, *sources`` that are wanted, in this order."""
     _, _, d = x.shape
     work = coordinate_dtype(x.dtype)
     want_x, want_weight, want_bias, *want_sources = wanted
-    grad = grad.reshape(-1, d)
+    grad = grad.contiguous()
+    rows = grad.view(-1, d)
     result = []
     if want_x:
-        result.append(torch.mm(grad, weight[:, :d]).view(x.shape))
+        result.append(torch.mm(rows, weight[:, :d]).view(x.shape))
     if not (want_weight or want_bias or any(want_sources)):
         return result
 
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
-    # The weight needs every source's context gradient, the sources their own.
-    chosen = [k for k, want in enumerate(want_sources) if want or want_weight]
+    # The weight needs every source's context gradient, unless they were projected before; the sources their own.
+    chosen = [k for k, want in enumerate(want_sources) if want or (want_weight and not projected)]
     of_chosen = [footprints[k] for k in chosen]
-    columns = [f.matrices[2] for f in of_chosen]
     with_coordinates = want_weight and weight.shape[1] == 2 * d + 3
-    if want_bias or with_coordinates:
-        columns += _extra_columns(box, grid, work, with_coordinates)
-    parts = torch.bmm(_columns(columns, grid).transpose(1, 2), grad.to(work).view(-1, grid[2], d))
-    projected_grad = _contract(parts, of_chosen, grid).to(x.dtype) if of_chosen else x.new_empty(0, d)
+    extra = _extra_columns(box, grid, work, with_coordinates) if want_bias or with_coordinates else []
+    context_grad, sums = _contract(grad.unflatten(1, tuple(grid)), of_chosen, extra)
+    context_grad = context_grad.to(x.dtype)
 
     if want_weight:
         grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        torch.mm(grad.t(), x.reshape(-1, d), out=grad_weight[:, :d])
-        torch.mm(projected_grad.t(), _gather(sources, footprints), out=grad_weight[:, d : 2 * d])
+        # Products straight into columns of the gradient, whose rows of 2D + 3 lie anyhow, take 1.5 times as long.
+        grad_weight[:, :d] = torch.mm(rows.t(), x.reshape(-1, d))
+        if projected:
+            grad_weight[:, d : 2 * d] = 0
+        else:
+            grad_weight[:, d : 2 * d] = torch.mm(context_grad.t(), _gather(sources, footprints))
         if with_coordinates:
             c_f, c_h, _ = _coordinates(box, grid, work)
             lines = torch.stack(torch.broadcast_tensors(c_f[:, :, None], c_h[:, None, :]), dim=-1)
-            grad_weight[:, 2 * d : 2 * d + 2] = torch.mm(parts[:, -1].t(), lines.reshape(-1, 2))
-            grad_weight[:, 2 * d + 2] = parts[:, -2].sum(0)
+            of_lines = sums.flatten(0, 2)
+            grad_weight[:, 2 * d : 2 * d + 2] = torch.mm(of_lines[:, 1].t(), lines.reshape(-1, 2))
+            grad_weight[:, 2 * d + 2] = of_lines[:, 0].sum(0)
         result.append(grad_weight)
     if want_bias:
-        result.append(parts[:, -1].sum(0).to(x.dtype))
-    grads = projected_grad.split([f.tokens.numel() for f in of_chosen])
+        result.append(sums[:, :, :, -1].sum((0, 1, 2)).to(x.dtype))
+    grads = context_grad.split([f.tokens.numel() for f in of_chosen])
     for k, g in zip(chosen, grads):
         if want_sources[k]:
-            source_grad = torch.mm(g, weight[:, d : 2 * d])
+            source_grad = g if projected else torch.mm(g, weight[:, d : 2 * d])
             result.append(_scatter(source_grad, sources[k], footprints[k].tokens, source_index is not None))
+    return result
+
+
+def project(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows [R, D]`` through the context columns of ``weight``."""
+    d = rows.shape[1]
+    return torch.mm(rows, weight[:, d : 2 * d].t())
+
+
+def project_backward(grad: Tensor, rows: Tensor, weight: Tensor, wanted: Sequence[bool]) -> list[Tensor]:
+    """Gradients of those of ``rows`` and ``weight`` that are wanted."""
+    d = rows.shape[1]
+    result = []
+    if wanted[0]:
+        result.append(torch.mm(grad, weight[:, d : 2 * d]))
+    if wanted[1]:
+        grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
+        grad_weight[:, d : 2 * d] = torch.mm(grad.t(), rows)
+        result.append(grad_weight)
     return result

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hpdm_kernels._backend import check_backend
-from hpdm_kernels.context import fuse_context
+from hpdm_kernels.context import fuse_context, fuse_projected, project_sources
 from hpdm_kernels.cross_attention import cross_attention
 from hpdm_kernels.patches import sample_patches
+from hpdm_kernels.read_tokens import read_tokens
 from hpdm_kernels.tiles import average_tiles
 
 
@@ -47,9 +48,15 @@ class ContextFusion(nn.Module):
         grid: Sequence[int],
         source_index: Tensor | None = None,
         footprints: Sequence[Sequence[int]] | None = None,
+        *,
+        projected: bool = False,
     ) -> Tensor:
-        """``x [B, N, D]`` -> ``[B, N, D]``; the arguments are those of :func:`hpdm_kernels.fuse_context`."""
-        return fuse_context(
+        """``x [B, N, D]`` -> ``[B, N, D]``; the arguments are those of :func:`hpdm_kernels.fuse_context`.
+
+        With ``projected`` the sources come from :meth:`project`.
+        """
+        fuse = fuse_projected if projected else fuse_context
+        return fuse(
             x,
             tuple(sources),
             tuple(source_boxes),
@@ -62,6 +69,10 @@ class ContextFusion(nn.Module):
             footprints=footprints,
             backend=self.backend,
         )
+
+    def project(self, source: Tensor) -> Tensor:
+        """What patches sample of a source ``[B_k, N_k, D]``, worth keeping where many do: the same shape."""
+        return project_sources((source,), self.weight, backend=self.backend)[0]
 
 
 class CrossAttention(nn.Module):
@@ -98,11 +109,32 @@ class CrossAttention(nn.Module):
         self.to_kv = nn.Linear(context_width, 2 * width, bias=False)
         self.to_out = nn.Linear(width, out_width) if out_width is not None else nn.Identity()
 
-    def forward(self, queries: Tensor, context: Tensor) -> Tensor:
-        """``queries [B, M, query_width]``, ``context [B, N, context_width]`` -> ``[B, M, out_width or width]``."""
+    def forward(
+        self,
+        queries: Tensor,
+        context: Tensor | Sequence[Tensor],
+        *,
+        key_mask: Tensor | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """``queries [B, M, query_width]``, ``context [B, N, context_width]`` -> ``[B, M, out_width or width]``.
+
+        Args:
+            queries: rows that read.
+            context: rows that are read; several tensors are read as if they were concatenated.
+            key_mask: ``[B, N]`` bool, true where the context may be read.
+            recompute: keys and values are computed again in backward instead of being kept, see
+                :func:`hpdm_kernels.read_tokens`.
+        """
         q = _split_heads(self.to_q(queries), self.heads)
-        k, v = (_split_heads(part, self.heads) for part in self.to_kv(context).chunk(2, dim=-1))
-        return self.to_out(_merge_heads(cross_attention(q, k, v, backend=self.backend)))
+        if recompute:
+            weight = self.to_kv.weight
+            out = read_tokens(q, context, weight, key_mask=key_mask, backend=self.backend)
+        else:
+            whole = context if isinstance(context, Tensor) else torch.cat(list(context), dim=1)
+            k, v = (_split_heads(part, self.heads) for part in self.to_kv(whole).chunk(2, dim=-1))
+            out = cross_attention(q, k, v, key_mask=key_mask, backend=self.backend)
+        return self.to_out(_merge_heads(out))
 
 
 class SelfAttention(nn.Module):

@@ -3,12 +3,14 @@
 import itertools
 import math
 import random
+import unittest.mock
 
 import pytest
 import torch
 
-from hpdm_kernels import context, reference
-from hpdm_kernels.context import footprint_size, fuse_context, sample_context
+from benchmarks import harness
+from hpdm_kernels import context_ops, context_torch, reference
+from hpdm_kernels.context import footprint_size, fuse_context, fuse_projected, project_sources, sample_context
 from hpdm_kernels.context_geometry import axis_positions, needed_footprint
 from hpdm_kernels.testing import assert_within_budget, random_boxes, value_and_grads
 
@@ -61,12 +63,24 @@ class Problem:
 
         return call
 
+    def cached(self, backend, precision=None, **options):
+        """Fusion in two steps, of which a sampler takes the first once."""
+
+        def call(x, weight, bias, *sources):
+            projected = project_sources(sources, weight, precision=precision, backend=backend)
+            return fuse_projected(
+                x, projected, self.source_boxes, self.box, weight, bias, self.source_grids, self.grid,
+                source_index=self.index, precision=precision, backend=backend, **options,
+            )  # fmt: skip
+
+        return call
+
     @property
     def fuse_inputs(self):
         return (self.x, self.weight, self.bias, *self.sources)
 
     def calls(self):
-        return ((self.sample, self.sources), (self.fuse, self.fuse_inputs))
+        return ((self.sample, self.sources), (self.fuse, self.fuse_inputs), (self.cached, self.fuse_inputs))
 
 
 def check(problem, backend, grad=None, calls=None, **options):
@@ -187,7 +201,13 @@ def test_larger_footprints_change_nothing(backend, generator):
 def test_kernels_own_products(precision, generator):
     # The interpreter takes products exactly whatever is asked for, so this covers the path, not the rounding.
     problem = Problem(generator, **CASES["ratio 1 in time"])
-    check(problem, "triton", calls=[(problem.fuse, problem.fuse_inputs)], precision=precision)
+    check(problem, "triton", calls=problem.calls()[1:], precision=precision)
+
+
+def test_projecting_first_is_the_same_formula(generator):
+    problem = Problem(generator, **CASES["odd"], dtype=torch.float64)
+    at_once, in_two = (make("reference")(*problem.fuse_inputs) for make in (problem.fuse, problem.cached))
+    torch.testing.assert_close(in_two, at_once)
 
 
 def test_footprint_size_is_the_most_that_is_touched():
@@ -275,12 +295,50 @@ def test_saves_inputs_only(backend, generator):
     assert set(saved) <= known
 
 
-def op_arguments(problem, backend, fuse):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projected_sources_have_the_gradients_of_interpolation_alone(backend, generator):
+    """With sources as leaves the weight's context columns get exact zeros: nothing of them is read."""
+    problem = Problem(generator, **CASES["pyramid"])
+
+    def make(chosen):
+        return lambda x, weight, bias, *projected: fuse_projected(
+            x, projected, problem.source_boxes, problem.box, weight, bias, problem.source_grids, problem.grid,
+            backend=chosen,
+        )  # fmt: skip
+
+    make.__name__ = "fuse_projected"
+    check(problem, backend, calls=[(make, problem.fuse_inputs)])
+    d = problem.x.shape[2]
+    assert not value_and_grads(make(backend), problem.fuse_inputs, problem.grad)[1][1][:, d : 2 * d].any()
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_forward_takes_the_output_and_the_projected_footprints(projected, generator):
+    batch, d, grid = 2, 128, (16, 16, 16)
+    problem = Problem(generator, grid, [grid] * 2, [WHOLE, (0.5,) * 3, (0.25,) * 3], batch, d)
+    footprints = [(6, 6, 6), (10, 10, 10)]
+    call = fuse_projected if projected else fuse_context
+
+    def run():
+        call(
+            problem.x, problem.sources, problem.source_boxes, problem.box, problem.weight, problem.bias,
+            problem.source_grids, grid, footprints=footprints, backend="torch",
+        )  # fmt: skip
+
+    one_frame = (10 + 16) * 10 * d
+    tables = 2**16
+    rows = batch * (math.prod(grid) + sum(map(math.prod, footprints)))
+    with unittest.mock.patch.object(context_torch, "SCRATCH", one_frame):
+        run()
+        assert harness.peak_extra_bytes(run, torch.device("cpu")) <= 4 * (rows * d + one_frame) + tables
+
+
+def op_arguments(problem, backend, fuse, projected=False):
     flat = [n for g in problem.source_grids for n in g]
     shared = (problem.sources, problem.source_boxes, problem.box)
     tail = (problem.index, flat, list(problem.grid), flat)
     if fuse:
-        return (problem.x, *shared, problem.weight, problem.bias, *tail, "ieee", backend)
+        return (problem.x, *shared, problem.weight, problem.bias, *tail, projected, "ieee", backend)
     return (*shared, *tail, backend)
 
 
@@ -297,12 +355,20 @@ def test_opcheck(backend, shared, generator):
         problem.share_rows(generator)
     grad = problem.grad
     args, fuse_args = op_arguments(problem, backend, False), op_arguments(problem, backend, True)
-    torch.library.opcheck(context._sample_bwd, (grad, *args[:-1], [True, False], args[-1]))
-    torch.library.opcheck(context._fuse_bwd, (grad, *fuse_args[:-2], [True, True, True, False, True], *fuse_args[-2:]))
+    torch.library.opcheck(context_ops.sample_bwd, (grad, *args[:-1], [True, False], args[-1]))
+    cached_args = op_arguments(problem, backend, True, projected=True)
+    for fusion in (fuse_args, cached_args):
+        wanted = [True, True, True, False, True]
+        torch.library.opcheck(context_ops.fuse_bwd, (grad, *fusion[:-3], wanted, *fusion[-3:]))
+    project_args = (problem.sources[0], problem.weight)
+    for wanted in ([True, True], [False, True]):
+        torch.library.opcheck(context_ops.project_bwd, (problem.sources[0], *project_args, wanted, "ieee", backend))
     for tensor in (problem.x, problem.weight, problem.bias, *problem.sources):
         tensor.requires_grad_()
-    torch.library.opcheck(context._sample_fwd, args)
-    torch.library.opcheck(context._fuse_fwd, fuse_args)
+    torch.library.opcheck(context_ops.sample_fwd, args)
+    torch.library.opcheck(context_ops.fuse_fwd, fuse_args)
+    torch.library.opcheck(context_ops.fuse_fwd, cached_args)
+    torch.library.opcheck(context_ops.project_fwd, (*project_args, "ieee", backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -389,6 +455,39 @@ def test_bad_arguments(case):
         fuse_context(**{**good_arguments(), **changes})
 
 
+@pytest.mark.parametrize("case", [case for case in BAD if "footprint" in case or "source" in case or "weight" in case])
+def test_bad_arguments_of_fuse_projected(case):
+    def renamed(name):
+        return "projected" if name == "sources" else name
+
+    changes, error, message = BAD[case]
+    arguments = {renamed(k): v for k, v in good_arguments().items()}
+    fuse_projected(**arguments)
+    with pytest.raises(error, match=message.replace("^sources", "^projected")):
+        fuse_projected(**{**arguments, **{renamed(k): v for k, v in changes.items()}})
+
+
+BAD_PROJECTION = {
+    "sources is a tensor": ({"sources": torch.zeros(2, 8, 4)}, TypeError, "^sources: "),
+    "no sources": ({"sources": ()}, ValueError, "^sources: "),
+    "two axes": ({"sources": (torch.zeros(8, 4),)}, ValueError, r"^sources\[0\]: "),
+    "of two widths": ({"sources": (torch.zeros(2, 8, 4), torch.zeros(2, 8, 5))}, ValueError, r"^sources\[1\]: "),
+    "narrow weight": ({"weight": torch.zeros(4, 9)}, ValueError, "^weight: "),
+    "weight of another dtype": ({"weight": torch.zeros(4, 11).double()}, TypeError, "^weight: "),
+    "unknown precision": ({"precision": "fp8"}, ValueError, "^precision: "),
+    "unknown backend": ({"backend": "cuda"}, ValueError, "^backend: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROJECTION)
+def test_bad_arguments_of_project_sources(case):
+    changes, error, message = BAD_PROJECTION[case]
+    arguments = {"sources": (torch.zeros(2, 8, 4),), "weight": torch.zeros(4, 11)}
+    project_sources(**arguments)
+    with pytest.raises(error, match=message):
+        project_sources(**{**arguments, **changes})
+
+
 # Without x, the first source decides the width and the dtype, the box decides the batch.
 FUSION_ONLY = {"source of another width", "source of another dtype", "box of another batch"}
 SAMPLE_BAD = [
@@ -415,3 +514,23 @@ def test_mixed_precision_stops_at_the_op(backend, generator):
         assert torch.equal(mixed[0], plain[0])
         for got, true in zip(mixed[1], plain[1], strict=True):
             assert torch.equal(got, true)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_flop_formulas_count_the_products(projected, generator):
+    """What the op declares is what a counter finds in the portable implementation, which it cannot see into."""
+    problem = Problem(generator, **CASES["odd"])
+    *args, _, _, _ = op_arguments(problem, "torch", True, projected)
+    triples = [args[i] for i in (7, 9)]
+    plain = (*args[:7], problem.source_grids, args[8], problem.source_grids)
+    assert triples[0] == triples[1] == [n for g in problem.source_grids for n in g]
+    for wanted in ([True] * 6, [False, True, False, False, False, False], [True, False, True, False, True, False]):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as declared:
+            context_ops.fuse_fwd(*args, projected, "ieee", "torch")
+            context_ops.fuse_bwd(problem.grad, *args, wanted, projected, "ieee", "torch")
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as found:
+            context_torch.fuse_forward(*plain, projected)
+            context_torch.fuse_backward(problem.grad, *plain, wanted, projected)
+        products = sum(n for op, n in found.get_flop_counts()["Global"].items() if op is torch.ops.aten.mm)
+        coordinates = 2 * problem.x.shape[2] * math.prod(problem.grid[:2]) * len(problem.box) * 2 * wanted[1]
+        assert declared.get_total_flops() == products - coordinates

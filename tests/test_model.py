@@ -175,12 +175,17 @@ def value_and_gradients(model, given):
 )
 @pytest.mark.parametrize("kernels", ["reference", "torch"])
 @pytest.mark.parametrize("recompute", ["selective", "block"])
-def test_recomputing_gives_the_same_bits(recompute, kernels, changes, generator):
+def test_recomputing_changes_no_value(recompute, kernels, changes, generator):
+    """Nor a gradient of the formulas; with kernels on the read sums its gradients in another order."""
     config = small(**changes)
     given = inputs(config, generator)
     kept, again = (value_and_gradients(awake(config, kernels, recompute=r), given) for r in ("none", recompute))
     assert torch.equal(kept[0], again[0])
-    assert torch.equal(kept[1], again[1])
+    if kernels == "reference":
+        assert torch.equal(kept[1], again[1])
+    wide = [g.double() if i in (0, 2) else g for i, g in enumerate(given)]
+    oracle = value_and_gradients(awake(config).double(), wide)
+    assert_within_budget("gradients", again[1], kept[1], oracle[1])
 
 
 @pytest.mark.parametrize("recompute", ["selective", "block"])

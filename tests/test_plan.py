@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpdm import presets, table1
 from hpdm.memory import training_step
 from hpdm.model import HPDM
-from hpdm.plan import PlanCommand, parameters_by_part, patch_flops, sampling_plan
+from hpdm.plan import PlanCommand, parameters_by_part
 from hpdm.sampler import Sampler, SamplerOptions
+from hpdm.sampling_plan import patch_flops, sampling_plan
 
 
 @pytest.mark.parametrize("name", presets.PUBLISHED_PARAMETERS)

@@ -97,6 +97,7 @@ def test_odd_patches_cannot_overlap_by_half():
     config = presets.tiny().replace(patch=(4, 15, 16), tokenizer=(1, 5, 4))
     with pytest.raises(ValueError, match="axis 'h' with patch size 15"):
         tiling(config, 1, (False, True, False))
+    assert tiling(config, 1, (False, True, False), tiles_per_patch=5).counts == (2, 6, 2)
 
 
 @pytest.mark.parametrize("overlap", ["", "x", "ww", "fhwf", "hx"])

@@ -1,19 +1,23 @@
 """Hierarchical tiled sampling: with a perfect denoiser it must return the video, whatever the tiles."""
 
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from hpdm import HPDM, presets
 from hpdm.diffusion import DATA_STD, gamma
+from hpdm.memory import Ledger
 from hpdm.model import Context
 from hpdm.sampler import Sampler, SamplerOptions
 from hpdm_kernels import sample_patches
 
 
 def small(**changes):
-    return presets.tiny().replace(
-        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, **changes
-    )
+    sizes = {"patch": (2, 8, 8), "width": 16, "latents": 4, "latent_width": 16, "head_width": 16}
+    return presets.tiny().replace(**sizes | {"conditioning_width": 16} | changes)
 
 
 def random_model(config, kernels="torch", seed=0):
@@ -48,13 +52,13 @@ class Oracle(HPDM):
 
 
 @pytest.mark.parametrize("overlap", ["none", "w", "fh", "fhw"])
-@pytest.mark.parametrize(("churn", "second_order"), [(0.0, False), (0.0, True), (10.0, True)])
-def test_a_perfect_denoiser_gives_the_video(overlap, churn, second_order, generator):
+@pytest.mark.parametrize(("solver", "later"), [("ddim", "heun"), ("heun", "ddim"), ("edm", "ddim"), ("edm", "edm")])
+def test_a_perfect_denoiser_gives_the_video(overlap, solver, later, generator):
     config = small()
     videos = [
         torch.rand(2, 3, *config.level_resolution(n), generator=generator) * 1.8 - 0.9 for n in range(config.levels)
     ]
-    options = SamplerOptions(steps=8, overlap=overlap, churn=churn, second_order=second_order, tile_batch=7)
+    options = SamplerOptions(steps=8, overlap=overlap, solver=solver, later_solver=later, tile_batch=7)
     levels = Sampler(Oracle(config, videos), options)([3, 4])
     for got, want in zip(levels, videos):
         torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
@@ -147,7 +151,7 @@ def test_guidance_of_one_is_none_and_zero_is_unconditional():
     model = random_model(small())
 
     def run(guidance, label):
-        options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, churn=0)
+        options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, solver="heun")
         return Sampler(model, options)([3], torch.tensor([label]))[0]
 
     null = model.config.classes
@@ -155,15 +159,106 @@ def test_guidance_of_one_is_none_and_zero_is_unconditional():
     assert not torch.allclose(run(3.0, 1), run(1.0, 1), atol=1e-4)
 
 
-def test_progress_ends_complete():
+@pytest.mark.parametrize("cache", ["gpu", "cpu", "off"])
+def test_progress_ends_complete(cache):
     seen = []
     model = random_model(small())
-    Sampler(model, SamplerOptions(steps=4, overlap="hw", tile_batch=4))(
+    Sampler(model, SamplerOptions(steps=4, overlap="hw", tile_batch=4, cache=cache))(
         [0], torch.tensor([0]), progress=lambda *call: seen.append(call)
     )
     for level in range(3):
         calls = [(done, total) for n, done, total in seen if n == level]
         assert [done for done, _ in calls] == list(range(1, calls[0][1] + 1))
+
+
+@pytest.mark.parametrize("changes", [{}, {"fusion": "shallow"}, {"coordinates": False}])
+def test_cache_modes_agree(changes):
+    """In device and in host memory the same bits; nothing kept at all, the same up to rounding."""
+    model = random_model(small(**changes))
+
+    def run(cache):
+        options = SamplerOptions(steps=3, overlap="hw", tile_batch=6, guidance=1.5, cache=cache)
+        return Sampler(model, options)([1, 2], torch.tensor([0, 1]))
+
+    on_device, on_host, computed = run("gpu"), run("cpu"), run("off")
+    for level in range(3):
+        assert torch.equal(on_device[level], on_host[level])
+        torch.testing.assert_close(computed[level], on_device[level], rtol=0, atol=2e-5)
+
+
+def test_finer_strides_change_the_seams_alone():
+    model = random_model(small())
+    half, quarter = (
+        Sampler(model, SamplerOptions(steps=2, overlap="hw", tiles_per_patch=n))([1], torch.tensor([0])) for n in (2, 4)
+    )
+    assert torch.equal(half[0], quarter[0])
+    assert not torch.equal(half[1], quarter[1])
+    assert [t.counts for t in Sampler(model, SamplerOptions(overlap="w", tiles_per_patch=4)).tilings] == [
+        (1, 1, 1), (2, 2, 5), (4, 4, 13),
+    ]  # fmt: skip
+
+
+def test_an_interrupted_run_goes_on_with_the_next_level():
+    model = random_model(small())
+    sampler = Sampler(model, SamplerOptions(steps=3, overlap="hw", tile_batch=8))
+    seen = []
+    whole = sampler([4, 5], torch.tensor([0, 1]), on_level=lambda level, video: seen.append((level, video.clone())))
+    assert [level for level, _ in seen] == [0, 1, 2]
+    for done in (1, 2, 3):
+        again = sampler([4, 5], torch.tensor([0, 1]), finished=[video for _, video in seen[:done]])
+        assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
+    with pytest.raises(ValueError, match="finished: got videos of"):
+        sampler([4], torch.tensor([0]), finished=[seen[0][1]])
+
+
+def test_memory_does_not_grow_with_the_tiles():
+    """At the same video and batch of tiles, nine times as many tiles take no more memory while a level is sampled."""
+    model = random_model(small().with_pyramid((2, 16, 16), (4, 32, 32)))
+
+    def peak(tiles_per_patch):
+        options = SamplerOptions(steps=1, overlap="hw", tiles_per_patch=tiles_per_patch, tile_batch=4, cache="off")
+        sampler = Sampler(model, options)
+        with Ledger() as ledger:
+            sampler([0], torch.tensor([0]))
+        return sampler.tilings[-1].tiles, sum(ledger.at_peak().values())
+
+    (few, memory), (many, more) = peak(2), peak(8)
+    assert many >= 9 * few
+    # Boxes and origins are a few numbers per tile, here and in the levels below, where they are looked up.
+    assert more < memory + 100 * (many - few)
+
+
+CHILD = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from tests.test_sampler import random_model, small
+from hpdm.sampler import Sampler, SamplerOptions
+torch.set_num_threads(1)
+if int(sys.argv[3]) > 1:
+    world, rank = map(int, sys.argv[3:5])
+    dist.init_process_group("gloo", init_method="file://" + sys.argv[5], rank=rank, world_size=world)
+for cache in ("gpu", "cpu", "off"):
+    options = SamplerOptions(steps=3, overlap="hw", tile_batch=6, guidance=1.5, cache=cache)
+    videos = Sampler(random_model(small()), options)([1, 2], torch.tensor([0, 1]))
+    torch.save(videos, f"{sys.argv[2]}/{cache}_{sys.argv[3]}_{sys.argv[4]}.pt")
+"""
+
+
+def test_processes_share_the_tiles_and_make_the_same_video(tmp_path):
+    root = str(pathlib.Path(__file__).parent.parent)
+
+    def start(count, rank):
+        arguments = [root, str(tmp_path), str(count), str(rank), str(tmp_path / f"meeting{count}")]
+        return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], cwd=root)
+
+    children = [start(1, 0), *(start(2, rank) for rank in range(2)), *(start(3, rank) for rank in range(3))]
+    assert [child.wait(timeout=300) for child in children] == [0] * 6
+    for cache in ("gpu", "cpu", "off"):
+        alone = torch.load(tmp_path / f"{cache}_1_0.pt")
+        for count in (2, 3):
+            for rank in range(count):
+                together = torch.load(tmp_path / f"{cache}_{count}_{rank}.pt")
+                assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +269,10 @@ def test_progress_ends_complete():
         ({"overlap": "q"}, "overlap"),
         ({"churn": -1.0}, "churn"),
         ({"tile_batch": 0}, "tile_batch"),
+        ({"tiles_per_patch": 1}, "tiles_per_patch"),
+        ({"solver": "euler"}, "solver"),
+        ({"later_solver": "rk4"}, "later_solver"),
+        ({"cache": "disk"}, "cache"),
     ],
 )
 def test_bad_options_are_named(options, field):

@@ -45,10 +45,20 @@ def arguments(op, backend, generator, device):
 
     if op.startswith("cross_attention"):
         q, k, v = want(*attention_inputs(generator, device))
+        mask = (torch.rand(2, 70, generator=generator) < 0.5).to(device)
         if op.endswith("fwd"):
-            return (q, k, v, 0.25, "ieee")
-        out, lse = torch.ops.hpdm.cross_attention_fwd(q, k, v, 0.25, "ieee")
-        return (torch.randn_like(out), q, k, v, out, lse, 0.25, "ieee")
+            return (q, k, v, 0.25, "ieee", mask)
+        out, lse = torch.ops.hpdm.cross_attention_fwd(q, k, v, 0.25, "ieee", mask)
+        return (torch.randn_like(out), q, k, v, out, lse, 0.25, "ieee", mask)
+    if op.startswith("read_tokens"):
+        q, _, _ = attention_inputs(generator, device)
+        sizes = ((2 * 3 * 16, 12), (2, 70, 12), (2, 9, 12))
+        q, weight, *tokens = want(q, *(torch.randn(size, generator=generator).to(device) for size in sizes))
+        rest = ((torch.rand(2, 79, generator=generator) < 0.5).to(device), 0.25, 30, "ieee", backend)
+        if op.endswith("fwd"):
+            return (q, tokens, weight, *rest)
+        out, lse = torch.ops.hpdm.read_tokens_fwd(q, tokens, weight, *rest)
+        return (torch.randn_like(out), q, tokens, weight, out, lse, *rest)
     if op.startswith(("sample_context", "fuse_context")):
         (x, weight, bias, *sources), (boxes, box) = context_inputs(generator, device)
         x, weight, bias, *sources = want(x, weight, bias, *sources)
