@@ -6,7 +6,17 @@ import torch
 import hpdm_kernels
 from benchmarks.gpu.checks import needs_cuda
 from benchmarks.shapes import ContextShape, PatchesShape, Pyramid, TilesShape
-from hpdm_kernels import average_tiles, cross_attention, extract_tiles, fuse_context, sample_context, sample_patches
+from hpdm_kernels import (
+    average_tiles,
+    cross_attention,
+    extract_tiles,
+    fuse_context,
+    fuse_projected,
+    project_sources,
+    read_tokens,
+    sample_context,
+    sample_patches,
+)
 from hpdm_kernels.testing import value_and_grads
 
 BACKENDS = ("torch", "triton")
@@ -69,8 +79,19 @@ def arguments(op, backend, generator, device):
             return (*shared, backend) if op.endswith("fwd") else (torch.randn_like(x), *shared, [True, False], backend)
         shared = (x, sources, list(boxes), box, weight, bias, *tail)
         if op.endswith("fwd"):
-            return (*shared, "ieee", backend)
-        return (torch.randn_like(x), *shared, [True, True, True, False, True], "ieee", backend)
+            return (*shared, False, "ieee", backend)
+        return (torch.randn_like(x), *shared, [True, True, True, False, True], False, "ieee", backend)
+    if op.startswith("project_source"):
+        (_, weight, _, source, *_), _ = context_inputs(generator, device)
+        source, weight = want(source, weight)
+        if op.endswith("fwd"):
+            return (source, weight, "ieee", backend)
+        return (torch.randn_like(source), source, weight, [True, True], "ieee", backend)
+    if op in ("add_tiles", "step_tiles"):
+        tiles, video = TILES.make(generator, device)
+        if op == "add_tiles":
+            return (torch.zeros_like(video), tiles[:, :3].clone(), TILES.origins(), 0, backend)
+        return (torch.randn_like(video), TILES.origins(), list(TILES.tile), video.dtype, video, 0.3, 0.7, backend)
     if op.endswith("_tiles"):
         tiles, video = want(*TILES.make(generator, device))
         if op == "extract_tiles":
@@ -115,6 +136,16 @@ def public_functions(backend, generator, device):
             lambda x, w, b, *s: fuse_context(x * 2, s, boxes, box, w, b, **grids, backend=backend).sin(),
             (x, weight, bias, *sources),
         ),
+        "fuse_projected": (
+            lambda x, w, b, *s: fuse_projected(
+                x * 2, project_sources(s, w, backend=backend), boxes, box, w, b, **grids, backend=backend
+            ).sin(),
+            (x, weight, bias, *sources),
+        ),
+        "read_tokens": (
+            lambda q, t, w: read_tokens(q * 2, t, w, backend=backend).sin(),
+            (q, x.detach(), torch.randn(2 * 3 * 16, CONTEXT.width, generator=generator).to(device)),
+        ),
         "average_tiles": (
             lambda t, x: average_tiles(t * 2, origins, TILES.size, x=x, alpha=0.3, beta=0.7, backend=backend).sin(),
             (tiles, video),
@@ -125,7 +156,10 @@ def public_functions(backend, generator, device):
 
 
 origins = TILES.origins()
-PUBLIC = ("cross_attention", "sample_context", "fuse_context", "average_tiles", "extract_tiles", "sample_patches")
+PUBLIC = (
+    "cross_attention", "read_tokens", "sample_context", "fuse_context", "fuse_projected", "average_tiles",
+    "extract_tiles", "sample_patches",
+)  # fmt: skip
 
 
 @needs_cuda
