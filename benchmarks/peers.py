@@ -166,3 +166,21 @@ def crop_and_interpolate(video: Tensor, box: Tensor, size: Sequence[int]) -> Ten
         crop = crop if crop.is_floating_point() else crop.float()
         crops.append(F.interpolate(crop, size=tuple(size), mode="area"))
     return torch.cat(crops)
+
+
+def monai_average(tiles: Tensor, size: Sequence[int], overlap: Sequence[float]) -> Tensor:
+    """MONAI's ``sliding_window_inference`` with a predictor that has its answers ready: its value and count maps.
+
+    One window at a time, which MONAI slices without a copy, of a video that takes no memory.
+
+    Raises:
+        ImportError: MONAI is not installed (``pip install monai``; nothing else here needs it).
+    """
+    from monai.inferers import sliding_window_inference
+
+    b, _, c = tiles.shape[:3]
+    ready = iter(tiles.unbind(1))
+    video = tiles.new_zeros(()).expand(b, c, *size)
+    return sliding_window_inference(
+        video, tuple(tiles.shape[3:]), 1, lambda _: next(ready), overlap=tuple(overlap), mode="constant"
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import peers, shapes
-from hpdm_kernels import average_tiles, extract_tiles, reference
+from hpdm_kernels import TileAccumulator, average_tiles, extract_tiles, reference
 
 PAPER = shapes.TilesShape(shapes.T2V)
 SHAPES = (*(shape for shape in shapes.TILES if shape != PAPER), PAPER)
@@ -32,6 +32,10 @@ def test_average_tiles(compare, backends, device, generator, shape, direction):
     def ours(backend):
         return lambda t: average_tiles(t, origins, shape.size, backend=backend)
 
+    # Without MONAI, a row of the table says that it is not installed.
+    def monai(t):
+        return peers.monai_average(t, shape.size, [half / 2 for half in shape.overlap])
+
     compare(
         {
             "reference (accumulate and count)": lambda t: reference.average_tiles(
@@ -40,6 +44,7 @@ def test_average_tiles(compare, backends, device, generator, shape, direction):
             "accumulate and count, in place": lambda t: peers.accumulate_and_count(t, origins, shape.size),
             # Minutes for the largest shape without a GPU.
             **({"index_add_": lambda t: peers.index_add_average(t, origins, shape.size)} if CUDA else {}),
+            **({"MONAI sliding window": monai} if direction == "fwd" else {}),
             **{f"hpdm {backend}": ours(backend) for backend in backends},
         },
         inputs=(tiles,),
@@ -47,7 +52,7 @@ def test_average_tiles(compare, backends, device, generator, shape, direction):
         shape=str(shape),
         direction=direction,
         reference="reference (accumulate and count)",
-        peers=["accumulate and count, in place", "index_add_"],
+        peers=["accumulate and count, in place", "index_add_", "MONAI sliding window"],
         bytes=reads_and_writes,
     )
 
@@ -73,6 +78,42 @@ def test_sampler_step(compare, backends, device, generator, shape):
         },
         inputs=(tiles, video),
         group="average_tiles, alpha * x + beta * mean",
+        shape=str(shape),
+        direction="fwd",
+        reference="reference (accumulate and count)",
+        peers=["accumulate and count, then step"],
+        bytes=shape.bytes(with_x=True),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tile_accumulator(compare, backends, device, generator, shape):
+    """The same step from chunks of 64 tiles, as a sampler makes them: sums are kept between steps, tiles are not."""
+    tiles, video = shape.make(generator, device)
+    origins = shape.origins()
+
+    def ours(backend):
+        sums = TileAccumulator(origins, shape.tile, shape.size, backend=backend)
+
+        def run(t, x):
+            for chunk in t.split(64, dim=1):
+                sums.add(chunk)
+            return sums.step(x, 0.9, 0.1)
+
+        return run
+
+    compare(
+        {
+            "reference (accumulate and count)": lambda t, x: reference.average_tiles(
+                t, origins, shape.size, x, 0.9, 0.1
+            ),
+            "accumulate and count, then step": lambda t, x: torch.add(
+                x * 0.9, peers.accumulate_and_count(t, origins, shape.size), alpha=0.1
+            ),
+            **{f"hpdm {backend}": ours(backend) for backend in backends},
+        },
+        inputs=(tiles, video),
+        group="TileAccumulator, chunks of 64 tiles",
         shape=str(shape),
         direction="fwd",
         reference="reference (accumulate and count)",

@@ -22,9 +22,7 @@ from hpdm_kernels import reference, tiles_torch
 from hpdm_kernels._backend import resolve
 from hpdm_kernels._checks import check_tensor, check_triple
 from hpdm_kernels.tiles_geometry import read_origins
-from hpdm_kernels.tiles_triton import launch_average, launch_extract
-
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from hpdm_kernels.tiles_triton import TRITON_DTYPES, launch_average, launch_extract
 
 
 @torch.library.custom_op("hpdm::extract_tiles", mutates_args=())

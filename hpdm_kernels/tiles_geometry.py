@@ -89,6 +89,17 @@ class Plan:
     axes: tuple[Axis, Axis, Axis] | None
     obstacle: str | None
 
+    def box(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """(start, stop) per axis of the least box around tiles ``first`` to ``stop - 1`` of a product grid."""
+        if self.axes is None:
+            raise ValueError("plan: got origins that are no product grid, expected one with axes")
+        low, high = self.origins[first], self.origins[stop - 1]
+        box, whole = [], False
+        for axis, a, b in zip(self.axes, low, high):
+            box.append((axis.origins[0], axis.origins[-1] + axis.tile) if whole else (a, b + axis.tile))
+            whole = whole or a != b
+        return box
+
 
 @functools.lru_cache(maxsize=64)
 def _parse(data: bytes, tile: tuple[int, int, int], size: tuple[int, int, int]) -> Plan:

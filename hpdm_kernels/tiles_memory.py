@@ -13,6 +13,7 @@ import functools
 import mmap
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 # From here on glibc gives an allocation a mapping of its own (DEFAULT_MMAP_THRESHOLD_MAX), which goes back to the
@@ -30,9 +31,9 @@ def _madvise() -> Callable[[int, int, int], int] | None:
     return madvise
 
 
-def new_empty(like: Tensor, *shape: int) -> Tensor:
-    """``like.new_empty(shape)``; a large one in host memory lies on huge pages where the system has some."""
-    out = like.new_empty(shape)
+def new_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """``like.new_empty(shape, dtype=dtype)``; a large one in host memory lies on huge pages, if there are some."""
+    out = like.new_empty(shape, dtype=dtype)
     madvise = _madvise()
     if madvise and out.device.type == "cpu" and out.nbytes >= OWN_MAPPING:
         start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -46,6 +46,14 @@ def _sum_into(out: Tensor, parts: Sequence[Tensor]) -> None:
         out.add_(part)
 
 
+def _linear_step(out: Tensor, total: Tensor, weight: Tensor | float, x: Tensor | None, alpha: float) -> None:
+    """``out = alpha * x + weight * total``, in ``total``'s dtype; may overwrite ``total``."""
+    if x is None:
+        torch.mul(total, weight, out=out)
+    else:
+        torch.add(total.mul_(weight), x, alpha=alpha, out=out)
+
+
 def extract(video: Tensor, plan: Plan, tile: Sequence[int], mean: bool, scale: float) -> Tensor:
     """One strided copy per row of tiles; the weights, if any, are applied to the video first."""
     b, c = video.shape[:2]
@@ -118,8 +126,43 @@ def average(
         _add_up(rows.transpose(4, 5), sums.movedim(1, 0).transpose(5, 6), alike_h)
         _add_up(total, rows.movedim(1, 0), alike_w)
         weight = inverse * (beta / max(1, len(cover))) if mean else beta
-        if x is None:
-            torch.mul(total, weight, out=out[:, :, here])
-        else:
-            torch.add(total.mul_(weight), x[:, :, here], alpha=alpha, out=out[:, :, here])
+        _linear_step(out[:, :, here], total, weight, None if x is None else x[:, :, here], alpha)
+    return out
+
+
+def add(sums: Tensor, tiles: Tensor, plan: Plan, first: int) -> None:
+    """Adds the tiles from number ``first`` on to ``sums``: every voxel takes its tiles one by one, in their order."""
+    if plan.axes is None:
+        raise ValueError("plan: got origins that are no product grid, expected one with axes")
+    if first == 0:
+        sums.zero_()
+    axis_w = plan.axes[2]
+    done, per_row, w = 0, len(axis_w.origins), axis_w.tile
+    while done < tiles.shape[1]:
+        t = first + done
+        at_f, at_h, _ = plan.origins[t]
+        origins = axis_w.origins[t % per_row :][: tiles.shape[1] - done]
+        row = sums.narrow(2, at_f, tiles.shape[3]).narrow(3, at_h, tiles.shape[4])
+        chunk = tiles[:, done : done + len(origins)].permute(0, 2, 3, 4, 1, 5)
+        for start, count, step in Axis(axis_w.size, w, origins).runs():
+            # Overlapping tiles are a few tilings without overlap, each added in one operation: from their right ends
+            # to their left ones, so that an earlier tile's right end comes before a later tile's left one.
+            for at in reversed(range(0, w, step)):
+                width = min(step, w - at)
+                columns = row.narrow(4, origins[start] + at, (count - 1) * step + width).unfold(4, width, step)
+                columns.add_(chunk.narrow(4, start, count).narrow(5, at, width))
+        done += len(origins)
+
+
+def step(sums: Tensor, plan: Plan, dtype: torch.dtype, x: Tensor | None, alpha: float, beta: float) -> Tensor:
+    """``alpha * x + beta * sums / counts``; uses up ``sums``."""
+    if plan.axes is None:
+        raise ValueError("plan: got origins that are no product grid, expected one with axes")
+    axis_f, axis_h, axis_w = plan.axes
+    inverse = inverse_counts(axis_h, sums)[:, None] * inverse_counts(axis_w, sums)
+    out = new_empty(sums, *sums.shape, dtype=dtype)
+    longest = max(1, (CPU_PIECE if sums.device.type == "cpu" else GPU_PIECE) // sums[:, :, 0].numel())
+    for start, stop, cover in _pieces(axis_f, longest):
+        total, weight, here = sums[:, :, start:stop], inverse * (beta / len(cover)), slice(start, stop)
+        _linear_step(out[:, :, here], total, weight, None if x is None else x[:, :, here], alpha)
     return out
