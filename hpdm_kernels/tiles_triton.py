@@ -83,7 +83,7 @@ def _average_tiles_kernel(  # type: ignore[no-untyped-def]
 
     ``ADD``: there are any. ``SUMS``: they are a chunk, and ``sums`` has the tiles before. ``FINISH``: they are the last
     ones, and ``out`` takes the linear step, else ``out`` takes the sums. ``starts``: origins per axis; ``most``:
-    covering tiles at most. One loop with the same bounds in all threads: for nested ones ptxas spilled barriers.
+    covering tiles at most. One loop with the same bounds in all threads: nested ones spilled registers.
     """
     pid = tl.program_id(0)
     frame = pid // (n_blocks_h * n_blocks_w)
