@@ -14,7 +14,7 @@ from hpdm import HPDM, presets
 from hpdm.sampler import Sampler, SamplerOptions, _Run
 from hpdm.sampling_plan import sampling_plan
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 class OncePerStep(_Run):
