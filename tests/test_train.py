@@ -67,10 +67,13 @@ def test_an_interrupted_run_continues_bit_for_bit(clips, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("recompute", ["selective", "block"])
-def test_recomputing_changes_no_loss(clips, tmp_path, recompute):
+def test_recomputing_changes_losses_by_rounding_alone(clips, tmp_path, recompute):
+    """The first to no bit: the forward pass is the same. Gradients of the read are summed in another order."""
     train(options(clips, tmp_path / "kept"))
     train(options(clips, tmp_path / "recomputed", recompute=recompute))
-    assert losses(tmp_path / "recomputed") == losses(tmp_path / "kept")
+    kept, again = losses(tmp_path / "kept"), losses(tmp_path / "recomputed")
+    assert again[0][:2] == kept[0][:2]
+    assert [row[1] for row in again] == pytest.approx([row[1] for row in kept], rel=1e-5)
 
 
 def test_mixed_precision_trains_close_by(clips, tmp_path):
