@@ -28,9 +28,10 @@ from hpdm_kernels.reference import axis_positions, coordinate_dtype
 
 Triple = Sequence[int]
 
-SCRATCH, SCRATCH_BACKWARD = 1 << 18, 1 << 22
-"""Elements between footprints and patch at a time. Forward 1 MB in fp32, which costs 4 % against no limit and is small
-beside any output; backward 16 MB, below what the C library takes from the system, and gives back, every time."""
+SCRATCH, SCRATCH_LARGE = 1 << 18, 1 << 22
+"""Elements between footprints and patch at a time. In the forward of the fusion 1 MB in fp32, which costs 4 % against
+no limit and is small beside any output; elsewhere 16 MB, below what the C library takes from the system, and gives
+back, every time."""
 
 
 class Footprint(NamedTuple):
@@ -101,7 +102,7 @@ def _pieces(b: int, n_f: int, of_frame: int, scratch: int) -> Iterator[tuple[sli
             yield slice(i, min(i + samples, b)), slice(j, min(j + frames, n_f))
 
 
-def _add_context(out: Tensor, values: Tensor, footprints: Sequence[Footprint], beta: int) -> None:
+def _add_context(out: Tensor, values: Tensor, footprints: Sequence[Footprint], beta: int, scratch: int) -> None:
     """``out = beta * out + mean`` over sources of footprints ``[sum_k B * P_k, D]`` spread over the patch, in place.
 
     ``out`` is ``[B, n_f, n_h, n_w, D]``.
@@ -110,7 +111,7 @@ def _add_context(out: Tensor, values: Tensor, footprints: Sequence[Footprint], b
     for part, footprint in zip(values.split([f.tokens.numel() for f in footprints]), footprints):
         (pf, ph, pw), (to_f, to_h, to_w) = footprint.size, footprint.matrices
         part = part.view(b, pf, ph * pw * d)
-        for some, frames in _pieces(b, n_f, (ph + n_h) * pw * d, SCRATCH):
+        for some, frames in _pieces(b, n_f, (ph + n_h) * pw * d, scratch):
             place = out[some, frames]
             count = place.shape[1]
             lines = torch.bmm(to_f[some, frames], part[some])
@@ -135,7 +136,7 @@ def _contract(grad: Tensor, footprints: Sequence[Footprint], extra: Sequence[Ten
     out = grad.new_empty(sum(counts), d, dtype=work)
     rest = grad.new_empty(b, n_f, n_h, columns.shape[1] - sum(widths), d, dtype=work)
     widths.append(rest.shape[3])
-    for some, frames in _pieces(b, n_f, n_h * columns.shape[1] * d, SCRATCH_BACKWARD):
+    for some, frames in _pieces(b, n_f, n_h * columns.shape[1] * d, SCRATCH_LARGE):
         piece = grad[some, frames].to(work)
         count = piece.shape[1]
         parts = torch.bmm(columns[some].repeat_interleave(count * n_h, 0), piece.flatten(0, 2))
@@ -175,7 +176,7 @@ def sample_forward(
     footprints = _footprints(sources, source_boxes, box, source_index, source_grids, grid, sizes)
     work = coordinate_dtype(dtype)
     out = torch.empty(box.shape[0], *grid, d, dtype=work, device=box.device)
-    _add_context(out, _gather(sources, footprints).to(work), footprints, beta=0)
+    _add_context(out, _gather(sources, footprints).to(work), footprints, 0, SCRATCH_LARGE)
     return out.view(box.shape[0], -1, d).to(dtype)
 
 
@@ -222,7 +223,7 @@ def fuse_forward(
     if not projected:
         values = project(values, weight)
     out = torch.mm(x.reshape(-1, d), weight[:, :d].t()).to(work)
-    _add_context(out.view(b, *grid, d), values.to(work), footprints, beta=1)
+    _add_context(out.view(b, *grid, d), values.to(work), footprints, 1, SCRATCH)
     del values  # before the coordinates' rows come
     if weight.shape[1] == 2 * d + 3:
         c_f, c_h, _ = _coordinates(box, grid, work)
