@@ -88,10 +88,12 @@ def check_boxes(name: str, boxes: object, rows: int | str, like: tuple[str, Tens
     """
     boxes = check_tensor(name, boxes, (rows, 6), dtypes=(torch.float32,), like=like, same_dtype=False)
     if values_are_readable(boxes):
-        offset, scale = boxes[:, :3], boxes[:, 3:]
+        # In numpy, whose small operations cost a quarter of PyTorch's: this was a fifth of cutting one patch.
+        values = boxes.detach().numpy()
+        offset, scale = values[:, :3], values[:, 3:]
         good = (scale > 0) & (offset >= -BOX_SLACK) & (offset + scale <= 1 + BOX_SLACK)
-        if not bool(good.all()):
-            row = int((~good.all(dim=1)).nonzero()[0])
+        if not good.all():
+            row = int((~good.all(axis=1)).nonzero()[0][0])
             raise ValueError(
                 f"{name}: row {row} is {boxes[row].tolist()}, expected (offset, scale) inside the whole video: "
                 "offset >= 0, scale > 0, offset + scale <= 1 on every axis"
