@@ -190,6 +190,7 @@ def test_fuse_context_of_cached_levels(compare, backends, device, generator, sha
         REFERENCE: formula,
         "separable matmul, projected once": peer(peers.separable_context),
         "embedding_bag, projected once": peer(peers.embedding_bag_context),
+        "separable matmul, projected once, compiled": peer(peers.compiled(peers.separable_context)),
     }
     peer_names = list(contenders)[1:]
     for backend in backends:

@@ -6,12 +6,23 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 Triple = tuple[int, int, int]
 
 CONDITIONINGS = ("none", "class", "text")
 FUSIONS = ("deep", "shallow")
+
+
+def check_choice(name: str, value: str, kind: Any) -> Any:
+    """``value`` itself, if it is one of the strings of ``kind``, a ``Literal``.
+
+    Raises:
+        ValueError: it is another one; the message names ``name``.
+    """
+    if value not in get_args(kind):
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
+    return value
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from hpdm.config import HPDMConfig
-from hpdm.rin import Modulation, RINBlock, check_recompute, recomputed
+from hpdm.config import HPDMConfig, check_choice
+from hpdm.rin import Modulation, Recompute, RINBlock, recomputed
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels._backend import check_backend
 from hpdm_kernels.reference import coordinate_dtype, relative_box
@@ -126,7 +126,7 @@ class HPDM(nn.Module):
         super().__init__()
         self.config = config
         self.kernels = check_backend(kernels)
-        self.recompute = check_recompute(recompute)
+        self.recompute: Recompute = check_choice("recompute", recompute, Recompute)
         f, h, w = config.grid
         inputs = config.channels * (2 if config.fusion == "shallow" else 1)
         self.tokenizer = nn.Linear(inputs * math.prod(config.tokenizer), config.width)

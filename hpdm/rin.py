@@ -15,7 +15,7 @@ the latents can be computed again in the backward pass instead of being kept, se
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +35,6 @@ token MLP. Kept are the tokens between the steps of a block and all that has a r
 
 CHUNK_ROWS, CHUNKS = 8192, 8
 """Tokens that are recomputed at a time: about 8192 rows, more where that would be over 8 pieces."""
-
-
-def check_recompute(recompute: str) -> Recompute:
-    """``recompute`` itself.
-
-    Raises:
-        ValueError: not one of :data:`Recompute`.
-    """
-    for known in get_args(Recompute):
-        if recompute == known:
-            return known
-    raise ValueError(f"recompute: got {recompute!r}, expected one of {', '.join(map(repr, get_args(Recompute)))}")
 
 
 def recomputed(fn: Callable[..., Any], *inputs: Any) -> Any:

@@ -35,6 +35,9 @@ from hpdm.video import atomic_path, write_contact_sheet, write_video
 OVERLAPS = ("none", "w", "h", "hw", "f", "fw", "fh", "fhw")
 """The strategies of the paper's Table 4."""
 
+UNFINISHED = ".unfinished"
+"""Folder beside the videos with the finished levels of a run under way."""
+
 
 @dataclass(frozen=True)
 class SampleOptions:
@@ -239,9 +242,6 @@ def _sample(options: SampleOptions, device: torch.device) -> list[Path]:
     shutil.rmtree(options.out / UNFINISHED, ignore_errors=True)
     print(f"{len(paths)} videos and contact_sheet.png in {options.out}, {time.perf_counter() - started:.1f} s")
     return paths
-
-
-UNFINISHED = ".unfinished"
 
 
 def _levels(

@@ -15,14 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hpdm import ranks
-from hpdm.config import HPDMConfig
+from hpdm.config import HPDMConfig, check_choice
 from hpdm.context_cache import ContextCache, Finished, allocate
 from hpdm.diffusion import denoise, network_input, time_of_sigma
 from hpdm.model import HPDM, Context
@@ -38,11 +38,6 @@ SolverName = Literal["edm", "heun", "ddim"]
 
 CacheMode = Literal["gpu", "cpu", "off"]
 """Where features of finished levels lie: on the model's device, in host memory, or nowhere: computed for each tile."""
-
-
-def _check_choice(name: str, value: str, kind: object) -> None:
-    if value not in get_args(kind):
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
 
 
 @dataclass(frozen=True)
@@ -80,9 +75,9 @@ class SamplerOptions:
 
     def __post_init__(self) -> None:
         parse_overlap(self.overlap)
-        _check_choice("solver", self.solver, SolverName)
-        _check_choice("later_solver", self.later_solver, SolverName)
-        _check_choice("cache", self.cache, CacheMode)
+        check_choice("solver", self.solver, SolverName)
+        check_choice("later_solver", self.later_solver, SolverName)
+        check_choice("cache", self.cache, CacheMode)
         for name, least in (("steps", 1), ("tiles_per_patch", 2), ("churn", 0), ("tile_batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")

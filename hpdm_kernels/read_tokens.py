@@ -158,16 +158,7 @@ def _read_tokens_fwd(
 
 
 @_read_tokens_fwd.register_fake
-def _(
-    q: Tensor,
-    tokens: Sequence[Tensor],
-    weight: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    piece_rows: int,
-    precision: str,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return new_rows(q), q.new_empty(q.shape[:3], dtype=reference.coordinate_dtype(q.dtype))
 
 
@@ -190,19 +181,7 @@ def _read_tokens_bwd(
 
 
 @_read_tokens_bwd.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    tokens: Sequence[Tensor],
-    weight: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_mask: Tensor | None,
-    scale: float,
-    piece_rows: int,
-    precision: str,
-    backend: str,
-) -> list[Tensor]:
+def _(grad: Tensor, q: Tensor, tokens: Sequence[Tensor], weight: Tensor, *rest: Any) -> list[Tensor]:
     return [new_rows(q), weight.new_empty(weight.shape), *(t.new_empty(t.shape) for t in tokens)]
 
 
@@ -281,6 +260,8 @@ def read_tokens(
         ValueError: wrong rank, sizes or device; no tokens; ``scale`` not finite; ``piece_rows`` below 1; unknown
             ``precision`` or ``backend``.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
+
+    Source: the read of a RIN block, paper Fig. 11.
     """
     check_tensor("q", q, ("B", "h", "M", "d"))
     batch, heads, _, width = q.shape
