@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from hpdm.data_layout import find_split_file, find_videos
+from hpdm.data_layout import add_captions, find_split_file, find_videos
 from hpdm.decode import DECODERS, TIMEOUT_S, DecodeError, Decoder, VideoInfo, probe, read_clip
 
 _CHUNK = 64  # frames decoded at a time when a whole clip goes to the cache
@@ -29,6 +29,7 @@ class ClipItem(TypedDict):
 
     video: Tensor  # uint8 [3, F, H, W]
     label: int  # 0 where the set has no classes
+    caption: str  # "" where captions were not asked for
     path: str
     start: int  # number of the first frame in the file
     decoder: str  # "decord" or "pyav"
@@ -68,6 +69,8 @@ class VideoDataset(Dataset[ClipItem]):
         split: ``"train"`` or ``"test"`` of the official split, ``None`` for every clip.
         fold: which official split, 1 to 3.
         split_file: a list of clips in the official format, instead of ``split``.
+        captions: read a caption for every clip, from ``captions.jsonl`` in ``root`` (lines ``{"file":
+            "relative/path.mp4", "caption": "..."}``) or from a text file of the clip's name beside it.
         train: ``True`` draws the window at random from (seed, epoch, index); ``False`` takes the middle one.
         short: a clip shorter than a window is an ``"error"``, is replaced like a damaged one (``"skip"``), or is played
             in a ``"loop"``.
@@ -79,7 +82,7 @@ class VideoDataset(Dataset[ClipItem]):
 
     Raises:
         FileNotFoundError: no such folder, split file or listed clip.
-        ValueError: a folder without videos, a class that the set does not have, a bad number.
+        ValueError: a folder without videos, a class that the set does not have, clips without a caption, a bad number.
 
     Reading an item raises :class:`ShortClipError` or, when no clip of the set is good,
     :class:`hpdm.decode.DecodeError`.
@@ -95,6 +98,7 @@ class VideoDataset(Dataset[ClipItem]):
         split: Literal["train", "test"] | None = None,
         fold: int = 1,
         split_file: str | os.PathLike[str] | None = None,
+        captions: bool = False,
         train: bool = True,
         short: Literal["error", "skip", "loop"] = "error",
         seed: int = 0,
@@ -129,6 +133,8 @@ class VideoDataset(Dataset[ClipItem]):
         if split is not None:
             split_file = find_split_file(self.root, split, fold)
         self.class_names, self.files = find_videos(self.root, split_file)
+        if captions:
+            self.files = add_captions(self.root, self.files)
         self._infos: dict[int, VideoInfo] = {}
         self._bad: dict[int, str] = {}
         self._warned: set[int] = set()
@@ -214,7 +220,14 @@ class VideoDataset(Dataset[ClipItem]):
             clip = read_clip(file.path, numbers, decoder=self.decoder, timeout=self.timeout)
             window, decoder = resize_and_crop(torch.from_numpy(clip.frames), self.size), clip.decoder
         video = window.permute(3, 0, 1, 2).contiguous()
-        return {"video": video, "label": file.label, "path": file.path, "start": start, "decoder": decoder}
+        return {
+            "video": video,
+            "label": file.label,
+            "caption": file.caption,
+            "path": file.path,
+            "start": start,
+            "decoder": decoder,
+        }
 
     def _fill_cache(self, index: int, total: int) -> tuple[Tensor, str] | None:
         worker = get_worker_info()

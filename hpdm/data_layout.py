@@ -1,21 +1,28 @@
-"""How a folder of videos becomes a list of files with labels: class folders, UCF-101's split files, flat folders."""
+"""How a folder of videos becomes a list of files with labels and captions.
+
+Class folders, UCF-101's split files, flat folders; captions beside the clips or in one file.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SUFFIXES = frozenset((".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"))
 SPLIT_FOLDER = "ucfTrainTestlist"
+CAPTIONS_FILE = "captions.jsonl"
 
 
 @dataclass(frozen=True)
 class VideoFile:
-    """A file of a set and its label."""
+    """A file of a set, its label and its caption (``""`` where captions were not asked for)."""
 
     path: str
     label: int
+    caption: str = ""
 
 
 def find_videos(
@@ -57,6 +64,62 @@ def find_videos(
     return names, [VideoFile(str(path), names.index(name)) for name, paths in folders.items() for path in paths]
 
 
+def add_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> list[VideoFile]:
+    """The files with their captions: from ``root/captions.jsonl``, else from a text file of the clip's name beside it.
+
+    ``captions.jsonl`` holds lines ``{"file": "relative/path.mp4", "caption": "..."}``; both are UTF-8.
+
+    Raises:
+        ValueError: clips without a caption, a line in another format, a file that is not UTF-8.
+    """
+    root = Path(root)
+    listed = _read_captions(root / CAPTIONS_FILE) if (root / CAPTIONS_FILE).is_file() else {}
+    captioned, missing = [], []
+    for file in files:
+        name = Path(file.path).relative_to(root).as_posix()
+        sidecar = Path(file.path).with_suffix(".txt")
+        caption = listed.get(name, "") or (_read_text(sidecar).strip() if sidecar.is_file() else "")
+        if not caption:
+            missing.append(name)
+        captioned.append(replace(file, caption=caption))
+    if missing:
+        more = ", ..." if len(missing) > 3 else ""
+        raise ValueError(
+            f"captions: {len(missing)} of {len(files)} clips of {root} have none ({', '.join(missing[:3])}{more}), "
+            f"expected each in {CAPTIONS_FILE} or in a text file beside the clip"
+        )
+    return captioned
+
+
+def _read_captions(path: Path) -> dict[str, str]:
+    captions: dict[str, str] = {}
+    for place, line in _lines(path):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("file", "caption")):
+            raise ValueError(f'{place}: got {line!r}, expected {{"file": "relative/path.mp4", "caption": "..."}}')
+        if record["file"] in captions:
+            raise ValueError(f"{place}: {record['file']} has a caption already, expected one line per clip")
+        captions[record["file"]] = record["caption"].strip()
+    return captions
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a text file that are not blank, each with its place for messages."""
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line.rstrip("\r")
+
+
 def _videos_in(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file()]
@@ -84,12 +147,10 @@ def find_split_file(root: Path, split: str, fold: int) -> Path:
 
 def _read_class_index(path: Path) -> list[str]:
     names: list[str] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for place, line in _lines(path):
         fields = line.split()
         if len(fields) != 2 or fields[0] != str(len(names) + 1):
-            raise ValueError(f"{path}:{number}: got {line!r}, expected '{len(names) + 1} ClassName'")
+            raise ValueError(f"{place}: got {line!r}, expected '{len(names) + 1} ClassName'")
         names.append(fields[1])
     return names
 
@@ -100,23 +161,21 @@ def _read_split(root: Path, path: Path, names: list[str], folders: dict[str, lis
         raise FileNotFoundError(f"split_file: {path} is not a file")
     by_stem = {(name, video.stem): video for name, videos in folders.items() for video in videos}
     files = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for place, line in _lines(path):
         listed, *label = line.split()
         name, _, clip = listed.rpartition("/")
+        if not name or not clip or len(label) > 1 or (label and not label[0].isdecimal()):
+            raise ValueError(f"{place}: got {line!r}, expected 'Class/clip.avi' or 'Class/clip.avi label'")
         if name not in names:
-            raise ValueError(f"{path}:{number}: class {name!r} is not one of the {len(names)} classes of {root}")
+            raise ValueError(f"{place}: class {name!r} is not one of the {len(names)} classes of {root}")
         if label and label != [str(names.index(name) + 1)]:
-            raise ValueError(
-                f"{path}:{number}: got label {' '.join(label)} for {name}, expected {names.index(name) + 1}"
-            )
+            raise ValueError(f"{place}: got label {' '.join(label)} for {name}, expected {names.index(name) + 1}")
         video = root / listed
         if not video.is_file():
             # Copies of UCF-101 are often transcoded from avi to mp4.
             other = by_stem.get((name, Path(clip).stem))
             if other is None:
-                raise FileNotFoundError(f"{path}:{number}: {video} does not exist, under no video suffix")
+                raise FileNotFoundError(f"{place}: {video} does not exist, under no video suffix")
             video = other
         files.append(VideoFile(str(video), names.index(name)))
     if not files:

@@ -11,15 +11,16 @@ import colorsys
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from hpdm.data_layout import CAPTIONS_FILE, SPLIT_FOLDER
 from hpdm.video import write_text, write_video
 
-SPLIT_FOLDER = "ucfTrainTestlist"
 RADIUS = (0.36, 0.40)
 """Half of an object's extent, from the smallest to the largest, as shares of the picture's shorter side."""
 _GROUP_CLIPS = 4  # clips of one group, which never straddles train and test, as in UCF-101
@@ -85,6 +86,13 @@ def _slanted(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 _Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
+_TEXTURE_WORDS: dict[_Field, str] = {
+    _upright: "upright stripes",
+    _level: "level stripes",
+    _checks: "checks",
+    _slanted: "slanted stripes",
+}
+
 CLASSES: dict[str, tuple[_Field, _Field, tuple[int, int, int]]] = {
     "RedDisc": (_disc, _upright, (235, 64, 52)),
     "GreenSquare": (_square, _checks, (64, 200, 72)),
@@ -101,6 +109,41 @@ def bounce(start: float, velocity: float, low: float, high: float, steps: np.nda
     travelled = (start - low + velocity * steps) % (2 * span)
     back = travelled >= span
     return low + np.where(back, 2 * span - travelled, travelled), np.where(back, -velocity, velocity)
+
+
+# Eighths of a turn, starting to the right; y points down, so a growing angle turns clockwise.
+_HEADINGS = (
+    "to the right",
+    "down and to the right",
+    "down",
+    "down and to the left",
+    "to the left",
+    "up and to the left",
+    "up",
+    "up and to the right",
+)
+
+
+def describe_clip(class_name: str, clip: Clip, *, rng: np.random.Generator) -> str:
+    """A caption: colour, shape, the direction of motion at the start, and at times the texture and a wall that is hit.
+
+    Args:
+        class_name: the class that ``clip`` shows, a key of :data:`CLASSES`.
+        clip: the rendered clip.
+        rng: picks among wordings, all of them true.
+    """
+
+    def pick(*wordings: str) -> str:
+        return wordings[rng.integers(len(wordings))]
+
+    colour, shape = re.findall("[A-Z][a-z]+", class_name)
+    x, y = clip.velocity[0]
+    heading = _HEADINGS[round(math.atan2(y, x) / (math.pi / 4)) % 8]
+    texture = pick("", f" with {_TEXTURE_WORDS[CLASSES[class_name][1]]}")
+    verb = pick("moving", "drifting", "gliding", "travelling")
+    hits = bool((clip.velocity != clip.velocity[0]).any())
+    ending = pick("", ", then bouncing off a wall") if hits else ""
+    return f"{pick('a', 'a video of a')} {colour.lower()} {shape.lower()}{texture} {verb} {heading}{ending}"
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -176,9 +219,10 @@ def render_synthetic(
     """Writes a labelled set of clips in UCF-101's layout and returns its folder.
 
     ``Class/v_Class_g01_c01.mp4``, the split files ``ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt`` in the
-    official format (whole groups of up to four clips go to one side, about a quarter of them to test), and
-    ``metadata.jsonl``: per clip its file, class, split, radius, and the object's position and velocity per frame in
-    pixels (x right, y down). A clip depends on (seed, class, number) alone: more clips or fewer classes change none.
+    official format (whole groups of up to four clips go to one side, about a quarter of them to test),
+    ``captions.jsonl`` (:func:`describe_clip`) and ``metadata.jsonl``: per clip its file, class, split, radius, and the
+    object's position and velocity per frame in pixels (x right, y down). A clip and its caption depend on (seed, class,
+    number) alone: more clips or fewer classes change none.
 
     Args:
         out: folder to create; it must not hold anything yet unless ``overwrite``.
@@ -210,12 +254,14 @@ def render_synthetic(
     train_lines: list[str] = []
     test_lines: list[str] = []
     records: list[str] = []
+    captions: list[str] = []
     for label, name in enumerate(names):
         (out / name).mkdir(exist_ok=True)
         for number in range(clips):
             group, member = divmod(number, per_group)
             file = f"{name}/v_{name}_g{group + 1:02d}_c{member + 1:02d}.mp4"
-            rng = np.random.default_rng([seed, list(CLASSES).index(name), number])
+            entropy = [seed, list(CLASSES).index(name), number]
+            rng = np.random.default_rng(entropy)
             clip = render_clip(name, frames=frames, size=size, radius=radius, rng=rng)
             write_video(out / file, clip.frames, fps, crf=crf)
             is_test = group < test_groups
@@ -231,12 +277,16 @@ def render_synthetic(
                 "velocity": clip.velocity.round(4).tolist(),
             }
             records.append(json.dumps(record))
+            # A stream of its own: the clip's draws stay what they are without captions.
+            caption = describe_clip(name, clip, rng=np.random.default_rng([*entropy, 1]))
+            captions.append(json.dumps({"file": file, "caption": caption}))
     index = [f"{label + 1} {name}" for label, name in enumerate(names)]
     for file, lines in (
         (f"{SPLIT_FOLDER}/classInd.txt", index),
         (f"{SPLIT_FOLDER}/trainlist01.txt", train_lines),
         (f"{SPLIT_FOLDER}/testlist01.txt", test_lines),
         ("metadata.jsonl", records),
+        (CAPTIONS_FILE, captions),
     ):
         write_text(out / file, "\n".join(lines) + "\n")
     return out

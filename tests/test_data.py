@@ -1,5 +1,7 @@
 """Sets of videos: layouts, windows that depend on (seed, epoch, index) alone, damaged and short clips, the sampler."""
 
+import functools
+import json
 import pickle
 import shutil
 import warnings
@@ -79,6 +81,43 @@ def test_official_splits(synthetic, tmp_path):
         again = VideoDataset(beside, frames=4, size=8, **options)
         assert again.labels == test.labels
         assert torch.equal(again[1]["video"], test[1]["video"])
+
+
+def test_captions_of_a_set(synthetic):
+    with_captions = VideoDataset(synthetic, frames=4, size=8, split="test", captions=True)
+    caption = with_captions[1]["caption"]
+    assert "cyan diamond" in caption
+    assert VideoDataset(synthetic, frames=4, size=8)[0]["caption"] == ""
+    record = json.dumps({"file": "CyanDiamond/v_CyanDiamond_g01_c01.mp4", "caption": caption})
+    assert record in (synthetic / "captions.jsonl").read_text().splitlines()
+
+
+def test_captions_beside_the_clips_and_in_one_file(flat):
+    for i in range(3):
+        (flat / f"{i}.txt").write_text(f" número {i}\r\n", encoding="utf-8")
+    build = functools.partial(VideoDataset, flat, frames=4, size=16)
+    with pytest.raises(ValueError, match=r"captions: 1 of 4 clips of .*flat have none \(3\.mp4\), expected"):
+        build(captions=True)
+    (flat / "captions.jsonl").write_text(
+        '{"file": "3.mp4", "caption": "three"}\n{"file": "gone.mp4", "caption": "x"}\n'
+    )
+    data = build(captions=True)
+    assert [data[i]["caption"] for i in range(4)] == ["número 0", "número 1", "número 2", "three"]
+    for i in range(3):
+        (flat / f"{i}.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"3 of 4 clips of .* have none \(0\.mp4, 1\.mp4, 2\.mp4\)"):
+        build(captions=True)
+    (flat / "0.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"0\.txt: not UTF-8 text: .* at byte 3"):
+        build(captions=True)
+    for line in ("3.mp4 three", '{"file": "3.mp4"}', '{"file": 3, "caption": "three"}', '["3.mp4", "three"]'):
+        (flat / "captions.jsonl").write_text(f"\n{line}\n")
+        with pytest.raises(ValueError, match=r'captions\.jsonl:2: got .* expected \{"file": .*, "caption": '):
+            build(captions=True)
+    (flat / "captions.jsonl").write_text('{"file": "3.mp4", "caption": "three"}\n' * 2)
+    with pytest.raises(ValueError, match=r"captions\.jsonl:2: 3\.mp4 has a caption already"):
+        build(captions=True)
+    assert build()[0]["caption"] == ""
 
 
 def test_flat_folder(flat):
@@ -285,6 +324,10 @@ def test_bad_split_files_name_the_line(synthetic, tmp_path):
         (f"{good}\nRedDisc/v_RedDisc_g99_c01.avi 1\n", FileNotFoundError, r"trainlist01\.txt:2: .*g99.*does not exist"),
         ("RedDisc/v_RedDisc_g01_c01.mp4 2\n", ValueError, r"trainlist01\.txt:1: got label 2 for RedDisc, expected 1"),
         ("\n", ValueError, "lists no clips"),
+        (f"{good}\nv_RedDisc_g01_c01\n", ValueError, r"trainlist01\.txt:2: got 'v_Red.*', expected 'Class/clip\.avi'"),
+        ("path,label\n", ValueError, r"trainlist01\.txt:1: got 'path,label', expected 'Class/clip\.avi' or"),
+        ("RedDisc/a.avi RedDisc\n", ValueError, r"trainlist01\.txt:1: got .* expected 'Class/clip\.avi' or"),
+        ("RedDisc/a b.avi 1\n", ValueError, r"trainlist01\.txt:1: got .* expected 'Class/clip\.avi' or"),
     ]:
         (root / "ucfTrainTestlist/trainlist01.txt").write_text(text)
         with pytest.raises(error, match=match):

@@ -10,6 +10,15 @@ import torch.nn.functional as F
 from hpdm.decode import read_clip
 from hpdm.synthetic import CLASSES, bounce, render_clip, render_synthetic
 
+CLASS_WORDS = {
+    "RedDisc": ("red", "disc"),
+    "GreenSquare": ("green", "square"),
+    "BlueTriangle": ("blue", "triangle"),
+    "YellowRing": ("yellow", "ring"),
+    "MagentaCross": ("magenta", "cross"),
+    "CyanDiamond": ("cyan", "diamond"),
+}
+
 
 def rng():
     return np.random.default_rng(torch.seed() % 2**32)
@@ -130,3 +139,43 @@ def test_bad_arguments_are_named(tmp_path):
         render_synthetic(tmp_path, clips=2)
     with pytest.raises(ValueError, match="class_name: got 'Cat'"):
         render_clip("Cat", rng=rng())
+
+
+def test_captions_say_what_is_to_be_seen(tmp_path):
+    out = render_synthetic(tmp_path / "set", clips=6, frames=16, size=(16, 16), seed=int(torch.seed() % 2**31))
+    captions = {
+        record["file"]: record["caption"]
+        for record in map(json.loads, (out / "captions.jsonl").read_text().splitlines())
+    }
+    records = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+    assert list(captions) == [record["file"] for record in records]
+    assert len(set(captions.values())) > len(captions) / 2
+    stripes = {"RedDisc": "upright stripes", "BlueTriangle": "level stripes"}
+    textures = {name: "slanted stripes" for name in ("YellowRing", "CyanDiamond")} | stripes
+    for record in records:
+        caption, name = captions[record["file"]], record["class"]
+        colour, shape = CLASS_WORDS[name]
+        assert f"{colour} {shape} " in caption
+        assert not any(f" {other} " in caption for other, _ in CLASS_WORDS.values() if other != colour)
+        assert "with" not in caption or f" with {textures.get(name, 'checks')} " in caption
+        # Said along an axis when the motion is within an eighth of a turn of it, to either side of the diagonals.
+        x, y = np.array(record["velocity"][0]) / np.hypot(*record["velocity"][0])
+        edge = np.sin(np.pi / 8)
+        for word, part in (("right", x), ("left", -x), ("down", y), ("up", -y)):
+            if abs(part - edge) > 1e-3:
+                assert (f" {word}" in caption.replace("upright", "")) == (part > edge), (caption, x, y)
+        if "bouncing" in caption:
+            assert len(np.unique(np.sign(record["velocity"]), axis=0)) > 1
+
+
+def test_captions_do_not_depend_on_the_other_clips(tmp_path):
+    def captions(name, **options):
+        lines = (render_synthetic(tmp_path / name, frames=4, size=(16, 16), **options) / "captions.jsonl").read_text()
+        return {record["file"]: record["caption"] for record in map(json.loads, lines.splitlines())}
+
+    few = captions("few", clips=2)
+    some = captions("some", clips=3, classes=["CyanDiamond", "RedDisc"])
+    both = few.keys() & some.keys()
+    assert len(both) == 4
+    assert all(few[file] == some[file] for file in both)
+    assert few != captions("other", clips=2, seed=1)
