@@ -92,19 +92,35 @@ class Conditioner(nn.Module):
             self.no_text = nn.Parameter(torch.zeros(config.width))
             self.pooled = nn.Linear(config.width, c)
 
-    def embed_text(self, text: Tensor, mask: Tensor | None) -> Tensor:
-        """T5 embeddings ``[B, S, text_width]`` -> tokens ``[B, S, D]``; masked ones become the learned "no text"."""
+    def embed_text(self, text: Tensor | None, mask: Tensor | None, batch: int) -> tuple[Tensor, Tensor | None]:
+        """T5 embeddings ``[B, S, text_width]`` -> tokens ``[B, S, D]`` and which of them may be read.
+
+        A sample without text has one token that may be, the learned "no text"; so have all for ``text=None``.
+        """
+        if text is None:
+            return self.no_text.expand(batch, 1, -1), None
         tokens = self.text(text)
-        return tokens if mask is None else torch.where(mask[..., None], tokens, self.no_text)
+        if mask is None:
+            return tokens, None
+        # Padding becomes that token too; of a sample without text the first one may be read.
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        visible = mask | (first & ~mask.any(dim=1, keepdim=True))
+        return torch.where(mask[..., None], tokens, self.no_text), visible
+
+    def pool_text(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean of the text tokens that may be read, ``[B, S, D] -> [B, c]``."""
+        if mask is None:
+            return self.pooled(tokens.mean(dim=1))
+        return self.pooled((tokens * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True))
 
     def forward(self, t: Tensor, level: Tensor, labels: Tensor | None, text: Tensor | None) -> Tensor:
-        """Times ``[B]``, levels ``[B]``, labels ``[B]``, text tokens ``[B, S, D]`` -> ``[B, c]``, activated."""
+        """Times ``[B]``, levels ``[B]``, labels ``[B]``, pooled texts ``[B, c]`` -> ``[B, c]``, activated."""
         c = self.noise(noise_frequencies(t).to(self.level.weight.dtype)) + self.level(level)
         if self.kind == "class":
             labels = torch.full_like(level, self.classes) if labels is None else labels
             c = c + self.label(labels)
         if text is not None:
-            c = c + self.pooled(text.mean(dim=1))
+            c = c + text
         return nn.functional.silu(c)
 
 
@@ -180,13 +196,15 @@ class HPDM(nn.Module):
             boxes: ``[B, L, 6]`` float32, nested.
             t: diffusion times ``[B, L]`` in [0, 1].
             labels: ``[B]`` int64 class labels, ``config.classes`` for none; ``None`` for no class in the whole batch.
-            text: text embeddings ``[B, S, text_width]``.
-            text_mask: ``[B, S]`` bool, true where there is text.
+            text: text embeddings ``[B, S, text_width]``, see :mod:`hpdm.text`; ``None`` for no text in the whole batch.
+            text_mask: ``[B, S]`` bool, true where there is text; ``None``: everywhere. A row of false is a sample
+                without text. What the mask hides changes nothing, nor does how much of it there is (up to rounding).
 
         Returns:
             ``[B, L, C, f, h, w]``.
 
         Raises:
+            TypeError: a mask that is not bool.
             ValueError: shapes that do not match the config, or conditioning of another kind than the config's.
         """
         cfg = self.config
@@ -194,15 +212,17 @@ class HPDM(nn.Module):
         self._check("x", x, (batch, cfg.levels, cfg.channels, *cfg.patch))
         self._check("boxes", boxes, (batch, cfg.levels, 6))
         self._check("t", t, (batch, cfg.levels))
-        text = self._conditioning(labels, text, text_mask, batch)
+        text, text_mask, pooled = self._conditioning(labels, text, text_mask, batch)
         # Levels are folded level-major, so that "the first n levels" is a slice.
         level = torch.arange(cfg.levels, device=x.device).repeat_interleave(batch)
         c = self.conditioner(
             t.transpose(0, 1).flatten(),
             level,
             None if labels is None else labels.repeat(cfg.levels),
-            None if text is None else text.repeat(cfg.levels, 1, 1),
+            None if pooled is None else pooled.repeat(cfg.levels, 1),
         )
+        text = None if text is None else text.repeat(cfg.levels, 1, 1)
+        text_mask = None if text_mask is None else text_mask.repeat(cfg.levels, 1)
         box = boxes.unbind(1)
         rgb = list(x.unbind(1))
         if cfg.fusion == "shallow":
@@ -217,20 +237,24 @@ class HPDM(nn.Module):
         whole_blocks = self.recompute == "block"
         for block in self.rin_blocks:
             n = block.levels
-            inputs = (block, tokens[:n], z[:n], c[: n * batch], box[:n], None if text is None else text.repeat(n, 1, 1))
+            rows = slice(n * batch)
+            inputs = (
+                block, tokens[:n], z[:n], c[rows], box[:n],
+                None if text is None else text[rows], None if text_mask is None else text_mask[rows],
+            )  # fmt: skip
             tokens[:n], z[:n] = recomputed(self._serve, *inputs) if whole_blocks else self._serve(*inputs)
         return torch.stack([self._detokenize(a) if keep else recomputed(self._detokenize, a) for a in tokens], dim=1)
 
     def _serve(
         self, block: RINBlock, tokens: list[Tensor], z: list[Tensor], c: Tensor, box: Sequence[Tensor],
-        text: Tensor | None,
+        text: Tensor | None, text_mask: Tensor | None,
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:  # fmt: skip
         """One block on the levels that it serves: fuses each with the block's inputs below it, folds them, unfolds."""
         fused = [
             tokens[k] if k == 0 else self._fuse(block, tokens[k], k, tuple(tokens[:k]), box[:k], box[k], None)
             for k in range(block.levels)
         ]
-        x, latents = block(_fold(fused), _fold(z), c, text)
+        x, latents = block(_fold(fused), _fold(z), c, text, text_mask)
         return x.chunk(block.levels), latents.chunk(block.levels)
 
     def forward_level(
@@ -269,8 +293,8 @@ class HPDM(nn.Module):
         self._check("boxes", boxes, (batch, 6))
         if (context is None) != (level == 0):
             raise ValueError(f"context: got {type(context).__name__} on level {level}, expected None on level 0 alone")
-        text = self._conditioning(labels, text, text_mask, batch)
-        c = self.conditioner(t, torch.full((batch,), level, device=x.device), labels, text)
+        text, text_mask, pooled = self._conditioning(labels, text, text_mask, batch)
+        c = self.conditioner(t, torch.full((batch,), level, device=x.device), labels, pooled)
         if cfg.fusion == "shallow":
             if context is None:
                 below = torch.zeros_like(x)
@@ -290,7 +314,7 @@ class HPDM(nn.Module):
                 features[b] = block.fusion.project(a)
             if context is not None:
                 a = self._fuse(block, a, level, context.features.get(b, ()), context.boxes, boxes, context.index)
-            a, z = block(a, z, c, text)
+            a, z = block(a, z, c, text, text_mask)
         return self._detokenize(a), features
 
     def fusing_blocks(self, level: int) -> tuple[int, ...]:
@@ -340,23 +364,26 @@ class HPDM(nn.Module):
 
     def _conditioning(
         self, labels: Tensor | None, text: Tensor | None, text_mask: Tensor | None, batch: int
-    ) -> Tensor | None:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Text tokens ``[B, S, D]``, which of them may be read, and their mean ``[B, c]``; checks labels too."""
         kind = self.config.conditioning
+        for name, given, wanted in (("labels", labels, "class"), ("text", text, "text")):
+            if given is not None and kind != wanted:
+                raise ValueError(f"{name}: got a tensor, expected None for conditioning={kind!r}")
         if labels is not None:
-            if kind != "class":
-                raise ValueError(f"labels: got a tensor, expected None for conditioning={kind!r}")
             self._check("labels", labels, (batch,))
-        if (text is not None) != (kind == "text"):
-            got = "None" if text is None else "a tensor"
-            raise ValueError(
-                f"text: got {got}, expected {'embeddings' if text is None else 'None'} for {kind!r} conditioning"
-            )
-        if text is None:
-            return None
-        self._check("text", text, (batch, text.shape[1] if text.ndim > 1 else 1, self.config.text_width))
+        if text is not None:
+            self._check("text", text, (batch, max(1, text.shape[1]) if text.ndim > 1 else 1, self.config.text_width))
         if text_mask is not None:
+            if text is None:
+                raise ValueError("text_mask: got a tensor, expected None where text is None")
             self._check("text_mask", text_mask, tuple(text.shape[:2]))
-        return self.conditioner.embed_text(text, text_mask)
+            if text_mask.dtype is not torch.bool:
+                raise TypeError(f"text_mask: got dtype {text_mask.dtype}, expected torch.bool")
+        if kind != "text":
+            return None, None, None
+        text, text_mask = self.conditioner.embed_text(text, text_mask, batch)
+        return text, text_mask, self.conditioner.pool_text(text, text_mask)
 
     @staticmethod
     def _check(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

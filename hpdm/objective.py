@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hpdm.diffusion import add_noise, network_input, signal_scales
+from hpdm.images import still_images
 from hpdm.model import HPDM
 from hpdm.pyramid import extract_patches, sample_boxes
 
@@ -20,11 +21,14 @@ def denoising_error(
     times: tuple[float, float] = (0.0, 1.0),
     dropout: float = 0.0,
     spread: str = "uniform",
+    text: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    images: float = 0.0,
 ) -> Tensor:
     """Mean squared error of v per clip and level, ``[B, L]``; its mean is the training loss.
 
-    Boxes, times, noise and conditioning dropout are drawn from ``generator`` on the CPU, so that every device sees the
-    same. Each level has its own time.
+    Boxes, times, noise, conditioning dropout and which clips become images are drawn from ``generator`` on the CPU, so
+    that every device sees the same. Each level has its own time.
 
     Args:
         model: the network.
@@ -32,16 +36,20 @@ def denoising_error(
         labels: int64 ``[B]``, or ``None`` for a model without classes.
         generator: CPU generator.
         times: range of the diffusion time.
-        dropout: probability that a clip's label is dropped.
+        dropout: probability that a clip's label or text is dropped.
         spread: how times are spread over the range, one of :data:`SPREADS`: ``"uniform"``, or ``"logit-normal"``, which
             favours the middle, where shapes are decided (Esser et al. 2024, section 3.1, with mean 0 and variance 1).
+        text: embeddings ``[B, S, text_width]`` for a model with text, see :func:`hpdm.text.collate_text`.
+        text_mask: ``[B, S]`` bool, true where there is text; ``None``: everywhere.
+        images: share of the clips that become still images, see :mod:`hpdm.images`.
 
     Raises:
-        ValueError: unknown ``spread``.
+        ValueError: unknown ``spread``, or a share of images outside of 0..1.
     """
     if spread not in SPREADS:
         raise ValueError(f"spread: got {spread!r}, expected one of {', '.join(map(repr, SPREADS))}")
     config, batch, device = model.config, video.shape[0], video.device
+    video = still_images(video, images, generator)
     boxes = sample_boxes(config, batch, generator).to(device)
     x = extract_patches(video, boxes, config, backend=model.kernels)
     first, last = times
@@ -55,7 +63,10 @@ def denoising_error(
     dropped = (torch.rand(batch, generator=generator) < dropout).to(device)
     if labels is not None:
         labels = labels.masked_fill(dropped, config.classes)
+    if text is not None:
+        text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=device) if text_mask is None else text_mask
+        text_mask = text_mask & ~dropped[:, None]
     signal = signal_scales(config, device)
     noised, target = add_noise(x, noise, t, signal)
-    predicted = model(network_input(noised, t, signal), boxes, t, labels)
+    predicted = model(network_input(noised, t, signal), boxes, t, labels, text, text_mask)
     return (predicted - target).square().mean(dim=(2, 3, 4, 5))

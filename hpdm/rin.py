@@ -110,7 +110,9 @@ class RINBlock(nn.Module):
         self.token_norm = nn.LayerNorm(d, elementwise_affine=False)
         self.token_mlp = mlp(d, config.token_mlp_ratio)
 
-    def forward(self, x: Tensor, z: Tensor, c: Tensor, text: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, z: Tensor, c: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Everything after the fusion.
 
         Args:
@@ -118,25 +120,29 @@ class RINBlock(nn.Module):
             z: latents ``[B, M, E]``.
             c: conditioning vector ``[B, c]`` after its activation.
             text: text tokens ``[B, S, D]`` that the latents read beside the video's, or ``None``.
+            text_mask: ``[B, S]`` bool, true where there is text; ``None``: everywhere.
 
         Returns:
             Tokens ``[B, N, D]`` and latents ``[B, M, E]``.
         """
         if self.recompute == "none":
-            z = self._think(self._read(x, z, text), c)
+            z = self._think(self._read(x, z, text, text_mask), c)
             return self._write(x, z, *self.token_modulation(c)), z
         # With kernels on, the read recomputes what has a row per token by itself, and its attention not at all.
         plain = self.read.backend == "reference"
-        z = self._think(recomputed(self._read, x, z, text) if plain else self._read(x, z, text), c)
+        given = (x, z, text, text_mask)
+        z = self._think(recomputed(self._read, *given) if plain else self._read(*given), c)
         # A token's way through the write depends on no other token, so a few of them at a time are enough.
         rows = max(CHUNK_ROWS // x.shape[0], -(-x.shape[1] // CHUNKS))
         vectors = self.token_modulation(c)
         written = [recomputed(self._write, piece, z, *vectors) for piece in x.split(rows, dim=1)]
         return (written[0] if len(written) == 1 else torch.cat(written, dim=1)), z
 
-    def _read(self, x: Tensor, z: Tensor, text: Tensor | None) -> Tensor:
+    def _read(self, x: Tensor, z: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         tokens = x if text is None else (x, text)
-        return z + self.read(self.read_norm(z), tokens, recompute=self.recompute != "none")
+        # All of the video may be read, and of a batch of texts what is not padding.
+        mask = None if text_mask is None else torch.cat((text_mask.new_ones(x.shape[:2]), text_mask), dim=1)
+        return z + self.read(self.read_norm(z), tokens, key_mask=mask, recompute=self.recompute != "none")
 
     def _think(self, z: Tensor, c: Tensor) -> Tensor:
         for layer in self.layers:

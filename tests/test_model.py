@@ -121,6 +121,60 @@ def test_class_noise_and_level_reach_the_output(generator):
     torch.testing.assert_close(model(x, boxes, t, none), model(x, boxes, t, None))
 
 
+def text_inputs(config, generator, lengths):
+    """As :func:`inputs`, with random texts of ``lengths``: ``x, boxes, t, text, mask``."""
+    x, boxes, t, _ = inputs(config, generator, len(lengths))
+    text = torch.randn(len(lengths), max(lengths), config.text_width, generator=generator)
+    return x, boxes, t, text, torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("kernels", ["reference", "torch"])
+def test_text_reaches_every_level_and_its_padding_none(kernels, recompute, generator):
+    config = small(conditioning="text", text_width=8)
+    model = awake(config, kernels, recompute=recompute).double()
+    x, boxes, t, text, mask = text_inputs(config, generator, (5, 2, 0))
+    x, t, text = x.double(), t.double(), text.double()
+    before = model(x, boxes, t, text=text, text_mask=mask)
+    padded = torch.cat((text, torch.full((3, 11, 8), 1e3)), dim=1)
+    padded[1, 2:] = -1e3  # behind the mask
+    longer = torch.cat((mask, torch.zeros(3, 11, dtype=torch.bool)), dim=1)
+    torch.testing.assert_close(model(x, boxes, t, text=padded, text_mask=longer), before)
+    # Alone, without padding and without a mask, a text gives what it gives among longer ones.
+    alone = model(x[1:2], boxes[1:2], t[1:2], text=text[1:2, :2])
+    torch.testing.assert_close(alone, before[1:2])
+    changed = text.clone()
+    changed[:2, 1] += 1
+    after = model(x, boxes, t, text=changed, text_mask=mask)
+    assert ((after - before)[:2].flatten(2).abs().amax(dim=2) > 1e-4).all()
+    torch.testing.assert_close(after[2], before[2])
+
+
+def test_absent_text_is_one_learned_token(generator):
+    config = small(conditioning="text", text_width=8)
+    model = awake(config).double()
+    x, boxes, t, text, _ = text_inputs(config, generator, (4, 4))
+    x, t, text = x.double(), t.double(), text.double()
+    without = model(x, boxes, t)
+    masked = model(x, boxes, t, text=text, text_mask=torch.zeros(2, 4, dtype=torch.bool))
+    torch.testing.assert_close(masked, without)
+    with torch.no_grad():
+        model.conditioner.no_text += 1
+    assert not torch.allclose(model(x, boxes, t), without, atol=1e-3)
+    all_levels = model(x, boxes, t)
+    level = model.forward_level(x[:, 0], 0, boxes[:, 0], t[:, 0], None)[0]
+    torch.testing.assert_close(level, all_levels[:, 0])
+
+
+def test_gradients_of_text_stop_at_the_mask(generator):
+    config = small(conditioning="text", text_width=8)
+    model = awake(config)
+    x, boxes, t, text, mask = text_inputs(config, generator, (4, 2))
+    text.requires_grad_(True)
+    model(x, boxes, t, text=text, text_mask=mask).square().sum().backward()
+    assert (text.grad.abs().amax(dim=2) > 0).equal(mask)
+
+
 def test_image_mode(generator):
     config = small().with_pyramid((1, 8, 8), (1, 32, 32))
     x, boxes, t, labels = inputs(config, generator)
@@ -156,8 +210,19 @@ def test_bad_inputs_are_named(generator):
         model(x, boxes, t, labels, text=torch.zeros(2, 3, 1024))
     with pytest.raises(ValueError, match=r"labels: got a tensor, expected None"):
         HPDM(small(conditioning="none"))(x, boxes, t, labels)
-    with pytest.raises(ValueError, match=r"text: got None"):
-        HPDM(small(conditioning="text"))(x, boxes, t)
+    words = HPDM(small(conditioning="text"))
+    with pytest.raises(ValueError, match=r"labels: got a tensor, expected None for conditioning='text'"):
+        words(x, boxes, t, labels)
+    with pytest.raises(ValueError, match=r"text: got shape \(2, 3, 7\), expected \(2, 3, 1024\)"):
+        words(x, boxes, t, text=torch.zeros(2, 3, 7))
+    with pytest.raises(ValueError, match=r"text: got shape \(2, 0, 1024\), expected \(2, 1, 1024\)"):
+        words(x, boxes, t, text=torch.zeros(2, 0, 1024))
+    with pytest.raises(ValueError, match=r"text_mask: got shape \(2, 4\), expected \(2, 3\)"):
+        words(x, boxes, t, text=torch.zeros(2, 3, 1024), text_mask=torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"text_mask: got dtype torch.float32, expected torch.bool"):
+        words(x, boxes, t, text=torch.zeros(2, 3, 1024), text_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"text_mask: got a tensor, expected None where text is None"):
+        words(x, boxes, t, text_mask=torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"context: got NoneType on level 1"):
         model.forward_level(x[:, 1], 1, boxes[:, 1], t[:, 1], None, labels)
     with pytest.raises(ValueError, match=r"backend: got 'cuda'"):
