@@ -131,8 +131,8 @@ class Sampler:
         Args:
             seeds: B seeds. A video depends on its own seed and conditioning alone (up to rounding), not on the batch.
             labels: ``[B]`` int64 classes, for class conditioning; ``None`` for no class.
-            text: ``[B, S, text_width]`` embeddings, for text conditioning.
-            text_mask: ``[B, S]`` bool.
+            text: ``[B, S, text_width]`` embeddings, for text conditioning; ``None`` for no text.
+            text_mask: ``[B, S]`` bool, true where there is text.
             progress: called after every network call.
             finished: videos of the first levels that an earlier, interrupted call of the same seeds and conditioning
                 has made; sampling goes on behind them.
@@ -142,8 +142,8 @@ class Sampler:
             The videos of every level, ``[B, C, F_l, H_l, W_l]`` float32 in [-1, 1]; the last one is the result.
 
         Raises:
-            ValueError: no seeds, labels out of range, guidance without conditioning, or finished levels that do not
-                match.
+            ValueError: no seeds, labels out of range, not one text per seed, guidance without conditioning, or finished
+                levels that do not match.
         """
         run = _Run(self, seeds, labels, text, text_mask, progress, finished)
         for level in range(len(finished), self.config.levels):
@@ -199,6 +199,8 @@ class _Run:
             if guided:
                 labels = torch.cat((labels, torch.full_like(labels, self.config.classes)))
         if text is not None:
+            if text.shape[:1] != (batch,):
+                raise ValueError(f"text: got shape {tuple(text.shape)}, expected {batch} texts, one for each seed")
             text = text.to(self.device)
             mask = torch.ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
             text_mask = mask.to(self.device)

@@ -145,6 +145,20 @@ def test_text_conditioned_models_sample_with_guidance(generator):
     text = text.clone()
     text[1, 2:] = 7.0  # behind the mask
     torch.testing.assert_close(sampler([0, 1], text=text, text_mask=mask)[-1], videos)
+    with pytest.raises(ValueError, match=r"^text: got shape \(2, 5, 12\), expected 1 texts, one for each seed$"):
+        sampler([0], text=text, text_mask=mask)
+
+
+def test_guidance_of_texts_is_that_of_absent_text(generator):
+    config = small(conditioning="text", text_width=12)
+    model, text = random_model(config), torch.randn(1, 5, 12, generator=generator)
+
+    def run(guidance, text):
+        options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, solver="heun")
+        return Sampler(model, options)([3], text=text)[-1]
+
+    torch.testing.assert_close(run(0.0, text), run(1.0, None), rtol=0, atol=1e-5)
+    assert not torch.allclose(run(3.0, text), run(1.0, text), atol=1e-4)
 
 
 def test_guidance_of_one_is_none_and_zero_is_unconditional():
