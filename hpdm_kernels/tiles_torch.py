@@ -12,9 +12,9 @@ from hpdm_kernels.reference import coordinate_dtype
 from hpdm_kernels.tiles_geometry import Axis, Cells, Plan
 from hpdm_kernels.tiles_memory import new_empty
 
-# The average takes as many frames at once as have about this many elements in all tiles (8 MB in fp32). The last
-# cache (32 MB on the CPU measured) then holds a piece through all of its sums, and calls are few; on a GPU launches
-# cost more than cache misses.
+# The average takes as many planes (one frame of one channel) at once as have about this many elements in all tiles
+# (8 MB in fp32). The last cache (32 MB on the CPU measured) then holds a piece through all of its sums, and calls are
+# few: pieces of half the size took a fifth more time. On a GPU launches cost more than cache misses.
 CPU_PIECE = 1 << 21
 GPU_PIECE = 1 << 26
 
@@ -89,10 +89,11 @@ def _add_up(out: Tensor, tiles: Tensor, cells: Sequence[Cells]) -> None:
 def average(
     tiles: Tensor, plan: Plan, size: Sequence[int], x: Tensor | None, alpha: float, beta: float, mean: bool
 ) -> Tensor:
-    """Adds up all tiles, some frames at a time, along frames, then height, then width.
+    """Adds up all tiles, some planes at a time, along frames, then height, then width.
 
     Each axis leaves fewer elements for the next (half as many at 50 % overlap), and the last one has the shortest runs.
-    Only the first sum reads the tiles from memory, in runs of whole frames.
+    Only the first sum reads the tiles from memory, in runs of whole planes. The last one writes where the result
+    belongs, so beyond the result there are the first two sums of a piece and the planes of weights.
     """
     b, _, c, f, h, w = tiles.shape
     work = coordinate_dtype(tiles.dtype)
@@ -104,29 +105,35 @@ def average(
         return (total if x is None else total.add_(x, alpha=alpha)).to(tiles.dtype)
     axis_f, axis_h, axis_w = plan.axes
     grid = tiles.unflatten(1, [len(axis.origins) for axis in plan.axes])
-    per_frame = grid[:, 0, :, :, :, 0].numel()
-    pieces = list(_pieces(axis_f, max(1, (CPU_PIECE if tiles.device.type == "cpu" else GPU_PIECE) // per_frame)))
-    longest = max(stop - start for start, stop, _ in pieces)
     n_h, n_w = len(axis_h.origins), len(axis_w.origins)
-    after_f = tiles.new_empty(b, n_h, n_w, c, longest, h, w, dtype=work)
-    after_h = tiles.new_empty(b, n_w, c, longest, size[1], w, dtype=work)
-    after_w = tiles.new_empty(b, c, longest, size[1], size[2], dtype=work)
-    inverse = inverse_counts(axis_h, after_w)[:, None] * inverse_counts(axis_w, after_w)
-    alike_h, alike_w = axis_h.alike(), axis_w.alike()
+    planes = max(1, (CPU_PIECE if tiles.device.type == "cpu" else GPU_PIECE) // (b * n_h * n_w * h * w))
+    pieces = list(_pieces(axis_f, max(1, planes // c)))
+    longest, channels = max(stop - start for start, stop, _ in pieces), min(c, planes)
+    weights: dict[int, Tensor | float] = {len(cover): beta for _, _, cover in pieces}
+    if mean:
+        like = tiles.new_empty(0, dtype=work)
+        inverse = inverse_counts(axis_h, like)[:, None] * inverse_counts(axis_w, like)
+        weights = {n: inverse * (beta / n) for n in weights}
+        del inverse  # before the scratch memory comes
+    after_f = tiles.new_empty(b, n_h, n_w, channels, longest, h, w, dtype=work)
+    after_h = tiles.new_empty(b, n_w, channels, longest, size[1], w, dtype=work)
     out = new_empty(tiles, b, c, *size)
-    for start, stop, cover in pieces:
-        n = stop - start
-        parts = [grid[:, i].narrow(4, start - axis_f.origins[i], n) for i in cover]
-        sums = after_f.narrow(4, 0, n)
+    # 16-bit results are rounded once, at the end.
+    after_w = None if out.dtype == work else tiles.new_empty(b, channels, longest, *size[1:], dtype=work)
+    alike_h, alike_w = axis_h.alike(), axis_w.alike()
+    for (start, stop, cover), channel in itertools.product(pieces, range(0, c, channels)):
+        n, some = stop - start, min(channels, c - channel)
+        here = (slice(None), slice(channel, channel + some), slice(start, stop))
+        parts = [grid[:, i, :, :, here[1]].narrow(4, start - axis_f.origins[i], n) for i in cover]
+        sums = after_f[:, :, :, :some, :n]
         if len(parts) == 1 and tiles.dtype == work:
             sums = parts[0]
         else:
             _sum_into(sums, parts)
-        rows, total, here = after_h.narrow(3, 0, n), after_w.narrow(2, 0, n), slice(start, stop)
+        rows, total = after_h[:, :, :some, :n], out[here] if after_w is None else after_w[:, :some, :n]
         _add_up(rows.transpose(4, 5), sums.movedim(1, 0).transpose(5, 6), alike_h)
         _add_up(total, rows.movedim(1, 0), alike_w)
-        weight = inverse * (beta / max(1, len(cover))) if mean else beta
-        _linear_step(out[:, :, here], total, weight, None if x is None else x[:, :, here], alpha)
+        _linear_step(out[here], total, weights[len(cover)], None if x is None else x[here], alpha)
     return out
 
 
