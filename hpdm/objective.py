@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def denoising_error(
     text: Tensor | None = None,
     text_mask: Tensor | None = None,
     images: float = 0.0,
+    network: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Mean squared error of v per clip and level, ``[B, L]``; its mean is the training loss.
 
@@ -42,6 +45,7 @@ def denoising_error(
         text: embeddings ``[B, S, text_width]`` for a model with text, see :func:`hpdm.text.collate_text`.
         text_mask: ``[B, S]`` bool, true where there is text; ``None``: everywhere.
         images: share of the clips that become still images, see :mod:`hpdm.images`.
+        network: what is called in the model's place, its wrapper for several processes; ``None`` for the model.
 
     Raises:
         ValueError: unknown ``spread``, or a share of images outside of 0..1.
@@ -68,5 +72,5 @@ def denoising_error(
         text_mask = text_mask & ~dropped[:, None]
     signal = signal_scales(config, device)
     noised, target = add_noise(x, noise, t, signal)
-    predicted = model(network_input(noised, t, signal), boxes, t, labels, text, text_mask)
+    predicted = (network or model)(network_input(noised, t, signal), boxes, t, labels, text, text_mask)
     return (predicted - target).square().mean(dim=(2, 3, 4, 5))

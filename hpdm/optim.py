@@ -1,22 +1,47 @@
-"""The optimizer of the paper (LAMB), its learning-rate schedule, and an exponential moving average of the weights."""
+"""The optimizer of the paper (LAMB), its learning-rate schedule, and an exponential moving average of the weights.
+
+Both follow parameters that are sharded over processes (``DTensor``) as they follow whole ones: the arithmetic is on
+what this process holds, and only LAMB's norms are summed over the shards.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this process holds of each tensor: its shard of a ``DTensor``, else all of it. For use under no_grad."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def _norms(held: list[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """Norms of whole tensors, of which this process holds ``held``, sharded as ``like``: one reduction for all."""
+    norms = torch.stack(torch._foreach_norm(held))
+    if isinstance(like[0], DTensor):
+        norms.square_()
+        for axis, placement in enumerate(like[0].placements):
+            if placement.is_shard():
+                dist.all_reduce(norms, group=like[0].device_mesh.get_group(axis))
+        norms.sqrt_()
+    return norms
 
 
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, Algorithm 2): Adam whose step is rescaled per tensor to the tensor's own norm.
 
-    Written here because PyTorch has none. Foreach operations: a handful of launches for all parameters.
+    Written here because PyTorch has none. Foreach operations: a handful of launches for all parameters, and two
+    reductions per group where parameters are sharded.
 
     Args:
-        params: parameters or groups of them. A group with ``adapt=False`` takes plain Adam steps (biases and norms).
+        params: parameters or groups of them, a group either whole or sharded alike. A group with ``adapt=False`` takes
+            plain Adam steps (biases and norms).
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
@@ -62,9 +87,10 @@ class Lamb(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] += 1
         beta1, beta2 = group["betas"]
-        grads = [p.grad for p in params if p.grad is not None]
-        first = [self.state[p]["exp_avg"] for p in params]
-        second = [self.state[p]["exp_avg_sq"] for p in params]
+        held = shards(params)
+        grads = shards(p.grad for p in params if p.grad is not None)
+        first = shards(self.state[p]["exp_avg"] for p in params)
+        second = shards(self.state[p]["exp_avg_sq"] for p in params)
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
@@ -76,14 +102,12 @@ class Lamb(torch.optim.Optimizer):
         update = torch._foreach_div(first, [1 - beta1**n for n in counts])
         torch._foreach_div_(update, root)
         if group["weight_decay"]:
-            torch._foreach_add_(update, params, alpha=group["weight_decay"])
+            torch._foreach_add_(update, held, alpha=group["weight_decay"])
         if group["adapt"]:
-            trust = [
-                torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w))
-                for w, u in zip(torch._foreach_norm(params), torch._foreach_norm(update))
-            ]
-            torch._foreach_mul_(update, trust)
-        torch._foreach_add_(params, update, alpha=-group["lr"])
+            weights, updates = _norms(held, params), _norms(list(update), params)
+            trust = torch.where((weights > 0) & (updates > 0), weights / updates, 1.0)
+            torch._foreach_mul_(update, list(trust.unbind()))
+        torch._foreach_add_(held, update, alpha=-group["lr"])
 
 
 def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -112,7 +136,9 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float 
 
 
 class EMA:
-    """Exponential moving average of a model's parameters.
+    """Exponential moving average of a model's parameters, sharded as these are.
+
+    Follows the parameters as they are now: sharding a model comes first, its moving average second.
 
     The decay is ``min(decay, (1 + n) / (10 + n))`` at update ``n``, so that the random start is forgotten quickly.
 
@@ -136,4 +162,4 @@ class EMA:
         """One step towards the model's present parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for _, p in model.named_parameters()], 1 - decay)
+        torch._foreach_lerp_(shards(self.shadow.values()), shards(model.parameters()), 1 - decay)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from hpdm.config import HPDMConfig
 
@@ -86,3 +88,43 @@ def get(name: str) -> HPDMConfig:
     if name not in PRESETS:
         raise ValueError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained (Table 8): what ``hpdm train`` does unless told otherwise."""
+
+    steps: int = 40_000
+    batch: int = 768
+    """Clips per step, over all processes."""
+    images: float = 0.0
+    """Share of the batch that are still videos, made of one frame (section 5.2)."""
+    optimizer: Literal["adamw", "lamb"] = "lamb"
+    lr: float = 5e-3
+    """At the end of the warm-up; a cosine leads from there to 0 (section 4.6)."""
+    warmup: int = 10_000
+    weight_decay: float = 0.01
+    ema: float = 0.9999
+    """Not in the paper, which says only that there is a moving average."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+
+
+RECIPES: dict[str, Recipe] = {
+    "hpdm_s": Recipe(),
+    "hpdm_m": Recipe(),
+    "hpdm_l": Recipe(steps=65_000),
+    # After 500,000 steps of a base model at 36x64; the batch is as many images as videos.
+    "hpdm_t2v": Recipe(steps=15_000, batch=8192, images=0.5, warmup=5000, parallel="fsdp"),
+    "hpdm_t2v_1k": Recipe(steps=100_000, batch=2048, images=0.5, warmup=5000, parallel="fsdp"),
+    "tiny": Recipe(steps=10_000, batch=16, optimizer="adamw", lr=1e-3, warmup=200, ema=0.999),
+}
+
+
+def recipe(name: str) -> Recipe:
+    """How a preset is trained.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    get(name)
+    return RECIPES[name]

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -95,3 +96,65 @@ def exchange(all_batches: list[slice], turn: int, mine: Tensor | None, like: Ten
     dist.all_gather(received, sent)
     for batch, got in zip(taken, received):
         yield batch, got[:, : batch.stop - batch.start]
+
+
+def agree(name: str, value: object) -> None:
+    """Checks that all processes were given the same.
+
+    Raises:
+        ValueError: they were not; raised in every process.
+    """
+    texts = _from_all(repr(value))
+    for rank, text in enumerate(texts):
+        if text != texts[0]:
+            raise ValueError(f"{name}: process {rank} got {text}, expected {texts[0]} as in process 0")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """What fails in one process fails in all, so that none waits for another that is gone.
+
+    Raises:
+        RuntimeError: the others' failure, where this process had none of its own.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    for rank, text in enumerate(_from_all(None if failure is None else f"{failure}")):
+        if text is not None and failure is None:
+            failure = RuntimeError(f"process {rank}: {text}")
+    if failure is not None:
+        raise failure
+
+
+def any_of(flag: bool) -> bool:
+    """Whether ``flag`` is set in any process."""
+    return any(_from_all(flag))
+
+
+def mean(t: Tensor) -> Tensor:
+    """The mean of every process's ``t``."""
+    count = world()[1]
+    if count > 1:
+        t = t.clone()
+        dist.all_reduce(t)
+        t /= count
+    return t
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
+def _from_all(value: T) -> list[T]:
+    """What each process has, in their order."""
+    count = world()[1]
+    if count == 1:
+        return [value]
+    held: list[Any] = [None] * count
+    dist.all_gather_object(held, value)
+    return held

@@ -29,8 +29,8 @@ from hpdm.pyramid import AXES
 from hpdm.sampler import CacheMode, Sampler, SamplerOptions, SolverName
 from hpdm.sampling_plan import plan_line
 from hpdm.seams import seam_energy
-from hpdm.train import pick_device, to_uint8
-from hpdm.video import atomic_path, write_contact_sheet, write_video
+from hpdm.device import pick_device
+from hpdm.video import atomic_path, to_uint8, write_contact_sheet, write_video
 
 OVERLAPS = ("none", "w", "h", "hw", "f", "fw", "fh", "fhw")
 """The strategies of the paper's Table 4."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def as_frames(name: str, frames: Frames) -> np.ndarray:
     if first and (is_tensor or not last):
         array = array.transpose(1, 2, 3, 0)
     return np.ascontiguousarray(array)
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """[-1, 1] float -> [0, 255] uint8 on the CPU."""
+    return video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def write_video(path: str | os.PathLike[str], frames: Frames, fps: float = 16, *, crf: int = 18) -> None:

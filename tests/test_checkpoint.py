@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import hpdm.checkpoint as ckpt
 from hpdm import HPDM, presets
@@ -53,15 +54,15 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, fails_at):
     model, ema, opt = state()
     ckpt.save_checkpoint(tmp_path, 1, model, ema, opt)
-    real = ckpt._save_tensors
+    real = ckpt.HuggingFaceStorageWriter.write_data
 
-    def full(tensors, path):
-        if path.name.startswith(fails_at):
-            path.write_bytes(b"half")
+    def full(self, plan, planner):
+        if self.path.name == fails_at:
+            (self.path / "shard.safetensors").write_bytes(b"half")
             raise OSError(28, "No space left on device")
-        real(tensors, path)
+        return real(self, plan, planner)
 
-    monkeypatch.setattr(ckpt, "_save_tensors", full)
+    monkeypatch.setattr(ckpt.HuggingFaceStorageWriter, "write_data", full)
     with pytest.raises(OSError, match="No space left"):
         ckpt.save_checkpoint(tmp_path, 2, model, ema, opt)
     monkeypatch.undo()
@@ -76,7 +77,7 @@ def test_a_killed_process_leaves_a_folder_that_is_no_checkpoint(tmp_path):
     ckpt.save_checkpoint(tmp_path, 1, model, ema, opt)
     partial = tmp_path / "checkpoints" / ".step-00000002.tmp"
     partial.mkdir()
-    (partial / "model.safetensors").write_bytes(b"half")
+    (partial / "state.json").write_bytes(b"half")
     assert [p.name for p in ckpt.list_checkpoints(tmp_path)] == ["step-00000001"]
     ckpt.save_checkpoint(tmp_path, 2, model, ema, opt)
     assert not partial.exists()
@@ -93,19 +94,44 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path):
 def test_damage_is_named(tmp_path):
     model, ema, opt = state()
     path = ckpt.save_checkpoint(tmp_path, 1, model, ema, opt)
-    good = (path / "model.safetensors").read_bytes()
-    (path / "model.safetensors").write_bytes(good[: len(good) // 2])
-    with pytest.raises(ValueError, match=r"model.safetensors: damaged"):
+    (file,) = (path / "model").iterdir()
+    good = file.read_bytes()
+    file.write_bytes(good[: len(good) // 2])
+    with pytest.raises(ValueError, match=r"model/.*: damaged \(got \d+ bytes, expected \d+\)"):
         ckpt.load_checkpoint(path, model)
-    (path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing"):
+    file.write_bytes(b"\xff" * len(good))
+    with pytest.raises(ValueError, match=r"model: damaged"):
+        ckpt.load_checkpoint(path, model)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model/.* is missing"):
         ckpt.load_checkpoint(path, model)
     (path / "state.json").write_text("{")
     with pytest.raises(ValueError, match=r"state.json: not JSON"):
         ckpt.load_checkpoint(path, model)
-    (path / "state.json").write_text(json.dumps({"format": 99, "step": 1}))
-    with pytest.raises(ValueError, match=r"newer version"):
-        ckpt.load_checkpoint(path, model)
+    for version, word in ((99, "a newer"), (1, "an older")):
+        (path / "state.json").write_text(json.dumps({"format": version, "step": 1}))
+        with pytest.raises(ValueError, match=rf"got format {version}, expected 2; it is from {word} version"):
+            ckpt.load_checkpoint(path, model)
+
+
+def test_an_exported_file_holds_all_that_sampling_needs(tmp_path):
+    model, ema, opt = state()
+    ckpt.save_run_config(tmp_path, small(), ["a"] * 6, {"stride": 1})
+    ckpt.save_checkpoint(tmp_path, 5, model, ema, opt)
+    assert ckpt.export(tmp_path, tmp_path / "out.safetensors") == 5
+    loaded, names, training, step = ckpt.load_model(tmp_path / "out.safetensors")
+    assert (names, training, step, loaded.config) == (["a"] * 6, {"stride": 1}, 5, small())
+    assert all(torch.equal(p, ema.shadow[n]) for n, p in loaded.named_parameters())
+    with pytest.raises(ValueError, match="weights: got 'model', expected 'ema'"):
+        ckpt.load_model(tmp_path / "out.safetensors", weights="model")
+    with pytest.raises(ValueError, match=r"out: got 'out.pt'"):
+        ckpt.export(tmp_path, tmp_path / "out.pt")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="without a config"):
+        ckpt.load_model(tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match="damaged"):
+        ckpt.load_model(tmp_path / "other.safetensors")
 
 
 def test_loading_a_run(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import hpdm.train as training
+import hpdm.trainer as training
 from hpdm.checkpoint import list_checkpoints, load_model
 from hpdm.evaluate import EvaluateOptions, evaluate
 from hpdm.synthetic import render_synthetic
