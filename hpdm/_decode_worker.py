@@ -49,6 +49,15 @@ class Index:
     reordered: bool  # whether frames are stored in another order than they are shown (B-frames)
 
 
+def locate(request: dict[str, Any]) -> str:
+    """What ffmpeg opens: a path, or its ``subfile`` protocol where the video is a range of bytes of a file.
+
+    Both decoders read the range in place, as a file of its own: nothing is copied, and a seek reads what it needs.
+    """
+    path = request["path"]
+    return f"subfile,,start,{request['start']},end,{request['end']},,:{path}" if "start" in request else path
+
+
 def build_index(path: str) -> Index:
     """Reads a file's packets, chooses its video stream as ffmpeg does, and decodes the first frame."""
     import av
@@ -227,12 +236,13 @@ class Server:
     def __init__(self) -> None:
         self.indices: OrderedDict[tuple[str, int, int], Index] = OrderedDict()
 
-    def index(self, path: str) -> Index:
-        """The index of a file, by its path, size and time of change."""
-        stat = os.stat(path)
-        key = (path, stat.st_size, stat.st_mtime_ns)
+    def index(self, request: dict[str, Any]) -> Index:
+        """The index of a video, by its place and its file's size and time of change."""
+        stat = os.stat(request["path"])
+        place = locate(request)
+        key = (place, stat.st_size, stat.st_mtime_ns)
         if key not in self.indices:
-            self.indices[key] = build_index(path)
+            self.indices[key] = build_index(place)
             if len(self.indices) > _INDEX_CACHE:
                 self.indices.popitem(last=False)
         return self.indices[key]
@@ -240,24 +250,24 @@ class Server:
     def answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
         """Reply and frames for one request; errors become replies."""
         try:
-            index = self.index(request["path"])
+            index, place = self.index(request), locate(request)
             if request["op"] == "probe":
                 names = ("frames", "height", "width", "fps", "codec", "video_streams", "stream")
                 return {"status": "ok", **{name: getattr(index, name) for name in names}}, None
             if request["op"] == "verify":
-                verify(request["path"], index)
+                verify(place, index)
                 return {"status": "ok"}, None
             indices = request["indices"]
             outside = [i for i in indices if not 0 <= i < index.frames]
             if outside:
                 return {"status": "index", "error": f"frame {outside[0]} asked, the video has {index.frames}"}, None
             read = {"decord": read_decord, "pyav": read_pyav}[request["decoder"]]
-            frames = read(request["path"], index, indices)
+            frames = read(place, index, indices)
             return {"status": "ok", "shape": frames.shape}, frames
         except Refused as refusal:
             return {"status": "refused", "error": str(refusal)}, None
         except Exception as error:
-            return {"status": "error", "error": _first_line(error)}, None
+            return {"status": "error", "error": _first_line(error).replace(locate(request), request["path"])}, None
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Sets of video files as uint8 clips: folders with or without classes, UCF-101's split files, a resumable order.
+"""Sets of videos as uint8 clips: folders with or without classes, UCF-101's split files, tar shards, a resumable order.
 
 Every choice is a pure function of (seed, epoch, index) or (seed, step): it depends neither on how many processes read
 nor on what was read before, so a run resumed at step s sees the clips that it would have seen.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, TypedDict
 
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
-from hpdm.data_layout import add_captions, find_split_file, find_videos
+from hpdm.data_layout import VideoFile, add_captions, check_captions, find_split_file, find_videos, has_videos
 from hpdm.decode import DECODERS, TIMEOUT_S, DecodeError, Decoder, VideoInfo, probe, read_clip
+from hpdm.shards import find_shards, read_shards
 
 _CHUNK = 64  # frames decoded at a time when a whole clip goes to the cache
 
@@ -47,21 +49,23 @@ class ShortClipError(ValueError):
 
 
 class VideoDataset(Dataset[ClipItem]):
-    """Clips of a fixed shape out of a folder of videos.
+    """Clips of a fixed shape out of a folder of videos or out of tar shards.
 
-    Three layouts, told apart by what the folder holds:
+    Four layouts, told apart by what the folder holds:
 
     - class folders, ``root/Class/clip.avi``: labels follow ``classInd.txt`` where there is one, else the sorted names;
     - the same with UCF-101's official split files (``trainlist01.txt``, ``testlist01.txt``, ``classInd.txt``, in
       ``root``, in ``root/ucfTrainTestlist`` or beside ``root``), when ``split`` or ``split_file`` is given; a listed
       clip may have another video suffix, as transcoded copies do;
-    - a flat folder of videos: no classes, every label is 0 and ``class_names`` is empty.
+    - a flat folder of videos: no classes, every label is 0 and ``class_names`` is empty;
+    - tar shards in webdataset's layout (:mod:`hpdm.shards`): ``root`` is their folder, one ``.tar``, or a pattern such
+      as ``data/shard-{000000..000009}.tar`` or ``data/*.tar``. They have no ``split``.
 
     A clip or window that turns out damaged is replaced by the next good clip in the order of files, with a warning that
     names it. Damage that a codec conceals goes unnoticed here: ``hpdm data inspect --full`` finds it.
 
     Args:
-        root: the folder.
+        root: the folder, or a pattern of shards.
         frames: frames of a window, >= 1.
         size: height and width of the output, or one int for both. Frames are resized (antialiased bilinear) to just
             cover it, then cropped at the centre.
@@ -70,7 +74,8 @@ class VideoDataset(Dataset[ClipItem]):
         fold: which official split, 1 to 3.
         split_file: a list of clips in the official format, instead of ``split``.
         captions: read a caption for every clip, from ``captions.jsonl`` in ``root`` (lines ``{"file":
-            "relative/path.mp4", "caption": "..."}``) or from a text file of the clip's name beside it.
+            "relative/path.mp4", "caption": "..."}``) or from a text file of the clip's name beside it; in shards, from
+            ``key.txt`` or ``key.json``.
         train: ``True`` draws the window at random from (seed, epoch, index); ``False`` takes the middle one.
         short: a clip shorter than a window is an ``"error"``, is replaced like a damaged one (``"skip"``), or is played
             in a ``"loop"``.
@@ -81,8 +86,9 @@ class VideoDataset(Dataset[ClipItem]):
         timeout: seconds for one read.
 
     Raises:
-        FileNotFoundError: no such folder, split file or listed clip.
-        ValueError: a folder without videos, a class that the set does not have, clips without a caption, a bad number.
+        FileNotFoundError: no such folder, shard, split file or listed clip.
+        ValueError: a folder without videos, a damaged shard, a class that the set does not have, clips without a
+            caption, a bad number.
 
     Reading an item raises :class:`ShortClipError` or, when no clip of the set is good,
     :class:`hpdm.decode.DecodeError`.
@@ -130,11 +136,11 @@ class VideoDataset(Dataset[ClipItem]):
         self.frames, self.stride, self.train, self.short, self.seed = frames, stride, train, short, seed
         self.size = (height, width)
         self.cache_bytes, self.decoder, self.timeout = cache_bytes, decoder, timeout
-        if split is not None:
-            split_file = find_split_file(self.root, split, fold)
-        self.class_names, self.files = find_videos(self.root, split_file)
+        self.class_names, self.files = find_clips(
+            root, split=split, fold=fold, split_file=split_file, captions=captions
+        )
         if captions:
-            self.files = add_captions(self.root, self.files)
+            check_captions(root, self.files)
         self._infos: dict[int, VideoInfo] = {}
         self._bad: dict[int, str] = {}
         self._warned: set[int] = set()
@@ -189,10 +195,10 @@ class VideoDataset(Dataset[ClipItem]):
 
     def _examine(self, index: int) -> str | None:
         """Why a clip cannot be used at all, ``None`` for a good one; looks into the file once."""
-        path = self.files[index].path
+        path, source = self.files[index].path, self.files[index].source
         if index not in self._infos:
             try:
-                self._infos[index] = probe(path, timeout=self.timeout)
+                self._infos[index] = probe(source, timeout=self.timeout)
             except (DecodeError, FileNotFoundError) as error:
                 self._bad[index] = str(error)
                 return self._bad[index]
@@ -217,7 +223,7 @@ class VideoDataset(Dataset[ClipItem]):
             whole, decoder = cached
             window = whole[numbers]
         else:
-            clip = read_clip(file.path, numbers, decoder=self.decoder, timeout=self.timeout)
+            clip = read_clip(file.source, numbers, decoder=self.decoder, timeout=self.timeout)
             window, decoder = resize_and_crop(torch.from_numpy(clip.frames), self.size), clip.decoder
         video = window.permute(3, 0, 1, 2).contiguous()
         return {
@@ -239,7 +245,7 @@ class VideoDataset(Dataset[ClipItem]):
         for first in range(0, total, _CHUNK):
             numbers = range(first, min(first + _CHUNK, total))
             try:
-                clip = read_clip(self.files[index].path, numbers, decoder=self.decoder, timeout=self.timeout)
+                clip = read_clip(self.files[index].source, numbers, decoder=self.decoder, timeout=self.timeout)
             except DecodeError:
                 self._uncacheable.add(index)  # damaged somewhere: a window may still be good, as without a cache
                 return None
@@ -248,6 +254,30 @@ class VideoDataset(Dataset[ClipItem]):
         self._cache[index] = torch.cat(parts), decoder
         self._cached_bytes += need
         return self._cache[index]
+
+
+def find_clips(
+    root: str | os.PathLike[str],
+    *,
+    split: Literal["train", "test"] | None = None,
+    fold: int = 1,
+    split_file: str | os.PathLike[str] | None = None,
+    captions: bool = False,
+) -> tuple[list[str], list[VideoFile]]:
+    """Class names (empty for none) and clips of a folder or of shards; arguments and errors as :class:`VideoDataset`.
+
+    With ``captions``, a clip has the caption that is there, ``""`` for none.
+    """
+    shards = find_shards(root)
+    if shards is None:
+        names, files = find_videos(root, find_split_file(Path(root), split, fold) if split is not None else split_file)
+        return names, add_captions(root, files) if captions else files
+    if split is not None or split_file is not None:
+        raise ValueError(f"split: got one for shards ({root}), which have none; name its shards, as in 'train-*.tar'")
+    if Path(root).is_dir() and has_videos(root):
+        raise ValueError(f"root: {root} holds videos beside shards ({shards[0].name}), expected one")
+    names, files = read_shards(shards)
+    return names, files if captions else [replace(file, caption="") for file in files]
 
 
 class ClipSampler(Sampler[list[ClipKey]]):

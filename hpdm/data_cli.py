@@ -1,4 +1,4 @@
-"""``hpdm data``: render the synthetic set, look into video files. Each command is a dataclass with a ``run`` method."""
+"""``hpdm data``: the synthetic set, a look into videos, shards. Each command is a dataclass with a ``run`` method."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from hpdm.data import find_clips
 from hpdm.data_layout import find_videos
-from hpdm.decode import TIMEOUT_S, DecodeError, Decoder, probe, read_clip, verify
+from hpdm.decode import TIMEOUT_S, DecodeError, Decoder, Source, probe, read_clip, verify
+from hpdm.shards import find_shards, read_shards, write_shards
 from hpdm.synthetic import RADIUS, render_synthetic
 
 
@@ -61,7 +63,7 @@ class Inspect:
     """Show what video files hold, which decoder reads them and which would be skipped."""
 
     path: tyro.conf.Positional[Path]
-    """A video, or a folder in any layout that training reads."""
+    """A video, a folder in any layout that training reads, or shards: their folder or a quoted pattern."""
     frames: int = 1
     """Frames of a training window: shorter clips are reported."""
     stride: int = 1
@@ -77,29 +79,29 @@ class Inspect:
         """Prints a line per file and a summary; returns the exit status, 1 when a file would be skipped."""
         if self.frames < 1 or self.stride < 1:
             raise ValueError(f"frames, stride: got {self.frames}, {self.stride}, expected >= 1")
-        if self.path.is_file():
-            names: list[str] = []
-            paths = [(str(self.path), "")]
+        names: list[str] = []
+        if self.path.is_file() and find_shards(self.path) is None:
+            clips: list[tuple[Source, str]] = [(str(self.path), "")]
         else:
-            names, files = find_videos(self.path)
-            paths = [(file.path, names[file.label] if names else "") for file in files]
+            names, files = find_clips(self.path)
+            clips = [(file.source, names[file.label] if names else "") for file in files]
         counts: Counter[str] = Counter()
-        for path, name in paths:
-            line, outcome = self._line(path)
+        for source, name in clips:
+            line, outcome = self._line(source)
             counts[outcome] += 1
-            print(f"{path}  {name + '  ' if name else ''}{line}")
+            print(f"{source}  {name + '  ' if name else ''}{line}")
         classes = f" of {len(names)} classes" if names else ""
-        print(f"{len(paths)} files{classes}: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())))
+        print(f"{len(clips)} files{classes}: " + ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items())))
         return 1 if counts["skipped"] else 0
 
-    def _line(self, path: str) -> tuple[str, str]:
+    def _line(self, source: Source) -> tuple[str, str]:
         try:
-            info = probe(path, timeout=self.timeout)
-            clip = read_clip(path, [info.frames // 2], decoder=self.decoder, timeout=self.timeout)
+            info = probe(source, timeout=self.timeout)
+            clip = read_clip(source, [info.frames // 2], decoder=self.decoder, timeout=self.timeout)
             if self.full:
-                verify(path, timeout=self.timeout)
+                verify(source, timeout=self.timeout)
         except (DecodeError, FileNotFoundError) as error:
-            reason = str(error).removeprefix(os.path.abspath(path)).lstrip(": ")
+            reason = str(error).removeprefix(os.path.abspath(str(source))).lstrip(": ")
             return f"would be skipped: {reason}", "skipped"
         streams = f", stream {info.stream}, one of {info.video_streams} with video" if info.video_streams > 1 else ""
         line = f"{info.frames} frames {info.width}x{info.height} {info.fps:g} fps {info.codec}, {clip.decoder}{streams}"
@@ -109,6 +111,37 @@ class Inspect:
         return line, f"read with {clip.decoder}"
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Pack a folder of videos into tar shards (webdataset's layout), as they are, with labels and captions."""
+
+    src: tyro.conf.Positional[Path]
+    """Folder in any layout that training reads."""
+    out: tyro.conf.Positional[Path]
+    """Folder to create."""
+    clips_per_shard: int = 1000
+    """Clips of one shard; some hundred MB to a few GB of them suit most file systems."""
+    split: Literal["train", "test"] | None = None
+    """Pack one side of UCF-101's official split only."""
+    fold: int = 1
+    """Which official split, 1 to 3."""
+
+    def run(self) -> int:
+        """Packs; returns the exit status."""
+        if find_shards(self.src) is not None:
+            raise ValueError(f"src: {self.src} holds shards already, expected a folder of videos")
+        names, files = find_clips(self.src, split=self.split, fold=self.fold, captions=True)
+        shards = write_shards(self.out, self.src, names, files, self.clips_per_shard)
+        names, files = read_shards(shards)
+        captions = sum(bool(file.caption) for file in files)
+        print(
+            f"{self.out}: {len(shards)} shards, {len(files)} clips of {len(names)} classes, {captions} with a caption"
+        )
+        return 0
+
+
 DataCommand = (
-    Annotated[Synthetic, tyro.conf.subcommand("synthetic")] | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Shard, tyro.conf.subcommand("shard")]
 )

@@ -11,18 +11,25 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hpdm.decode import Member
+
 SUFFIXES = frozenset((".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"))
 SPLIT_FOLDER = "ucfTrainTestlist"
 CAPTIONS_FILE = "captions.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VideoFile:
-    """A file of a set, its label and its caption (``""`` where captions were not asked for)."""
+    """A clip of a set: where it is, its label (0 where there are no classes) and its caption (``""`` for none)."""
 
-    path: str
+    source: str | Member
     label: int
     caption: str = ""
+
+    @property
+    def path(self) -> str:
+        """Its name for messages: the file, or the shard and the member."""
+        return str(self.source)
 
 
 def find_videos(
@@ -37,10 +44,7 @@ def find_videos(
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root} is not a folder")
-    flat = _videos_in(root)
-    folders = {
-        folder.name: videos for folder in sorted(root.iterdir()) if folder.is_dir() and (videos := _videos_in(folder))
-    }
+    flat, folders = _videos_in(root), _class_folders(root)
     if flat and folders:
         raise ValueError(
             f"root: {root} holds videos beside class folders ({', '.join(list(folders)[:3])}), expected one"
@@ -55,7 +59,7 @@ def find_videos(
         return [], [VideoFile(str(path), 0) for path in flat]
     lists = [Path(split_file).parent] if split_file is not None else _split_folders(root)
     index = next((path for folder in lists if (path := folder / "classInd.txt").is_file()), None)
-    names = _read_class_index(index) if index is not None else list(folders)
+    names = read_class_index(index) if index is not None else list(folders)
     if split_file is not None:
         return names, _read_split(root, Path(split_file), names, folders)
     unknown = [name for name in folders if name not in names]
@@ -64,31 +68,45 @@ def find_videos(
     return names, [VideoFile(str(path), names.index(name)) for name, paths in folders.items() for path in paths]
 
 
-def add_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> list[VideoFile]:
-    """The files with their captions: from ``root/captions.jsonl``, else from a text file of the clip's name beside it.
+def has_videos(root: str | os.PathLike[str]) -> bool:
+    """Whether a folder or the folders in it hold videos."""
+    return bool(_videos_in(Path(root)) or _class_folders(Path(root)))
 
-    ``captions.jsonl`` holds lines ``{"file": "relative/path.mp4", "caption": "..."}``; both are UTF-8.
+
+def add_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> list[VideoFile]:
+    """The files of a folder with their captions, ``""`` where there is none.
+
+    A caption is in ``root/captions.jsonl``, UTF-8 lines ``{"file": "relative/path.mp4", "caption": "..."}``, or else in
+    a UTF-8 text file of the clip's name beside it.
 
     Raises:
-        ValueError: clips without a caption, a line in another format, a file that is not UTF-8.
+        ValueError: a line in another format, a file that is not UTF-8.
     """
     root = Path(root)
     listed = _read_captions(root / CAPTIONS_FILE) if (root / CAPTIONS_FILE).is_file() else {}
-    captioned, missing = [], []
+    captioned = []
     for file in files:
-        name = Path(file.path).relative_to(root).as_posix()
-        sidecar = Path(file.path).with_suffix(".txt")
-        caption = listed.get(name, "") or (_read_text(sidecar).strip() if sidecar.is_file() else "")
-        if not caption:
-            missing.append(name)
+        path = Path(file.path)
+        caption = listed.get(path.relative_to(root).as_posix(), "")
+        if not caption and (sidecar := path.with_suffix(".txt")).is_file():
+            caption = read_text(sidecar).strip()
         captioned.append(replace(file, caption=caption))
+    return captioned
+
+
+def check_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> None:
+    """Every file must have a caption.
+
+    Raises:
+        ValueError: some have none; the message counts them and names the first.
+    """
+    missing = [file.path.removeprefix(f"{root}{os.sep}") for file in files if not file.caption]
     if missing:
         more = ", ..." if len(missing) > 3 else ""
         raise ValueError(
             f"captions: {len(missing)} of {len(files)} clips of {root} have none ({', '.join(missing[:3])}{more}), "
-            f"expected each in {CAPTIONS_FILE} or in a text file beside the clip"
+            f"expected each in {CAPTIONS_FILE} or in a .txt of the clip's name"
         )
-    return captioned
 
 
 def _read_captions(path: Path) -> dict[str, str]:
@@ -106,7 +124,12 @@ def _read_captions(path: Path) -> dict[str, str]:
     return captions
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The contents of a UTF-8 file.
+
+    Raises:
+        ValueError: it is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -115,7 +138,7 @@ def _read_text(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """The lines of a text file that are not blank, each with its place for messages."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line.rstrip("\r")
 
@@ -125,6 +148,12 @@ def _videos_in(folder: Path) -> list[Path]:
         names = [e.name for e in entries if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file()]
     # Names that start with a dot are files in the making and desktop debris.
     return [folder / name for name in sorted(names) if not name.startswith(".")]
+
+
+def _class_folders(root: Path) -> dict[str, list[Path]]:
+    return {
+        folder.name: videos for folder in sorted(root.iterdir()) if folder.is_dir() and (videos := _videos_in(folder))
+    }
 
 
 def _split_folders(root: Path) -> list[Path]:
@@ -145,7 +174,12 @@ def find_split_file(root: Path, split: str, fold: int) -> Path:
     raise FileNotFoundError(f"split: no {name} in {looked}")
 
 
-def _read_class_index(path: Path) -> list[str]:
+def read_class_index(path: Path) -> list[str]:
+    """The class names of a ``classInd.txt``, lines ``1 ClassName`` in order.
+
+    Raises:
+        ValueError: a line in another format.
+    """
     names: list[str] = []
     for place, line in _lines(path):
         fields = line.split()

@@ -11,7 +11,10 @@ the window that is asked for is decoded, from the keyframe before it.
 
 **Hangs and crashes.** Decoding runs in a worker process of its own, one for each process that reads, started at the
 first call. Past the timeout it is killed; a hang in decord is retried with PyAV, a hang in PyAV is an error that names
-the file.
+the file. A worker that dies is started again and asked once more, since what ended it may have been the system and not
+the file; a second death counts as a failure of the decoder.
+
+**Videos inside other files.** A :class:`Member` is read in place, the same frames as from a file of its own.
 """
 
 from __future__ import annotations
@@ -46,6 +49,21 @@ class DecodeError(RuntimeError):
     """A file that cannot be read as a video; the message names it."""
 
 
+class Member(NamedTuple):
+    """A video stored as it is inside another file, as in a tar: ``size`` bytes from byte ``offset`` of ``archive``."""
+
+    archive: str
+    name: str  # for messages
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.archive}/{self.name}"
+
+
+Source = str | os.PathLike[str] | Member
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What a file holds.
@@ -72,43 +90,43 @@ class DecodedClip(NamedTuple):
     decoder: Literal["decord", "pyav"]
 
 
-def probe(path: str | os.PathLike[str], *, timeout: float = TIMEOUT_S) -> VideoInfo:
+def probe(path: Source, *, timeout: float = TIMEOUT_S) -> VideoInfo:
     """Says what a video file holds, from its packets and its first frame.
 
     Args:
-        path: the file.
+        path: the file, or a member of one.
         timeout: seconds, > 0.
 
     Raises:
         FileNotFoundError: no such file.
         DecodeError: not a video, damaged beyond opening, or no answer within the timeout.
     """
-    name = _checked(path, timeout)
-    reply, _ = _worker.call({"op": "probe", "path": name}, timeout)
+    name, place = _locate(path, timeout)
+    reply, _ = _worker.call({"op": "probe", **place}, timeout)
     if reply["status"] != "ok":
         raise DecodeError(f"{name}: not a readable video: {reply['error']}")
     return VideoInfo(path=name, **{key: value for key, value in reply.items() if key != "status"})
 
 
-def verify(path: str | os.PathLike[str], *, timeout: float = TIMEOUT_S) -> None:
+def verify(path: Source, *, timeout: float = TIMEOUT_S) -> None:
     """Decodes a whole file strictly with PyAV, to find damage that a codec would conceal in :func:`read_clip`.
 
     Args:
-        path: the file.
+        path: the file, or a member of one.
         timeout: seconds, > 0.
 
     Raises:
         FileNotFoundError: no such file.
         DecodeError: not a video, a damaged one, or no answer within the timeout.
     """
-    name = _checked(path, timeout)
-    reply, _ = _worker.call({"op": "verify", "path": name}, timeout)
+    name, place = _locate(path, timeout)
+    reply, _ = _worker.call({"op": "verify", **place}, timeout)
     if reply["status"] != "ok":
         raise DecodeError(f"{name}: damaged: {reply['error']}")
 
 
 def read_clip(
-    path: str | os.PathLike[str],
+    path: Source,
     indices: Sequence[int],
     *,
     decoder: Decoder = "auto",
@@ -117,7 +135,7 @@ def read_clip(
     """Decodes the frames ``indices`` of a video.
 
     Args:
-        path: the file.
+        path: the file, or a member of one.
         indices: frame numbers from 0, in any order, repeats allowed, at least one.
         decoder: ``"auto"`` tries decord and then PyAV, logging why; a named one is used or the call fails.
         timeout: seconds for each decoder, > 0.
@@ -131,13 +149,13 @@ def read_clip(
         ValueError: no indices, an unknown decoder, a timeout that is not positive.
         DecodeError: not a video, a damaged one, or no answer within the timeout.
     """
-    name = _checked(path, timeout)
+    name, place = _locate(path, timeout)
     if decoder not in DECODERS:
         raise ValueError(f"decoder: got {decoder!r}, expected one of {', '.join(DECODERS)}")
     numbers = [int(i) for i in indices]
     if not numbers:
         raise ValueError("indices: got none, expected at least one frame number")
-    request = {"op": "read", "path": name, "indices": numbers}
+    request = {"op": "read", **place, "indices": numbers}
     refused = _refused.get(name) if decoder == "auto" else None
     if decoder != "pyav" and refused is None:
         reply, frames = _worker.call({**request, "decoder": "decord"}, timeout)
@@ -162,13 +180,18 @@ def read_clip(
 _refused: dict[str, str] = {}
 
 
-def _checked(path: str | os.PathLike[str], timeout: float) -> str:
+def _locate(source: Source, timeout: float) -> tuple[str, dict[str, Any]]:
+    """The name for messages, and what tells the worker where the video is."""
     if not timeout > 0:
         raise ValueError(f"timeout: got {timeout}, expected seconds > 0")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path: {path} is not a file")
+    file = source.archive if isinstance(source, Member) else source
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"path: {file} is not a file")
     # The worker keeps the folder that it was started in, this process may change its own.
-    return os.path.abspath(path)
+    path = os.path.abspath(file)
+    if not isinstance(source, Member):
+        return path, {"path": path}
+    return f"{path}/{source.name}", {"path": path, "start": source.offset, "end": source.offset + source.size}
 
 
 class _Worker:
@@ -179,22 +202,24 @@ class _Worker:
         self.process: subprocess.Popen[bytes] | None = None
 
     def call(self, request: dict[str, Any], timeout: float) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Reply and frames; a hang or a death of the worker is a reply with an error."""
+        """Reply and frames; a hang of the worker or its second death is a reply with an error."""
         with self.lock:
-            try:
-                if self.process is None or self.process.poll() is not None:
-                    self.start()
-                _decode_worker.send(self._pipes()[0], {**request, "timeout": timeout})
-                return self.receive(time.monotonic() + timeout)
-            except TimeoutError:
-                self.stop()
-                return {"status": "error", "error": f"no answer within {timeout:g} s, decoder stopped"}, None
-            except (EOFError, BrokenPipeError):
-                code = self.stop()
-                return {"status": "error", "error": f"the decoding process died (exit status {code})"}, None
-            except BaseException:
-                self.stop()  # an interrupt between request and reply would leave the pipe out of step
-                raise
+            for attempt in range(2):
+                try:
+                    if self.process is None or self.process.poll() is not None:
+                        self.start()
+                    _decode_worker.send(self._pipes()[0], {**request, "timeout": timeout})
+                    return self.receive(time.monotonic() + timeout)
+                except TimeoutError:
+                    self.stop()
+                    return {"status": "error", "error": f"no answer within {timeout:g} s, decoder stopped"}, None
+                except (EOFError, BrokenPipeError):
+                    died = f"the decoding process died (exit status {self.stop()})"
+                    log.warning("%s: %s%s", request["path"], died, ("; asked again", " again")[attempt])
+                except BaseException:
+                    self.stop()  # an interrupt between request and reply would leave the pipe out of step
+                    raise
+            return {"status": "error", "error": died}, None
 
     def start(self) -> None:
         # -P keeps this package's folder off sys.path, where its module names would shadow others.

@@ -11,12 +11,12 @@ from hpdm.decode import read_clip
 from hpdm.synthetic import CLASSES, bounce, render_clip, render_synthetic
 
 CLASS_WORDS = {
-    "RedDisc": ("red", "disc"),
-    "GreenSquare": ("green", "square"),
-    "BlueTriangle": ("blue", "triangle"),
-    "YellowRing": ("yellow", "ring"),
-    "MagentaCross": ("magenta", "cross"),
-    "CyanDiamond": ("cyan", "diamond"),
+    "RedDisc": ("red", "disc", "upright stripes"),
+    "GreenSquare": ("green", "square", "checks"),
+    "BlueTriangle": ("blue", "triangle", "level stripes"),
+    "YellowRing": ("yellow", "ring", "slanted stripes"),
+    "MagentaCross": ("magenta", "cross", "checks"),
+    "CyanDiamond": ("cyan", "diamond", "slanted stripes"),
 }
 
 
@@ -150,14 +150,12 @@ def test_captions_say_what_is_to_be_seen(tmp_path):
     records = [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
     assert list(captions) == [record["file"] for record in records]
     assert len(set(captions.values())) > len(captions) / 2
-    stripes = {"RedDisc": "upright stripes", "BlueTriangle": "level stripes"}
-    textures = {name: "slanted stripes" for name in ("YellowRing", "CyanDiamond")} | stripes
     for record in records:
-        caption, name = captions[record["file"]], record["class"]
-        colour, shape = CLASS_WORDS[name]
+        caption = captions[record["file"]]
+        colour, shape, texture = CLASS_WORDS[record["class"]]
         assert f"{colour} {shape} " in caption
-        assert not any(f" {other} " in caption for other, _ in CLASS_WORDS.values() if other != colour)
-        assert "with" not in caption or f" with {textures.get(name, 'checks')} " in caption
+        assert not any(f" {other} " in caption for other, *_ in CLASS_WORDS.values() if other != colour)
+        assert "with" not in caption or f" with {texture} " in caption
         # Said along an axis when the motion is within an eighth of a turn of it, to either side of the diagonals.
         x, y = np.array(record["velocity"][0]) / np.hypot(*record["velocity"][0])
         edge = np.sin(np.pi / 8)
