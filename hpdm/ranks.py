@@ -20,23 +20,23 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def start(device: torch.device) -> torch.device:
-    """Joins the processes that ``torchrun`` started, if it did; returns this process's device.
+@contextmanager
+def joined(device: torch.device) -> Iterator[torch.device]:
+    """Within it, the processes that ``torchrun`` started, if it did, know each other; gives this process's device.
 
-    NCCL between GPUs, one per process, else gloo.
+    NCCL between GPUs, one per process, else gloo. Processes that know each other already stay so.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    start = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
+    if start:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def stop() -> None:
-    """Leaves the processes that :func:`start` joined."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield device
+    finally:
+        if start:
+            dist.destroy_process_group()
 
 
 def from_first(value: T) -> T:

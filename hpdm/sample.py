@@ -175,11 +175,8 @@ def sample(options: SampleOptions) -> list[Path]:
         FileNotFoundError: no run, or no checkpoint in it.
         ValueError: an unknown class or an option out of range.
     """
-    device = ranks.start(pick_device(options.device))
-    try:
+    with ranks.joined(pick_device(options.device)) as device:
         return _sample(options, device)
-    finally:
-        ranks.stop()
 
 
 def _sample(options: SampleOptions, device: torch.device) -> list[Path]:

@@ -167,11 +167,8 @@ def train(options: TrainOptions) -> HPDM:
         OSError: a checkpoint cannot be written; the one before it stays usable.
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint.
     """
-    device = ranks.start(pick_device(options.device))
-    try:
+    with ranks.joined(pick_device(options.device)) as device:
         return _train(options, device)
-    finally:
-        ranks.stop()
 
 
 def _train(options: TrainOptions, device: torch.device) -> HPDM:
