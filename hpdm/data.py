@@ -70,6 +70,9 @@ class VideoDataset(Dataset[ClipItem]):
         size: height and width of the output, or one int for both. Frames are resized (antialiased bilinear) to just
             cover it, then cropped at the centre.
         stride: step between frames of a window, >= 1; a window spans ``(frames - 1) * stride + 1`` frames.
+        fps: frames per second, > 0, that clips are resampled to before ``stride`` counts: each frame of a window is the
+            clip's nearest in time, going by its average rate. A clip whose container gives no rate is skipped like a
+            damaged one. ``None`` takes frames as they are stored; where clips then differ in rate, a warning says so.
         split: ``"train"`` or ``"test"`` of the official split, ``None`` for every clip.
         fold: which official split, 1 to 3.
         split_file: a list of clips in the official format, instead of ``split``.
@@ -101,6 +104,7 @@ class VideoDataset(Dataset[ClipItem]):
         frames: int,
         size: int | tuple[int, int],
         stride: int = 1,
+        fps: float | None = None,
         split: Literal["train", "test"] | None = None,
         fold: int = 1,
         split_file: str | os.PathLike[str] | None = None,
@@ -130,10 +134,12 @@ class VideoDataset(Dataset[ClipItem]):
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: got {choice!r}, expected one of {', '.join(map(repr, choices))}")
+        if fps is not None and not 0 < fps < float("inf"):
+            raise ValueError(f"fps: got {fps}, expected > 0")
         if split is not None and split_file is not None:
             raise ValueError("split_file: got both split and split_file, expected one of them")
         self.root = Path(root)
-        self.frames, self.stride, self.train, self.short, self.seed = frames, stride, train, short, seed
+        self.frames, self.stride, self.fps, self.train, self.short, self.seed = frames, stride, fps, train, short, seed
         self.size = (height, width)
         self.cache_bytes, self.decoder, self.timeout = cache_bytes, decoder, timeout
         self.class_names, self.files = find_clips(
@@ -144,6 +150,8 @@ class VideoDataset(Dataset[ClipItem]):
         self._infos: dict[int, VideoInfo] = {}
         self._bad: dict[int, str] = {}
         self._warned: set[int] = set()
+        self._first: VideoInfo | None = None  # the first clip looked into, whose rate is the others' to share
+        self._rates_differ = False
         self._uncacheable: set[int] = set()
         self._cache: dict[int, tuple[Tensor, str]] = {}
         self._cached_bytes = 0
@@ -153,10 +161,10 @@ class VideoDataset(Dataset[ClipItem]):
         """The label of each file; ``None`` where the set has no classes."""
         return [file.label for file in self.files] if self.class_names else None
 
-    @property
-    def span(self) -> int:
-        """Frames of the file that a window spans."""
-        return (self.frames - 1) * self.stride + 1
+    def offsets(self, fps: float) -> np.ndarray:
+        """Numbers of a window's frames, counted from its first, in a clip of ``fps`` frames per second: int64 [F]."""
+        steps = np.arange(self.frames) * self.stride
+        return steps if self.fps is None else np.floor(steps * (fps / self.fps) + 0.5).astype(np.int64)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -202,22 +210,47 @@ class VideoDataset(Dataset[ClipItem]):
             except (DecodeError, FileNotFoundError) as error:
                 self._bad[index] = str(error)
                 return self._bad[index]
-        total = self._infos[index].frames
-        if total >= self.span or self.short == "loop":
+            if self.fps is None:
+                self._compare_rates(self._infos[index])
+        info = self._infos[index]
+        if self.fps is not None and not info.fps:
+            self._bad[index] = f"{path}: the container gives no frame rate, which fps={self.fps:g} needs"
+            return self._bad[index]
+        span = int(self.offsets(info.fps)[-1]) + 1
+        if info.frames >= span or self.short == "loop":
             return None
-        reason = f"{path}: got {total} frames, expected >= {self.span} (frames={self.frames}, stride={self.stride})"
+        rate = "" if self.fps is None else f", fps={self.fps:g} of {info.fps:g}"
+        reason = (
+            f"{path}: got {info.frames} frames, expected >= {span} (frames={self.frames}, stride={self.stride}{rate})"
+        )
         if self.short == "error":
             raise ShortClipError(reason)
         self._bad[index] = reason
         return reason
 
+    def _compare_rates(self, info: VideoInfo) -> None:
+        worker = get_worker_info()
+        if self._rates_differ or not info.fps or (worker is not None and worker.id > 0):
+            return  # each process sees clips of the whole set: one of them is enough to warn once
+        self._first = self._first or info
+        if abs(info.fps / self._first.fps - 1) > 0.01:  # 29.97 and 30 are alike
+            self._rates_differ = True
+            warnings.warn(
+                f"{self.root}: clips differ in frame rate ({info.path}: {info.fps:g}, {self._first.path}: "
+                f"{self._first.fps:g} frames per second): a window spans the same frames of each, not the same time; "
+                "pass fps to resample them to one rate",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def _read(self, index: int, epoch: int) -> ClipItem:
         file, total = self.files[index], self._infos[index].frames
-        last = max(0, total - self.span)
+        offsets = self.offsets(self._infos[index].fps)
+        last = max(0, total - int(offsets[-1]) - 1)
         start = last // 2
         if self.train:
             start = int(np.random.default_rng([self.seed, epoch, index]).integers(last + 1))
-        numbers = [(start + i * self.stride) % total for i in range(self.frames)]
+        numbers = ((start + offsets) % total).tolist()
         cached = self._cache.get(index) or self._fill_cache(index, total)
         if cached is not None:
             whole, decoder = cached

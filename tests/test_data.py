@@ -1,5 +1,6 @@
 """Sets of videos: layouts, windows that depend on (seed, epoch, index) alone, damaged and short clips, the sampler."""
 
+import dataclasses
 import functools
 import json
 import pickle
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hpdm import data as data_module
 from hpdm import decode
 from hpdm.data import ClipKey, ClipSampler, ShortClipError, VideoDataset, resize_and_crop
 from hpdm.data_cli import Inspect, Synthetic
@@ -135,11 +137,67 @@ def test_window_holds_the_frames_from_its_start(flat, stride, train):
         for epoch in range(3):
             item = data[ClipKey(index, epoch)]
             length = 10 + index
-            assert 0 <= item["start"] <= length - data.span
-            brightness = (item["video"].float().mean((0, 2, 3)) - 16) / 4
-            assert brightness.round().tolist() == [item["start"] + stride * i for i in range(3)]
+            span = 2 * stride + 1
+            assert 0 <= item["start"] <= length - span
+            assert brightness(item) == [item["start"] + stride * i for i in range(3)]
             if not train:
-                assert item["start"] == (length - data.span) // 2
+                assert item["start"] == (length - span) // 2
+
+
+def brightness(item):
+    return ((item["video"].float().mean((0, 2, 3)) - 16) / 4).round().int().tolist()
+
+
+def test_clips_of_any_rate_and_size_are_resampled_to_one(tmp_path):
+    """Brightness tells the frame, so a window's motion per second can be read off."""
+    for name, rate, size in (("a", 10, (16, 16)), ("b", 20, (24, 40)), ("c", 30, (10, 64)), ("d", 25, (17, 33))):
+        write_video(tmp_path / f"{name}.mp4", numbered(40, *size), rate, crf=5)
+    data = VideoDataset(tmp_path, frames=5, size=(8, 12), fps=10, train=False)
+    assert [data[i]["video"].shape for i in range(4)] == [(3, 5, 8, 12)] * 4
+    for index, steps in enumerate(([0, 1, 2, 3, 4], [0, 2, 4, 6, 8], [0, 3, 6, 9, 12], [0, 3, 5, 8, 10])):
+        first = (40 - steps[-1] - 1) // 2
+        assert brightness(data[index]) == [first + step for step in steps]
+    halved = VideoDataset(tmp_path, frames=5, size=8, fps=5, stride=2, train=False, short="loop")
+    assert brightness(halved[0]) == [11, 15, 19, 23, 27]
+    assert brightness(halved[2]) == [0, 12, 24, 36, 8], "a loop goes on from the first frame"
+    doubled = VideoDataset(tmp_path, frames=5, size=8, fps=20)
+    for epoch in range(8):
+        item = doubled[ClipKey(0, epoch)]
+        assert brightness(item) == [item["start"] + step for step in (0, 1, 1, 2, 2)]
+        assert 0 <= item["start"] <= 37
+    with pytest.raises(
+        ShortClipError, match=r"c\.mp4: got 40 frames, expected >= 49 \(frames=5, stride=4, fps=10 of 30"
+    ):
+        VideoDataset(tmp_path, frames=5, size=8, fps=10, stride=4)[2]
+    for rate in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"fps: got {rate}, expected > 0"):
+            VideoDataset(tmp_path, frames=5, size=8, fps=rate)
+
+
+def test_rates_that_differ_are_told_once(flat):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alike = VideoDataset(flat, frames=4, size=16)
+        assert [alike[i]["start"] >= 0 for i in range(4)] == [True] * 4
+    write_video(flat / "1.mp4", numbered(12), 25)
+    write_video(flat / "2.mp4", numbered(12), 50)
+    data = VideoDataset(flat, frames=4, size=16)
+    with pytest.warns(RuntimeWarning, match=r"1\.mp4: 25, .*0\.mp4: 16 frames per second.*pass fps") as caught:
+        assert len([data[ClipKey(i, epoch)] for epoch in range(2) for i in range(4)]) == 8
+    assert len(caught) == 1
+
+
+def test_a_clip_without_a_rate_cannot_be_resampled(flat, monkeypatch):
+    real = data_module.probe
+    monkeypatch.setattr(data_module, "probe", lambda *a, **k: dataclasses.replace(real(*a, **k), fps=0.0))
+    assert VideoDataset(flat, frames=4, size=16)[0]["start"] >= 0
+    data = VideoDataset(flat, frames=4, size=16, fps=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(
+            DecodeError, match=r"none of the 4 .*0\.mp4: the container gives no frame rate, which fps=8"
+        ):
+            data[0]
 
 
 def test_windows_depend_on_seed_epoch_and_index_alone(flat):
