@@ -37,10 +37,15 @@ setup(
             "mypy",
             "matplotlib",
             "tensorboard",
+            "transformers>=4.56",  # tests encode captions with a tiny T5 of random weights
         ],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
-        "t2v": ["transformers", "sentencepiece"],
+        "t2v": [
+            "transformers>=4.56",  # the T5 text encoder; `dtype` is an argument since then
+            "sentencepiece",  # tokenizers of the original T5 models, which are spiece.model files
+            "protobuf",  # with which transformers reads these
+        ],
     },
     entry_points={"console_scripts": ["hpdm = hpdm.cli:main"]},
 )

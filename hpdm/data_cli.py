@@ -15,6 +15,7 @@ from hpdm.data_layout import find_videos
 from hpdm.decode import TIMEOUT_S, DecodeError, Decoder, Source, probe, read_clip, verify
 from hpdm.shards import find_shards, read_shards, write_shards
 from hpdm.synthetic import RADIUS, render_synthetic
+from hpdm.text_cli import Embed
 
 
 @dataclass(frozen=True)
@@ -144,4 +145,5 @@ DataCommand = (
     Annotated[Synthetic, tyro.conf.subcommand("synthetic")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Shard, tyro.conf.subcommand("shard")]
+    | Annotated[Embed, tyro.conf.subcommand("embed")]
 )
