@@ -55,7 +55,7 @@ def _linear_step(out: Tensor, total: Tensor, weight: Tensor | float, x: Tensor |
 
 
 def extract(video: Tensor, plan: Plan, tile: Sequence[int], mean: bool, scale: float) -> Tensor:
-    """One strided copy per row of tiles; the weights, if any, are applied to the video first."""
+    """One strided copy of all evenly spaced tiles; the weights, if any, are applied to the video first."""
     b, c = video.shape[:2]
     out = new_empty(video, b, len(plan.origins), c, *tile)
     if mean or scale != 1.0:
@@ -68,32 +68,37 @@ def extract(video: Tensor, plan: Plan, tile: Sequence[int], mean: bool, scale: f
     if mean:
         inverse = [inverse_counts(axis, video) for axis in plan.axes]
         video.mul_(inverse[1][:, None] * inverse[2]).mul_(inverse[0][:, None, None])
-    axis_f, axis_h, axis_w = plan.axes
     grid = out.unflatten(1, [len(axis.origins) for axis in plan.axes])
-    for (i, at_f), (j, at_h) in itertools.product(enumerate(axis_f.origins), enumerate(axis_h.origins)):
-        rows = video.narrow(2, at_f, axis_f.tile).narrow(3, at_h, axis_h.tile)
-        for first, count, step in axis_w.runs():
-            row = rows.narrow(4, axis_w.origins[first], (count - 1) * step + axis_w.tile).unfold(4, axis_w.tile, step)
-            grid[:, i, j, first : first + count] = row.permute(0, 4, 1, 2, 3, 5)
+    for runs in itertools.product(*(axis.runs() for axis in plan.axes)):
+        view, some = video, grid
+        for n, (axis, (first, count, step)) in enumerate(zip(plan.axes, runs)):
+            view = view.narrow(2 + n, axis.origins[first], (count - 1) * step + axis.tile).unfold(
+                2 + n, axis.tile, step
+            )
+            some = some.narrow(1 + n, first, count)
+        some.copy_(view.permute(0, 2, 3, 4, 1, 5, 6, 7))
     return out
 
 
-def _add_up(out: Tensor, tiles: Tensor, cells: Sequence[Cells]) -> None:
-    """``out [..., size]`` becomes the sums of ``tiles [T, ..., tile]`` where they lie along the last dimension."""
+def _add_up(out: Tensor, layers: Sequence[Tensor], cells: Sequence[Cells]) -> None:
+    """``out [..., size]`` becomes the sums of all ``layers [T, ..., tile]`` where they lie along the last dimension."""
     for c in cells:
         span = out.narrow(-1, c.start, (c.count - 1) * c.step + c.length).unfold(-1, c.length, c.step)
-        covering = [tiles[c.first + p :: c.tile_step][: c.count] for p in range(len(c.offsets))]
-        _sum_into(span, [t.narrow(-1, at, c.length).movedim(0, -2) for t, at in zip(covering, c.offsets)])
+        parts = [
+            tiles[c.first + p :: c.tile_step][: c.count].narrow(-1, at, c.length).movedim(0, -2)
+            for tiles, (p, at) in itertools.product(layers, enumerate(c.offsets))
+        ]
+        _sum_into(span, parts)
 
 
 def average(
     tiles: Tensor, plan: Plan, size: Sequence[int], x: Tensor | None, alpha: float, beta: float, mean: bool
 ) -> Tensor:
-    """Adds up all tiles, some planes at a time, along frames, then height, then width.
+    """Adds up all tiles, some planes at a time: along frames and height at once, then along width.
 
-    Each axis leaves fewer elements for the next (half as many at 50 % overlap), and the last one has the shortest runs.
-    Only the first sum reads the tiles from memory, in runs of whole planes. The last one writes where the result
-    belongs, so beyond the result there are the first two sums of a piece and the planes of weights.
+    The first sum alone reads the tiles from memory, in runs of whole planes, and leaves far fewer elements to the
+    second one, which has the shortest runs and writes where the result belongs. So beyond the result there are the
+    first sums of a piece and a plane or two of weights.
     """
     b, _, c, f, h, w = tiles.shape
     work = coordinate_dtype(tiles.dtype)
@@ -105,34 +110,29 @@ def average(
         return (total if x is None else total.add_(x, alpha=alpha)).to(tiles.dtype)
     axis_f, axis_h, axis_w = plan.axes
     grid = tiles.unflatten(1, [len(axis.origins) for axis in plan.axes])
-    n_h, n_w = len(axis_h.origins), len(axis_w.origins)
-    planes = max(1, (CPU_PIECE if tiles.device.type == "cpu" else GPU_PIECE) // (b * n_h * n_w * h * w))
-    pieces = list(_pieces(axis_f, max(1, planes // c)))
-    longest, channels = max(stop - start for start, stop, _ in pieces), min(c, planes)
+    n_w, per_plane = len(axis_w.origins), b * grid.shape[2] * grid.shape[3] * h * w
+    planes = max(1, (CPU_PIECE if tiles.device.type == "cpu" else GPU_PIECE) // per_plane)
+    pieces = list(_pieces(axis_f, planes))
+    longest = max(stop - start for start, stop, _ in pieces)
+    channels = min(c, max(1, planes // longest))
     weights: dict[int, Tensor | float] = {len(cover): beta for _, _, cover in pieces}
     if mean:
         like = tiles.new_empty(0, dtype=work)
         inverse = inverse_counts(axis_h, like)[:, None] * inverse_counts(axis_w, like)
         weights = {n: inverse * (beta / n) for n in weights}
         del inverse  # before the scratch memory comes
-    after_f = tiles.new_empty(b, n_h, n_w, channels, longest, h, w, dtype=work)
-    after_h = tiles.new_empty(b, n_w, channels, longest, size[1], w, dtype=work)
+    columns = tiles.new_empty(b, n_w, channels, longest, size[1], w, dtype=work)
     out = new_empty(tiles, b, c, *size)
     # 16-bit results are rounded once, at the end.
-    after_w = None if out.dtype == work else tiles.new_empty(b, channels, longest, *size[1:], dtype=work)
+    sums = None if out.dtype == work else tiles.new_empty(b, channels, longest, *size[1:], dtype=work)
     alike_h, alike_w = axis_h.alike(), axis_w.alike()
     for (start, stop, cover), channel in itertools.product(pieces, range(0, c, channels)):
         n, some = stop - start, min(channels, c - channel)
         here = (slice(None), slice(channel, channel + some), slice(start, stop))
+        tall, total = columns[:, :, :some, :n], out[here] if sums is None else sums[:, :some, :n]
         parts = [grid[:, i, :, :, here[1]].narrow(4, start - axis_f.origins[i], n) for i in cover]
-        sums = after_f[:, :, :, :some, :n]
-        if len(parts) == 1 and tiles.dtype == work:
-            sums = parts[0]
-        else:
-            _sum_into(sums, parts)
-        rows, total = after_h[:, :, :some, :n], out[here] if after_w is None else after_w[:, :some, :n]
-        _add_up(rows.transpose(4, 5), sums.movedim(1, 0).transpose(5, 6), alike_h)
-        _add_up(total, rows.movedim(1, 0), alike_w)
+        _add_up(tall.transpose(4, 5), [part.movedim(1, 0).transpose(5, 6) for part in parts], alike_h)
+        _add_up(total, [tall.movedim(1, 0)], alike_w)
         _linear_step(out[here], total, weights[len(cover)], None if x is None else x[here], alpha)
     return out
 
