@@ -215,7 +215,8 @@ class _Worker:
                     return {"status": "error", "error": f"no answer within {timeout:g} s, decoder stopped"}, None
                 except (EOFError, BrokenPipeError):
                     died = f"the decoding process died (exit status {self.stop()})"
-                    log.warning("%s: %s%s", request["path"], died, ("; asked again", " again")[attempt])
+                    if attempt == 0:
+                        log.warning("%s: %s; asked once more", request["path"], died)
                 except BaseException:
                     self.stop()  # an interrupt between request and reply would leave the pipe out of step
                     raise

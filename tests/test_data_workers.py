@@ -1,0 +1,193 @@
+"""Processes that read: killed, hung or dead on a clip, data go on, the same bit for bit, and the clip is named."""
+
+import functools
+import logging
+import multiprocessing
+import os
+import signal
+import warnings
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from hpdm import _decode_worker, decode
+from hpdm.data import ClipSampler, VideoDataset
+from hpdm.data_loader import load
+from hpdm.video import write_video
+
+
+@pytest.fixture
+def flat(tmp_path, generator):
+    root = tmp_path / "flat"
+    root.mkdir()
+    for i in range(4):
+        write_video(root / f"{i}.mp4", torch.randint(0, 256, (3, 8, 16, 16), generator=generator, dtype=torch.uint8))
+    return root
+
+
+@pytest.fixture
+def patched(tmp_path, monkeypatch):
+    """Makes new decoding processes run ``body`` in the worker's module (named ``worker``) before they serve."""
+    monkeypatch.setattr(decode, "_worker", decode._Worker())
+    monkeypatch.setattr(decode, "_refused", {})
+
+    def patch(body):
+        script = tmp_path / "patched_worker.py"
+        script.write_text(
+            "import importlib.util, os, signal, sys, time\n"
+            f"spec = importlib.util.spec_from_file_location('worker', {_decode_worker.__file__!r})\n"
+            "worker = sys.modules['worker'] = importlib.util.module_from_spec(spec)\n"
+            "spec.loader.exec_module(worker)\n"
+            f"real = worker.Server.answer\n{body}\nworker.Server.answer = answer\nworker.main()\n"
+        )
+        monkeypatch.setattr(decode._decode_worker, "__file__", str(script))
+
+    yield patch
+    decode._worker.stop()
+
+
+@pytest.fixture
+def spoken():
+    """Warnings of this process and its children go to stderr, as they do outside of pytest."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: os.write(2, f"{message}\n".encode())
+        yield
+
+
+def read(data, workers, steps=4):
+    loader = DataLoader(data, batch_sampler=ClipSampler(4, 3, seed=1), num_workers=workers)
+    return [batch for batch, _ in zip(loader, range(steps))]
+
+
+def same(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others):
+        assert torch.equal(batch["video"], other["video"])
+        assert batch["path"] == other["path"]
+
+
+@pytest.mark.parametrize("op", ["probe", "read"])
+def test_a_decoding_process_that_is_killed_costs_nothing(flat, tmp_path, patched, caplog, op):
+    expected = read(VideoDataset(flat, frames=4, size=16), 0)
+    decode._worker.stop()
+    patched(
+        f"once = {str(tmp_path / 'once')!r}\n"
+        f"def answer(self, request):\n"
+        f"    if request['op'] == {op!r} and request['path'].endswith('2.mp4') and not os.path.exists(once):\n"
+        f"        open(once, 'w').close()\n"
+        f"        os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    return real(self, request)"
+    )
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "hpdm.decode"):
+        warnings.simplefilter("error")
+        same(read(VideoDataset(flat, frames=4, size=16), 0), expected)
+    assert (tmp_path / "once").exists()
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{flat / '2.mp4'}: the decoding process died (exit status -9); asked once more"
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("act", "reason"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "not a readable video: the decoding process died (exit status -9)"),
+        ("time.sleep(600)", "not a readable video: no answer within 0.7 s, decoder stopped"),
+    ],
+    ids=["dies", "hangs"],
+)
+def test_a_clip_on_which_decoding_dies_or_hangs_is_named_and_replaced(
+    flat, patched, spoken, capfd, workers, act, reason
+):
+    expected = VideoDataset(flat, frames=4, size=16)
+    decode._worker.stop()
+    patched(
+        f"def answer(self, request):\n"
+        f"    if request['path'].endswith('2.mp4'):\n        {act}\n"
+        f"    return real(self, request)"
+    )
+    batches = read(VideoDataset(flat, frames=4, size=16, timeout=0.7), workers)
+    said = capfd.readouterr().err
+    assert f"clip skipped: {flat / '2.mp4'}: {reason}" in said
+    assert not any(name in said for name in ("0.mp4", "1.mp4", "3.mp4"))
+    paths = [[key.clip for key in ClipSampler(4, 3, seed=1).keys(step)] for step in range(4)]
+    assert [batch["path"] for batch in batches] == [
+        [str(flat / f"{3 if clip == 2 else clip}.mp4") for clip in clips] for clips in paths
+    ]
+    assert expected[0]["video"].shape == batches[0]["video"].shape[1:]
+
+
+def test_a_pipe_in_place_of_a_clip_does_not_hang(flat, spoken, capfd):
+    data = VideoDataset(flat, frames=4, size=16)
+    (flat / "2.mp4").unlink()
+    os.mkfifo(flat / "2.mp4")
+    assert len(read(data, 2)) == 4
+    assert f"clip skipped: path: {flat / '2.mp4'} is not a file" in capfd.readouterr().err
+    assert len(VideoDataset(flat, frames=4, size=16)) == 3, "it is not listed as a clip either"
+
+
+def make(data, workers, keys):
+    return DataLoader(data, batch_sampler=keys, num_workers=workers)
+
+
+def test_loading_is_the_same_for_any_number_of_workers(flat):
+    data, keys = VideoDataset(flat, frames=4, size=16), [ClipSampler(4, 3).keys(step) for step in range(5)]
+    expected = list(load(functools.partial(make, data, 0), keys))
+    assert len(expected) == 5
+    for workers in (1, 2):
+        same(list(load(functools.partial(make, data, workers), keys)), expected)
+    resumed = load(functools.partial(make, data, 2), ClipSampler(4, 3, start=2))
+    same([next(resumed) for _ in range(3)], expected[2:])
+    resumed.close()
+
+
+def test_workers_that_are_killed_are_started_again(flat, caplog):
+    data = VideoDataset(flat, frames=4, size=16)
+    sampler = ClipSampler(4, 3, seed=2)
+    before = set(multiprocessing.active_children())
+    batches = load(functools.partial(make, data, 2), sampler)
+    got = [next(batches)]
+    for worker in set(multiprocessing.active_children()) - before:
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.join()
+    with caplog.at_level(logging.WARNING, "hpdm.data_loader"):
+        got += [next(batches) for _ in range(7)]
+    batches.close()
+    same(got, [batch for batch, _ in zip(make(data, 0, sampler), range(8))])
+    assert len(caplog.records) == 1
+    assert "started again: DataLoader worker (pid" in caplog.text
+    assert not set(multiprocessing.active_children()) - before
+
+
+def test_workers_that_keep_dying_end_the_run(monkeypatch, caplog):
+    class Dying:
+        num_workers = 0
+        made = 0
+
+        def __init__(self, keys):
+            Dying.made += 1
+            self.keys = keys
+
+        def __iter__(self):
+            for key in self.keys:
+                if key == 2:
+                    raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+                yield key
+
+    batches = load(Dying, [0, 1, 2, 3])
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(RuntimeError, match=r"died 3 times over one batch: DataLoader worker \(pid\(s\) 7\) .*memory"):
+        next(batches)
+    assert (Dying.made, len(caplog.records)) == (3, 2)
+
+
+def test_errors_of_the_data_are_not_taken_for_deaths(tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.mp4").write_text("not a video")
+    data = VideoDataset(tmp_path, frames=4, size=16)
+    warnings.simplefilter("ignore")
+    for workers in (0, 1):
+        with pytest.raises(decode.DecodeError, match="none of the 2 clips can be used"):
+            next(load(functools.partial(make, data, workers), ClipSampler(2, 1)))
