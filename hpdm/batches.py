@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +18,26 @@ from torch.utils.data import DataLoader, Sampler
 
 from hpdm import ranks
 from hpdm.data import ClipItem, ClipKey, ClipSampler, VideoDataset
+from hpdm.text import EmbeddingStore, collate_text
 
 
 class Batch(dict[str, Any]):
-    """Clips: ``video`` uint8 ``[B, 3, F, H, W]``, ``labels`` int64 ``[B]``, ``captions``, ``paths``."""
+    """Clips: ``video`` uint8 ``[B, 3, F, H, W]``, ``labels`` int64 ``[B]``, ``paths``.
+
+    With embeddings, also ``text`` float32 ``[B, S, W]`` and ``text_mask`` bool ``[B, S]``.
+    """
 
 
-def collate(items: list[ClipItem]) -> Batch:
-    """Stacks dataset items into a :class:`Batch`."""
-    return Batch(
+def collate(items: list[ClipItem], embeddings: EmbeddingStore | None = None) -> Batch:
+    """Stacks dataset items into a :class:`Batch`, with the embeddings of their captions."""
+    batch = Batch(
         video=torch.stack([item["video"] for item in items]),
         labels=torch.tensor([item["label"] for item in items]),
-        captions=[item["caption"] for item in items],
         paths=[item["path"] for item in items],
     )
+    if embeddings is not None:
+        batch["text"], batch["text_mask"] = collate_text([embeddings[item["caption"]] for item in items])
+    return batch
 
 
 class MicroBatches(Sampler[list[ClipKey]]):
@@ -71,14 +78,17 @@ class MicroBatches(Sampler[list[ClipKey]]):
             step += 1
 
 
-def loader(dataset: VideoDataset, sampler: MicroBatches, workers: int, device: torch.device) -> Iterator[Batch]:
+def loader(
+    dataset: VideoDataset, sampler: MicroBatches, workers: int, device: torch.device,
+    embeddings: EmbeddingStore | None = None,
+) -> Iterator[Batch]:  # fmt: skip
     """Micro-batches in order, decoded by ``workers`` processes (0: by this one), pinned for a GPU."""
     return iter(
         DataLoader(
             dataset,
             batch_sampler=sampler,
             num_workers=workers,
-            collate_fn=collate,
+            collate_fn=partial(collate, embeddings=embeddings),
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=_outlive_interrupts,

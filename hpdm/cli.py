@@ -1,4 +1,4 @@
-"""The command line: ``hpdm {train,sample,evaluate,plan,data}``."""
+"""The command line: ``hpdm {train,sample,evaluate,export,plan,data}``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tyro
 
 from hpdm.data_cli import DataCommand
 from hpdm.evaluate import EvaluateOptions
+from hpdm.export import ExportOptions
 from hpdm.plan import PlanCommand
 from hpdm.sample import SampleOptions
 from hpdm.train import TrainOptions
@@ -20,6 +21,7 @@ Command = (
     Annotated[TrainOptions, tyro.conf.subcommand("train")]
     | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
     | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
+    | Annotated[ExportOptions, tyro.conf.subcommand("export")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
     | Annotated[
         DataCommand, tyro.conf.subcommand("data", description="Render the synthetic clips, look into video files.")

@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 
 from hpdm import presets, ranks
-from hpdm.checkpoint import list_checkpoints, load_run_config, newest_checkpoint, save_run_config
+from hpdm.checkpoint import list_checkpoints, load_run_config, save_run_config
 from hpdm.config import HPDMConfig
 from hpdm.data import VideoDataset
 from hpdm.device import pick_device
 from hpdm.model import HPDM
 from hpdm.parallel import Parallel
 from hpdm.presets import Recipe
+from hpdm.text import EmbeddingStore
 from hpdm.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,12 @@ class TrainOptions:
     """Folder of videos (UCF-101's layout, class folders, or flat) or of tar shards, or a pattern of shards."""
     out: Path
     """Folder of the run; a run that is there already is resumed."""
+    embeddings: Path | None = None
+    """Embeddings of the clips' captions, from `hpdm data embed`: the model is conditioned on text, not on classes."""
     init: Path | None = None
     """Run of the same model whose newest weights to start from, with a fresh optimizer and schedule."""
+    base: Path | None = None
+    """Run of the same network with fewer levels to start from, trained at low resolution; see `hpdm.finetune`."""
     preset: str = "tiny"
     """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny."""
     steps: int | None = None
@@ -60,6 +65,8 @@ class TrainOptions:
     """Use UCF-101's official split."""
     stride: int = 1
     """Step between the frames of a clip."""
+    fps: float | None = None
+    """Frame rate to which every clip is resampled before; its own if not given."""
     short: Literal["error", "skip", "loop"] = "error"
     """What to do with a clip that is too short."""
     optimizer: Literal["adamw", "lamb"] | None = None
@@ -112,6 +119,8 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"{name}: got {value}, expected at least {bound}")
+        if self.init is not None and self.base is not None:
+            raise ValueError("base: got both init and base, expected one of them")
 
     def recipe(self) -> Recipe:
         """The preset's recipe with what was given in its place.
@@ -129,29 +138,46 @@ class TrainOptions:
         return 0
 
 
-def build_config(options: TrainOptions, class_names: list[str]) -> HPDMConfig:
+def build_config(options: TrainOptions, class_names: list[str], embeddings: EmbeddingStore | None) -> HPDMConfig:
     """The preset with the run's changes.
 
     Raises:
-        ValueError: unknown preset, a resolution that is no pyramid of the patch, or text conditioning, which needs
-            captions that a folder of videos does not have.
+        ValueError: unknown preset, a resolution that is no pyramid of the patch, a preset with text and no embeddings,
+            or with text of another width.
     """
     config = presets.get(options.preset)
-    if config.conditioning == "text":
-        raise ValueError(
-            f"preset: got {options.preset!r}, which is conditioned on text; folders of videos have no captions"
-        )
     if options.resolution is not None or options.patch is not None:
         config = config.with_pyramid(options.patch or config.patch, options.resolution or config.resolution)
     config = config.replace(
         fusion=options.fusion,
         detach_context=options.detach_context,
         coordinates=options.coordinates,
-        conditioning="class" if class_names else "none",
-        classes=max(1, len(class_names)),
         conditioning_dropout=config.conditioning_dropout if options.dropout is None else options.dropout,
     )
+    if config.conditioning == "text":
+        if embeddings is None:
+            raise ValueError(
+                f"embeddings: got none, expected a folder that `hpdm data embed` wrote, since {options.preset} is "
+                "conditioned on text"
+            )
+        if embeddings.info.width != config.text_width:
+            raise ValueError(
+                f"embeddings: got width {embeddings.info.width}, expected {config.text_width} for {options.preset}"
+            )
+    elif embeddings is not None:
+        config = config.replace(conditioning="text", text_width=embeddings.info.width)
+    else:
+        config = config.replace(conditioning="class" if class_names else "none", classes=max(1, len(class_names)))
     return config if options.adaptive else config.without_adaptive_computation()
+
+
+def _check_embedded(embeddings: EmbeddingStore, dataset: VideoDataset) -> None:
+    missing = embeddings.missing(file.caption for file in dataset.files)
+    if missing:
+        raise ValueError(
+            f"embeddings: {embeddings.folder} lacks {len(missing)} of the clips' captions, the first is "
+            f"{missing[0]!r}; run `hpdm data embed --data {dataset.root}` first"
+        )
 
 
 def train(options: TrainOptions) -> HPDM:
@@ -175,34 +201,37 @@ def _train(options: TrainOptions, device: torch.device) -> HPDM:
     ranks.agree("options", dataclasses.asdict(options))
     recipe = options.recipe()
     with ranks.together():
+        embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         resolution = options.resolution or presets.get(options.preset).resolution
         dataset = VideoDataset(
             options.data,
             frames=resolution[0],
             size=(resolution[1], resolution[2]),
             stride=options.stride,
+            fps=options.fps,
             split=options.split,
+            captions=embeddings is not None,
             short=options.short,
             seed=options.seed,
             cache_bytes=options.cache_mb * 2**20,
         )
-        config = build_config(options, dataset.class_names)
+        config = build_config(options, dataset.class_names, embeddings)
+        if embeddings is not None:
+            _check_embedded(embeddings, dataset)
+    names = dataset.class_names if config.conditioning == "class" else []
     ranks.agree("data: number of clips", len(dataset))
-    ranks.agree("data: classes", dataset.class_names)
+    ranks.agree("data: classes", names)
     micro_batch = options.micro_batch or max(1, recipe.batch // ranks.world()[1])
     with ranks.together():
         if list_checkpoints(options.out):
-            micro_batch = _check_resumable(options, config, dataset.class_names)
+            micro_batch = _check_resumable(options, config, names)
     ranks.agree("out: checkpoints", [path.name for path in list_checkpoints(options.out)])
     before = torch.get_float32_matmul_precision()
-    trainer = Trainer(options, recipe, config, dataset, micro_batch, device)
-    if options.init is not None and trainer.step == 0:
-        with ranks.together():
-            trainer.start_from(newest_checkpoint(options.init))
+    trainer = Trainer(options, recipe, config, dataset, embeddings, micro_batch, device)
     with ranks.together():
         if ranks.world()[0] == 0:
             values = _plain(options) | {"micro_batch": micro_batch}
-            save_run_config(options.out, config, dataset.class_names, values)
+            save_run_config(options.out, config, names, values)
     logger.info(
         "%s: %s parameters, %d clips, device %s, %d process(es)",
         options.preset, f"{trainer.parameters:,}", len(dataset), device, ranks.world()[1],

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +19,10 @@ from tqdm import tqdm
 
 from hpdm import ranks
 from hpdm.batches import Batch, MicroBatches, loader, noise_generator
-from hpdm.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from hpdm.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from hpdm.config import HPDMConfig
 from hpdm.data import VideoDataset
+from hpdm.finetune import load_base
 from hpdm.log import JsonlLog, Log, TensorBoardLog
 from hpdm.model import HPDM
 from hpdm.objective import denoising_error
@@ -32,6 +32,7 @@ from hpdm.presets import Recipe
 from hpdm.profiling import profiled
 from hpdm.sampler import Sampler, SamplerOptions
 from hpdm.stop import Stop
+from hpdm.text import EmbeddingStore
 from hpdm.video import to_uint8, write_contact_sheet
 
 if TYPE_CHECKING:
@@ -48,37 +49,39 @@ class Trainer:
         recipe: steps, batch and optimizer.
         config: the model's.
         dataset: clips at the target resolution.
+        embeddings: of their captions, for a model with text.
         micro_batch: clips at a time.
         device: this process's.
 
     Raises:
-        ValueError, FileNotFoundError: a damaged checkpoint, or a batch that the processes cannot share.
+        ValueError, FileNotFoundError: a checkpoint or base that is damaged, missing or of another model, or a batch
+            that the processes cannot share.
     """
 
     def __init__(
-        self, options: TrainOptions, recipe: Recipe, config: HPDMConfig, dataset: VideoDataset, micro_batch: int,
-        device: torch.device,
+        self, options: TrainOptions, recipe: Recipe, config: HPDMConfig, dataset: VideoDataset,
+        embeddings: EmbeddingStore | None, micro_batch: int, device: torch.device,
     ) -> None:  # fmt: skip
         self.options, self.recipe, self.config = options, recipe, config
-        self.dataset, self.device = dataset, device
+        self.dataset, self.embeddings, self.device = dataset, embeddings, device
         torch.manual_seed(options.seed)
         self.model = HPDM(config, options.kernels, options.recompute).to(device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
+        checkpoints = list_checkpoints(options.out)
+        with ranks.together():
+            if options.base is not None and not checkpoints:
+                load_base(self.model, options.base)
         self.network = parallelise(self.model, recipe.parallel, device, options.compile)
         self.optimizer = make_optimizer(self.model, recipe.optimizer, recipe.lr, recipe.weight_decay)
         self.ema = EMA(self.model, recipe.ema)
         self.step = 0
-        checkpoints = list_checkpoints(options.out)
         with ranks.together():
             if checkpoints:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer)
+            elif options.init is not None:
+                load_checkpoint(newest_checkpoint(options.init), self.model, self.ema)
         self.saved = self.step
         self.batches = MicroBatches(len(dataset), recipe.batch, micro_batch, options.seed, self.step)
-
-    def start_from(self, checkpoint: Path) -> None:
-        """Takes the weights of another run's checkpoint, and their average."""
-        load_checkpoint(checkpoint, self.model, self.ema)
-        self.ema.updates = 0
 
     def fit(self) -> None:
         """Steps, logs and saves until the recipe's last step; see :func:`hpdm.train.train` for what it raises."""
@@ -90,7 +93,7 @@ class Trainer:
                 logs.append(TensorBoardLog(options.out / "tensorboard", self.step))
         bar = tqdm(total=steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not first)
         self.model.train()
-        clips = loader(self.dataset, self.batches, options.workers, self.device)
+        clips = loader(self.dataset, self.batches, options.workers, self.device, self.embeddings)
         since, data_time, clock = self.step, 0.0, time.perf_counter()
         try:
             with Stop() as stop, profiled(options.profile, options.out / "profile") as stepped:
@@ -164,15 +167,18 @@ class Trainer:
 
     def losses(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """Mean over the clips of the error of v per level, ``[L]``."""
-        video = batch["video"].to(self.device, non_blocking=True)
-        labels = batch["labels"].to(self.device, non_blocking=True)
+        wanted = {"none": ("video",), "class": ("video", "labels"), "text": ("video", "text", "text_mask")}
+        there = {key: batch[key].to(self.device, non_blocking=True) for key in wanted[self.config.conditioning]}
         errors = denoising_error(
             self.model,
-            video,
-            labels if self.config.conditioning == "class" else None,
+            there["video"],
+            there.get("labels"),
             generator,
             dropout=self.config.conditioning_dropout,
             spread=self.options.times,
+            text=there.get("text"),
+            text_mask=there.get("text_mask"),
+            images=self.recipe.images,
             network=self.network,
         )
         return errors.mean(0)

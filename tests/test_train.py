@@ -1,16 +1,22 @@
 """Training runs: the curve continues after any stop, bad input is named, nothing is lost."""
 
 import json
+import os
+import signal
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 
 import hpdm.trainer as training
+from hpdm.batches import collate, noise_generator
 from hpdm.checkpoint import list_checkpoints, load_model
+from hpdm.data import VideoDataset
 from hpdm.evaluate import EvaluateOptions, evaluate
 from hpdm.synthetic import render_synthetic
-from hpdm.train import TrainOptions, train
+from hpdm.text import EmbeddingInfo, EmbeddingStore
+from hpdm.train import TrainOptions, build_config, train
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +130,103 @@ def test_a_run_can_start_from_another_ones_weights(clips, tmp_path):
         train(options(clips, tmp_path / "third", init=tmp_path / "first", coordinates=False))
 
 
+def test_all_levels_start_from_a_base_of_the_lowest(clips, tmp_path):
+    train(options(clips, tmp_path / "base", resolution=(2, 8, 8)))
+    train(options(clips, tmp_path / "full", base=tmp_path / "base", lr=0.0, steps=1, ema=0.5))
+    base, full = (load_model(tmp_path / name, weights="model")[0] for name in ("base", "full"))
+    average = load_model(tmp_path / "base")[0]
+    assert (base.config.levels, full.config.levels) == (1, 3)
+    assert torch.equal(full.tokenizer.weight, average.tokenizer.weight)
+    with pytest.raises(ValueError, match="base: got both init and base"):
+        options(clips, tmp_path, base=tmp_path, init=tmp_path)
+    with pytest.raises(ValueError, match="width"):
+        train(options(clips, tmp_path / "other", base=tmp_path / "base", preset="hpdm_s"))
+
+
+def test_micro_batches_add_up_and_stay_what_they_were(clips, tmp_path):
+    train(options(clips, tmp_path, batch=4, micro_batch=2))
+    assert json.loads((tmp_path / "config.json").read_text())["training"]["micro_batch"] == 2
+    train(options(clips, tmp_path, batch=4))
+    with pytest.raises(ValueError, match="micro_batch: 2 -> 4"):
+        train(options(clips, tmp_path, batch=4, micro_batch=4))
+    with pytest.raises(ValueError, match="batch: got 4, expected a multiple of 1 process"):
+        train(options(clips, tmp_path / "other", batch=4, micro_batch=3))
+
+
+def test_a_step_is_the_mean_over_its_micro_batches(clips, tmp_path):
+    run = options(clips, tmp_path, batch=4, micro_batch=2)
+    dataset = VideoDataset(clips, frames=8, size=32)
+    trainer = training.Trainer(
+        run, run.recipe(), build_config(run, dataset.class_names, None), dataset, None, 2, torch.device("cpu")
+    )
+    batches = [collate([dataset[key] for key in keys]) for _, keys in zip(range(2), iter(trainer.batches))]
+    assert batches[0]["paths"] != batches[1]["paths"]
+    for batch, number in zip(batches, trainer.batches.numbers(0)):
+        (trainer.losses(batch, noise_generator(run.seed, number)).mean() / 2).backward()
+    expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
+    total, norm, rate = trainer.train_step(batches)
+    assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+    assert rate == pytest.approx(run.recipe().lr / run.recipe().warmup)
+    assert total.shape == (3,)
+
+
+def test_captions_condition_a_run_through_their_embeddings(clips, tmp_path):
+    captions = sorted({file.caption for file in VideoDataset(clips, frames=8, size=32, captions=True).files})
+    store = EmbeddingStore.create(tmp_path / "embeddings", EmbeddingInfo("random", 24, 8, "fp32"))
+    store.add(captions[1:], [torch.randn(1 + n % 5, 24) for n in range(len(captions) - 1)])
+    run = options(clips, tmp_path / "run", embeddings=tmp_path / "embeddings", images=0.5, steps=3, workers=1)
+    with pytest.raises(ValueError, match=r"lacks 1 of the clips' captions, .* run `hpdm data embed --data"):
+        train(run)
+    store.add(captions[:1], [torch.randn(2, 24)])
+    train(run)
+    model, names, _, _ = load_model(tmp_path / "run")
+    assert (names, model.config.conditioning, model.config.text_width) == ([], "text", 24)
+    with pytest.raises(ValueError, match="embeddings: got width 24, expected 1024 for hpdm_t2v"):
+        train(options(clips, tmp_path / "other", embeddings=tmp_path / "embeddings", preset="hpdm_t2v"))
+
+
+def test_a_compiled_network_trains_as_it_does_uncompiled(clips, tmp_path, monkeypatch):
+    """One level, traced by the compiler; code is not generated, which would take a minute."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="eager"))
+    train(options(clips, tmp_path / "plain", resolution=(2, 8, 8), steps=2))
+    train(options(clips, tmp_path / "compiled", resolution=(2, 8, 8), steps=2, compile=True))
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert [row[1] for row in compiled] == pytest.approx([row[1] for row in plain], rel=1e-5)
+
+
+def test_presets_carry_the_papers_recipe(clips, tmp_path):
+    """Table 8."""
+    recipe = TrainOptions(data=clips, out=tmp_path, preset="hpdm_l").recipe()
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.warmup) == ("lamb", 0.005, 0.01, 10_000)
+    assert (recipe.batch, recipe.steps, recipe.parallel) == (768, 65_000, "ddp")
+    recipe = TrainOptions(data=clips, out=tmp_path, preset="hpdm_t2v", steps=3).recipe()
+    assert (recipe.batch, recipe.images, recipe.warmup, recipe.parallel, recipe.steps) == (8192, 0.5, 5000, "fsdp", 3)
+
+
+def test_a_profile_shows_the_parts_of_a_step(clips, tmp_path):
+    train(options(clips, tmp_path, profile=1))
+    names = {
+        event.get("name") for event in json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    }
+    assert {"data", "forward", "backward", "optimizer"} <= names
+    assert "Self CPU" in (tmp_path / "profile" / "summary.txt").read_text()
+
+
+def test_a_wish_to_stop_waits_for_the_step_and_a_checkpoint(clips, tmp_path, monkeypatch):
+    real = training.Trainer.train_step
+
+    def signalled(self, batches):
+        if self.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batches)
+
+    monkeypatch.setattr(training.Trainer, "train_step", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        train(options(clips, tmp_path))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 def test_another_config_or_schedule_is_refused(clips, tmp_path):
     train(options(clips, tmp_path, steps=3))
     before = losses(tmp_path)
@@ -141,7 +244,7 @@ def test_another_config_or_schedule_is_refused(clips, tmp_path):
     ("changes", "match"),
     [
         ({"preset": "huge"}, "preset: got 'huge'"),
-        ({"preset": "hpdm_t2v"}, "conditioned on text"),
+        ({"preset": "hpdm_t2v", "patch": None, "resolution": None}, "conditioned on text"),
         ({"resolution": (8, 32, 24)}, "resolution: got"),
         ({"resolution": (16, 64, 64)}, "frames"),
     ],
@@ -152,7 +255,9 @@ def test_bad_choices_are_named_before_anything_is_written(clips, tmp_path, chang
     assert not list_checkpoints(tmp_path / "run")
 
 
-@pytest.mark.parametrize("field", ["steps", "batch", "log_every", "save_every", "stride", "lr", "seed"])
+@pytest.mark.parametrize(
+    "field", ["steps", "batch", "micro_batch", "log_every", "save_every", "stride", "lr", "seed", "profile"]
+)
 def test_bad_numbers_are_named(clips, tmp_path, field):
     with pytest.raises(ValueError, match=f"{field}: got -1"):
         options(clips, tmp_path, **{field: -1})
