@@ -16,8 +16,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+FloatArray = npt.NDArray[np.floating]
 
 # Boxes are fp32: a position in units of the whole source is not known better than this.
 POSITION_SLACK = 4 * torch.finfo(torch.float32).eps
@@ -74,20 +78,21 @@ def footprint_start(positions: AxisPositions, axis: int, footprint: int, n_sourc
 
 
 def needed_footprint(
-    positions: AxisPositions, grid: Sequence[int], source_grid: Sequence[int], slack: float = 0.0
+    box: FloatArray, source_box: FloatArray, grid: Sequence[int], source_grid: Sequence[int], slack: float = 0.0
 ) -> tuple[int, int, int]:
-    """Tokens that are touched, per axis the most over the samples. Reads values: call it for CPU tensors only.
+    """Tokens that boxes ``[B, 6]`` touch, per axis the most over the samples; :func:`axis_positions` in numpy.
 
     With ``slack`` (in units of the whole source) an upper neighbour that is touched by rounding alone does not count.
     """
-    n = torch.tensor(list(grid), dtype=torch.float64)
-    limit = torch.tensor(list(source_grid), dtype=torch.float64) - 1
-    low = torch.minimum(positions.first.clamp(min=0), limit).floor()
-    last = positions.first + (n - 1) * positions.step - slack * (limit + 1)
+    box, source_box = box.astype(np.float64), source_box.astype(np.float64)
+    n, m = np.array(grid), np.array(source_grid)
+    offset, scale = (box[:, :3] - source_box[:, :3]) / source_box[:, 3:], box[:, 3:] / source_box[:, 3:]
+    first = (offset + scale * (0.5 / n)) * m - 0.5
+    last = first + (n - 1) * (scale * (m / n)) - slack * m
     # The upper neighbour of a position is the lowest token that is not below it.
-    high = torch.minimum(last.clamp(min=0), limit).ceil()
-    f, h, w = (high - low).clamp(min=0).amax(0).long().add(1).tolist()
-    return f, h, w
+    count = np.ceil(last.clip(0, m - 1)) - np.floor(first.clip(0, m - 1))
+    f, h, w = count.clip(0).max(axis=0).astype(int) + 1
+    return int(f), int(h), int(w)
 
 
 def hat_matrix(
