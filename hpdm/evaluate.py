@@ -1,23 +1,40 @@
-"""``hpdm evaluate``: how good a run is. What is measured is in the modules named ``*_eval``."""
+"""``hpdm evaluate``: how good a run is. What is measured, and how, is in the modules named ``*_eval``."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
+from torch import Tensor
 
 from hpdm.checkpoint import load_model, write_json
 from hpdm.data import VideoDataset
+from hpdm.data_layout import find_split_file
 from hpdm.denoising_eval import denoising_table, evaluate_denoising
+from hpdm.detector import Detector
 from hpdm.device import pick_device
-from hpdm.generate import sample_clips
+from hpdm.distribution_eval import (
+    CLASSIFIER_FRAMES,
+    PROTOCOLS,
+    SPLITS,
+    ProtocolName,
+    distribution_lines,
+    draw_labels,
+    evaluate_distribution,
+    real_statistics,
+)
+from hpdm.generate import class_of_file, find_generated, read_generated, sample_clips
 from hpdm.model import HPDM
 from hpdm.motion_eval import evaluate_motion, motion_table, read_synthetic_set
 from hpdm.sampler import Sampler, SamplerOptions
 
-Metric = Literal["denoising", "motion"]
+Metric = Literal["denoising", "motion", "fvd", "is"]
+
+MOTION_SAMPLES = 96
 
 
 @dataclass(frozen=True)
@@ -30,21 +47,33 @@ class EvaluateOptions:
     """Folder of videos."""
     metrics: tuple[Metric, ...] = ("denoising",)
     """denoising: error of v per level and noise level. motion: motion, shape, colour and texture of sampled clips of
-    the synthetic set, beside real ones."""
+    the synthetic set, beside real ones. fvd, is: Frechet video distance and Inception score of samples."""
     split: Literal["train", "test"] | None = None
-    """Use UCF-101's official split."""
+    """Use UCF-101's official split; fvd wants it said where there is one (published: train)."""
     clips: int = 64
     """Denoising: clips to take, evenly spread over the set."""
     bins: int = 4
     """Denoising: ranges of the diffusion time, from clean to noise."""
-    samples: int = 96
-    """Motion: videos to sample, classes in turn, and real clips to take."""
+    samples: int | None = None
+    """Videos to sample: the protocol's for fvd and is; 96 for motion, classes in turn, and as many real clips."""
+    generated: Path | None = None
+    """Folder of videos that `hpdm sample` wrote, to take in place of sampling."""
+    protocol: ProtocolName = "paper"
+    """fvd, is: how many videos; paper: all real, 10,000 sampled; stylegan-v: 2,048 of each."""
+    frames: int = 16
+    """fvd, is: frames of a video, the first ones of a sampled one."""
+    detector: Path | None = None
+    """fvd: TorchScript file of I3D, called as StyleGAN-V's export is."""
+    classifier: Path | None = None
+    """is: TorchScript file of C3D, giving probabilities."""
+    statistics: Path | None = None
+    """fvd: folder that keeps the features of real clips for the next run."""
     sampler: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
     """How to sample."""
     batch: int = 16
     """Clips at a time."""
     seed: int = 0
-    """Of the noise, and of the first sampled video; the others count up."""
+    """Of noise, of real windows, of classes, and of the first sampled video; the others count up."""
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     weights: Literal["ema", "model"] = "ema"
     json: Path | None = None
@@ -52,15 +81,31 @@ class EvaluateOptions:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("clips", "bins", "samples", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("clips", "bins", "samples", "batch", "frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
         if self.seed < 0:
             raise ValueError(f"seed: got {self.seed}, expected at least 0")
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
             raise ValueError(f"metrics: got {list(self.metrics)}, expected one or more different ones")
+        for metric, name in (("fvd", "detector"), ("is", "classifier")):
+            if metric in self.metrics and getattr(self, name) is None:
+                raise ValueError(f"{name}: got none, expected a TorchScript file for {metric}; none is downloaded")
+        if "fvd" in self.metrics and self.videos == 1:
+            raise ValueError("samples: got 1, expected at least 2 for fvd")
+        if "is" in self.metrics and (self.videos < SPLITS or self.frames > CLASSIFIER_FRAMES):
+            raise ValueError(
+                f"metrics: got is with {self.videos} samples of {self.frames} frames, expected at least {SPLITS} of at "
+                f"most {CLASSIFIER_FRAMES}: the score has {SPLITS} splits and C3D takes {CLASSIFIER_FRAMES} frames"
+            )
         if self.json is not None and not self.json.parent.is_dir():
             raise FileNotFoundError(f"json: folder {self.json.parent} does not exist")
+
+    @property
+    def videos(self) -> int:
+        """Generated videos for fvd and is."""
+        return PROTOCOLS[self.protocol].generated if self.samples is None else self.samples
 
     def run(self) -> int:
         """The command ``hpdm evaluate``; returns the exit status."""
@@ -71,6 +116,11 @@ class EvaluateOptions:
             print(denoising_table(result))
         if "motion" in self.metrics:
             print(motion_table(result["motion"]))
+        if "distribution" in result:
+            found = result["distribution"]
+            print(distribution_lines(found))
+            print(f"  protocol {self.protocol}, first {found['frames']} of {found['frames_generated']} frames at "
+                  f"{'x'.join(map(str, found['size']))}, seed {self.seed}")  # fmt: skip
         if self.json is not None:
             write_json(self.json, result)
         return 0
@@ -81,46 +131,137 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Returns:
         ``step``; with the metric denoising ``clips``, ``times`` (the ranges) and ``error[level][range]``; with motion
-        ``motion``, see :func:`hpdm.motion_eval.evaluate_motion`.
+        ``motion``, see :func:`hpdm.motion_eval.evaluate_motion`; with fvd or is ``distribution``, see
+        :func:`hpdm.distribution_eval.evaluate_distribution`.
 
     Raises:
-        FileNotFoundError: no such run or data.
-        ValueError: the data has other classes than the run, or does not serve the metric.
+        FileNotFoundError: no such run, data, split or detector.
+        ValueError: the data has other classes than the run, or something does not serve the metric.
     """
     device = pick_device(options.device)
     model, names, training, step = load_model(
         options.run_folder, kernels=options.kernels, device=device, weights=options.weights
     )
-    config = model.config
-    frames, height, width = config.resolution
-    dataset = VideoDataset(
-        options.data,
-        frames=frames,
-        size=(height, width),
-        stride=int(training["stride"]),
-        split=options.split,
-        train=False,
-        short=training["short"],
-    )
-    if config.conditioning == "class" and dataset.class_names != names:
-        raise ValueError(f"data: got classes {dataset.class_names}, expected {names} as in the run")
-    if "motion" in options.metrics:
-        read_synthetic_set(dataset)  # what is wrong with it should show before anything is computed
-        if config.conditioning != "class":
-            raise ValueError(f"run: got a run with conditioning {config.conditioning!r}, expected 'class' for motion")
+    work = _Evaluation(options, model, names, training)
     result: dict[str, Any] = {"step": step}
+    # What is wrong with the input should show before anything is computed.
+    work.check()
     if "denoising" in options.metrics:
         result |= evaluate_denoising(
-            model, dataset, clips=options.clips, bins=options.bins, batch=options.batch, seed=options.seed
+            model, work.dataset(), clips=options.clips, bins=options.bins, batch=options.batch, seed=options.seed
         )
     if "motion" in options.metrics:
-        result["motion"] = _motion(options, model, dataset)
+        result["motion"] = work.motion()
+    if {"fvd", "is"} & set(options.metrics):
+        result["distribution"] = work.distribution(device)
     return result
 
 
-def _motion(options: EvaluateOptions, model: HPDM, dataset: VideoDataset) -> dict[str, Any]:
-    names = dataset.class_names
-    labels = [i % len(names) for i in range(options.samples)]
-    made = sample_clips(Sampler(model, options.sampler), options.seed, labels, options.samples, options.batch)
-    found = evaluate_motion(dataset, made, [names[label] for label in labels], real=options.samples)
-    return found | {"seed": options.seed, "sampler": asdict(options.sampler)}
+class _Evaluation:
+    """A run and the data that it is held against."""
+
+    def __init__(self, options: EvaluateOptions, model: HPDM, names: list[str], training: dict[str, Any]) -> None:
+        self.options, self.model, self.names, self.training = options, model, names, training
+        self.frames, *size = model.config.resolution
+        self.size = (size[0], size[1])
+        self.by_class = model.config.conditioning == "class"
+
+    def dataset(self, **changes: Any) -> VideoDataset:
+        """Clips as the run's training reads them; the middle window of each."""
+        values = {
+            "frames": self.frames,
+            "size": self.size,
+            "stride": int(self.training["stride"]),
+            "fps": self.training.get("fps"),
+            "split": self.options.split,
+            "train": False,
+            "short": self.training["short"],
+        }
+        dataset = VideoDataset(self.options.data, **(values | changes))
+        if self.by_class and dataset.class_names != self.names:
+            raise ValueError(f"data: got classes {dataset.class_names}, expected {self.names} as in the run")
+        return dataset
+
+    def check(self) -> None:
+        """Raises what can be told without work."""
+        options, kind = self.options, self.model.config.conditioning
+        wanted = set(options.metrics)
+        dataset = self.dataset()
+        if wanted & {"motion", "fvd", "is"} and options.generated is None and kind == "text":
+            raise ValueError(
+                "run: it is conditioned on text, expected --generated, a folder of videos that `hpdm sample --prompts` "
+                "wrote"
+            )
+        if "motion" in wanted:
+            read_synthetic_set(dataset)
+            if kind != "class":
+                raise ValueError(f"run: got a run with conditioning {kind!r}, expected 'class' for motion")
+        if wanted & {"fvd", "is"} and options.frames > self.frames:
+            raise ValueError(f"frames: got {options.frames}, expected at most {self.frames}, the frames of the run")
+        if "fvd" in wanted and options.split is None and _has_split(dataset):
+            raise ValueError(f"split: got none, but {options.data} has split lists: expected train (published) or test")
+
+    def motion(self) -> dict[str, Any]:
+        options, dataset = self.options, self.dataset()
+        if options.generated is not None:
+            files = find_generated(options.generated, options.samples)
+            asked = [class_of_file(path, self.names) for path in files]
+            clips, origin = read_generated(files, self.frames, self.size), {"generated": str(options.generated)}
+        else:
+            labels = [i % len(self.names) for i in range(options.samples or MOTION_SAMPLES)]
+            asked = [self.names[label] for label in labels]
+            clips, origin = self.sampled(labels, len(labels)), self.origin()
+        return evaluate_motion(dataset, clips, asked, real=len(asked)) | {"origin": origin}
+
+    def distribution(self, device: torch.device) -> dict[str, Any]:
+        options = self.options
+        protocol = PROTOCOLS[options.protocol]
+        detector = None if options.detector is None else Detector(options.detector, "features", device)
+        classifier = None if options.classifier is None else Detector(options.classifier, "classes", device)
+        windows = self.dataset(frames=options.frames, train=True, short="skip", seed=options.seed)
+        if options.generated is not None:
+            files = find_generated(options.generated, options.videos)
+            clips, origin = read_generated(files, options.frames, self.size), {"generated": str(options.generated)}
+        else:
+            labels = draw_labels(windows.labels if self.by_class else None, options.videos, options.seed)
+            clips, origin = self.sampled(labels, options.videos), self.origin()
+        real = None
+        if "fvd" in options.metrics and detector is not None:
+            real = real_statistics(
+                windows, detector, count=protocol.real, batch=options.batch, folder=options.statistics
+            )
+        found = evaluate_distribution(
+            clips,
+            frames=options.frames,
+            batch=options.batch,
+            detector=detector if "fvd" in options.metrics else None,
+            real=real,
+            classifier=classifier if "is" in options.metrics else None,
+        )
+        about = {
+            "protocol": options.protocol,
+            "split": options.split,
+            "size": list(self.size),
+            "frames_generated": self.frames,
+            "stride": windows.stride,
+            "fps": windows.fps,
+            "seed": options.seed,
+            "weights": options.weights,
+        }
+        return found | about | {"origin": origin}
+
+    def sampled(self, labels: list[int] | None, count: int) -> Iterator[Tensor]:
+        sampler = Sampler(self.model, self.options.sampler)
+        return sample_clips(sampler, self.options.seed, labels, count, self.options.batch)
+
+    def origin(self) -> dict[str, Any]:
+        """How videos were sampled."""
+        return {"first_seed": self.options.seed, "sampler": asdict(self.options.sampler)}
+
+
+def _has_split(dataset: VideoDataset) -> bool:
+    try:
+        find_split_file(dataset.root, "train", 1)
+    except FileNotFoundError:
+        return False
+    return True

@@ -29,6 +29,7 @@ class SyntheticSet(NamedTuple):
 
     records: dict[str, dict[str, Any]]  # by "Class/clip", without suffix
     scale: float  # pixels as read per pixel of the file
+    fps: float  # of the files
     unit: int  # the shorter side of the clips as read
     speed: tuple[float, float]  # slowest and fastest, pixels per frame of the file
     radius: tuple[float, float]  # smallest and largest, pixels
@@ -64,7 +65,7 @@ def read_synthetic_set(dataset: VideoDataset) -> SyntheticSet:
         )
     scale = height / info.height
     speed, radius = ((scale * min(values), scale * max(values)) for values in (speeds, radii))
-    return SyntheticSet(records, scale, min(height, width), speed, radius)
+    return SyntheticSet(records, scale, info.fps, min(height, width), speed, radius)
 
 
 def evaluate_motion(
@@ -86,22 +87,22 @@ def evaluate_motion(
         ValueError: see :func:`read_synthetic_set`.
     """
     about = read_synthetic_set(dataset)
-    stride, count = dataset.stride, min(real, len(dataset))
+    steps, count = dataset.offsets(about.fps), min(real, len(dataset))
     scores, asked, errors = [], [], []
     for index in (i * len(dataset) // count for i in range(count)):
         item = dataset[index]
         name = dataset.class_names[item["label"]]
-        score = score_clip(item["video"].permute(1, 2, 3, 0).numpy(), name, stride)
+        score = score_clip(item["video"].permute(1, 2, 3, 0).numpy(), name, steps)
         path = Path(item["path"])
         record = about.records.get(f"{path.parent.name}/{path.stem}")
         if record is None:
             raise ValueError(f"data: {METADATA} of {dataset.root} has no line for {path.parent.name}/{path.name}")
-        numbers = item["start"] + stride * np.arange(dataset.frames)
+        numbers = item["start"] + steps
         true = np.array(record["position"])[numbers % len(record["position"])] * about.scale
         errors.append(np.hypot(*(score.position - true).T))
         scores.append(score)
         asked.append(name)
-    made = [score_clip(clip.permute(1, 2, 3, 0).numpy(), name, stride) for clip, name in zip(generated, names)]
+    made = [score_clip(clip.permute(1, 2, 3, 0).numpy(), name, steps) for clip, name in zip(generated, names)]
     error = np.concatenate(errors)
     error = error[np.isfinite(error)]
     rows = [{"asked": name} | {k: v for k, v in asdict(s).items() if k != "position"} for s, name in zip(made, names)]

@@ -145,7 +145,7 @@ def fit_motion(position: np.ndarray, steps: np.ndarray, radius: float, size: tup
 
     Args:
         position: float64 ``[F, 2]``, (x, y) in pixels.
-        steps: float64 ``[F]``, the frames' times, the first 0.
+        steps: float64 ``[F]``, the frames' times.
         radius: half of the object's extent in pixels: it turns at this distance from the walls.
         size: (height, width) of the picture.
     """
@@ -241,13 +241,13 @@ class ClipScore:
     """float64 ``[F, 2]``, NaN without an object."""
 
 
-def score_clip(frames: np.ndarray, name: str, stride: int = 1) -> ClipScore:
+def score_clip(frames: np.ndarray, name: str, steps: np.ndarray | None = None) -> ClipScore:
     """Takes one clip apart.
 
     Args:
         frames: uint8 ``[F, H, W, 3]``.
         name: the class that it should show, a key of :data:`hpdm.synthetic.CLASSES`.
-        stride: step between the frames in the rendered file.
+        steps: the frames' numbers in the rendered file, ``[F]`` from 0; ``None`` for all in turn.
 
     Raises:
         TypeError, ValueError: frames of another kind (:func:`hpdm.video.as_frames`), an unknown class.
@@ -265,7 +265,8 @@ def score_clip(frames: np.ndarray, name: str, stride: int = 1) -> ClipScore:
     own = fits[name]
     position[seen] = own.position
     radius = float(np.median(own.radius))
-    motion = fit_motion(own.position, np.flatnonzero(seen) * float(stride), radius, frames.shape[1:3])
+    times = (np.arange(len(frames)) if steps is None else steps)[seen].astype(np.float64)
+    motion = fit_motion(own.position, times, radius, frames.shape[1:3])
     colour = colours[seen].mean(axis=0)
     distance = {other: _levels_apart(colour, rgb) for other, (_, _, rgb) in CLASSES.items()}
     return ClipScore(
