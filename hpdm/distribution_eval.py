@@ -116,7 +116,10 @@ def real_statistics(
 
         def good() -> Iterator[Tensor]:
             nonlocal left_out
-            for index in np.random.default_rng([dataset.seed, 0]).permutation(len(dataset)):
+            order = np.random.default_rng([dataset.seed, 0]).permutation(len(dataset))
+            for turn, index in enumerate(order):
+                if turn - left_out == wanted:
+                    return
                 item = dataset[int(index)]
                 # In place of a clip that is too short or damaged the dataset gives another one, which has its own turn.
                 if item["path"] == dataset.files[index].path:
@@ -124,8 +127,6 @@ def real_statistics(
                     yield item["video"]
                 else:
                     left_out += 1
-                if bar.n == wanted:
-                    return
 
         for clips in _batches(good(), batch):
             features.update(detector(torch.stack(clips)).numpy())

@@ -57,7 +57,7 @@ def read_synthetic_set(dataset: VideoDataset) -> SyntheticSet:
         radii = [float(row["radius"]) for row in rows]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise ValueError(f"data: {path} is damaged ({type(error).__name__}: {error})") from None
-    info = probe(dataset.files[0].path, timeout=dataset.timeout)
+    info = probe(dataset.files[0].source, timeout=dataset.timeout)
     height, width = dataset.size
     if height * info.width != width * info.height:
         raise ValueError(

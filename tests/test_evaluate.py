@@ -70,7 +70,6 @@ def windows(folder, **changes):
     return VideoDataset(folder / "set", **{"frames": 4, "size": 32, "short": "skip"} | changes)
 
 
-@pytest.mark.filterwarnings("ignore:clip skipped")
 def test_fvd_and_inception_score_are_those_of_the_features(folder):
     dataset, detector, classifier = (
         windows(folder),
@@ -92,6 +91,19 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
         (dataset[i]["video"] for i in range(len(dataset))), frames=4, batch=12, detector=detector, real=real
     )
     assert same["fvd"]["value"] < 1e-9 * found["fvd"]["value"]
+
+
+def test_fvd_grows_with_noise(folder):
+    detector, dataset = Detector(folder / "i3d.pt", "features"), windows(folder)
+    real = real_statistics(dataset, detector, count=None, batch=12)
+    clips = torch.stack([dataset[i]["video"] for i in range(len(dataset))]).float()
+    noise = torch.randn_like(clips)
+    spoilt = ((clips + sigma * noise).clamp(0, 255).to(torch.uint8) for sigma in (5, 20, 80))
+    values = [
+        evaluate_distribution(iter(videos), frames=4, batch=12, detector=detector, real=real)["fvd"]["value"]
+        for videos in spoilt
+    ]
+    assert values[0] < values[1] < values[2]
 
 
 def test_short_clips_are_left_out_and_each_other_comes_once(folder, tmp_path):
