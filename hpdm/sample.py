@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,11 +26,14 @@ from hpdm import ranks
 from hpdm.checkpoint import load_model
 from hpdm.config import HPDMConfig
 from hpdm.data import VideoDataset
+from hpdm.device import pick_device
 from hpdm.pyramid import AXES
 from hpdm.sampler import CacheMode, Sampler, SamplerOptions, SolverName
 from hpdm.sampling_plan import plan_line
 from hpdm.seams import seam_energy
-from hpdm.device import pick_device
+from hpdm.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
+from hpdm.text import normalised
+from hpdm.text_cli import read_prompts
 from hpdm.video import atomic_path, to_uint8, write_contact_sheet, write_video
 
 OVERLAPS = ("none", "w", "h", "hw", "f", "fw", "fh", "fhw")
@@ -47,10 +51,18 @@ class SampleOptions:
     """Folder of the run, or of one of its checkpoints."""
     out: Path
     """Folder for the mp4 files and contact_sheet.png."""
-    count: int = 6
-    """Number of videos; classes are taken in turn unless --classes says which."""
+    count: int | None = None
+    """Number of videos: one per prompt, or 6, if not given. Classes or prompts are taken in turn."""
     classes: tuple[str, ...] = ()
-    """Names (or numbers) of classes, taken in turn."""
+    """Names (or numbers) of classes; all if not given."""
+    prompts: tuple[str, ...] = ()
+    """What the videos are to show, for a run with text; "" for nothing in particular."""
+    prompts_file: Path | None = None
+    """Text file with one prompt a line."""
+    encoder: str | None = None
+    """Text encoder of the run's embeddings: its folder, or its name on the hub if it is in the local cache."""
+    embeddings: Path | None = None
+    """Instead of --encoder: a folder of `hpdm data embed` that has the prompts."""
     seed: int = 0
     """Seed of the first video; the others count up."""
     steps: int = 128
@@ -83,7 +95,8 @@ class SampleOptions:
     columns: int = 8
     """Frames per video on the contact sheet."""
     real: Path | None = None
-    """Folder of videos with the run's classes: a real clip goes above each generated one on the contact sheet."""
+    """Set with the run's classes, or with the prompts among its captions: a real clip goes above each generated one on
+    the contact sheet."""
     split: Literal["train", "test"] | None = None
     """UCF-101's official split of --real."""
     save_levels: bool = False
@@ -92,8 +105,14 @@ class SampleOptions:
 
     def __post_init__(self) -> None:
         for name in ("count", "batch", "columns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
+        asked = bool(self.prompts) or self.prompts_file is not None
+        sources = [name for name in ("encoder", "embeddings") if getattr(self, name) is not None]
+        if len(sources) != asked:
+            got = f"{'prompts' if asked else 'no prompts'} with {' and '.join(sources) or 'neither'}"
+            raise ValueError(f"prompts: got {got}, expected prompts with one of --encoder and --embeddings")
         if self.seed < 0:
             raise ValueError(f"seed: got {self.seed}, expected at least 0")
         self.sampler_options()
@@ -112,38 +131,45 @@ class SampleOptions:
         return 0
 
 
-def class_numbers(asked: tuple[str, ...], names: list[str], count: int) -> list[int]:
-    """Class numbers of ``count`` videos.
+def find_subjects(options: SampleOptions, config: HPDMConfig, names: list[str], device: torch.device) -> list[Subject]:
+    """What each video is to show; the first process embeds the prompts.
 
     Raises:
-        ValueError: a class that the run does not have.
+        ValueError: prompts for a run without text; classes or nothing for one with it; a class that the run does not
+            have; a prompt without an embedding.
     """
-    numbers = []
-    for name in asked:
-        if name in names:
-            numbers.append(names.index(name))
-        elif name.isdecimal() and int(name) < len(names):
-            numbers.append(int(name))
-        else:
-            raise ValueError(
-                f"classes: got {name!r}, expected one of {', '.join(names) or 'none (the run has no classes)'}"
-            )
-    numbers = numbers or list(range(len(names)))
-    return [numbers[i % len(numbers)] for i in range(count)] if names else []
+    prompts = [*options.prompts, *(read_prompts(options.prompts_file) if options.prompts_file is not None else [])]
+    count = options.count or len(prompts) or 6
+    kind = config.conditioning
+    if kind != "text":
+        if prompts:
+            raise ValueError(f"prompts: got {len(prompts)}, expected none for a run with conditioning={kind!r}")
+        return subjects_of_classes(options.classes, names if kind == "class" else [], count)
+    if options.classes or not prompts:
+        got = f"classes {', '.join(options.classes)}" if options.classes else "none"
+        raise ValueError(
+            f'prompts: got {got}, expected --prompts or --prompts-file for a run with text ("" for no text)'
+        )
+    texts: list[Tensor] = []
+    with ranks.together():
+        if ranks.world()[0] == 0:
+            texts = embed_prompts(prompts, config.text_width, options.encoder, options.embeddings, device)
+    return subjects_of_prompts(prompts, ranks.from_first(texts), count)
 
 
 def real_clips(
-    options: SampleOptions, config: HPDMConfig, training: dict[str, Any], names: list[str], numbers: list[int]
+    options: SampleOptions, config: HPDMConfig, training: dict[str, Any], names: list[str], subjects: list[Subject]
 ) -> list[Tensor]:
-    """One real clip for each generated video, of the same class: uint8 ``[3, F, H, W]`` each.
+    """One real clip for each generated video, of the same class or caption: uint8 ``[3, F, H, W]`` each.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: other classes than the run's, or a class without clips.
+        ValueError: other classes than the run's, or a class or a caption without clips.
     """
     if options.real is None:
         return []
     frames, height, width = config.resolution
+    by_caption = config.conditioning == "text"
     dataset = VideoDataset(
         options.real,
         frames=frames,
@@ -152,16 +178,20 @@ def real_clips(
         split=options.split,
         train=False,
         short=training["short"],
+        captions=by_caption,
     )
-    if dataset.class_names != names:
+    if not by_caption and dataset.class_names != names:
         raise ValueError(f"real: got classes {dataset.class_names}, expected {names} as in the run")
-    labels = numbers or [0] * options.count
-    clips = []
-    for row, label in enumerate(labels):
-        own = [i for i, file in enumerate(dataset.files) if file.label == label]
-        if not own:
-            raise ValueError(f"real: {options.real} has no clip of class {names[label]!r}")
-        clips.append(dataset[own[labels[:row].count(label) % len(own)]]["video"])
+    found: dict[str, list[int]] = {}
+    for i, file in enumerate(dataset.files):
+        found.setdefault(normalised(file.caption) if by_caption else str(file.label), []).append(i)
+    clips, taken = [], Counter[str]()
+    for subject in subjects:
+        key = normalised(subject.caption) if by_caption else str(subject.label or 0)
+        if key not in found:
+            raise ValueError(f"real: {options.real} has no clip of {subject.caption!r}")
+        clips.append(dataset[found[key][taken[key] % len(found[key])]]["video"])
+        taken[key] += 1
     return clips
 
 
@@ -173,7 +203,8 @@ def sample(options: SampleOptions) -> list[Path]:
 
     Raises:
         FileNotFoundError: no run, or no checkpoint in it.
-        ValueError: an unknown class or an option out of range.
+        ImportError, OSError: the text encoder.
+        ValueError: an unknown class, a prompt without embedding, or an option out of range.
     """
     with ranks.joined(pick_device(options.device)) as device:
         return _sample(options, device)
@@ -184,35 +215,35 @@ def _sample(options: SampleOptions, device: torch.device) -> list[Path]:
     model, names, training, step = load_model(
         options.run_folder, kernels=options.kernels, device=device, weights=options.weights
     )
-    numbers = class_numbers(options.classes, names, options.count)
-    real = real_clips(options, model.config, training, names, numbers)
+    subjects = find_subjects(options, model.config, names, device)
+    count = len(subjects)
+    real = real_clips(options, model.config, training, names, subjects)
     strategies = OVERLAPS if options.compare_overlap else (options.overlap,)
     samplers = {o: Sampler(model, replace(options.sampler_options(), overlap=o)) for o in strategies}
     if first:
         options.out.mkdir(parents=True, exist_ok=True)
-        print(f"checkpoint of step {step}: {options.count} videos on {device}, {processes} process(es)")
+        print(f"checkpoint of step {step}: {count} videos on {device}, {processes} process(es)")
         for name, sampler in samplers.items():
-            line = plan_line(model, sampler.options, options.count, min(options.batch, options.count), processes)
+            line = plan_line(model, sampler.options, count, min(options.batch, count), processes)
             print(f"overlap {name}: {line}" if options.compare_overlap else line, flush=True)
     identity = {"run": str(options.run_folder.resolve()), "step": step, "weights": options.weights}
+    identity |= {"text": options.encoder or str(options.embeddings)}
     paths, sheet, captions = [], [], []
     seams: dict[str, list[dict[str, float]]] = {name: [] for name in strategies}
     started = time.perf_counter()
-    for begin in range(0, options.count, options.batch):
-        seeds = range(options.seed + begin, options.seed + min(begin + options.batch, options.count))
-        labels = torch.tensor(numbers[begin : begin + len(seeds)]) if numbers else None
+    for begin in range(0, count, options.batch):
+        some = subjects[begin : begin + options.batch]
+        seeds = range(options.seed + begin, options.seed + begin + len(some))
         made = {
-            name: _levels(sampler, seeds, labels, options.out, identity, show=first)
-            for name, sampler in samplers.items()
+            name: _levels(sampler, seeds, some, options.out, identity, show=first) for name, sampler in samplers.items()
         }
         if not first:
             continue
-        for row, seed in enumerate(seeds):
-            label = names[numbers[begin + row]] if numbers else "video"
-            stem = f"{label}_seed{seed}"
+        for row, (seed, subject) in enumerate(zip(seeds, some)):
+            stem = f"{subject.stem}_seed{seed}"
             if real:
                 sheet.append(real[begin + row])
-                captions.append(f"{label}, real")
+                captions.append(f"{subject.caption}, real")
             for name, levels in made.items():
                 suffix = f"_overlap_{name}" if options.compare_overlap else ""
                 frames = to_uint8(levels[-1][row])
@@ -223,7 +254,7 @@ def _sample(options: SampleOptions, device: torch.device) -> list[Path]:
                         write_video(options.out / f"{stem}{suffix}_level{n}.mp4", to_uint8(video[row]), fps=options.fps)
                 sheet.append(frames)
                 note = f", overlap {name}" if options.compare_overlap else ", generated" if real else ""
-                captions.append(label + note)
+                captions.append(subject.caption + note)
                 seams[name].append(seam_energy(levels[-1][row], samplers[name].tilings[-1]))
     if not first:
         return []
@@ -231,7 +262,7 @@ def _sample(options: SampleOptions, device: torch.device) -> list[Path]:
         options.out / "contact_sheet.png",
         sheet,
         columns=options.columns,
-        labels=captions if names or real or options.compare_overlap else None,
+        labels=captions if conditions(subjects) or real or options.compare_overlap else None,
         scale=max(1, 128 // model.config.resolution[2]),  # small videos are hard to see
     )
     if options.compare_overlap:
@@ -242,12 +273,12 @@ def _sample(options: SampleOptions, device: torch.device) -> list[Path]:
 
 
 def _levels(
-    sampler: Sampler, seeds: Sequence[int], labels: Tensor | None, out: Path, identity: dict[str, Any], show: bool
+    sampler: Sampler, seeds: Sequence[int], subjects: Sequence[Subject], out: Path, identity: dict[str, Any], show: bool
 ) -> list[Tensor]:
     """The videos of every level, from what an interrupted run left and the sampler; kept level by level on disk."""
     # How many tiles go at a time and where features lie change nothing but rounding.
     choices = asdict(replace(sampler.options, tile_batch=1, cache="gpu"))
-    wanted = identity | {"seeds": list(seeds), "labels": None if labels is None else labels.tolist()} | choices
+    wanted = identity | {"seeds": list(seeds), "subjects": [subject.caption for subject in subjects]} | choices
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:16]
     path = out / UNFINISHED / f"{key}.safetensors"
     done = ranks.from_first(_read_levels(path) if show else [])
@@ -262,11 +293,12 @@ def _levels(
             with atomic_path(path) as temporary:
                 save_file({str(n): v.contiguous() for n, v in enumerate(levels)}, temporary)
 
+    condition = conditions(subjects)
     if show:
         with _Bars() as bars:
-            sampler(seeds, labels, progress=bars, finished=done, on_level=keep)
+            sampler(seeds, **condition, progress=bars, finished=done, on_level=keep)
     else:
-        sampler(seeds, labels, finished=done, on_level=keep)
+        sampler(seeds, **condition, finished=done, on_level=keep)
     return levels
 
 

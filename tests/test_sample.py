@@ -15,22 +15,44 @@ from hpdm.checkpoint import save_checkpoint, save_run_config
 from hpdm.optim import EMA, make_optimizer
 from hpdm.sample import SampleOptions, sample
 from hpdm.sampler import Sampler
+from hpdm.subjects import stem_of
+from hpdm.text import EmbeddingInfo, EmbeddingStore
+from hpdm.video import write_video
 
 
-@pytest.fixture
-def run_folder(tmp_path):
+def save_run(folder, names, **changes):
     torch.manual_seed(0)
     config = presets.tiny().replace(
-        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16
+        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, **changes
     )
     model = HPDM(config)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    names = [f"Class{i}" for i in range(config.classes)]
-    save_run_config(tmp_path / "run", config, names, {"stride": 1, "short": "error"})
-    save_checkpoint(tmp_path / "run", 1, model, EMA(model, 0.9), make_optimizer(model, "adamw", 1e-3, 0.0))
-    return tmp_path / "run"
+    save_run_config(folder, config, names, {"stride": 1, "short": "error"})
+    save_checkpoint(folder, 1, model, EMA(model, 0.9), make_optimizer(model, "adamw", 1e-3, 0.0))
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    return save_run(tmp_path / "run", [f"Class{i}" for i in range(presets.tiny().classes)])
+
+
+PROMPTS = ("A red disc, moving up!", "a ring")
+
+
+@pytest.fixture
+def text_run(tmp_path):
+    """A run with text, and beside it embeddings of two prompts and of the empty one."""
+    store = EmbeddingStore.create(tmp_path / "embeddings", EmbeddingInfo("tiny", 8, 32, "fp32"))
+    store.add([*PROMPTS, ""], [torch.randn(n, 8) * 20 for n in (5, 3, 0)])
+    return save_run(tmp_path / "run", [], conditioning="text", text_width=8, levels=2, levels_per_block=(1, 2))
+
+
+def prompted(run_folder, out, *prompts, **changes):
+    given = {"prompts": prompts, "embeddings": run_folder.parent / "embeddings"} | changes
+    return SampleOptions(run_folder=run_folder, out=run_folder.parent / out, steps=2, overlap="none", **given)
 
 
 def options(run_folder, out, **changes):
@@ -94,6 +116,94 @@ def test_what_was_kept_of_other_options_is_not_used(run_folder, monkeypatch):
     sample(options(run_folder, "out", steps=3))
     sample(options(run_folder, "fresh", steps=3))
     assert frames(run_folder.parent / "out") == frames(run_folder.parent / "fresh")
+
+
+def test_videos_of_prompts(text_run):
+    paths = sample(prompted(text_run, "out", *PROMPTS))
+    assert [p.name for p in paths] == ["a-red-disc-moving-up_seed0.mp4", "a-ring_seed1.mp4"]
+    made = frames(text_run.parent / "out")
+    # One video per call is the same video, another text or seed is not.
+    sample(prompted(text_run, "one", *PROMPTS, batch=1))
+    assert max(abs(a - b) for a, b in zip(made, frames(text_run.parent / "one"), strict=True)) <= 1
+    sample(prompted(text_run, "text", PROMPTS[0], "", count=2))
+    assert (text_run.parent / "text" / "no-text_seed1.mp4").exists()
+    assert different_pixels(made, frames(text_run.parent / "text")) > 0.01
+    (text_run.parent / "prompts.txt").write_text("\n".join(PROMPTS))
+    from_file = sample(prompted(text_run, "file", prompts_file=text_run.parent / "prompts.txt", count=3, guidance=2.0))
+    assert [p.name for p in from_file] == [paths[0].name, paths[1].name, "a-red-disc-moving-up_seed2.mp4"]
+
+
+def different_pixels(a, b):
+    return sum(x != y for x, y in zip(a, b, strict=True)) / len(a)
+
+
+def test_what_was_kept_of_other_prompts_is_not_used(text_run, monkeypatch):
+    real = Sampler.__call__
+
+    def interrupted(self, seeds, *, on_level, **given):
+        def once(level, video):
+            on_level(level, video)
+            raise Interrupted
+
+        return real(self, seeds, on_level=once, **given)
+
+    for prompt in PROMPTS:
+        monkeypatch.setattr(Sampler, "__call__", interrupted)
+        with pytest.raises(Interrupted):
+            sample(prompted(text_run, "out", prompt))
+        monkeypatch.setattr(Sampler, "__call__", real)
+    assert len(list((text_run.parent / "out" / command.UNFINISHED).iterdir())) == 2
+
+
+def test_prompts_that_do_not_fit_are_named(text_run):
+    with pytest.raises(ValueError, match=r"^caption: 'a wolf' is not in .*; run `hpdm data embed` on its set first$"):
+        sample(prompted(text_run, "out", "a wolf"))
+    EmbeddingStore.create(text_run.parent / "wide", EmbeddingInfo("tiny", 9, 32, "fp32"))
+    with pytest.raises(ValueError, match=r"has width 9 \(tiny\), expected config.text_width = 8"):
+        sample(prompted(text_run, "out", *PROMPTS, embeddings=text_run.parent / "wide"))
+    for changes, message in (
+        ({"embeddings": None}, "got prompts with neither, expected"),
+        ({"encoder": "t5"}, "got prompts with encoder and embeddings, expected"),
+        ({"prompts": ()}, "got no prompts with embeddings, expected"),
+    ):
+        with pytest.raises(ValueError, match=rf"^prompts: {message} prompts with one of --encoder and --embeddings$"):
+            prompted(text_run, "out", **{"prompts": PROMPTS} | changes)
+    with pytest.raises(
+        ValueError, match=r"^prompts: got none, expected --prompts or --prompts-file for a run with text"
+    ):
+        sample(options(text_run, "out"))
+    labelled = save_run(text_run.parent / "labelled", ["A"], classes=1)
+    with pytest.raises(ValueError, match=r"^prompts: got 2, expected none for a run with conditioning='class'$"):
+        sample(prompted(labelled, "out", *PROMPTS))
+
+
+def test_real_clips_of_the_prompts_go_above(text_run):
+    videos = text_run.parent / "videos"
+    videos.mkdir()
+    for name, caption in (("a", "a ring"), ("b", "something"), ("c", f" {PROMPTS[0]} ")):
+        write_video(videos / f"{name}.mp4", torch.full((3, 8, 32, 32), ord(name), dtype=torch.uint8))
+        (videos / f"{name}.txt").write_text(caption)
+    sample(prompted(text_run, "out", *PROMPTS, real=videos))
+    with Image.open(text_run.parent / "out" / "contact_sheet.png") as sheet:
+        rows = [sheet.getpixel((70, 16 + row * (128 + 14 + 2) + 60)) for row in (0, 2)]
+    assert [max(abs(value - ord(name)) for value in row) <= 2 for row, name in zip(rows, "ca")] == [True, True]
+    with pytest.raises(ValueError, match=r"^real: .* has no clip of ''$"):
+        sample(prompted(text_run, "out", "", real=videos))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "stem"),
+    [
+        ("A red disc, moving up!", "a-red-disc-moving-up"),
+        ("", "no-text"),
+        ("../../etc", "etc"),
+        ("été à la 红色", "été-à-la-红色"),
+        ("word " * 20, "-".join(["word"] * 9)),
+        ("x" * 100, "x" * 48),
+    ],
+)
+def test_files_are_named_by_their_prompts(prompt, stem):
+    assert stem_of(prompt) == stem
 
 
 def test_a_damaged_file_of_an_interrupted_run_is_named(run_folder, monkeypatch):

@@ -11,7 +11,10 @@ import torch
 from safetensors import safe_open
 
 from hpdm import HPDM, cli, presets, text
+from hpdm.checkpoint import save_checkpoint, save_run_config
 from hpdm.objective import denoising_error
+from hpdm.optim import EMA
+from hpdm.sample import SampleOptions, sample
 from hpdm.text import EmbeddingInfo, EmbeddingStore, TextEncoder, collate_text, embed_captions
 from hpdm.text_cli import Embed
 
@@ -279,11 +282,11 @@ def test_dropout_drops_a_clips_whole_text(words_model, tmp_path):
     assert 0 < dropped.sum() < 3
 
 
-def test_a_model_learns_from_captions(encoder, words_model, tmp_path):
-    """Captions to a loss: whatever conditions the model gets a gradient, absent text among it, and a step is made."""
+def test_captions_to_a_model_to_videos_of_prompts(encoder, encoder_folder, words_model, tmp_path):
+    """All that conditions a model gets a gradient, absent text too; prompts are encoded now or were before, all one."""
     model, video = words_model
     store = EmbeddingStore.create(tmp_path, encoder.info)
-    embed_captions(encoder, store, CAPTIONS)
+    embed_captions(encoder, store, CAPTIONS, batch=1)
     batch, mask = collate_text([store[c] for c in CAPTIONS])
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     before = error(model, video, batch, mask, dropout=0.5, images=0.5).mean()
@@ -292,3 +295,14 @@ def test_a_model_learns_from_captions(encoder, words_model, tmp_path):
         assert p.grad.abs().max() > 0, name
     optimizer.step()
     assert error(model, video, batch, mask, dropout=0.5, images=0.5).mean() < before
+    save_run_config(tmp_path / "run", model.config, [], {})
+    save_checkpoint(tmp_path / "run", 1, model, EMA(model, 0.9), optimizer)
+    pictures = []
+    for source in ({"encoder": str(encoder_folder)}, {"embeddings": tmp_path}):
+        options = SampleOptions(
+            run_folder=tmp_path / "run", out=tmp_path / "out", prompts=(CAPTIONS[0],), **source, steps=1,
+            overlap="none", guidance=1.5, device="cpu",
+        )  # fmt: skip
+        assert [p.name for p in sample(options)] == ["a-red-disc_seed0.mp4"]
+        pictures.append((tmp_path / "out" / "contact_sheet.png").read_bytes())
+    assert pictures[0] == pictures[1]
