@@ -23,6 +23,8 @@ from hpdm.data_layout import VideoFile, add_captions, check_captions, find_split
 from hpdm.decode import DECODERS, TIMEOUT_S, DecodeError, Decoder, VideoInfo, probe, read_clip
 from hpdm.shards import find_shards, read_shards
 
+# A file may be damaged, and may go or change after it was looked into.
+_UNREADABLE = (DecodeError, FileNotFoundError, IndexError)
 _CHUNK = 64  # frames decoded at a time when a whole clip goes to the cache
 
 
@@ -192,7 +194,7 @@ class VideoDataset(Dataset[ClipItem]):
             if reason is None:
                 try:
                     return self._read(other, epoch)
-                except DecodeError as error:
+                except _UNREADABLE as error:
                     # Only this window: what a clip gives must not depend on which windows were read before.
                     reason = str(error)
             if other not in self._warned:
@@ -207,7 +209,7 @@ class VideoDataset(Dataset[ClipItem]):
         if index not in self._infos:
             try:
                 self._infos[index] = probe(source, timeout=self.timeout)
-            except (DecodeError, FileNotFoundError) as error:
+            except _UNREADABLE as error:
                 self._bad[index] = str(error)
                 return self._bad[index]
             if self.fps is None:
@@ -279,7 +281,7 @@ class VideoDataset(Dataset[ClipItem]):
             numbers = range(first, min(first + _CHUNK, total))
             try:
                 clip = read_clip(self.files[index].source, numbers, decoder=self.decoder, timeout=self.timeout)
-            except DecodeError:
+            except _UNREADABLE:
                 self._uncacheable.add(index)  # damaged somewhere: a window may still be good, as without a cache
                 return None
             decoder = clip.decoder

@@ -67,6 +67,8 @@ def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
     if os.path.isdir(root):
         return sorted(path for path in Path(root).glob("[!.]*.tar") if path.is_file()) or None
     pattern = os.fspath(root)
+    if os.path.isfile(root):
+        return [Path(root)] if pattern.endswith(".tar") else None
     if not pattern.endswith(".tar") and "{" not in pattern and not glob.has_magic(pattern):
         return None
     names = [

@@ -303,6 +303,20 @@ def test_a_damaged_clip_is_replaced_by_the_next_with_a_warning(flat, damage):
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 10**7])
+@pytest.mark.parametrize("change", ["gone", "shorter"])
+def test_a_clip_that_changes_under_a_run_is_replaced(flat, change, cache_bytes):
+    data = VideoDataset(flat, frames=4, size=16, cache_bytes=cache_bytes)
+    data._examine(2)
+    if change == "gone":
+        (flat / "2.mp4").unlink()
+    else:
+        write_video(flat / "2.mp4", numbered(2))
+    reason = {"gone": "is not a file", "shorter": "asked, the video has 2"}[change]
+    with pytest.warns(RuntimeWarning, match=rf"clip skipped: .*2\.mp4.* {reason}"):
+        assert torch.equal(data[ClipKey(2, 1)]["video"], data[ClipKey(3, 1)]["video"])
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10**7])
 def test_a_damaged_window_does_not_spoil_its_clip(tmp_path, generator, cache_bytes):
     """What a clip gives must not depend on the windows that were read before, or a resumed run would differ."""
     noise = torch.randint(0, 256, (3, 60, 32, 32), generator=generator, dtype=torch.uint8)

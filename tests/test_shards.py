@@ -98,7 +98,7 @@ def test_a_member_with_a_wrong_range_is_not_a_video(packed):
         read_clip(Member("gone.tar", "a.mp4", 512, 100), [0])
 
 
-def test_patterns(packed, monkeypatch):
+def test_patterns(packed, tmp_path, monkeypatch):
     names = [f"shard-00000{i}.tar" for i in range(3)]
     for pattern, expected in [
         (packed, names),
@@ -112,6 +112,10 @@ def test_patterns(packed, monkeypatch):
         data = VideoDataset(pattern, frames=4, size=8)
         assert len(data) == sum(2 if name == names[2] else 3 for name in expected)
     assert find_shards(packed / "nothing") is None
+    for name in ("{a,b}[1].mp4", "{a,b}[1].tar"):
+        (tmp_path / name).touch()
+    assert find_shards(tmp_path / "{a,b}[1].mp4") is None, "a file that is there is no pattern"
+    assert find_shards(tmp_path / "{a,b}[1].tar") == [tmp_path / "{a,b}[1].tar"]
     monkeypatch.chdir(packed)
     assert len(VideoDataset("shard-{000000..000002}.tar", frames=4, size=8)) == 8
     with pytest.raises(FileNotFoundError, match=r"root: no file matches .*none-\*\.tar"):
