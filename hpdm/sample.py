@@ -175,6 +175,7 @@ def real_clips(
         frames=frames,
         size=(height, width),
         stride=int(training["stride"]),
+        fps=training.get("fps"),  # not an option of runs of an earlier version
         split=options.split,
         train=False,
         short=training["short"],
