@@ -63,6 +63,10 @@ class HPDMConfig:
     conditioning_width: int = 2048
     conditioning_dropout: float = 0.1
     """Probability that a training sample is unconditional, for guidance (Table 8)."""
+    self_conditioning: float = 0.0
+    """Probability that a training sample's latents start from those that a first pass ends with (RIN's latent
+    self-conditioning, there 0.9); 0 leaves it out, with its parameters. Each training step then takes one more forward
+    pass."""
     input_scale: float = 1.0
     """b_0: scale of the clean signal on level 0."""
     input_scale_decay: float = 0.7
@@ -105,6 +109,8 @@ class HPDMConfig:
             raise ValueError(f"fusion: got {self.fusion!r}, expected one of {FUSIONS}")
         if not 0 <= self.conditioning_dropout <= 1:
             raise ValueError(f"conditioning_dropout: got {self.conditioning_dropout}, expected a probability")
+        if not 0 <= self.self_conditioning <= 1:
+            raise ValueError(f"self_conditioning: got {self.self_conditioning}, expected a probability")
         if self.input_scale <= 0 or self.input_scale_decay <= 0:
             raise ValueError(
                 f"input_scale, input_scale_decay: got {self.input_scale}, {self.input_scale_decay}, expected both > 0"

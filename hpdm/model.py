@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast, overload
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from hpdm.config import HPDMConfig, check_choice
-from hpdm.rin import Modulation, Recompute, RINBlock, recomputed
+from hpdm.rin import Modulation, Recompute, RINBlock, SelfConditioning, recomputed
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels._backend import check_backend
 from hpdm_kernels.reference import coordinate_dtype, relative_box
@@ -152,6 +152,7 @@ class HPDM(nn.Module):
         self.position_h = nn.Parameter(torch.empty(1, h, 1, config.width))
         self.position_w = nn.Parameter(torch.empty(1, 1, w, config.width))
         self.latents = nn.Parameter(torch.empty(config.latents, config.latent_width))
+        self.self_conditioning = SelfConditioning(config) if config.self_conditioning else None
         self.conditioner = Conditioner(config)
         self.blocks = nn.ModuleList(RINBlock(config, n, kernels, self.recompute) for n in config.levels_per_block)
         self.out_norm = nn.LayerNorm(config.width)
@@ -187,8 +188,8 @@ class HPDM(nn.Module):
 
     def forward(
         self, x: Tensor, boxes: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,
-        text_mask: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        text_mask: Tensor | None = None, *, latents: Tensor | None = None, return_latents: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Predicts v for one patch of every level, jointly (paper eq. 4).
 
         Args:
@@ -199,9 +200,12 @@ class HPDM(nn.Module):
             text: text embeddings ``[B, S, text_width]``, see :mod:`hpdm.text`; ``None`` for no text in the whole batch.
             text_mask: ``[B, S]`` bool, true where there is text; ``None``: everywhere. A row of false is a sample
                 without text. What the mask hides changes nothing, nor does how much of it there is (up to rounding).
+            latents: ``[B, L, M, E]`` of an earlier pass over the same patches, for a model with self-conditioning;
+                ``None``, or zeros for a sample, where there was none. They get no gradient.
+            return_latents: also return those that this pass ends with, ``[B, L, M, E]``.
 
         Returns:
-            ``[B, L, C, f, h, w]``.
+            ``[B, L, C, f, h, w]``, with ``return_latents`` a pair.
 
         Raises:
             TypeError: a mask that is not bool.
@@ -233,7 +237,7 @@ class HPDM(nn.Module):
             rgb = [torch.cat(pair, dim=1) for pair in zip(rgb, upsampled)]
         keep = self.recompute == "none"
         tokens = [self._tokenize(patch) if keep else recomputed(self._tokenize, patch) for patch in rgb]
-        z = [self.latents.expand(batch, -1, -1)] * cfg.levels
+        z = [self._start(batch, None if latents is None else latents[:, n]) for n in range(cfg.levels)]
         whole_blocks = self.recompute == "block"
         for block in self.rin_blocks:
             n = block.levels
@@ -243,7 +247,21 @@ class HPDM(nn.Module):
                 None if text is None else text[rows], None if text_mask is None else text_mask[rows],
             )  # fmt: skip
             tokens[:n], z[:n] = recomputed(self._serve, *inputs) if whole_blocks else self._serve(*inputs)
-        return torch.stack([self._detokenize(a) if keep else recomputed(self._detokenize, a) for a in tokens], dim=1)
+        v = torch.stack([self._detokenize(a) if keep else recomputed(self._detokenize, a) for a in tokens], dim=1)
+        return (v, torch.stack(z, dim=1)) if return_latents else v
+
+    def _start(self, batch: int, previous: Tensor | None) -> Tensor:
+        """Where the latents of one level start, ``[B, M, E]``."""
+        m, e = self.latents.shape
+        if previous is not None:
+            if self.self_conditioning is None:
+                raise ValueError("latents: got a tensor, expected None for a model without self-conditioning")
+            self._check("latents", previous, (batch, m, e))
+        if self.self_conditioning is None:
+            return self.latents.expand(batch, m, e)
+        # Without any, one row of zeros serves all.
+        previous = self.latents.new_zeros(1, 1, e) if previous is None else previous
+        return self.self_conditioning(self.latents, previous).expand(batch, m, e)
 
     def _serve(
         self, block: RINBlock, tokens: list[Tensor], z: list[Tensor], c: Tensor, box: Sequence[Tensor],
@@ -257,6 +275,20 @@ class HPDM(nn.Module):
         x, latents = block(_fold(fused), _fold(z), c, text, text_mask)
         return x.chunk(block.levels), latents.chunk(block.levels)
 
+    @overload
+    def forward_level(
+        self, x: Tensor, level: int, boxes: Tensor, t: Tensor, context: Context | None, labels: Tensor | None = None,
+        text: Tensor | None = None, text_mask: Tensor | None = None, features_for: Sequence[int] = (), *,
+        latents: Tensor | None = None, return_latents: Literal[False] = False,
+    ) -> tuple[Tensor, dict[int, Tensor]]: ...  # fmt: skip
+
+    @overload
+    def forward_level(
+        self, x: Tensor, level: int, boxes: Tensor, t: Tensor, context: Context | None, labels: Tensor | None = None,
+        text: Tensor | None = None, text_mask: Tensor | None = None, features_for: Sequence[int] = (), *,
+        latents: Tensor | None = None, return_latents: Literal[True],
+    ) -> tuple[Tensor, dict[int, Tensor], Tensor]: ...  # fmt: skip
+
     def forward_level(
         self,
         x: Tensor,
@@ -268,7 +300,10 @@ class HPDM(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         features_for: Sequence[int] = (),
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+        *,
+        latents: Tensor | None = None,
+        return_latents: bool = False,
+    ) -> tuple[Tensor, dict[int, Tensor]] | tuple[Tensor, dict[int, Tensor], Tensor]:
         """Predicts v for patches of one level whose lower levels are finished (paper section 4.4).
 
         Args:
@@ -279,10 +314,11 @@ class HPDM(nn.Module):
             context: what the levels below give; ``None`` on level 0 alone.
             labels, text, text_mask: as in :meth:`forward`.
             features_for: blocks that fuse this level into levels above, whose inputs are wanted as context for these.
+            latents, return_latents: as in :meth:`forward`, of this level alone: ``[B, M, E]``.
 
         Returns:
             v ``[B, C, f, h, w]`` and the block inputs, projected by the block's fusion once for all patches that will
-            sample them, ``{block: [B, N, D]}``.
+            sample them, ``{block: [B, N, D]}``; with ``return_latents`` also the latents.
 
         Raises:
             ValueError: shapes that do not match the config, or a context missing where one is needed.
@@ -305,7 +341,7 @@ class HPDM(nn.Module):
                 below = self._upsample(context.pixels[row], boxes, context.boxes[-1][row])
             x = torch.cat((x, below), dim=1)
         a = self._tokenize(x)
-        z = self.latents.expand(batch, -1, -1)
+        z = self._start(batch, latents)
         features: dict[int, Tensor] = {}
         for b, block in enumerate(self.rin_blocks):
             if block.levels <= level:
@@ -315,7 +351,8 @@ class HPDM(nn.Module):
             if context is not None:
                 a = self._fuse(block, a, level, context.features.get(b, ()), context.boxes, boxes, context.index)
             a, z = block(a, z, c, text, text_mask)
-        return self._detokenize(a), features
+        v = self._detokenize(a)
+        return (v, features, z) if return_latents else (v, features)
 
     def fusing_blocks(self, level: int) -> tuple[int, ...]:
         """The blocks that fuse context into ``level``: those whose inputs the levels below must keep."""

@@ -33,6 +33,9 @@ def denoising_error(
     Boxes, times, noise, conditioning dropout and which clips become images are drawn from ``generator`` on the CPU, so
     that every device sees the same. Each level has its own time.
 
+    With latent self-conditioning every call takes one more forward pass, without gradients, that finds the latents for
+    the samples that are drawn to have them; it draws from ``generator`` once more.
+
     Args:
         model: the network.
         video: uint8 ``[B, C, F, H, W]`` at the target resolution.
@@ -72,5 +75,13 @@ def denoising_error(
         text_mask = text_mask & ~dropped[:, None]
     signal = signal_scales(config, device)
     noised, target = add_noise(x, noise, t, signal)
-    predicted = (network or model)(network_input(noised, t, signal), boxes, t, labels, text, text_mask)
+    inputs = (network_input(noised, t, signal), boxes, t, labels, text, text_mask)
+    network, given = network or model, {}
+    if config.self_conditioning:
+        known = (torch.rand(batch, generator=generator) < config.self_conditioning).to(device)
+        # All samples, whoever was drawn: the processes of a run make the same calls.
+        with torch.no_grad():
+            _, found = network(*inputs, return_latents=True)
+        given = {"latents": found * known[:, None, None, None]}
+    predicted = network(*inputs, **given)
     return (predicted - target).square().mean(dim=(2, 3, 4, 5))

@@ -62,6 +62,23 @@ def mlp(width: int, ratio: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
 
 
+class SelfConditioning(nn.Module):
+    """Latents that start from what an earlier pass found: ``z + LN_0(MLP(stopgrad z_prev))`` (RIN, Jabri et al. 2023).
+
+    The scale of ``LN_0`` starts at zero, so a new model starts as if there were none.
+    """
+
+    def __init__(self, config: HPDMConfig) -> None:
+        super().__init__()
+        self.mlp = mlp(config.latent_width, config.latent_mlp_ratio)
+        self.norm = nn.LayerNorm(config.latent_width)
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, z: Tensor, previous: Tensor) -> Tensor:
+        """``z [M, E]``, ``previous [B, M, E]`` (or sizes of 1 for B and M) -> ``[B, M, E]``."""
+        return z + self.norm(self.mlp(previous.detach()))
+
+
 class LatentLayer(nn.Module):
     """Self-attention and MLP on the latents, both modulated by the conditioning vector."""
 

@@ -6,6 +6,9 @@ block inputs of its tiles are computed and projected once and serve as context f
 interpolate them and no more (section 4.5, "Cached inference"; ``context_cache``). Tiles are shared out over processes
 (``ranks``).
 
+Latents of a model with self-conditioning are carried from step to step on level 0 alone, which is one tile: kept for
+every tile they would grow with the tiles. Later levels and clean passes start without, as a tenth of training does.
+
 What a process holds grows with the videos and with one batch of tiles, never with the number of tiles, but for the
 features of the finished levels, which lie where ``cache`` says.
 """
@@ -181,6 +184,7 @@ class _Run:
         self.cache = ContextCache(self.device, self.copies * len(seeds), self.options.cache == "cpu")
         self.videos = [v.to(self.device) for v in finished]
         self.done = self.calls = 0
+        self.latents: Tensor | None = None
         for level in range(min(len(finished), self.config.levels - 1) if self._caches else 0):
             self._keep_features(level)
 
@@ -216,6 +220,7 @@ class _Run:
 
     def sample(self, level: int) -> None:
         """Samples a level above the finished ones, and keeps what the levels above need of it."""
+        self.latents = None
         cover, solver = self.tilings[level], self.options.level_solver(level)
         shape = (self.config.channels, *cover.size)
         generators = [_generator(seed, level) for seed in self.seeds]
@@ -252,7 +257,7 @@ class _Run:
             if turn < len(mine):
                 batch = mine[turn]
                 tiles = extract_tiles(noised, origins[batch], self.config.patch, backend=self.model.kernels)
-                v, _ = self._network(level, tiles, boxes[batch], t, next(contexts))
+                v, _ = self._network(level, tiles, boxes[batch], t, next(contexts), carries=level == 0)
                 if self.copies == 2:
                     with_condition, without = v.chunk(2)
                     v = torch.lerp(without, with_condition, self.options.guidance)
@@ -346,11 +351,15 @@ class _Run:
         return network_input(flat, time, torch.full((1,), self.config.signal_scale(level), device=self.device))
 
     def _network(
-        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, wanted: Sequence[int] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Gives v and features for tiles ``[B, n, C, f, h, w]``; rows ordered (guidance copy, video, tile)."""
+        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, wanted: Sequence[int] = (),
+        carries: bool = False,
+    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+        """Gives v and features for tiles ``[B, n, C, f, h, w]``; rows ordered (guidance copy, video, tile).
+
+        A model with self-conditioning starts a call that ``carries`` from the latents of the last such call.
+        """
         videos, n = self.copies * len(self.seeds), tiles.shape[1]
-        return self.model.forward_level(
+        inputs = (
             self._input(level, tiles, t).repeat(self.copies, 1, 1, 1, 1),
             level,
             boxes.repeat(videos, 1).to(self.device),
@@ -361,6 +370,10 @@ class _Run:
             None if self.text_mask is None else self.text_mask.repeat_interleave(n, dim=0),
             wanted,
         )
+        if not (carries and self.config.self_conditioning):
+            return self.model.forward_level(*inputs)
+        v, features, self.latents = self.model.forward_level(*inputs, latents=self.latents, return_latents=True)
+        return v, features
 
 
 def _generator(seed: int, level: int) -> torch.Generator:

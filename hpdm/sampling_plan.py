@@ -106,6 +106,10 @@ def _call(model: HPDM, level: int, batch: int) -> torch.Tensor:
     v, _ = model.forward_level(
         inputs["x"][:, level], level, inputs["boxes"][:, level], inputs["t"][:, level], context,
         labels=inputs.get("labels"), text=inputs.get("text"),
+        # Carried from step to step there.
+        latents=torch.empty(batch, config.latents, config.latent_width, device=device)
+        if level == 0 and config.self_conditioning
+        else None,
     )  # fmt: skip
     return v
 
