@@ -210,7 +210,7 @@ def distribution_lines(result: dict[str, Any]) -> str:
         fvd = result["fvd"]
         short = f", {fvd['left_out']} left out" if fvd["left_out"] else ""
         lines.append(
-            f"FVD {fvd['value']:.2f}: {result['generated']} generated against {fvd['real']} real videos{short}"
+            f"FVD {fvd['value']:.6g}: {result['generated']} generated against {fvd['real']} real videos{short}"
         )
         lines.append(f"  detector {_named(fvd['detector'])}, {fvd['features']} features")
     if "is" in result:

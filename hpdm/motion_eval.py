@@ -164,7 +164,7 @@ _MEANING = {
     "colour_error": "levels of 255 from the asked class's colour, mean",
     "colour_right": "share of clips whose object's colour is nearest to the asked class's",
     "texture": "amplitude of the asked class's texture, 1 as rendered, mean",
-    "all_right": "share of clips with motion, radius, shape and colour right",
+    "all_right": "share of clips with motion, radius, shape and colour right, whatever the texture",
 }
 
 
