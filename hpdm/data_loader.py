@@ -25,7 +25,11 @@ log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 Keys = list[ClipKey]
 
-_DEATH = re.compile(r"DataLoader worker \(pid.*(exited unexpectedly|killed by signal)")
+# The second: a batch that lay with the dead worker, when the thread that pins memory asks for it.
+_DEATH = re.compile(
+    r"DataLoader worker \(pid.*(exited unexpectedly|killed by signal)"
+    r"|Caught (Connection\w*|BrokenPipe|EOF|FileNotFound)Error in pin memory thread"
+)
 _DEATHS = 3  # over one batch, before it is taken for more than bad luck
 
 
@@ -58,10 +62,10 @@ def load(make: Callable[[Iterable[Keys]], DataLoader[Batch]], keys: Iterable[Key
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            death = str(error)
-            if not _DEATH.match(death):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not _DEATH.match(str(error)):
                 raise
+            death = str(error).splitlines()[0].rstrip(".")
         if not death:
             deaths = 0
             owed.popleft()

@@ -161,7 +161,17 @@ def test_workers_that_are_killed_are_started_again(flat, caplog):
     assert not set(multiprocessing.active_children()) - before
 
 
-def test_workers_that_keep_dying_end_the_run(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+        ConnectionRefusedError("Caught ConnectionRefusedError in pin memory thread for device 0.\nOriginal Traceback"),
+        EOFError("Caught EOFError in pin memory thread for device 0.\nOriginal Traceback"),
+    ],
+    ids=["found", "signalled", "refused", "ended"],
+)
+def test_workers_that_keep_dying_end_the_run(error, caplog):
     class Dying:
         num_workers = 0
         made = 0
@@ -173,13 +183,15 @@ def test_workers_that_keep_dying_end_the_run(monkeypatch, caplog):
         def __iter__(self):
             for key in self.keys:
                 if key == 2:
-                    raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+                    raise error
                 yield key
 
     batches = load(Dying, [0, 1, 2, 3])
     assert [next(batches), next(batches)] == [0, 1]
-    with pytest.raises(RuntimeError, match=r"died 3 times over one batch: DataLoader worker \(pid\(s\) 7\) .*memory"):
+    with pytest.raises(RuntimeError, match=r"died 3 times over one batch: .*; lack of memory is") as caught:
         next(batches)
+    assert str(error).splitlines()[0].rstrip(".") in str(caught.value)
+    assert "Traceback" not in str(caught.value)
     assert (Dying.made, len(caplog.records)) == (3, 2)
 
 
