@@ -9,7 +9,7 @@ by the rounding of sums and no more.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from hpdm import ranks
 from hpdm.data import ClipItem, ClipKey, ClipSampler, VideoDataset
+from hpdm.data_loader import load
 from hpdm.text import EmbeddingStore, collate_text
 
 
@@ -83,17 +84,18 @@ def loader(
     embeddings: EmbeddingStore | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """Micro-batches in order, decoded by ``workers`` processes (0: by this one), pinned for a GPU."""
-    return iter(
-        DataLoader(
+
+    def make(keys: Iterable[list[ClipKey]]) -> DataLoader[Any]:
+        return DataLoader(
             dataset,
-            batch_sampler=sampler,
+            batch_sampler=keys,
             num_workers=workers,
             collate_fn=partial(collate, embeddings=embeddings),
             pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
             worker_init_fn=_outlive_interrupts,
         )
-    )
+
+    return load(make, sampler)
 
 
 def _outlive_interrupts(_: int) -> None:

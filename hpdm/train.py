@@ -85,6 +85,8 @@ class TrainOptions:
     """How diffusion times are drawn; "logit-normal" favours the middle."""
     dropout: float | None = None
     """Share of unconditional samples, for guidance; the preset's (0.1) if not given."""
+    self_conditioning: float = 0.0
+    """Share of samples whose latents start from those of a first pass (RIN: 0.9), for one more forward pass a step."""
     fusion: Literal["deep", "shallow"] = "deep"
     """Table 3: "shallow" conditions on the RGB of the previous level only."""
     detach_context: bool = False
@@ -152,6 +154,7 @@ def build_config(options: TrainOptions, class_names: list[str], embeddings: Embe
         fusion=options.fusion,
         detach_context=options.detach_context,
         coordinates=options.coordinates,
+        self_conditioning=options.self_conditioning,
         conditioning_dropout=config.conditioning_dropout if options.dropout is None else options.dropout,
     )
     if config.conditioning == "text":

@@ -174,7 +174,8 @@ def test_captions_condition_a_run_through_their_embeddings(clips, tmp_path):
     captions = sorted({file.caption for file in VideoDataset(clips, frames=8, size=32, captions=True).files})
     store = EmbeddingStore.create(tmp_path / "embeddings", EmbeddingInfo("random", 24, 8, "fp32"))
     store.add(captions[1:], [torch.randn(1 + n % 5, 24) for n in range(len(captions) - 1)])
-    run = options(clips, tmp_path / "run", embeddings=tmp_path / "embeddings", images=0.5, steps=3, workers=1)
+    changes = {"images": 0.5, "self_conditioning": 0.9, "steps": 3, "workers": 1}
+    run = options(clips, tmp_path / "run", embeddings=tmp_path / "embeddings", **changes)
     with pytest.raises(ValueError, match=r"lacks 1 of the clips' captions, .* run `hpdm data embed --data"):
         train(run)
     store.add(captions[:1], [torch.randn(2, 24)])
