@@ -16,11 +16,19 @@ from hpdm.batches import collate, noise_generator
 from hpdm.data import VideoDataset
 from hpdm.model import HPDM
 from hpdm.objective import denoising_error
+from hpdm.text import EmbeddingStore
 
 
 @torch.no_grad()
 def evaluate_denoising(
-    model: HPDM, dataset: VideoDataset, *, clips: int, bins: int, batch: int, seed: int
+    model: HPDM,
+    dataset: VideoDataset,
+    *,
+    clips: int,
+    bins: int,
+    batch: int,
+    seed: int,
+    embeddings: EmbeddingStore | None = None,
 ) -> dict[str, Any]:
     """Mean squared error of v on clips spread evenly over a set.
 
@@ -31,6 +39,7 @@ def evaluate_denoising(
         bins: ranges of the diffusion time, from clean to noise.
         batch: clips at a time. It takes part in the choice of the noise.
         seed: of boxes, times and noise.
+        embeddings: of the clips' captions, for a model with text.
 
     Returns:
         ``clips``, ``times`` (the ranges) and ``error[level][range]``.
@@ -42,12 +51,13 @@ def evaluate_denoising(
     times = list(pairwise(edges))
     total = torch.zeros(config.levels, bins, dtype=torch.float64)
     for first in tqdm(range(0, count, batch), unit="batch", dynamic_ncols=True):
-        found = collate([dataset[i] for i in chosen[first : first + batch]])
+        found = collate([dataset[i] for i in chosen[first : first + batch]], embeddings)
         video = found["video"].to(device)
         labels = found["labels"].to(device) if config.conditioning == "class" else None
+        text = {name: found[name].to(device) for name in ("text", "text_mask") if name in found}
         for n, span in enumerate(times):
             generator = noise_generator(seed, first * bins + n)
-            total[:, n] += denoising_error(model, video, labels, generator, span).double().sum(0).cpu()
+            total[:, n] += denoising_error(model, video, labels, generator, span, **text).double().sum(0).cpu()
     return {"clips": count, "times": times, "error": (total / count).tolist()}
 
 

@@ -31,6 +31,7 @@ from hpdm.generate import class_of_file, find_generated, read_generated, sample_
 from hpdm.model import HPDM
 from hpdm.motion_eval import evaluate_motion, motion_table, read_synthetic_set
 from hpdm.sampler import Sampler, SamplerOptions
+from hpdm.text import EmbeddingStore
 
 Metric = Literal["denoising", "motion", "fvd", "is"]
 
@@ -52,6 +53,8 @@ class EvaluateOptions:
     """Use UCF-101's official split; fvd wants it said where there is one (published: train)."""
     clips: int = 64
     """Denoising: clips to take, evenly spread over the set."""
+    embeddings: Path | None = None
+    """Denoising, runs with text: folder that `hpdm data embed` wrote, with the captions of the clips."""
     bins: int = 4
     """Denoising: ranges of the diffusion time, from clean to noise."""
     samples: int | None = None
@@ -73,7 +76,7 @@ class EvaluateOptions:
     batch: int = 16
     """Clips at a time."""
     seed: int = 0
-    """Of noise, of real windows, of classes, and of the first sampled video; the others count up."""
+    """Of noise, real windows, classes and the first sampled video; the others count up."""
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     weights: Literal["ema", "model"] = "ema"
     json: Path | None = None
@@ -147,9 +150,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     # What is wrong with the input should show before anything is computed.
     work.check()
     if "denoising" in options.metrics:
-        result |= evaluate_denoising(
-            model, work.dataset(), clips=options.clips, bins=options.bins, batch=options.batch, seed=options.seed
-        )
+        result |= work.denoising()
     if "motion" in options.metrics:
         result["motion"] = work.motion()
     if {"fvd", "is"} & set(options.metrics):
@@ -187,6 +188,11 @@ class _Evaluation:
         options, kind = self.options, self.model.config.conditioning
         wanted = set(options.metrics)
         dataset = self.dataset()
+        if "denoising" in wanted and (kind == "text") != (options.embeddings is not None):
+            what = "the folder that `hpdm data embed` wrote" if kind == "text" else "none"
+            raise ValueError(
+                f"embeddings: got {options.embeddings or 'none'}, expected {what} for conditioning={kind!r}"
+            )
         if wanted & {"motion", "fvd", "is"} and options.generated is None and kind == "text":
             raise ValueError(
                 "run: it is conditioned on text, expected --generated, a folder of videos that `hpdm sample --prompts` "
@@ -200,6 +206,21 @@ class _Evaluation:
             raise ValueError(f"frames: got {options.frames}, expected at most {self.frames}, the frames of the run")
         if "fvd" in wanted and options.split is None and _has_split(dataset):
             raise ValueError(f"split: got none, but {options.data} has split lists: expected train (published) or test")
+
+    def denoising(self) -> dict[str, Any]:
+        options, store = self.options, None
+        if options.embeddings is not None:
+            store = EmbeddingStore(options.embeddings, self.model.config.text_width)
+        dataset = self.dataset(captions=store is not None)
+        return evaluate_denoising(
+            self.model,
+            dataset,
+            clips=options.clips,
+            bins=options.bins,
+            batch=options.batch,
+            seed=options.seed,
+            embeddings=store,
+        )
 
     def motion(self) -> dict[str, Any]:
         options, dataset = self.options, self.dataset()

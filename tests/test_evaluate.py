@@ -19,6 +19,7 @@ from hpdm.metrics import frechet_distance, inception_score
 from hpdm.optim import EMA, make_optimizer
 from hpdm.sampler import SamplerOptions
 from hpdm.synthetic import render_clip, render_synthetic
+from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.video import write_video
 
 CLASSES = ["GreenSquare", "RedDisc"]
@@ -218,6 +219,33 @@ def test_generated_files_stand_in_for_sampling(folder, tmp_path):
     write_video(tmp_path / "RedDisc_seed0.mp4", np.zeros((5, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=r"RedDisc_seed0.mp4 has 5 frames of 32x32, expected at least 6 of 32x32"):
         evaluate(replace(score, samples=11, frames=6))
+
+
+def test_denoising_of_a_run_with_text_depends_on_its_captions(folder, tmp_path):
+    config = presets.tiny().with_pyramid((2, 8, 8), (8, 32, 32))
+    config = config.replace(conditioning="text", text_width=8, width=16, latents=4, latent_width=16, head_width=16,
+                            conditioning_width=16)  # fmt: skip
+    model = HPDM(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    save_run_config(tmp_path / "run", config, CLASSES[::-1], {"stride": 1, "short": "error"})
+    save_checkpoint(tmp_path / "run", 1, model, EMA(model, 0.9), make_optimizer(model, "adamw", 1e-3, 0.0))
+    captions = [file.caption for file in VideoDataset(folder / "set", frames=4, size=32, captions=True).files]
+    errors = []
+    for n in range(2):
+        store = EmbeddingStore.create(tmp_path / str(n), EmbeddingInfo("random", 8, 4, "fp32"))
+        texts = list(dict.fromkeys(captions))
+        store.add(texts, [torch.randn(3, 8) * 5 for _ in texts])
+        run = options(folder, run_folder=tmp_path / "run", clips=2, bins=1, embeddings=tmp_path / str(n))
+        errors.append(evaluate(run)["error"])
+    assert errors[0] != errors[1]
+    with pytest.raises(ValueError, match="embeddings: got none, expected the folder that `hpdm data embed` wrote"):
+        evaluate(replace(run, embeddings=None))
+    with pytest.raises(ValueError, match="run: it is conditioned on text, expected --generated"):
+        evaluate(replace(run, metrics=("motion",)))
+    with pytest.raises(ValueError, match=r"embeddings: got .*, expected none for conditioning='class'"):
+        evaluate(replace(run, run_folder=folder / "run"))
 
 
 @pytest.mark.parametrize(
