@@ -117,7 +117,7 @@ def evaluate_motion(
 def summarize(scores: Sequence[ClipScore], asked: Sequence[str], about: SyntheticSet) -> dict[str, float]:
     """Few numbers for many clips; shares are of clips, 0..1, each clip against the class that was asked for.
 
-    The tolerances are what the measurement itself errs by on rendered clips (largest of 50 at 64 x 64: 0.04 pixels
+    The tolerances are what the measurement itself errs by on rendered clips (largest of 400 at 64 x 64: 0.09 pixels
     per frame, 0.42 pixels of radius), and motion counts as right within one pixel at 64 x 64.
     """
     unit = about.unit / 64

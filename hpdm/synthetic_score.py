@@ -168,8 +168,9 @@ def fit_motion(position: np.ndarray, steps: np.ndarray, radius: float, size: tup
             if after >= best:
                 break
             at, best = trial, after
-        squared += (_bounced(at[0], at[1], low, high, steps)[0] - where) ** 2
-        velocity[axis] = at[1]
+        moved, sign = _bounced(at[0], at[1], low, high, steps)
+        squared += (moved - where) ** 2
+        velocity[axis] = at[1] * sign[0]  # a start found beyond a wall is its mirror image, moving the other way
     return Motion(float(np.sqrt(squared.mean())), velocity)
 
 
