@@ -207,7 +207,9 @@ class EmbeddingStore:
         """
         found = self._find(caption)
         if found is None:
-            raise ValueError(f"caption: {caption!r} is not in {self.folder}; run `hpdm data embed` on its set first")
+            raise ValueError(
+                f"caption: {caption!r} is not in {self.folder}; run `hpdm data embed` with --data or --prompts first"
+            )
         file, entry = found
         opened = self._opened(self._files[file])
         first, last = opened.get_slice("starts")[entry : entry + 2].tolist()

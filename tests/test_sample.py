@@ -156,7 +156,9 @@ def test_what_was_kept_of_other_prompts_is_not_used(text_run, monkeypatch):
 
 
 def test_prompts_that_do_not_fit_are_named(text_run):
-    with pytest.raises(ValueError, match=r"^caption: 'a wolf' is not in .*; run `hpdm data embed` on its set first$"):
+    with pytest.raises(
+        ValueError, match=r"^caption: 'a wolf' is not in .*; run `hpdm data embed` with --data or --prompts first$"
+    ):
         sample(prompted(text_run, "out", "a wolf"))
     EmbeddingStore.create(text_run.parent / "wide", EmbeddingInfo("tiny", 9, 32, "fp32"))
     with pytest.raises(ValueError, match=r"has width 9 \(tiny\), expected config.text_width = 8"):

@@ -139,7 +139,9 @@ def test_a_store_finds_embeddings_by_caption(tmp_path):
         assert CAPTIONS[0] in opened
         assert "a wolf" not in opened
         assert opened.missing(["a wolf", CAPTIONS[1], " a  wolf", "a bear"]) == ["a wolf", "a bear"]
-    with pytest.raises(ValueError, match=r"^caption: 'a wolf' is not in .*e; run `hpdm data embed` on its set first$"):
+    with pytest.raises(
+        ValueError, match=r"^caption: 'a wolf' is not in .*e; run `hpdm data embed` with --data or --prompts first$"
+    ):
         store["a wolf"]
 
 
