@@ -160,10 +160,12 @@ def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1
     tile = patches * config.channels * math.prod(config.patch) * FP32
     plans = sampling_plan(config, replace(options, cache="gpu"))
     cached = videos * sum(plan.cache_bytes for plan in plans)
-    # Rows of context of one batch: as many tiles as it has, on every level below, for the blocks that fuse.
+    # Rows of context of one batch, for the blocks that fuse: on every level below as many tiles as it has; fetched from
+    # host memory none twice, so never more than there are.
     row = config.tokens * config.width * FP32
     fusing = plans[-2].cached_blocks if config.levels > 1 else 0
-    batch = patches * fusing * (config.levels - 1) * row
+    there = [videos * copies * plan.tiles if options.cache == "cpu" else patches for plan in plans[:-1]]
+    batch = sum(min(patches, n) for n in there) * fusing * row
     features = {"gpu": cached, "cpu": min(cached, 2 * batch), "off": batch}[options.cache]
     per_level = [videos * config.channels * math.prod(plan.resolution) * FP32 for plan in plans]
     return SamplingMemory(

@@ -15,7 +15,7 @@ def config(**changes):
     )
 
 
-@pytest.mark.parametrize(("cache", "later"), [("gpu", "ddim"), ("gpu", "heun"), ("off", "ddim")])
+@pytest.mark.parametrize(("cache", "later"), [("gpu", "ddim"), ("gpu", "heun"), ("cpu", "ddim"), ("off", "ddim")])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_predicted_memory_is_that_of_a_run(cache, later, guidance):
     """Every storage that is alive at the peak of a real run, within 10 %."""
@@ -29,7 +29,9 @@ def test_predicted_memory_is_that_of_a_run(cache, later, guidance):
         ledger.label(model.parameters(), "weights")
         sampler([0, 1], torch.tensor([0, 1]))
     expected = sampling_memory(model.config, options, videos=2)
-    assert expected.device_bytes == pytest.approx(sum(ledger.at_peak().values()), rel=0.1)
+    # Here the device's memory and the host's are one.
+    held = expected.device_bytes + expected.host_features
+    assert held == pytest.approx(sum(ledger.at_peak().values()), rel=0.1)
 
 
 def test_what_is_cached_lies_where_it_should():
