@@ -29,8 +29,8 @@ from hpdm_kernels import context_torch
 from hpdm_kernels.read_tokens import backward as read_backward
 from hpdm_kernels.read_tokens import forward as read_forward
 
-TEXT_TOKENS = 77
-"""Length of the text that a text-conditional model is planned for."""
+TEXT_TOKENS = 128
+"""Length of the text that a text-conditional model is planned for: the longest by default (`hpdm data embed`)."""
 
 PRECISIONS = ("fp32", "bf16")
 CATEGORIES = ("weights", "gradients", "moments", "average", "inputs", "activations", "temporaries")
@@ -183,6 +183,7 @@ def example_inputs(config: HPDMConfig, batch: int) -> dict[str, Tensor]:
         inputs["labels"] = torch.empty(batch, dtype=torch.long)
     if config.conditioning == "text":
         inputs["text"] = torch.empty(batch, TEXT_TOKENS, config.text_width)
+        inputs["text_mask"] = torch.empty(batch, TEXT_TOKENS, dtype=torch.bool)
     return inputs
 
 

@@ -96,8 +96,8 @@ class TrainOptions:
     coordinates: bool = True
     """Table 3: coordinates in the fusion."""
     seed: int = 0
-    workers: int = 0
-    """Processes that decode."""
+    workers: int = 1
+    """Processes that read clips ahead, per training process; 0 reads between the steps."""
     cache_mb: int = 1024
     """Memory for decoded clips."""
     log: Literal["jsonl", "tensorboard"] = "jsonl"

@@ -110,8 +110,9 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float = 16, *
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p" if even else "yuv444p"
-        # One thread: x264's output then does not depend on the machine's core count.
-        stream.options = {"crf": str(crf), "threads": "1"}
+        # One thread: x264's output then does not depend on the machine's core count. Nor does it repeat from process to
+        # process with its macroblock tree (five processes gave five files of the same frames, now one).
+        stream.options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0"}
         for image in array:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 import hpdm.trainer as training
 from hpdm.checkpoint import list_checkpoints, load_model
@@ -22,7 +21,7 @@ def options(clips, out, **changes):
     values = {
         "data": clips, "out": out, "patch": (2, 8, 8), "resolution": (8, 32, 32), "steps": 3, "batch": 4,
         "micro_batch": 2, "warmup": 2, "log_every": 1, "save_every": 1, "kernels": "torch", "optimizer": "lamb",
-        "lr": 5e-3, "ema": 0.9, "device": "cpu",
+        "lr": 5e-3, "ema": 0.9, "device": "cpu", "workers": 0,
     }  # fmt: skip
     return TrainOptions(**(values | changes))
 
@@ -54,9 +53,10 @@ with ranks.joined(torch.device("cpu")):
     for how in ("ddp", "fsdp"):
         train(options(clips, out / how, parallel=how))
     train(options(clips, out / "resumed_by_two", parallel="fsdp"))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         interrupted_after(1, patch)
-        train(options(clips, out / "resumed_by_one", parallel="fsdp"))
+        with pytest.raises(KeyboardInterrupt):
+            train(options(clips, out / "resumed_by_one", parallel="fsdp"))
     for changes in (
         {"lr": 5e-3 + rank},
         {"data": clips if rank == 0 else clips / "nowhere"},
@@ -76,9 +76,10 @@ def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("parallel")
     clips = render_synthetic(out / "clips", clips=3, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"])
     train(options(clips, out / "alone"))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
         interrupted_after(1, patch)
-        train(options(clips, out / "resumed_by_two"))
+        with pytest.raises(KeyboardInterrupt):
+            train(options(clips, out / "resumed_by_two"))
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-W", "ignore", "-c", CHILD, ROOT, str(clips), str(out)]
     children = [

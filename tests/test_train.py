@@ -38,6 +38,7 @@ def options(clips, out, **changes):
         "log_every": 1,
         "save_every": 3,
         "kernels": "torch",
+        "workers": 0,
     }
     return TrainOptions(**(values | changes))
 
