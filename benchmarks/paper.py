@@ -14,8 +14,8 @@ import torch
 
 from benchmarks import harness
 from hpdm import HPDMConfig, presets
-from hpdm.measure import NoiseTraining
-from hpdm.memory import training_step
+from hpdm.planning.measure import NoiseTraining
+from hpdm.planning.memory import training_step
 
 CAP_BYTES = 80_000_000_000
 MOST_CLIPS = 64

@@ -1,9 +1,9 @@
 """The paper's Tables 1 and 3: predicted everywhere, measured on CUDA.
 
 Table 1 is memory at batch 1 and training videos/s at the largest batch under 80 GB, at full resolution and in patches;
-Table 3 the training speed of five setups. Both were published for one A100. The predictions (:mod:`hpdm.table1`) count
-the same step on fake tensors. Measured rows: kernels on with each recompute setting, the paper's formulas, and those
-under ``torch.compile``; what does not fit is a row that says so.
+Table 3 the training speed of five setups. Both were published for one A100. The predictions
+(:mod:`hpdm.planning.table1`) count the same step on fake tensors. Measured rows: kernels on with each recompute
+setting, the paper's formulas, and those under ``torch.compile``; what does not fit is a row that says so.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import paper
-from hpdm.memory import training_step
-from hpdm.table1 import CELLS, Cell, size, table1
+from hpdm.planning.memory import training_step
+from hpdm.planning.table1 import CELLS, Cell, size, table1
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; predicted above")
 BASE = paper.base_config()

@@ -12,8 +12,8 @@ import torch
 
 from benchmarks import harness
 from hpdm import HPDM, HPDMConfig, presets
-from hpdm.sampler import Sampler, SamplerOptions, _Run
-from hpdm.sampling_plan import LevelPlan, sampling_plan
+from hpdm.sampling.plan import LevelPlan, sampling_plan
+from hpdm.sampling.sampler import Sampler, SamplerOptions, _Run
 
 ROUNDS = 2
 

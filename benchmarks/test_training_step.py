@@ -15,9 +15,9 @@ import torch
 
 from benchmarks import harness
 from hpdm import HPDM, presets
-from hpdm.memory import training_step
-from hpdm.objective import denoising_error
-from hpdm.optim import make_optimizer
+from hpdm.planning.memory import training_step
+from hpdm.training.objective import denoising_error
+from hpdm.training.optim import make_optimizer
 
 # Preset, batch, products: full fp32 or one TF32 pass.
 CASES = (("hpdm_s", 4, "ieee"), ("hpdm_s", 4, "tf32"), ("hpdm_m", 4, "ieee"))
@@ -29,14 +29,14 @@ ROUNDS = 5
 
 def decoded_clips(folder, config, batch):
     """uint8 ``[B, 3, F, H, W]`` out of mp4 files."""
-    from hpdm.synthetic import render_clip, render_synthetic
+    from hpdm.data.synthetic import render_clip, render_synthetic
 
     frames, height, width = config.resolution
     if importlib.util.find_spec("av") is None:
         rng = np.random.default_rng(0)
         clips = [render_clip("RedDisc", frames=frames, size=(height, width), rng=rng).frames for _ in range(batch)]
         return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
-    from hpdm.data import VideoDataset
+    from hpdm.data.clips import VideoDataset
 
     render_synthetic(folder, clips=max(2, batch), frames=frames, size=(height, width), classes=["RedDisc"])
     dataset = VideoDataset(folder, frames=frames, size=(height, width), train=False)

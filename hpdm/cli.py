@@ -10,12 +10,12 @@ from typing import Annotated
 
 import tyro
 
-from hpdm.data_cli import DataCommand
-from hpdm.evaluate import EvaluateOptions
-from hpdm.export import ExportOptions
-from hpdm.plan import PlanCommand
-from hpdm.sample import SampleOptions
-from hpdm.train import TrainOptions
+from hpdm.data.command import DataCommand
+from hpdm.evaluation.evaluate import EvaluateOptions
+from hpdm.planning.plan import PlanCommand
+from hpdm.sampling.sample import SampleOptions
+from hpdm.training.export import ExportOptions
+from hpdm.training.train import TrainOptions
 
 Command = (
     Annotated[TrainOptions, tyro.conf.subcommand("train")]

@@ -197,7 +197,7 @@ class HPDM(nn.Module):
             boxes: ``[B, L, 6]`` float32, nested.
             t: diffusion times ``[B, L]`` in [0, 1].
             labels: ``[B]`` int64 class labels, ``config.classes`` for none; ``None`` for no class in the whole batch.
-            text: text embeddings ``[B, S, text_width]``, see :mod:`hpdm.text`; ``None`` for no text in the whole batch.
+            text: embeddings ``[B, S, text_width]``, see :mod:`hpdm.text.embeddings`; ``None`` for no text in the batch.
             text_mask: ``[B, S]`` bool, true where there is text; ``None``: everywhere. A row of false is a sample
                 without text. What the mask hides changes nothing, nor does how much of it there is (up to rounding).
             latents: ``[B, L, M, E]`` of an earlier pass over the same patches, for a model with self-conditioning;

@@ -1,13 +1,10 @@
-"""Sharing the tiles of a level out over the processes of ``torch.distributed``.
+"""The processes of ``torch.distributed``: who is there, what all must agree on, what fails in all if it fails in one.
 
-In every round each process takes the next batch of tiles, and all exchange what they made of them, in the order of the
-tiles. So each adds up the same tiles in the same order: the video does not depend on the number of processes, bit for
-bit, and none ever holds more than a round's tiles. Without a process group there is one process.
+Without a process group there is one process, and nothing here waits for anything.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,49 +52,6 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
-def batches(tiles: int, size: int) -> list[slice]:
-    """``tiles`` in batches of ``size``, the last one shorter."""
-    return [slice(first, min(first + size, tiles)) for first in range(0, tiles, size)]
-
-
-def own(all_batches: list[slice]) -> list[slice]:
-    """The batches that are this process's."""
-    rank, count = world()
-    return all_batches[rank::count]
-
-
-def rounds(all_batches: list[slice]) -> int:
-    """How many times the processes exchange results."""
-    return math.ceil(len(all_batches) / world()[1])
-
-
-def exchange(all_batches: list[slice], turn: int, mine: Tensor | None, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """What every process made in round ``turn``: ``(batch, [B, n, ...])`` in the order of the tiles.
-
-    Args:
-        all_batches: of all processes.
-        turn: number of the round.
-        mine: this process's result, ``None`` if it had no batch left.
-        like: an empty tensor ``[B, 0, ...]`` of the results' shape, dtype and device.
-    """
-    _, count = world()
-    taken = all_batches[turn * count : (turn + 1) * count]
-    if count == 1:
-        if mine is not None:
-            yield taken[0], mine
-        return
-    longest = max(b.stop - b.start for b in taken)
-    shape = (like.shape[0], longest, *like.shape[2:])
-    # Processes without a batch and shorter batches are filled up: a collective wants equal shapes of all.
-    sent = like.new_zeros(shape)
-    if mine is not None:
-        sent[:, : mine.shape[1]] = mine
-    received = [torch.empty_like(sent) for _ in range(count)]
-    dist.all_gather(received, sent)
-    for batch, got in zip(taken, received):
-        yield batch, got[:, : batch.stop - batch.start]
-
-
 def agree(name: str, value: object) -> None:
     """Checks that all processes were given the same.
 
@@ -142,12 +96,6 @@ def mean(t: Tensor) -> Tensor:
         dist.all_reduce(t)
         t /= count
     return t
-
-
-def wait() -> None:
-    """Until every process is here."""
-    if world()[1] > 1:
-        dist.barrier()
 
 
 def _from_all(value: T) -> list[T]:

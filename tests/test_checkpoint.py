@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import hpdm.checkpoint as ckpt
+import hpdm.training.checkpoint as ckpt
 from hpdm import HPDM, presets
-from hpdm.optim import EMA, make_optimizer
+from hpdm.training.optim import EMA, make_optimizer
 
 
 def small(**changes):

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hpdm import data as data_module
-from hpdm import decode
-from hpdm.data import ClipKey, ClipSampler, ShortClipError, VideoDataset, resize_and_crop
-from hpdm.data_cli import Inspect, Synthetic
-from hpdm.data_layout import find_videos
-from hpdm.decode import DecodeError, read_clip
-from hpdm.synthetic import render_synthetic
+from hpdm.data import clips as data_module
+from hpdm.data import decode
+from hpdm.data.clips import ClipKey, ClipSampler, ShortClipError, VideoDataset, resize_and_crop
+from hpdm.data.command import Inspect, Synthetic
+from hpdm.data.decode import DecodeError, read_clip
+from hpdm.data.layout import find_videos
+from hpdm.data.synthetic import render_synthetic
 from hpdm.video import write_video
 
 

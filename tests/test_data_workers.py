@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hpdm import _decode_worker, decode
-from hpdm.data import ClipSampler, VideoDataset
-from hpdm.data_loader import load
+from hpdm.data import _decode_worker, decode
+from hpdm.data.clips import ClipSampler, VideoDataset
+from hpdm.data.loader import load
 from hpdm.video import write_video
 
 
@@ -80,7 +80,7 @@ def test_a_decoding_process_that_is_killed_costs_nothing(flat, tmp_path, patched
         f"        os.kill(os.getpid(), signal.SIGKILL)\n"
         f"    return real(self, request)"
     )
-    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "hpdm.decode"):
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "hpdm.data.decode"):
         warnings.simplefilter("error")
         same(read(VideoDataset(flat, frames=4, size=16), 0), expected)
     assert (tmp_path / "once").exists()
@@ -152,7 +152,7 @@ def test_workers_that_are_killed_are_started_again(flat, caplog):
     for worker in set(multiprocessing.active_children()) - before:
         os.kill(worker.pid, signal.SIGKILL)
         worker.join()
-    with caplog.at_level(logging.WARNING, "hpdm.data_loader"):
+    with caplog.at_level(logging.WARNING, "hpdm.data.loader"):
         got += [next(batches) for _ in range(7)]
     batches.close()
     same(got, [batch for batch, _ in zip(make(data, 0, sampler), range(8))])
@@ -199,11 +199,10 @@ def test_workers_that_keep_dying_end_the_run(error, caplog):
 @pytest.mark.parametrize(
     "error",
     [
-        decode.DecodeError("Caught DecodeError in DataLoader worker process 0.\nOriginal Traceback"),
         FileNotFoundError("[Errno 2] No such file or directory: 'DataLoader worker'"),
         RuntimeError("Caught RuntimeError in pin memory thread for device 0.\nCUDA error: out of memory"),
     ],
-    ids=["data", "file", "pinning"],
+    ids=["file", "pinning"],
 )
 def test_other_errors_are_not_taken_for_deaths(error, caplog):
     batches = load(functools.partial(Failing, error), [0, 1, 2, 3])
@@ -212,3 +211,11 @@ def test_other_errors_are_not_taken_for_deaths(error, caplog):
         next(batches)
     assert caught.value is error
     assert not caplog.records
+
+
+def test_the_error_of_a_worker_is_what_it_met_and_not_its_traceback():
+    text = "Caught DecodeError in DataLoader worker process 0.\nOriginal Traceback\nhpdm.data.decode.DecodeError: a: cut\n"
+    batches = load(functools.partial(Failing, decode.DecodeError(text)), [0, 1, 2, 3])
+    assert [next(batches), next(batches)] == [0, 1]
+    with pytest.raises(decode.DecodeError, match=r"^a: cut$"):
+        next(batches)

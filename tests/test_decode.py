@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpdm import _decode_worker, decode
-from hpdm.decode import DecodeError, probe, read_clip, verify
+from hpdm.data import _decode_worker, decode
+from hpdm.data.decode import DecodeError, probe, read_clip, verify
 from hpdm.video import write_video
 
 
@@ -133,7 +133,7 @@ def test_pyav_reads_what_decord_cannot_and_says_so(tmp_path, worker, caplog, nam
     path = encode(tmp_path / name, [numbered(8)], codec, pix_fmt, options)
     with pytest.raises(DecodeError, match="decord"):
         read_clip(path, [0], decoder="decord")
-    with caplog.at_level(logging.INFO, "hpdm.decode"):
+    with caplog.at_level(logging.INFO, "hpdm.data.decode"):
         clip = read_clip(path, [5, 6])
     assert clip.decoder == "pyav"
     assert [number_of(frame, 8) for frame in clip.frames] == pytest.approx([5, 6], abs=1)
@@ -293,7 +293,7 @@ def test_a_hang_in_decord_is_stopped_and_read_with_pyav(tmp_path, monkeypatch, w
     probe(path)
     first = worker.process
     start = time.monotonic()
-    with caplog.at_level(logging.INFO, "hpdm.decode"):
+    with caplog.at_level(logging.INFO, "hpdm.data.decode"):
         clip = read_clip(path, [2], timeout=1)
     assert clip.decoder == "pyav"
     assert number_of(clip.frames[0], 4) == 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpdm.detector import Detector
+from hpdm.evaluation.detector import Detector
 
 
 class Features(nn.Module):

@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpdm import HPDM, distribution_eval, presets
-from hpdm.checkpoint import save_checkpoint, save_run_config
-from hpdm.data import VideoDataset
-from hpdm.detector import Detector
-from hpdm.distribution_eval import draw_labels, evaluate_distribution, real_statistics
-from hpdm.evaluate import EvaluateOptions, evaluate
-from hpdm.metrics import frechet_distance, inception_score
-from hpdm.optim import EMA, make_optimizer
-from hpdm.sampler import SamplerOptions
-from hpdm.synthetic import render_clip, render_synthetic
-from hpdm.text import EmbeddingInfo, EmbeddingStore
+from hpdm import HPDM, presets
+from hpdm.data.clips import VideoDataset
+from hpdm.data.synthetic import render_clip, render_synthetic
+from hpdm.evaluation import distribution as distribution_eval
+from hpdm.evaluation.detector import Detector
+from hpdm.evaluation.distribution import draw_labels, evaluate_distribution, real_statistics
+from hpdm.evaluation.evaluate import EvaluateOptions, evaluate
+from hpdm.evaluation.metrics import frechet_distance, inception_score
+from hpdm.sampling.sampler import SamplerOptions
+from hpdm.text.embeddings import EmbeddingInfo, EmbeddingStore
+from hpdm.training.checkpoint import save_checkpoint, save_run_config
+from hpdm.training.optim import EMA, make_optimizer
 from hpdm.video import write_video
 
 CLASSES = ["GreenSquare", "RedDisc"]

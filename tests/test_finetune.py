@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from hpdm import HPDM, presets
-from hpdm.checkpoint import save_checkpoint, save_run_config
-from hpdm.finetune import load_base
-from hpdm.objective import denoising_error
-from hpdm.optim import EMA, make_optimizer
 from hpdm.pyramid import sample_boxes
+from hpdm.training.checkpoint import save_checkpoint, save_run_config
+from hpdm.training.finetune import load_base
+from hpdm.training.objective import denoising_error
+from hpdm.training.optim import EMA, make_optimizer
 
 FULL = presets.tiny().replace(
     patch=(4, 12, 16), tokenizer=(1, 3, 4), levels=4, levels_per_block=(1, 2, 2, 3, 3, 4), width=16, latents=4,

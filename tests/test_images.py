@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from hpdm import HPDM, presets
-from hpdm.images import still_images
-from hpdm.objective import denoising_error
+from hpdm.training.images import still_images
+from hpdm.training.objective import denoising_error
 
 
 def clips(batch=8, frames=5):

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from hpdm import HPDM, presets
-from hpdm.objective import denoising_error
-from hpdm.optim import make_optimizer
 from hpdm.pyramid import sample_boxes
+from hpdm.training.objective import denoising_error
+from hpdm.training.optim import make_optimizer
 from hpdm_kernels import modules
 from hpdm_kernels.testing import assert_within_budget, max_error
 

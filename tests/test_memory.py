@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm import presets
-from hpdm.measure import measured_step
-from hpdm.memory import Ledger, fake_fp32, largest_batch, training_step
 from hpdm.model import HPDM
+from hpdm.planning.measure import measured_step
+from hpdm.planning.memory import Ledger, fake_fp32, largest_batch, training_step
 
 SMALL = presets.tiny().replace(width=128, latent_width=64, latents=48)
 # 30 M parameters and 512 tokens per patch: weights, their statistics and activations all count.

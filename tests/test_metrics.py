@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpdm.metrics import FeatureStatistics, frechet_distance, inception_score
+from hpdm.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score
 
 
 def rng():

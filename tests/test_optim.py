@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hpdm.optim import EMA, Lamb, learning_rate, make_optimizer
+from hpdm.training.optim import EMA, Lamb, learning_rate, make_optimizer
 
 
 def lamb_by_hand(w, grads, lr, wd, eps=1e-6, beta1=0.9, beta2=0.999):

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import paper
 from hpdm import presets
-from hpdm.memory import training_step
+from hpdm.planning.memory import training_step
 
 CPU = torch.device("cpu")
 SMALL = presets.tiny()

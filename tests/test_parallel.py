@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-import hpdm.trainer as training
-from hpdm.checkpoint import list_checkpoints, load_model
-from hpdm.synthetic import render_synthetic
-from hpdm.train import TrainOptions, train
+import hpdm.training.trainer as training
+from hpdm.data.synthetic import render_synthetic
+from hpdm.training.checkpoint import list_checkpoints, load_model
+from hpdm.training.train import TrainOptions, train
 
 ROOT = str(pathlib.Path(__file__).parent.parent)
 RUNS = ["ddp", "fsdp", "resumed_by_two", "resumed_by_one"]
@@ -45,7 +45,7 @@ sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(1)
 from tests.test_parallel import interrupted_after, options
 from hpdm import ranks
-from hpdm.train import train
+from hpdm.training.train import train
 clips, out = map(Path, sys.argv[2:4])
 said = []
 with ranks.joined(torch.device("cpu")):

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpdm import presets, table1
-from hpdm.memory import training_step
+from hpdm import presets
 from hpdm.model import HPDM
-from hpdm.plan import PlanCommand, parameters_by_part
-from hpdm.sampler import Sampler, SamplerOptions
-from hpdm.sampling_plan import patch_flops, sampling_plan
+from hpdm.planning import table1
+from hpdm.planning.memory import training_step
+from hpdm.planning.plan import PlanCommand, parameters_by_part
+from hpdm.sampling.plan import patch_flops, sampling_plan
+from hpdm.sampling.sampler import Sampler, SamplerOptions
 
 
 @pytest.mark.parametrize("name", presets.PUBLISHED_PARAMETERS)

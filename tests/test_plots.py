@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from hpdm.plots import plot_losses, read_log, running_mean
+from hpdm.training.plots import plot_losses, read_log, running_mean
 
 
 def test_running_mean():

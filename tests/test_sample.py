@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import hpdm.sample as command
+import hpdm.sampling.sample as command
 from hpdm import HPDM, presets
-from hpdm.checkpoint import save_checkpoint, save_run_config
-from hpdm.optim import EMA, make_optimizer
-from hpdm.sample import SampleOptions, sample
-from hpdm.sampler import Sampler
-from hpdm.subjects import stem_of
-from hpdm.text import EmbeddingInfo, EmbeddingStore
+from hpdm.sampling.sample import SampleOptions, sample
+from hpdm.sampling.sampler import Sampler
+from hpdm.sampling.subjects import stem_of
+from hpdm.text.embeddings import EmbeddingInfo, EmbeddingStore
+from hpdm.training.checkpoint import save_checkpoint, save_run_config
+from hpdm.training.optim import EMA, make_optimizer
 from hpdm.video import write_video
 
 

@@ -9,9 +9,9 @@ import torch
 
 from hpdm import HPDM, presets
 from hpdm.diffusion import DATA_STD, gamma
-from hpdm.memory import Ledger
 from hpdm.model import Context
-from hpdm.sampler import Sampler, SamplerOptions
+from hpdm.planning.memory import Ledger
+from hpdm.sampling.sampler import Sampler, SamplerOptions
 from hpdm_kernels import sample_patches
 
 
@@ -246,7 +246,7 @@ CHILD = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
 from tests.test_sampler import random_model, small
-from hpdm.sampler import Sampler, SamplerOptions
+from hpdm.sampling.sampler import Sampler, SamplerOptions
 torch.set_num_threads(1)
 if int(sys.argv[3]) > 1:
     world, rank = map(int, sys.argv[3:5])

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hpdm import HPDM, presets
-from hpdm.memory import Ledger
-from hpdm.sampler import Sampler, SamplerOptions
-from hpdm.sampling_plan import duration, plan_line, sampling_memory, sampling_plan
+from hpdm.planning.memory import Ledger
+from hpdm.sampling.plan import duration, plan_line, sampling_memory, sampling_plan
+from hpdm.sampling.sampler import Sampler, SamplerOptions
 
 
 def config(**changes):

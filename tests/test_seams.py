@@ -5,7 +5,7 @@ import torch
 
 from hpdm import presets
 from hpdm.pyramid import tiling
-from hpdm.seams import seam_energy
+from hpdm.sampling.seams import seam_energy
 
 CONFIG = presets.tiny()
 

@@ -7,9 +7,9 @@ import torch
 
 from hpdm import HPDM, presets
 from hpdm.diffusion import add_noise, network_input, signal_scales
-from hpdm.objective import denoising_error
 from hpdm.pyramid import extract_patches, sample_boxes
-from hpdm.sampler import Sampler, SamplerOptions
+from hpdm.sampling.sampler import Sampler, SamplerOptions
+from hpdm.training.objective import denoising_error
 
 CONFIG = presets.tiny().replace(
     patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, self_conditioning=1.0

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hpdm import shards as shards_module
-from hpdm.data import ClipKey, ClipSampler, VideoDataset, find_clips
-from hpdm.data_cli import Inspect, Shard
-from hpdm.decode import DecodeError, Member, probe, read_clip, verify
-from hpdm.shards import find_shards, index_shard, read_shards, write_shards
-from hpdm.synthetic import render_synthetic
+from hpdm.data import shards as shards_module
+from hpdm.data.clips import ClipKey, ClipSampler, VideoDataset, find_clips
+from hpdm.data.command import Inspect, Shard
+from hpdm.data.decode import DecodeError, Member, probe, read_clip, verify
+from hpdm.data.shards import find_shards, index_shard, read_shards, write_shards
+from hpdm.data.synthetic import render_synthetic
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpdm.decode import read_clip
-from hpdm.synthetic import CLASSES, bounce, render_clip, render_synthetic
+from hpdm.data.decode import read_clip
+from hpdm.data.synthetic import CLASSES, bounce, render_clip, render_synthetic
 
 CLASS_WORDS = {
     "RedDisc": ("red", "disc", "upright stripes"),

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from hpdm.data import VideoDataset
-from hpdm.motion_eval import evaluate_motion, motion_table, read_synthetic_set
-from hpdm.synthetic import CLASSES, bounce, render_clip, render_synthetic
-from hpdm.synthetic_score import coverage, fit_motion, fit_template, score_clip
+from hpdm.data.clips import VideoDataset
+from hpdm.data.synthetic import CLASSES, bounce, render_clip, render_synthetic
+from hpdm.evaluation.motion import evaluate_motion, motion_table, read_synthetic_set
+from hpdm.evaluation.synthetic_score import coverage, fit_motion, fit_template, score_clip
 
 
 def rng():

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hpdm import HPDM, cli, presets, text
-from hpdm.checkpoint import save_checkpoint, save_run_config
-from hpdm.objective import denoising_error
-from hpdm.optim import EMA
-from hpdm.sample import SampleOptions, sample
-from hpdm.text import EmbeddingInfo, EmbeddingStore, TextEncoder, collate_text, embed_captions
-from hpdm.text_cli import Embed
+from hpdm import HPDM, cli, presets
+from hpdm.sampling.sample import SampleOptions, sample
+from hpdm.text import embeddings as text
+from hpdm.text.embed import Embed
+from hpdm.text.embeddings import EmbeddingInfo, EmbeddingStore, TextEncoder, collate_text, embed_captions
+from hpdm.training.checkpoint import save_checkpoint, save_run_config
+from hpdm.training.objective import denoising_error
+from hpdm.training.optim import EMA
 
 CAPTIONS = ["a red disc", "a blue triangle drifting up and to the left", "a ring"]
 INFO = EmbeddingInfo("tiny-t5", 24, 32, "fp32")

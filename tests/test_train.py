@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import hpdm.trainer as training
-from hpdm.batches import collate, noise_generator
-from hpdm.checkpoint import list_checkpoints, load_model
-from hpdm.data import VideoDataset
-from hpdm.evaluate import EvaluateOptions, evaluate
-from hpdm.synthetic import render_synthetic
-from hpdm.text import EmbeddingInfo, EmbeddingStore
-from hpdm.train import TrainOptions, build_config, train
+import hpdm.training.trainer as training
+from hpdm.data.clips import VideoDataset
+from hpdm.data.synthetic import render_synthetic
+from hpdm.evaluation.evaluate import EvaluateOptions, evaluate
+from hpdm.text.embeddings import EmbeddingInfo, EmbeddingStore
+from hpdm.training.batches import collate, noise_generator
+from hpdm.training.checkpoint import list_checkpoints, load_model
+from hpdm.training.train import TrainOptions, build_config, train
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,347 @@
+"""Tar shards in webdataset's layout, read at random: the place of every clip is indexed once, nothing is unpacked.
+
+A shard is an uncompressed tar in which the files of one clip share a key, the name up to its first dot: ``key.mp4``,
+``key.cls`` (the label, an integer) or ``key.json`` (with ``label``, ``class`` or ``caption``), ``key.txt`` (the
+caption). Class names come from ``classes.json`` (a list) or ``classInd.txt`` beside the shards, else from the members.
+
+The package webdataset itself is not used. It reads shards as streams: the order depends on the number of workers and on
+a shuffle buffer whose state is not saved, so a run does not resume at a step with the clips that it would have seen;
+random access (wids, gone since its version 1.0) reads whole members and takes a damaged header for the end of a shard.
+An index of byte ranges instead makes shards a set like a folder, under the same sampler, cache and handling of damage.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from hpdm.data.decode import Member
+from hpdm.data.layout import SUFFIXES, VideoFile, read_class_index, read_text
+from hpdm.video import write_text
+
+log = logging.getLogger(__name__)
+
+CLASSES_FILE = "classes.json"
+_INDEX_VERSION = 1
+_MOST_CLASSES = 1_000_000  # a larger number in a .cls is no label
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # webdataset's key and extension
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A clip of a shard: where its bytes are and what the members of its key say."""
+
+    name: str
+    offset: int
+    size: int
+    label: int | None
+    class_name: str | None
+    caption: str
+
+
+def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
+    """The shards that ``root`` means, ``None`` where it is no set of shards.
+
+    Args:
+        root: a folder that holds ``*.tar``, a tar, or a pattern of tars with braces (``shard-{000000..000009}.tar``,
+            ``{a,b}.tar``) or wildcards.
+
+    Raises:
+        FileNotFoundError: a pattern that nothing matches, or one with braces that names a missing shard.
+        ValueError: a pattern that matches something else than tars.
+    """
+    if os.path.isdir(root):
+        return sorted(path for path in Path(root).glob("[!.]*.tar") if path.is_file()) or None
+    pattern = os.fspath(root)
+    if os.path.isfile(root):
+        return [Path(root)] if pattern.endswith(".tar") else None
+    if not pattern.endswith(".tar") and "{" not in pattern and not glob.has_magic(pattern):
+        return None
+    names = [
+        name
+        for part in _expand_braces(pattern)
+        for name in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])
+    ]
+    if not names:
+        raise FileNotFoundError(f"root: no file matches {pattern}")
+    missing = [name for name in names if not os.path.isfile(name)]
+    if missing:
+        raise FileNotFoundError(
+            f"root: {missing[0]} is not a file ({len(missing)} of the {len(names)} shards of {pattern} are missing)"
+        )
+    other = next((name for name in names if not name.endswith(".tar")), None)
+    if other is not None:
+        raise ValueError(f"root: {pattern} matches {other}, expected shards with names ending in .tar")
+    return [Path(name) for name in dict.fromkeys(names)]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, choices = match.groups()
+    values = (
+        [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)] if choices is None else choices.split(",")
+    )
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return [name for value in values for name in _expand_braces(f"{head}{value}{tail}")]
+
+
+def read_shards(paths: Sequence[Path]) -> tuple[list[str], list[VideoFile]]:
+    """Class names (empty where no clip has a label) and clips of a set of shards, in the order of the shards.
+
+    Raises:
+        ValueError: a shard that is damaged, cut off, compressed or without videos; clips with and without labels;
+            labels and class names that contradict each other. The message names the shard and the member.
+    """
+    entries = [
+        (path, entry)
+        for path in tqdm(paths, desc="shards", unit="shard", delay=2, leave=False)
+        for entry in index_shard(path)
+    ]
+    names, labels = _labels(_listed_classes(paths), entries)
+    return names, [
+        VideoFile(Member(str(path), entry.name, entry.offset, entry.size), label, entry.caption)
+        for (path, entry), label in zip(entries, labels)
+    ]
+
+
+def index_shard(path: Path) -> list[Entry]:
+    """The clips of one shard.
+
+    They are kept in ``shard.tar.index.json`` beside it, which counts as long as the shard's size and time of change are
+    those it was made for. Where the folder cannot be written to, the shard is read anew each time.
+
+    Raises:
+        ValueError: as :func:`read_shards`.
+    """
+    stat = path.stat()
+    made_for = {"version": _INDEX_VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    index = path.with_name(f"{path.name}.index.json")
+    try:
+        kept = json.loads(index.read_text(encoding="utf-8"))
+        if {key: kept[key] for key in made_for} == made_for:
+            return [Entry(**entry) for entry in kept["clips"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none there, or not one of ours: it is made anew
+    entries = _scan(path)
+    try:
+        write_text(index, json.dumps({**made_for, "clips": [asdict(entry) for entry in entries]}))
+    except OSError as error:
+        log.info("%s: the index is not kept: %s", path, error)
+    return entries
+
+
+def _scan(path: Path) -> list[Entry]:
+    place = "at its start"
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                place = f"in or after member {member.name!r}"
+                match = _NAME.fullmatch(member.name.removeprefix("./"))
+                if match is None or not member.isreg() or member.issparse():
+                    continue
+                key, kind = match[1], match[2].lower()
+                kind = "video" if f".{kind.rpartition('.')[2]}" in SUFFIXES else kind
+                if kind in samples.setdefault(key, {}):
+                    raise ValueError(f"{path}: {member.name!r} is the second {kind} of its key, expected one")
+                samples[key][kind] = member
+            # tarfile takes a damaged header for the end, and a file that is over: the end is a block of zeros.
+            with open(path, "rb") as file:
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"no header and no end mark at byte {tar.offset}")
+            entries = [_entry(path, tar, members) for members in samples.values() if "video" in members]
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: not an uncompressed tar, cut off or damaged, {place}: {error}") from None
+    if not entries:
+        raise ValueError(f"{path}: no videos in it, expected names ending in {' '.join(sorted(SUFFIXES))}")
+    return entries
+
+
+def _entry(path: Path, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Entry:
+    def error(kind: str, what: str) -> ValueError:
+        return ValueError(f"{path}: member {members[kind].name!r}: {what}")
+
+    def text(kind: str) -> str:
+        file = tar.extractfile(members[kind]) if kind in members else None
+        try:
+            return file.read().decode("utf-8").strip() if file is not None else ""
+        except UnicodeDecodeError:
+            raise error(kind, "not UTF-8 text") from None
+
+    record: Any = {}
+    if "json" in members:
+        try:
+            record = json.loads(text("json"))
+        except json.JSONDecodeError as problem:
+            raise error("json", f"not JSON: {problem}") from None
+        if not isinstance(record, dict):
+            raise error("json", "expected an object with 'label', 'class' or 'caption'")
+    label, class_name, caption = (record.get(key) for key in ("label", "class", "caption"))
+    if label is not None and (type(label) is not int or not 0 <= label < _MOST_CLASSES):
+        raise error("json", f"label: got {label!r}, expected an integer from 0 to {_MOST_CLASSES - 1}")
+    for key, value in (("class", class_name), ("caption", caption)):
+        if value is not None and not isinstance(value, str):
+            raise error("json", f"{key}: got {value!r}, expected a text")
+    if "cls" in members:
+        number = text("cls")
+        if not re.fullmatch(r"\d+", number, re.ASCII) or int(number) >= _MOST_CLASSES:
+            raise error("cls", f"got {number!r}, expected an integer from 0 to {_MOST_CLASSES - 1}")
+        if label is not None and label != int(number):
+            raise error("cls", f"got {number}, but the json says {label}")
+        label = int(number)
+    video = members["video"]
+    name = video.name.removeprefix("./")
+    return Entry(name, video.offset_data, video.size, label, class_name, text("txt") or (caption or "").strip())
+
+
+def _listed_classes(paths: Sequence[Path]) -> list[str] | None:
+    """The class names that lie beside the shards."""
+    found: dict[Path, list[str]] = {}
+    for folder in dict.fromkeys(path.parent for path in paths):
+        if (folder / CLASSES_FILE).is_file():
+            found[folder / CLASSES_FILE] = _read_classes(folder / CLASSES_FILE)
+        elif (folder / "classInd.txt").is_file():
+            found[folder / "classInd.txt"] = read_class_index(folder / "classInd.txt")
+    if not found:
+        return None
+    (first, names), *others = found.items()
+    for file, other in others:
+        if other != names:
+            raise ValueError(f"root: {file} and {first} list different classes")
+    return names
+
+
+def _read_classes(path: Path) -> list[str]:
+    try:
+        names = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"{path}: expected a list of different class names, in the order of their labels")
+    return names
+
+
+def _labels(names: list[str] | None, entries: list[tuple[Path, Entry]]) -> tuple[list[str], list[int]]:
+    """All class names, and the label of each clip."""
+    unlabelled = [entry.label is None and entry.class_name is None for _, entry in entries]
+    if names is None and all(unlabelled):
+        return [], [0] * len(entries)
+    if any(unlabelled):
+        path, entry = entries[unlabelled.index(True)]
+        raise ValueError(f"{path}/{entry.name}: no label ({sum(unlabelled)} of {len(entries)} clips have none)")
+    if names is None:
+        names = _named_classes(entries)
+    numbers = {name: label for label, name in enumerate(names)}
+    labels = []
+    for path, entry in entries:
+        label = entry.label if entry.class_name is None else numbers.get(entry.class_name)
+        if label is None or label >= len(names):
+            got = f"class {entry.class_name!r}" if label is None else f"label {label}"
+            raise ValueError(f"{path}/{entry.name}: {got} is not one of the {len(names)} classes")
+        if entry.label is not None and entry.label != label:
+            raise ValueError(
+                f"{path}/{entry.name}: got label {entry.label} for class {entry.class_name!r}, expected {label}"
+            )
+        labels.append(label)
+    return names, labels
+
+
+def _named_classes(entries: list[tuple[Path, Entry]]) -> list[str]:
+    """Class names as the members give them; a label without a name is its number."""
+    if all(entry.label is None for _, entry in entries):
+        return sorted({entry.class_name for _, entry in entries if entry.class_name is not None})
+    names: dict[int, str] = {}
+    for _, entry in entries:
+        if entry.label is not None:
+            names.setdefault(entry.label, str(entry.label) if entry.class_name is None else entry.class_name)
+    return [names.get(label, str(label)) for label in range(max(names) + 1)]
+
+
+def write_shards(
+    out: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    class_names: Sequence[str],
+    files: Sequence[VideoFile],
+    clips_per_shard: int,
+) -> list[Path]:
+    """Packs the videos of a folder, as they are, into ``out/shard-000000.tar`` and so on; all of them or nothing.
+
+    A clip's key is its path in ``root`` without the suffix, dots in its name replaced by ``_``. Equal files in equal
+    order give equal shards.
+
+    Args:
+        out: folder to create, or an empty one.
+        root: the folder that the files lie in.
+        class_names: names for ``classes.json``, none for a set without labels.
+        files: clips with labels and captions (``""`` for none).
+        clips_per_shard: >= 1.
+
+    Returns:
+        The shards.
+
+    Raises:
+        ValueError: ``clips_per_shard`` below 1, or two files of one key.
+        FileExistsError: ``out`` is not empty.
+        FileNotFoundError: the folder of ``out`` does not exist.
+    """
+    if clips_per_shard < 1:
+        raise ValueError(f"clips_per_shard: got {clips_per_shard}, expected >= 1")
+    out, root = Path(out), Path(root)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"out: {out} is not empty; choose another folder")
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"out: folder {out.absolute().parent} does not exist")
+    keys = [_key(Path(file.path).relative_to(root)) for file in files]
+    key, count = Counter(keys).most_common(1)[0]
+    if count > 1:
+        same = [file.path for other, file in zip(keys, files) if other == key]
+        raise ValueError(f"root: {same[0]} and {same[1]} both have the key {key!r}, expected different names")
+    temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        shards = range(0, len(files), clips_per_shard)
+        for number, first in enumerate(tqdm(shards, desc="shards", unit="shard", delay=2, leave=False)):
+            with tarfile.open(temporary / f"shard-{number:06d}.tar", "w") as tar:
+                for i in range(first, min(first + clips_per_shard, len(files))):
+                    _add_clip(tar, keys[i], files[i], labelled=bool(class_names))
+        if class_names:
+            write_text(temporary / CLASSES_FILE, json.dumps(list(class_names), indent=1) + "\n")
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return [out / f"shard-{number:06d}.tar" for number in range(len(shards))]
+
+
+def _key(path: Path) -> str:
+    return (path.parent / path.stem.replace(".", "_")).as_posix()
+
+
+def _add_clip(tar: tarfile.TarFile, key: str, file: VideoFile, *, labelled: bool) -> None:
+    def add(suffix: str, size: int, content: IO[bytes]) -> None:
+        member = tarfile.TarInfo(f"{key}{suffix}")
+        member.size = size
+        tar.addfile(member, content)
+
+    with open(file.path, "rb") as video:
+        add(Path(file.path).suffix.lower(), os.fstat(video.fileno()).st_size, video)
+    for suffix, text in ((".cls", str(file.label) if labelled else ""), (".txt", file.caption)):
+        if text:
+            add(suffix, len(text.encode()), io.BytesIO(text.encode()))

@@ -1,0 +1,301 @@
+"""A labelled set of synthetic clips with known motion, rendered with numpy, in UCF-101's layout.
+
+A clip shows one large textured object that moves in a straight line and bounces off the walls, over a dim, smooth
+background. The class is the object's shape and colour. The texture has a period of 1/16 of the picture, so it is
+plain to see at 64 x 64, marginal at 32 x 32 and gone at 16 x 16: each level of a pyramid has something to add.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hpdm.data.layout import CAPTIONS_FILE, SPLIT_FOLDER
+from hpdm.video import write_text, write_video
+
+RADIUS = (0.36, 0.40)
+"""Half of an object's extent, from the smallest to the largest, as shares of the picture's shorter side."""
+_GROUP_CLIPS = 4  # clips of one group, which never straddles train and test, as in UCF-101
+
+
+class Clip(NamedTuple):
+    """One rendered clip. Pixels: x to the right, y down, the picture's corner at (0, 0)."""
+
+    frames: np.ndarray  # uint8 [F, H, W, 3]
+    position: np.ndarray  # float64 [F, 2], the object's centre (x, y) in pixels
+    velocity: np.ndarray  # float64 [F, 2], pixels per frame at that frame; signs flip at walls
+    radius: float  # half of the object's extent in pixels
+
+
+# Signed distances of shapes of half extent 1, negative inside; y points down.
+def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.hypot(x, y) - 1
+
+
+def _box(x: np.ndarray, y: np.ndarray, half_x: float, half_y: float) -> np.ndarray:
+    dx, dy = np.abs(x) - half_x, np.abs(y) - half_y
+    return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return _box(x, y, 0.9, 0.9)
+
+
+def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    # Apex (0, -1), base from (-1, 0.85) to (1, 0.85): the nearest of three half planes.
+    side = math.hypot(1.85, 1.0)
+    return np.maximum(y - 0.85, (np.abs(x) * 1.85 - (y + 1)) / side)
+
+
+def _ring(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.abs(np.hypot(x, y) - 0.72) - 0.28
+
+
+def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.minimum(_box(x, y, 1.0, 0.36), _box(x, y, 0.36, 1.0))
+
+
+def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return (np.abs(x) + np.abs(y) - 1) / math.sqrt(2)
+
+
+# Textures in [-1, 1] from the phases of the two axes, 2 pi per period.
+def _upright(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sin(u)
+
+
+def _level(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sin(v)
+
+
+def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sin(u) * np.sin(v)
+
+
+def _slanted(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sin(u + v)
+
+
+_Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+_TEXTURE_WORDS: dict[_Field, str] = {
+    _upright: "upright stripes",
+    _level: "level stripes",
+    _checks: "checks",
+    _slanted: "slanted stripes",
+}
+
+CLASSES: dict[str, tuple[_Field, _Field, tuple[int, int, int]]] = {
+    "RedDisc": (_disc, _upright, (235, 64, 52)),
+    "GreenSquare": (_square, _checks, (64, 200, 72)),
+    "BlueTriangle": (_triangle, _level, (66, 110, 245)),
+    "YellowRing": (_ring, _slanted, (240, 205, 50)),
+    "MagentaCross": (_cross, _checks, (225, 70, 205)),
+    "CyanDiamond": (_diamond, _slanted, (60, 205, 220)),
+}
+
+
+def bounce(start: float, velocity: float, low: float, high: float, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Position and velocity after ``steps`` frames of straight motion reflected at both ends, in closed form."""
+    span = high - low
+    travelled = (start - low + velocity * steps) % (2 * span)
+    back = travelled >= span
+    return low + np.where(back, 2 * span - travelled, travelled), np.where(back, -velocity, velocity)
+
+
+# Eighths of a turn, starting to the right; y points down, so a growing angle turns clockwise.
+_HEADINGS = (
+    "to the right",
+    "down and to the right",
+    "down",
+    "down and to the left",
+    "to the left",
+    "up and to the left",
+    "up",
+    "up and to the right",
+)
+
+
+def describe_clip(class_name: str, clip: Clip, *, rng: np.random.Generator) -> str:
+    """A caption: colour, shape, the direction of motion at the start, and at times the texture and a wall that is hit.
+
+    Args:
+        class_name: the class that ``clip`` shows, a key of :data:`CLASSES`.
+        clip: the rendered clip.
+        rng: picks among wordings, all of them true.
+    """
+
+    def pick(*wordings: str) -> str:
+        return wordings[rng.integers(len(wordings))]
+
+    colour, shape = re.findall("[A-Z][a-z]+", class_name)
+    x, y = clip.velocity[0]
+    heading = _HEADINGS[round(math.atan2(y, x) / (math.pi / 4)) % 8]
+    texture = pick("", f" with {_TEXTURE_WORDS[CLASSES[class_name][1]]}")
+    verb = pick("moving", "drifting", "gliding", "travelling")
+    hits = bool((clip.velocity != clip.velocity[0]).any())
+    ending = pick("", ", then bouncing off a wall") if hits else ""
+    return f"{pick('a', 'a video of a')} {colour.lower()} {shape.lower()}{texture} {verb} {heading}{ending}"
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    hue, angle = rng.random(), rng.random() * 2 * math.pi
+    colour = np.array(colorsys.hsv_to_rgb(hue, 0.45, 0.28)) * 255
+    y, x = np.mgrid[0:height, 0:width]
+    slope = math.cos(angle) * ((x + 0.5) / width - 0.5) + math.sin(angle) * ((y + 0.5) / height - 0.5)
+    return colour * (1 + 0.5 * slope[..., None])
+
+
+def render_clip(
+    class_name: str,
+    *,
+    frames: int = 32,
+    size: tuple[int, int] = (64, 64),
+    radius: tuple[float, float] = RADIUS,
+    rng: np.random.Generator,
+) -> Clip:
+    """Renders one clip.
+
+    Args:
+        class_name: a key of :data:`CLASSES`.
+        frames: number of frames, >= 1.
+        size: (height, width) in pixels, each >= 8.
+        radius: range of half the object's extent, as shares of the picture's shorter side; above 0, at most 0.45.
+        rng: the source of size, start, direction, speed, texture phase and background.
+
+    Raises:
+        ValueError: an unknown class, or a number below its minimum.
+    """
+    if class_name not in CLASSES:
+        raise ValueError(f"class_name: got {class_name!r}, expected one of {', '.join(CLASSES)}")
+    _check_numbers(frames, size, radius)
+    shape, texture, rgb = CLASSES[class_name]
+    height, width = size
+    unit = min(height, width)
+    half = unit * rng.uniform(*radius)
+    angle = rng.uniform(0, 2 * math.pi)
+    speed = unit * rng.uniform(0.010, 0.022)  # 0.6 to 1.4 pixels a frame at 64 x 64
+    steps = np.arange(frames)
+    axes = [
+        bounce(rng.uniform(half, extent - half), speed * part, half, extent - half, steps)
+        for extent, part in ((width, math.cos(angle)), (height, math.sin(angle)))
+    ]
+    position, velocity = (np.stack([axes[0][i], axes[1][i]], axis=1) for i in range(2))
+    background = _background(rng, height, width)
+    period, phase = unit / 16, rng.uniform(0, 2 * math.pi, size=2)
+
+    y, x = (grid + 0.5 for grid in np.mgrid[0:height, 0:width])
+    dx = x - position[:, 0, None, None]
+    dy = y - position[:, 1, None, None]
+    # Distance in pixels: coverage falls from 1 to 0 over one pixel across the edge.
+    coverage = np.clip(0.5 - shape(dx / half, dy / half) * half, 0, 1)
+    pattern = texture(dx * (2 * math.pi / period) + phase[0], dy * (2 * math.pi / period) + phase[1])
+    paint = np.array(rgb) * (0.8 + 0.2 * np.tanh(2 * pattern))[..., None]
+    image = background + coverage[..., None] * (paint - background)
+    return Clip(np.clip(image.round(), 0, 255).astype(np.uint8), position, velocity, half)
+
+
+def render_synthetic(
+    out: str | os.PathLike[str],
+    *,
+    clips: int = 40,
+    frames: int = 32,
+    size: tuple[int, int] = (64, 64),
+    fps: float = 16,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
+    radius: tuple[float, float] = RADIUS,
+    crf: int = 12,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a labelled set of clips in UCF-101's layout and returns its folder.
+
+    ``Class/v_Class_g01_c01.mp4``, the split files ``ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt`` in the
+    official format (whole groups of up to four clips go to one side, about a quarter of them to test),
+    ``captions.jsonl`` (:func:`describe_clip`) and ``metadata.jsonl``: per clip its file, class, split, radius, and the
+    object's position and velocity per frame in pixels (x right, y down). A clip and its caption depend on (seed, class,
+    number) alone: more clips or fewer classes change none.
+
+    Args:
+        out: folder to create; it must not hold anything yet unless ``overwrite``.
+        clips: clips per class, >= 2.
+        frames, size, fps, crf: length, (height, width), rate and x264 quality of every clip.
+        seed: >= 0.
+        classes: names out of :data:`CLASSES`, default all; labels follow this order.
+        radius: as for :func:`render_clip`.
+
+    Raises:
+        ValueError: a number below its minimum, unknown or repeated classes.
+        FileExistsError: ``out`` is not empty and ``overwrite`` is off.
+    """
+    names = list(CLASSES) if classes is None else list(classes)
+    if not names or len(set(names)) < len(names) or not set(names) <= set(CLASSES):
+        raise ValueError(f"classes: got {names}, expected one or more different of {', '.join(CLASSES)}")
+    if clips < 2:
+        raise ValueError(f"clips: got {clips}, expected >= 2, so that train and test both have one")
+    if seed < 0:
+        raise ValueError(f"seed: got {seed}, expected >= 0")
+    _check_numbers(frames, size, radius)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise FileExistsError(f"out: {out} is not empty; choose another folder or pass overwrite")
+    (out / SPLIT_FOLDER).mkdir(parents=True, exist_ok=True)
+
+    per_group = min(_GROUP_CLIPS, max(1, clips // 4))
+    test_groups = max(1, round(math.ceil(clips / per_group) / 4))
+    train_lines: list[str] = []
+    test_lines: list[str] = []
+    records: list[str] = []
+    captions: list[str] = []
+    for label, name in enumerate(names):
+        (out / name).mkdir(exist_ok=True)
+        for number in range(clips):
+            group, member = divmod(number, per_group)
+            file = f"{name}/v_{name}_g{group + 1:02d}_c{member + 1:02d}.mp4"
+            entropy = [seed, list(CLASSES).index(name), number]
+            rng = np.random.default_rng(entropy)
+            clip = render_clip(name, frames=frames, size=size, radius=radius, rng=rng)
+            write_video(out / file, clip.frames, fps, crf=crf)
+            is_test = group < test_groups
+            (test_lines if is_test else train_lines).append(file if is_test else f"{file} {label + 1}")
+            record = {
+                "file": file,
+                "class": name,
+                "label": label,
+                "split": "test" if is_test else "train",
+                "fps": fps,
+                "radius": round(clip.radius, 4),
+                "position": clip.position.round(4).tolist(),
+                "velocity": clip.velocity.round(4).tolist(),
+            }
+            records.append(json.dumps(record))
+            # A stream of its own: the clip's draws stay what they are without captions.
+            caption = describe_clip(name, clip, rng=np.random.default_rng([*entropy, 1]))
+            captions.append(json.dumps({"file": file, "caption": caption}))
+    index = [f"{label + 1} {name}" for label, name in enumerate(names)]
+    for file, lines in (
+        (f"{SPLIT_FOLDER}/classInd.txt", index),
+        (f"{SPLIT_FOLDER}/trainlist01.txt", train_lines),
+        (f"{SPLIT_FOLDER}/testlist01.txt", test_lines),
+        ("metadata.jsonl", records),
+        (CAPTIONS_FILE, captions),
+    ):
+        write_text(out / file, "\n".join(lines) + "\n")
+    return out
+
+
+def _check_numbers(frames: int, size: tuple[int, int], radius: tuple[float, float]) -> None:
+    if frames < 1:
+        raise ValueError(f"frames: got {frames}, expected >= 1")
+    if len(size) != 2 or min(size) < 8:
+        raise ValueError(f"size: got {size}, expected (height, width), each >= 8")
+    if len(radius) != 2 or not 0 < radius[0] <= radius[1] <= 0.45:
+        raise ValueError(f"radius: got {radius}, expected (smallest, largest), above 0 and at most 0.45")

@@ -1,0 +1,70 @@
+"""The denoising error of a model on clips, per level and per noise level.
+
+The number is the training loss without its randomness: the same clips, boxes, times and noise whatever the model, so
+that two runs, or a run on its training and its held-out clips, can be compared.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hpdm.data.clips import VideoDataset
+from hpdm.model import HPDM
+from hpdm.text.embeddings import EmbeddingStore
+from hpdm.training.batches import collate, noise_generator
+from hpdm.training.objective import denoising_error
+
+
+@torch.no_grad()
+def evaluate_denoising(
+    model: HPDM,
+    dataset: VideoDataset,
+    *,
+    clips: int,
+    bins: int,
+    batch: int,
+    seed: int,
+    embeddings: EmbeddingStore | None = None,
+) -> dict[str, Any]:
+    """Mean squared error of v on clips spread evenly over a set.
+
+    Args:
+        model: in eval mode.
+        dataset: clips at the model's resolution, with the model's classes.
+        clips: clips to take, at most the set's.
+        bins: ranges of the diffusion time, from clean to noise.
+        batch: clips at a time. It takes part in the choice of the noise.
+        seed: of boxes, times and noise.
+        embeddings: of the clips' captions, for a model with text.
+
+    Returns:
+        ``clips``, ``times`` (the ranges) and ``error[level][range]``.
+    """
+    config, device = model.config, model.latents.device
+    count = min(clips, len(dataset))
+    chosen = [i * len(dataset) // count for i in range(count)]
+    edges = [i / bins for i in range(bins + 1)]
+    times = list(pairwise(edges))
+    total = torch.zeros(config.levels, bins, dtype=torch.float64)
+    for first in tqdm(range(0, count, batch), unit="batch", dynamic_ncols=True):
+        found = collate([dataset[i] for i in chosen[first : first + batch]], embeddings)
+        video = found["video"].to(device)
+        labels = found["labels"].to(device) if config.conditioning == "class" else None
+        text = {name: found[name].to(device) for name in ("text", "text_mask") if name in found}
+        for n, span in enumerate(times):
+            generator = noise_generator(seed, first * bins + n)
+            total[:, n] += denoising_error(model, video, labels, generator, span, **text).double().sum(0).cpu()
+    return {"clips": count, "times": times, "error": (total / count).tolist()}
+
+
+def denoising_table(result: dict[str, Any]) -> str:
+    """A row per level, a column per range of times and their mean."""
+    heads = [f"t {low:.2f}-{high:.2f}" for low, high in result["times"]]
+    lines = ["level   " + "".join(f"{head:>14}" for head in (*heads, "mean"))]
+    for level, row in enumerate(result["error"]):
+        lines.append(f"{level:<8}" + "".join(f"{value:14.5f}" for value in (*row, sum(row) / len(row))))
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""Generated clips for evaluation, one at a time: as a sampler makes them, or from a folder of files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hpdm.data.decode import probe, read_clip
+from hpdm.data.layout import find_videos
+from hpdm.sampling.sampler import Sampler
+from hpdm.video import to_uint8
+
+
+def sample_clips(
+    sampler: Sampler, first_seed: int, labels: Sequence[int] | None, count: int, batch: int
+) -> Iterator[Tensor]:
+    """Samples ``count`` videos, ``batch`` at a time, and gives them one by one: uint8 ``[3, F, H, W]``.
+
+    Args:
+        sampler: the sampler.
+        first_seed: seed of the first video; the others count up.
+        labels: the class of each video; ``None`` for a model without classes.
+        count: number of videos.
+        batch: videos sampled at a time. A video depends on its own seed and class alone (up to rounding).
+    """
+    with tqdm(total=count, unit="video", dynamic_ncols=True) as bar:
+        for first in range(0, count, batch):
+            seeds = range(first_seed + first, first_seed + min(first + batch, count))
+            own = None if labels is None else torch.tensor(list(labels[first : first + len(seeds)]))
+            videos = to_uint8(sampler(seeds, own)[-1])
+            bar.update(len(seeds))
+            yield from videos
+
+
+def find_generated(folder: Path, count: int | None) -> list[Path]:
+    """Videos of a folder that ``hpdm sample`` wrote: ``count``, evenly spread over the sorted names, or all.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no videos, or fewer than ``count``.
+    """
+    files = [Path(file.path) for file in find_videos(folder)[1]]
+    if count is not None and len(files) < count:
+        raise ValueError(f"generated: {folder} holds {len(files)} videos, expected at least the {count} samples")
+    return files if count is None else [files[i * len(files) // count] for i in range(count)]
+
+
+def class_of_file(path: Path, names: Sequence[str]) -> str:
+    """The class in the name that ``hpdm sample`` gives a file, ``Class_seed7.mp4``.
+
+    Raises:
+        ValueError: another name, or another class than those of ``names``.
+    """
+    name = path.stem.rpartition("_seed")[0]
+    if name not in names:
+        raise ValueError(
+            f"generated: got file {path.name}, expected CLASS_seedNUMBER.mp4 with one of {', '.join(names)}"
+        )
+    return name
+
+
+def read_generated(files: Sequence[Path], frames: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Reads the first ``frames`` frames of every file, one file at a time: uint8 ``[3, frames, H, W]``.
+
+    Raises:
+        ValueError: a video that is shorter or of another size than (height, width).
+        DecodeError: a damaged video.
+    """
+    for path in tqdm(files, unit="video", dynamic_ncols=True):
+        info = probe(path)
+        got = (info.frames, info.height, info.width)
+        if got[0] < frames or got[1:] != size:
+            raise ValueError(
+                f"generated: {path} has {got[0]} frames of {got[1]}x{got[2]}, expected at least {frames} of "
+                f"{size[0]}x{size[1]}"
+            )
+        yield torch.from_numpy(read_clip(path, range(frames)).frames).permute(3, 0, 1, 2).contiguous()

@@ -1,0 +1,183 @@
+"""Generated clips of the synthetic set beside real ones: does what moves there move, look and bounce as rendered?
+
+No detector is involved: :mod:`hpdm.evaluation.synthetic_score` takes every clip apart by the set's own formula. What
+speeds and sizes are right is read from the set's ``metadata.jsonl``; real clips are measured with the same eyes, so the
+error of the measurement itself stands in the column beside.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from hpdm.data.clips import VideoDataset
+from hpdm.data.decode import probe
+from hpdm.data.synthetic import CLASSES
+from hpdm.evaluation.synthetic_score import ClipScore, score_clip
+
+METADATA = "metadata.jsonl"
+
+
+class SyntheticSet(NamedTuple):
+    """What ``metadata.jsonl`` says of a set, in pixels of the clips as read."""
+
+    records: dict[str, dict[str, Any]]  # by "Class/clip", without suffix
+    scale: float  # pixels as read per pixel of the file
+    fps: float  # of the files
+    unit: int  # the shorter side of the clips as read
+    speed: tuple[float, float]  # slowest and fastest, pixels per frame of the file
+    radius: tuple[float, float]  # smallest and largest, pixels
+
+
+def read_synthetic_set(dataset: VideoDataset) -> SyntheticSet:
+    """Reads the metadata of a set that ``hpdm data synthetic`` rendered.
+
+    Raises:
+        ValueError: no such metadata, classes of another set, or clips that are cropped (walls would be elsewhere).
+    """
+    path = dataset.root / METADATA
+    if not path.is_file():
+        raise ValueError(
+            f"data: {dataset.root} has no {METADATA}, expected a set that `hpdm data synthetic` rendered: only there "
+            "the right motion is known"
+        )
+    strangers = [name for name in dataset.class_names if name not in CLASSES]
+    if strangers:
+        raise ValueError(f"data: got class {strangers[0]!r}, expected some of {', '.join(CLASSES)}")
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = {Path(row["file"]).with_suffix("").as_posix(): row for row in rows}
+        speeds = [float(np.hypot(*row["velocity"][0])) for row in rows]
+        radii = [float(row["radius"]) for row in rows]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"data: {path} is damaged ({type(error).__name__}: {error})") from None
+    info = probe(dataset.files[0].source, timeout=dataset.timeout)
+    height, width = dataset.size
+    if height * info.width != width * info.height:
+        raise ValueError(
+            f"data: clips of {info.height}x{info.width} pixels are cropped to {height}x{width}, expected the same shape"
+        )
+    scale = height / info.height
+    speed, radius = ((scale * min(values), scale * max(values)) for values in (speeds, radii))
+    return SyntheticSet(records, scale, info.fps, min(height, width), speed, radius)
+
+
+def evaluate_motion(
+    dataset: VideoDataset, generated: Iterable[Tensor], names: Sequence[str], *, real: int
+) -> dict[str, Any]:
+    """Scores generated clips and, with the same measure, real ones.
+
+    Args:
+        dataset: the synthetic set at the run's resolution; its windows give the real clips.
+        generated: uint8 ``[3, F, H, W]`` each, taken one at a time.
+        names: the class asked of each of them.
+        real: real clips to take, spread evenly over the set, at most all.
+
+    Returns:
+        ``real`` and ``generated`` (:func:`summarize`), ``position_error``: median and 95 % quantile of the distance in
+        pixels between found and true positions of the real clips, and ``clips``: every generated clip's score.
+
+    Raises:
+        ValueError: see :func:`read_synthetic_set`.
+    """
+    about = read_synthetic_set(dataset)
+    steps, count = dataset.offsets(about.fps), min(real, len(dataset))
+    scores, asked, errors = [], [], []
+    for index in (i * len(dataset) // count for i in range(count)):
+        item = dataset[index]
+        name = dataset.class_names[item["label"]]
+        score = score_clip(item["video"].permute(1, 2, 3, 0).numpy(), name, steps)
+        path = Path(item["path"])
+        record = about.records.get(f"{path.parent.name}/{path.stem}")
+        if record is None:
+            raise ValueError(f"data: {METADATA} of {dataset.root} has no line for {path.parent.name}/{path.name}")
+        numbers = item["start"] + steps
+        true = np.array(record["position"])[numbers % len(record["position"])] * about.scale
+        errors.append(np.hypot(*(score.position - true).T))
+        scores.append(score)
+        asked.append(name)
+    made = [score_clip(clip.permute(1, 2, 3, 0).numpy(), name, steps) for clip, name in zip(generated, names)]
+    error = np.concatenate(errors)
+    error = error[np.isfinite(error)]
+    rows = [{"asked": name} | {k: v for k, v in asdict(s).items() if k != "position"} for s, name in zip(made, names)]
+    return {
+        "real": summarize(scores, asked, about),
+        "generated": summarize(made, names, about),
+        "position_error": {"median": float(np.median(error)), "quantile_95": float(np.quantile(error, 0.95))},
+        "clips": rows,
+    }
+
+
+def summarize(scores: Sequence[ClipScore], asked: Sequence[str], about: SyntheticSet) -> dict[str, float]:
+    """Few numbers for many clips; shares are of clips, 0..1, each clip against the class that was asked for.
+
+    The tolerances are what the measurement itself errs by on rendered clips (largest of 400 at 64 x 64: 0.09 pixels
+    per frame, 0.42 pixels of radius), and motion counts as right within one pixel at 64 x 64.
+    """
+    unit = about.unit / 64
+    residual, speed, radius = (np.array([getattr(s, n) for s in scores]) for n in ("residual", "speed", "radius"))
+    found = np.array([s.found for s in scores])
+    steady = (found == 1) & (residual <= unit)
+    speed_right = _within(speed, about.speed, 0.1 * unit)
+    radius_right = _within(radius, about.radius, 0.5 * unit)
+    shape_right = np.array([s.shape == name for s, name in zip(scores, asked)])
+    colour_right = np.array([s.colour == name for s, name in zip(scores, asked)])
+    return {
+        "clips": len(scores),
+        "object_found": float(found.mean()),
+        "motion_residual": float(np.median(residual)),
+        "motion_right": float((steady & speed_right).mean()),
+        "speed": float(np.median(speed)),
+        "speed_right": float(speed_right.mean()),
+        "radius": float(np.median(radius)),
+        "radius_right": float(radius_right.mean()),
+        "shape_overlap": float(np.mean([s.overlap for s in scores])),
+        "shape_right": float(shape_right.mean()),
+        "colour_error": float(np.mean([s.colour_error for s in scores])),
+        "colour_right": float(colour_right.mean()),
+        "texture": float(np.mean([s.texture for s in scores])),
+        "all_right": float((steady & speed_right & radius_right & shape_right & colour_right).mean()),
+    }
+
+
+def _within(values: np.ndarray, span: tuple[float, float], tolerance: float) -> np.ndarray:
+    return (values >= span[0] - tolerance) & (values <= span[1] + tolerance)
+
+
+_MEANING = {
+    "clips": "",
+    "object_found": "share of frames with an object",
+    "motion_residual": "pixels from the best straight, bouncing motion, root mean square over frames, median of clips",
+    "motion_right": "share of clips with an object throughout, within a pixel of such a motion, as fast as the set",
+    "speed": "pixels per frame of the file, median",
+    "speed_right": "share of clips as fast as some clip of the set",
+    "radius": "pixels, median",
+    "radius_right": "share of clips with an object as large as in some clip of the set",
+    "shape_overlap": "intersection over union with the asked class's shape, mean",
+    "shape_right": "share of clips whose object resembles the asked class's shape most",
+    "colour_error": "levels of 255 from the asked class's colour, mean",
+    "colour_right": "share of clips whose object's colour is nearest to the asked class's",
+    "texture": "amplitude of the asked class's texture, 1 as rendered, mean",
+    "all_right": "share of clips with motion, radius, shape and colour right, whatever the texture",
+}
+
+
+def motion_table(result: dict[str, Any]) -> str:
+    """A row per number: real, generated, what it is."""
+    lines = [f"{'':<16}{'real':>9}{'generated':>11}"]
+    for key, meaning in _MEANING.items():
+        cells = [result[side][key] for side in ("real", "generated")]
+        text = [f"{value:d}" if key == "clips" else f"{value:.3f}" for value in cells]
+        lines.append(f"{key.replace('_', ' '):<16}{text[0]:>9}{text[1]:>11}   {meaning}".rstrip())
+    error = result["position_error"]
+    lines.append(
+        f"positions in real clips are found to {error['median']:.2f} pixels in the median, {error['quantile_95']:.2f} "
+        "in 95 % of the frames"
+    )
+    return "\n".join(lines)

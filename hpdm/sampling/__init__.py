@@ -1,0 +1,1 @@
+"""From weights to videos: level by level, tile by tile, with cached context."""

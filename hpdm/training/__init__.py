@@ -1,0 +1,1 @@
+"""From clips to weights: patches, noise, loss, optimizer, moving average, several processes, checkpoints."""

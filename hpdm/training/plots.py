@@ -1,0 +1,62 @@
+"""``python -m hpdm.training.plots RUN OUT.png``: the loss of every level over a run's steps (extra ``hpdm[plots]``)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from hpdm.video import atomic_path
+
+
+def read_log(run: Path) -> list[dict[str, float]]:
+    """The rows of ``log.jsonl``.
+
+    Raises:
+        FileNotFoundError: no log there.
+        ValueError: an empty log.
+    """
+    path = run / "log.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"run: {path} does not exist, expected the folder that `hpdm train --out` wrote")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if not rows:
+        raise ValueError(f"run: {path} is empty")
+    return rows
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Mean over the last ``window`` values, fewer at the start."""
+    total, out = 0.0, []
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        out.append(total / min(i + 1, window))
+    return out
+
+
+def plot_losses(run: Path, out: Path, window: int = 20) -> None:
+    """Draws the loss curves: thin what was logged, thick its running mean over ``window`` rows."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need the package matplotlib: pip install 'hpdm[plots]'") from error
+    rows = read_log(run)
+    steps = [row["step"] for row in rows]
+    levels = sorted(name for name in rows[0] if name.startswith("loss_level_"))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for n, name in enumerate(levels):
+        values = [row[name] for row in rows]
+        axes.plot(steps, values, color=f"C{n}", alpha=0.2, linewidth=0.6)
+        axes.plot(steps, running_mean(values, window), color=f"C{n}", linewidth=1.6, label=f"level {n}")
+    axes.set(xlabel="step", ylabel="mean squared error of v", yscale="log", title="training loss per pyramid level")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    with atomic_path(out) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m hpdm.training.plots RUN OUT.png")
+    plot_losses(Path(sys.argv[1]), Path(sys.argv[2]))
