@@ -214,7 +214,7 @@ def test_other_errors_are_not_taken_for_deaths(error, caplog):
 
 
 def test_the_error_of_a_worker_is_what_it_met_and_not_its_traceback():
-    text = "Caught DecodeError in DataLoader worker process 0.\nOriginal Traceback\nhpdm.data.decode.DecodeError: a: cut\n"
+    text = "Caught DecodeError in DataLoader worker process 0.\nOriginal Traceback\nhpdm.data.DecodeError: a: cut\n"
     batches = load(functools.partial(Failing, decode.DecodeError(text)), [0, 1, 2, 3])
     assert [next(batches), next(batches)] == [0, 1]
     with pytest.raises(decode.DecodeError, match=r"^a: cut$"):
