@@ -1,10 +1,15 @@
-"""Where the numbers of a training run go: a file of JSON lines, and TensorBoard."""
+"""Where the numbers of a training run go: a file of JSON lines, TensorBoard, and the progress bar."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+from tqdm import tqdm
 
 
 class Log(Protocol):
@@ -65,3 +70,61 @@ class TensorBoardLog:
     def close(self) -> None:
         """Flushes and closes."""
         self.writer.close()
+
+
+class Reports:
+    """Rows of a run, each with the clips per second and the share of time spent waiting for data since the last.
+
+    Args:
+        folder: of the run; ``None`` for a process that keeps quiet.
+        kind: ``"jsonl"``, or ``"tensorboard"`` for both.
+        start: step from which the run goes on.
+        steps: step at which it ends.
+        batch: clips of a step.
+    """
+
+    def __init__(
+        self, folder: Path | None, kind: Literal["jsonl", "tensorboard"], start: int, steps: int, batch: int
+    ) -> None:
+        self.logs: list[Log] = []
+        if folder is not None:
+            self.logs.append(JsonlLog(folder / "log.jsonl", start))
+            if kind == "tensorboard":
+                self.logs.append(TensorBoardLog(folder / "tensorboard", start))
+        self.bar = tqdm(
+            total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, disable=folder is None
+        )
+        self.batch, self.steps = batch, 0
+        self.waited, self.clock = 0.0, time.perf_counter()
+
+    def __enter__(self) -> Reports:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        for log in self.logs:
+            log.close()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is time spent waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - before
+
+    def step(self) -> None:
+        """A step is done."""
+        self.steps += 1
+        self.bar.update()
+
+    def write(self, row: dict[str, float]) -> None:
+        """A row of the step just done."""
+        now = time.perf_counter()
+        row = row | {
+            "clips_per_s": self.steps * self.batch / (now - self.clock),
+            "data_share": self.waited / (now - self.clock),
+        }
+        for log in self.logs:
+            log.write(row)
+        self.bar.set_postfix(loss=f"{row['loss']:.4f}", clips_s=f"{row['clips_per_s']:.1f}", refresh=False)
+        self.steps, self.waited, self.clock = 0, 0.0, now

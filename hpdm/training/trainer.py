@@ -8,14 +8,12 @@ another number of processes up to rounding.
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
-from tqdm import tqdm
 
 from hpdm import ranks
 from hpdm.config import HPDMConfig
@@ -27,7 +25,7 @@ from hpdm.text.embeddings import EmbeddingStore
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
 from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 from hpdm.training.finetune import load_base
-from hpdm.training.log import JsonlLog, Log, TensorBoardLog
+from hpdm.training.log import Reports
 from hpdm.training.objective import denoising_error
 from hpdm.training.optim import EMA, learning_rate, make_optimizer
 from hpdm.training.parallel import gradients_averaged, parallelise
@@ -84,60 +82,46 @@ class Trainer:
         self.batches = MicroBatches(len(dataset), recipe.batch, micro_batch, options.seed, self.step)
 
     def fit(self) -> None:
-        """Steps, logs and saves until the recipe's last step; see :func:`hpdm.train.train` for what it raises."""
-        options, steps, first = self.options, self.recipe.steps, ranks.world()[0] == 0
-        logs: list[Log] = []
-        if first:
-            logs.append(JsonlLog(options.out / "log.jsonl", self.step))
-            if options.log == "tensorboard":
-                logs.append(TensorBoardLog(options.out / "tensorboard", self.step))
-        bar = tqdm(total=steps, initial=self.step, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not first)
+        """Steps, logs and saves to the recipe's last step; see :func:`hpdm.training.train.train` for what it raises."""
+        options, last = self.options, self.recipe.steps
+        rank, processes = ranks.world()
         self.model.train()
         clips = loader(self.dataset, self.batches, options.workers, self.device, self.embeddings)
-        since, data_time, clock = self.step, 0.0, time.perf_counter()
-        try:
-            with Stop() as stop, profiled(options.profile, options.out / "profile") as stepped:
-                while self.step < steps:
-                    before = time.perf_counter()
-                    with record_function("data"):
-                        batches = [next(clips) for _ in range(self.batches.own)]
-                    data_time += time.perf_counter() - before
-                    losses, norm, rate = self.train_step(batches)
-                    self.step += 1
-                    logged = self.step % options.log_every == 0 or self.step == steps
-                    if logged:
-                        losses = ranks.mean(losses)
-                        now = time.perf_counter()
-                        row = _row(self.step, losses, whole(norm), rate) | {
-                            "clips_per_s": (self.step - since) * self.recipe.batch / (now - clock),
-                            "data_share": data_time / (now - clock),
-                        }
-                        for log in logs:
-                            log.write(row)
-                        bar.set_postfix(loss=f"{row['loss']:.4f}", clips_s=f"{row['clips_per_s']:.1f}", refresh=False)
-                        since, data_time, clock = self.step, 0.0, now
-                        if not torch.isfinite(losses).all():
-                            raise FloatingPointError(
-                                f"the loss is {row['loss']} at step {self.step}; the last checkpoint is of step "
-                                f"{self.saved}. Lower --lr or set --clip-norm"
-                            )
-                    bar.update()
-                    stepped()
-                    if self.step % options.save_every == 0 or self.step == steps:
-                        self.save()
-                    if options.sample_every and self.step % options.sample_every == 0:
-                        self.sample_grid()
-                    # Asking the others means waiting for them: only where the loss is looked at anyway.
-                    if (logged or ranks.world()[1] == 1) and ranks.any_of(stop.asked) and self.step < steps:
-                        self.save()
-                        raise KeyboardInterrupt
-        except KeyboardInterrupt:
-            logger.warning("interrupted at step %d, saved at %d; the same command resumes", self.step, self.saved)
-            raise
-        finally:
-            bar.close()
-            for log in logs:
-                log.close()
+        folder = options.out if rank == 0 else None
+        with (
+            Reports(folder, options.log, self.step, last, self.recipe.batch) as reports,
+            Stop() as stop,
+            profiled(options.profile, options.out / "profile") as stepped,
+        ):
+            while self.step < last:
+                with reports.waiting(), record_function("data"):
+                    batches = [next(clips) for _ in range(self.batches.own)]
+                losses, norm, rate = self.train_step(batches)
+                self.step += 1
+                reports.step()
+                stepped()
+                logged = self.step % options.log_every == 0 or self.step == last
+                if logged:
+                    losses = ranks.mean(losses)
+                    reports.write(_row(self.step, losses, whole(norm), rate))
+                    self.check(losses)
+                if self.step % options.save_every == 0 or self.step == last:
+                    self.save()
+                if options.sample_every and self.step % options.sample_every == 0:
+                    self.sample_grid()
+                # Asking the others means waiting for them: only where the loss is looked at anyway.
+                if (logged or processes == 1) and ranks.any_of(stop.asked) and self.step < last:
+                    self.save()
+                    logger.warning("stopped at step %d; the same command resumes", self.step)
+                    raise KeyboardInterrupt
+
+    def check(self, losses: Tensor) -> None:
+        """Raises FloatingPointError where a level's loss is no longer finite."""
+        if not torch.isfinite(losses).all():
+            raise FloatingPointError(
+                f"the loss is {losses.mean().item()} at step {self.step}; the last checkpoint is of step {self.saved}. "
+                "Lower --lr or set --clip-norm"
+            )
 
     def train_step(self, batches: list[Batch]) -> tuple[Tensor, Tensor, float]:
         """One update from this process's micro-batches; its loss per level, the gradient's norm and the rate."""
