@@ -7,7 +7,7 @@ interpolate them and no more (section 4.5, "Cached inference"; ``context_cache``
 (``tile_sharing``).
 
 Latents of a model with self-conditioning are carried from step to step on level 0 alone, which is one tile: kept for
-every tile they would grow with the tiles. Later levels and clean passes start without, as the rest of the training samples does.
+every tile they would grow with the tiles. Later levels and clean passes start without, as some samples of training do.
 
 What a process holds grows with the videos and with one batch of tiles, never with the number of tiles, but for the
 features of the finished levels, which lie where ``cache`` says.
