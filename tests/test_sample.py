@@ -1,5 +1,6 @@
 """``hpdm sample``: files, interrupted runs, overlap compared, several processes."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 import hpdm.sampling.sample as command
 from hpdm import HPDM, presets
 from hpdm.sampling.sample import SampleOptions, sample
-from hpdm.sampling.sampler import Sampler
+from hpdm.sampling.sampler import Sampler, SamplerOptions
 from hpdm.sampling.subjects import stem_of
 from hpdm.text.embeddings import EmbeddingInfo, EmbeddingStore
 from hpdm.training.checkpoint import save_checkpoint, save_run_config
@@ -50,15 +51,22 @@ def text_run(tmp_path):
     return save_run(tmp_path / "run", [], conditioning="text", text_width=8, levels=2, levels_per_block=(1, 2))
 
 
+HOW = {field.name for field in dataclasses.fields(SamplerOptions)}
+
+
+def made(run_folder, out, **values):
+    how = {name: value for name, value in values.items() if name in HOW}
+    rest = {name: value for name, value in values.items() if name not in HOW}
+    return SampleOptions(run_folder=run_folder, out=run_folder.parent / out, sampler=SamplerOptions(**how), **rest)
+
+
 def prompted(run_folder, out, *prompts, **changes):
-    given = {"prompts": prompts, "embeddings": run_folder.parent / "embeddings"} | changes
-    return SampleOptions(run_folder=run_folder, out=run_folder.parent / out, steps=2, overlap="none", **given)
+    given = {"prompts": prompts, "embeddings": run_folder.parent / "embeddings", "steps": 2, "overlap": "none"}
+    return made(run_folder, out, **given | changes)
 
 
 def options(run_folder, out, **changes):
-    return SampleOptions(
-        run_folder=run_folder, out=run_folder.parent / out, **{"count": 2, "steps": 2, "overlap": "hw"} | changes
-    )
+    return made(run_folder, out, **{"count": 2, "steps": 2, "overlap": "hw"} | changes)
 
 
 def frames(path):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from hpdm import HPDM, cli, presets
 from hpdm.sampling.sample import SampleOptions, sample
+from hpdm.sampling.sampler import SamplerOptions
 from hpdm.text import embeddings as text
 from hpdm.text.embed import Embed
 from hpdm.text.embeddings import EmbeddingInfo, EmbeddingStore, TextEncoder, collate_text, embed_captions
@@ -303,8 +304,8 @@ def test_captions_to_a_model_to_videos_of_prompts(encoder, encoder_folder, words
     pictures = []
     for source in ({"encoder": str(encoder_folder)}, {"embeddings": tmp_path}):
         options = SampleOptions(
-            run_folder=tmp_path / "run", out=tmp_path / "out", prompts=(CAPTIONS[0],), **source, steps=1,
-            overlap="none", guidance=1.5, device="cpu",
+            run_folder=tmp_path / "run", out=tmp_path / "out", prompts=(CAPTIONS[0],), **source,
+            sampler=SamplerOptions(steps=1, overlap="none", guidance=1.5), device="cpu",
         )  # fmt: skip
         assert [p.name for p in sample(options)] == ["a-red-disc_seed0.mp4"]
         pictures.append((tmp_path / "out" / "contact_sheet.png").read_bytes())

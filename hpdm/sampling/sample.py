@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +28,7 @@ from hpdm.data.clips import VideoDataset
 from hpdm.device import pick_device
 from hpdm.pyramid import AXES
 from hpdm.sampling.plan import plan_line
-from hpdm.sampling.sampler import CacheMode, Sampler, SamplerOptions, SolverName
+from hpdm.sampling.sampler import Sampler, SamplerOptions
 from hpdm.sampling.seams import seam_energy
 from hpdm.sampling.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
 from hpdm.text.embed import read_prompts
@@ -65,30 +65,12 @@ class SampleOptions:
     """Instead of --encoder: a folder of `hpdm data embed` that has the prompts."""
     seed: int = 0
     """Seed of the first video; the others count up."""
-    steps: int = 128
-    """Steps on level 0."""
-    steps_decay: float = 0.5
-    """Factor on the steps with every level."""
-    solver: SolverName = "edm"
-    """On level 0: edm (second order with churn), heun (second order), ddim (first order)."""
-    later_solver: SolverName = "ddim"
-    """On the levels above."""
-    overlap: str = "fhw"
-    """Axes on which tiles overlap: none, or some of f, h, w."""
-    tiles_per_patch: int = 2
-    """Tiles that start within one patch on these axes: 2 is 50 % overlap, 4 is 75 %."""
+    sampler: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
+    """How to sample."""
     compare_overlap: bool = False
     """Render the eight strategies of Table 4 side by side instead, with a measure of how much the tiles show."""
-    guidance: float = 1.0
-    """Classifier-free guidance weight; 1 is none."""
-    churn: float = 10.0
-    """Stochasticity of the solver edm."""
     batch: int = 6
     """Videos at a time."""
-    tile_batch: int = 64
-    """Patches per network call."""
-    cache: CacheMode = "gpu"
-    """Features of finished levels: on the device (gpu), in host memory, fetched ahead (cpu), or computed anew (off)."""
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
     weights: Literal["ema", "model"] = "ema"
     fps: float = 16.0
@@ -115,15 +97,6 @@ class SampleOptions:
             raise ValueError(f"prompts: got {got}, expected prompts with one of --encoder and --embeddings")
         if self.seed < 0:
             raise ValueError(f"seed: got {self.seed}, expected at least 0")
-        self.sampler_options()
-
-    def sampler_options(self) -> SamplerOptions:
-        """Those of the sampler, checked."""
-        return SamplerOptions(
-            steps=self.steps, steps_decay=self.steps_decay, solver=self.solver, later_solver=self.later_solver,
-            overlap=self.overlap, tiles_per_patch=self.tiles_per_patch, guidance=self.guidance, churn=self.churn,
-            tile_batch=self.tile_batch, cache=self.cache,
-        )  # fmt: skip
 
     def run(self) -> int:
         """The command ``hpdm sample``; returns the exit status."""
@@ -219,8 +192,8 @@ def _sample(options: SampleOptions, device: torch.device) -> list[Path]:
     subjects = find_subjects(options, model.config, names, device)
     count = len(subjects)
     real = real_clips(options, model.config, training, names, subjects)
-    strategies = OVERLAPS if options.compare_overlap else (options.overlap,)
-    samplers = {o: Sampler(model, replace(options.sampler_options(), overlap=o)) for o in strategies}
+    strategies = OVERLAPS if options.compare_overlap else (options.sampler.overlap,)
+    samplers = {o: Sampler(model, replace(options.sampler, overlap=o)) for o in strategies}
     if first:
         options.out.mkdir(parents=True, exist_ok=True)
         print(f"checkpoint of step {step}: {count} videos on {device}, {processes} process(es)")
