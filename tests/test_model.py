@@ -291,7 +291,7 @@ def test_recomputing_keeps_less(generator):
 
 @pytest.mark.parametrize("recompute", ["selective", "block"])
 def test_recomputing_compiles_as_one_graph(recompute, generator):
-    config = small()
+    config = small(levels_per_block=(1, 3))  # compiling takes time for every block
     given = inputs(config, generator)
     eager = value_and_gradients(awake(config, recompute=recompute), given)
     model = awake(config, recompute=recompute)
