@@ -90,7 +90,7 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
         contenders |= {"separable matmul, tf32": contenders["separable matmul"]}
     peer_names = list(contenders)[1:]
     # The compiler sums the bias gradient over tokens one after the other, PyTorch in a tree.
-    budgets = {"separable matmul, compiled": 16.0}
+    budgets = {"separable matmul, compiled": 64.0}
     for backend in backends:
         for name, footprints in of_pyramid(shape, backend).items():
             for precision, budget in PRECISIONS.items() if backend == "triton" else [(None, 2.0)]:
