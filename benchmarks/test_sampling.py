@@ -49,12 +49,12 @@ def share_in_context(call: harness.Call) -> float:
     return fusing / sum(e.self_cpu_time_total for e in events)
 
 
-@pytest.mark.parametrize("overlap", ["hw", "fhw"])
-def test_cached_levels(record, device, overlap):
+@pytest.mark.parametrize(("overlap", "videos"), [("hw", 1), ("fhw", 4)])
+def test_cached_levels(record, device, overlap, videos):
     config = presets.tiny() if device.type == "cpu" else presets.hpdm_s()
     torch.manual_seed(0)
     model = HPDM(config).to(device).eval().requires_grad_(False)
-    labels = torch.tensor([0])
+    seeds, labels = range(videos), torch.zeros(videos, dtype=torch.long)
 
     def sampler(cache: str, steps: int = 8, overlap: str = overlap) -> Sampler:
         return Sampler(model, SamplerOptions(steps=steps, overlap=overlap, cache=cache))
@@ -63,18 +63,18 @@ def test_cached_levels(record, device, overlap):
 
     @torch.no_grad()
     def once_per_step() -> list[torch.Tensor]:
-        run = OncePerStep(cached, [0], labels, None, None, None, ())
+        run = OncePerStep(cached, seeds, labels, None, None, None, ())
         for level in range(config.levels):
             run.sample(level)
         return run.videos
 
     calls = {
-        "ancestors of every tile": lambda: anew([0], labels),
+        "ancestors of every tile": lambda: anew(seeds, labels),
         "ancestors once per step": once_per_step,
-        "hpdm, once per level": lambda: cached([0], labels),
+        "hpdm, once per level": lambda: cached(seeds, labels),
     }
     for cache in ("gpu", "off"):  # what only a first call pays
-        sampler(cache, steps=1, overlap="none")([0], labels)
+        sampler(cache, steps=1, overlap="none")([0], labels[:1])
     timers = {name: harness.Timer(device) for name in calls}
     made: dict[str, torch.Tensor] = {}
     for _ in range(ROUNDS):
@@ -85,14 +85,14 @@ def test_cached_levels(record, device, overlap):
     share = share_in_context(calls["hpdm, once per level"]) if device.type == "cpu" else None
     plan = sampling_plan(config, cached.options)
     shape = f"{'tiny' if device.type == 'cpu' else 'HPDM-S'}, tiles {'/'.join(str(p.tiles) for p in plan)}, "
-    shape += f"steps {'/'.join(str(p.steps) for p in plan)}"
+    shape += f"steps {'/'.join(str(p.steps) for p in plan)}, B={videos}"
     counts = blocks(config, plan)
     base = None
     for name, timer in timers.items():
         extra = {"blocks": counts[name], "blocks saved": counts["ancestors of every tile"] / counts[name]}
         row = record(
             "sampling a video", shape, name, "fwd", timer.seconds(), reference=base is None,
-            arithmetic=harness.arithmetic_of(torch.float32), flops=sum(p.flops for p in plan),
+            arithmetic=harness.arithmetic_of(torch.float32), flops=videos * sum(p.flops for p in plan),
             extra=extra | ({"share in context": share} if name.startswith("hpdm") else {}),
         )  # fmt: skip
         base = base or row.median_s
