@@ -6,6 +6,7 @@ parameters, gradients, moments and the moving average lie: whole in every proces
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
@@ -44,6 +45,8 @@ def parallelise(model: HPDM, how: Parallel, device: torch.device, compiled: bool
         return DistributedDataParallel(
             model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
         )
+    # Said of every call of a fusion; what a block makes of its tokens is written nowhere in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (count,))
     for block in model.rin_blocks:
         if block.fusion is not None:
