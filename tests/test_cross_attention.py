@@ -396,7 +396,7 @@ def test_opcheck(masked, m, generator, device):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_compiles_as_one_graph(backend, dynamic, generator, device):
     def loss(x: Tensor, y: Tensor) -> Tensor:
         q = x.unflatten(-1, (2, 16)).transpose(1, 2)
