@@ -89,7 +89,8 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
         contenders |= {f"{REFERENCE}, tf32": contenders[REFERENCE]}
         contenders |= {"separable matmul, tf32": contenders["separable matmul"]}
     peer_names = list(contenders)[1:]
-    # The compiler sums the bias gradient over tokens one after the other, PyTorch in a tree.
+    # The compiler sums the bias gradient over tokens one after the other, PyTorch in a tree: over 16,384 tokens 16
+    # times the error was seen.
     budgets = {"separable matmul, compiled": 64.0}
     for backend in backends:
         for name, footprints in of_pyramid(shape, backend).items():

@@ -57,15 +57,9 @@ def test_average_tiles(compare, backends, device, generator, shape, direction):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sampler_step(compare, backends, device, generator, shape):
-    """The average, and the sampler's linear step with it: one launch and one pass of ours."""
-    tiles, video = shape.make(generator, device)
+def compare_steps(compare, device, generator, shape, group, ours):
+    """The average and the sampler's linear step with it, for contenders ``(tiles, x) -> 0.9 * x + 0.1 * mean``."""
     origins = shape.origins()
-
-    def ours(backend):
-        return lambda t, x: average_tiles(t, origins, shape.size, x=x, alpha=0.9, beta=0.1, backend=backend)
-
     compare(
         {
             "reference (accumulate and count)": lambda t, x: reference.average_tiles(
@@ -74,10 +68,10 @@ def test_sampler_step(compare, backends, device, generator, shape):
             "accumulate and count, then step": lambda t, x: torch.add(
                 x * 0.9, peers.accumulate_and_count(t, origins, shape.size), alpha=0.1
             ),
-            **{f"hpdm {backend}": ours(backend) for backend in backends},
+            **ours,
         },
-        inputs=(tiles, video),
-        group="average_tiles, alpha * x + beta * mean",
+        inputs=shape.make(generator, device),
+        group=group,
         shape=str(shape),
         direction="fwd",
         reference="reference (accumulate and count)",
@@ -87,13 +81,23 @@ def test_sampler_step(compare, backends, device, generator, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tile_accumulator(compare, backends, device, generator, shape):
-    """The same step from chunks of 64 tiles, as a sampler makes them: sums are kept between steps, tiles are not."""
-    tiles, video = shape.make(generator, device)
+def test_sampler_step(compare, backends, device, generator, shape):
+    """One launch and one pass of ours."""
     origins = shape.origins()
 
     def ours(backend):
-        sums = TileAccumulator(origins, shape.tile, shape.size, backend=backend)
+        return lambda t, x: average_tiles(t, origins, shape.size, x=x, alpha=0.9, beta=0.1, backend=backend)
+
+    contenders = {f"hpdm {backend}": ours(backend) for backend in backends}
+    compare_steps(compare, device, generator, shape, "average_tiles, alpha * x + beta * mean", contenders)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tile_accumulator(compare, backends, device, generator, shape):
+    """The same step from chunks of 64 tiles, as a sampler makes them: sums are kept between steps, tiles are not."""
+
+    def ours(backend):
+        sums = TileAccumulator(shape.origins(), shape.tile, shape.size, backend=backend)
 
         def run(t, x):
             for chunk in t.split(64, dim=1):
@@ -102,24 +106,8 @@ def test_tile_accumulator(compare, backends, device, generator, shape):
 
         return run
 
-    compare(
-        {
-            "reference (accumulate and count)": lambda t, x: reference.average_tiles(
-                t, origins, shape.size, x, 0.9, 0.1
-            ),
-            "accumulate and count, then step": lambda t, x: torch.add(
-                x * 0.9, peers.accumulate_and_count(t, origins, shape.size), alpha=0.1
-            ),
-            **{f"hpdm {backend}": ours(backend) for backend in backends},
-        },
-        inputs=(tiles, video),
-        group="TileAccumulator, chunks of 64 tiles",
-        shape=str(shape),
-        direction="fwd",
-        reference="reference (accumulate and count)",
-        peers=["accumulate and count, then step"],
-        bytes=shape.bytes(with_x=True),
-    )
+    contenders = {f"hpdm {backend}": ours(backend) for backend in backends}
+    compare_steps(compare, device, generator, shape, "TileAccumulator, chunks of 64 tiles", contenders)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

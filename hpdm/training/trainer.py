@@ -87,9 +87,11 @@ class Trainer:
         rank, processes = ranks.world()
         self.model.train()
         clips = loader(self.dataset, self.batches, options.workers, self.device, self.embeddings)
-        folder = options.out if rank == 0 else None
+        with ranks.together():
+            folder = options.out if rank == 0 else None
+            reports = Reports(folder, options.log, self.step, last, self.recipe.batch)
         with (
-            Reports(folder, options.log, self.step, last, self.recipe.batch) as reports,
+            reports,
             Stop() as stop,
             profiled(options.profile, options.out / "profile") as stepped,
         ):
