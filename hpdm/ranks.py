@@ -6,8 +6,9 @@ Without a process group there is one process, and nothing here waits for anythin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+_alone = ContextVar("alone", default=False)
 
 
 @contextmanager
@@ -47,9 +50,36 @@ def from_first(value: T) -> T:
 
 def world() -> tuple[int, int]:
     """This process's number and how many there are."""
-    if dist.is_available() and dist.is_initialized():
+    if not _alone.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def is_first() -> bool:
+    """Whether this is the first process, which speaks for all."""
+    return world()[0] == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process is the only one: what it calls shares nothing and waits for nobody."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def own(items: Sequence[T]) -> Sequence[T]:
+    """The items that this process takes where all take turns."""
+    rank, count = world()
+    return items[rank::count]
+
+
+def merged(mine: Mapping[int, T]) -> list[T]:
+    """What all processes made of the items they took, by the items' numbers, in the order of the numbers."""
+    found = {number: value for part in _from_all(dict(mine)) for number, value in part.items()}
+    return [found[number] for number in sorted(found)]
 
 
 def agree(name: str, value: object) -> None:

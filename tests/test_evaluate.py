@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -80,7 +83,9 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
     )
     videos = torch.randint(256, (21, 3, 8, 32, 32), dtype=torch.uint8)
     real = real_statistics(dataset, detector, count=None, batch=5)
-    found = evaluate_distribution(iter(videos), frames=4, batch=4, detector=detector, real=real, classifier=classifier)
+    found = evaluate_distribution(
+        enumerate(videos), frames=4, batch=4, detector=detector, real=real, classifier=classifier
+    )
     first = videos[:, :, :4]
     made = detector(first).double().numpy()
     clips = detector(torch.stack([dataset[i]["video"] for i in range(len(dataset))])).double().numpy()
@@ -90,7 +95,7 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
     expected = inception_score(classifier(first).numpy(), 10, shuffle=42)
     assert (found["is"]["mean"], found["is"]["std"]) == pytest.approx(expected, rel=1e-6)
     same = evaluate_distribution(
-        (dataset[i]["video"] for i in range(len(dataset))), frames=4, batch=12, detector=detector, real=real
+        ((i, dataset[i]["video"]) for i in range(len(dataset))), frames=4, batch=12, detector=detector, real=real
     )
     assert same["fvd"]["value"] < 1e-9 * found["fvd"]["value"]
 
@@ -102,7 +107,7 @@ def test_fvd_grows_with_noise(folder):
     noise = torch.randn_like(clips)
     spoilt = ((clips + sigma * noise).clamp(0, 255).to(torch.uint8) for sigma in (5, 20, 80))
     values = [
-        evaluate_distribution(iter(videos), frames=4, batch=12, detector=detector, real=real)["fvd"]["value"]
+        evaluate_distribution(enumerate(videos), frames=4, batch=12, detector=detector, real=real)["fvd"]["value"]
         for videos in spoilt
     ]
     assert values[0] < values[1] < values[2]
@@ -179,12 +184,38 @@ def test_the_command_reports_all_that_the_number_depends_on(folder, tmp_path, ca
     assert evaluate(command)["distribution"]["fvd"]["value"] == pytest.approx(result["fvd"]["value"], rel=1e-9)
 
 
+def test_processes_share_the_clips(folder, tmp_path):
+    """Eleven videos in batches of 3: shares are unequal, the last batch is short, and nothing changes."""
+    common = {"samples": 11, "batch": 3, "split": "train", "clips": 5}
+    command = options(folder, metrics=("denoising", "motion", "fvd", "is"), detector=folder / "i3d.pt",
+                      classifier=folder / "c3d.pt", **common)  # fmt: skip
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = json.loads(json.dumps(evaluate(command)))
+    finally:
+        torch.set_num_threads(threads)
+    arguments = ["evaluate", "--run", folder / "run", "--data", folder / "set", "--metrics", *command.metrics,
+                 "--detector", command.detector, "--classifier", command.classifier, "--steps", 1, "--overlap", "none",
+                 "--frames", 4, "--json", tmp_path / "two.json", "--statistics", tmp_path / "kept"]  # fmt: skip
+    arguments += [part for name, value in common.items() for part in (f"--{name}", value)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "hpdm",
+         *map(str, arguments)],
+        check=True, timeout=300, capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert done.stdout.count("Inception score") == 1
+    assert json.loads((tmp_path / "two.json").read_text()) == alone
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
 def test_too_few_videos_for_the_features_are_told(folder, caplog):
     detector = Detector(folder / "i3d.pt", "features")
     videos = torch.randint(256, (3, 3, 4, 32, 32), dtype=torch.uint8)
     with caplog.at_level(logging.WARNING, logger=distribution_eval.__name__):
         real = real_statistics(windows(folder), detector, count=2, batch=5)
-        evaluate_distribution(iter(videos), frames=4, batch=2, detector=detector, real=real)
+        evaluate_distribution(enumerate(videos), frames=4, batch=2, detector=detector, real=real)
     assert "2 real videos give a covariance of rank 1 for 3 features" in caplog.text
     assert "3 generated videos give a covariance of rank 2 for 3 features" in caplog.text
 

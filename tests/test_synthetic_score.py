@@ -164,13 +164,14 @@ def test_real_clips_of_a_set_are_right_and_swapped_classes_are_not(folder):
     items = [data[i] for i in range(len(data))]
     names = [data.class_names[item["label"]] for item in items]
     made = [item["video"] for item in items]
-    result = evaluate_motion(data, iter(made), names, real=4)
+    result = evaluate_motion(data, enumerate(made), names, real=4)
     assert result["real"] == result["generated"]
     assert result["real"]["all_right"] == 1
     assert result["position_error"]["median"] < 0.3
-    swapped = evaluate_motion(data, iter(made), names[::-1], real=4)["generated"]
+    swapped = evaluate_motion(data, enumerate(made), names[::-1], real=4)["generated"]
     assert (swapped["shape_right"], swapped["colour_right"], swapped["all_right"]) == (0, 0, 0)
-    frozen = evaluate_motion(data, (clip[:, :1].expand_as(clip) for clip in made), names, real=4)["generated"]
+    still = [clip[:, :1].expand_as(clip) for clip in made]
+    frozen = evaluate_motion(data, enumerate(still), names, real=4)["generated"]
     assert (frozen["speed_right"], frozen["motion_right"], frozen["all_right"]) == (0, 0, 0)
     table = motion_table(result).splitlines()
     assert len(table) == 2 + len(result["real"])
@@ -183,7 +184,7 @@ def test_what_is_right_follows_the_scale_of_the_clips(folder):
     assert half.radius == pytest.approx(np.array(full.radius) / 2)
     assert half.speed == pytest.approx(np.array(full.speed) / 2)
     data = dataset(folder, size=32)
-    result = evaluate_motion(data, [data[0]["video"]], [data.class_names[data[0]["label"]]], real=2)
+    result = evaluate_motion(data, [(0, data[0]["video"])], [data.class_names[data[0]["label"]]], real=2)
     assert result["position_error"]["median"] < 0.3
     assert result["generated"]["motion_right"] == 1
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hpdm import ranks
 from hpdm.data.clips import VideoDataset
 from hpdm.model import HPDM
 from hpdm.text.embeddings import EmbeddingStore
@@ -30,7 +31,7 @@ def evaluate_denoising(
     seed: int,
     embeddings: EmbeddingStore | None = None,
 ) -> dict[str, Any]:
-    """Mean squared error of v on clips spread evenly over a set.
+    """Mean squared error of v on clips spread evenly over a set. The same in every process; they share the clips out.
 
     Args:
         model: in eval mode.
@@ -49,15 +50,19 @@ def evaluate_denoising(
     chosen = [i * len(dataset) // count for i in range(count)]
     edges = [i / bins for i in range(bins + 1)]
     times = list(pairwise(edges))
-    total = torch.zeros(config.levels, bins, dtype=torch.float64)
-    for first in tqdm(range(0, count, batch), unit="batch", dynamic_ncols=True):
+    errors = {}
+    own = ranks.own(range(0, count, batch))
+    for first in tqdm(own, unit="batch", dynamic_ncols=True, disable=not ranks.is_first()):
         found = collate([dataset[i] for i in chosen[first : first + batch]], embeddings)
         video = found["video"].to(device)
         labels = found["labels"].to(device) if config.conditioning == "class" else None
         text = {name: found[name].to(device) for name in ("text", "text_mask") if name in found}
+        of_times = []
         for n, span in enumerate(times):
             generator = noise_generator(seed, first * bins + n)
-            total[:, n] += denoising_error(model, video, labels, generator, span, **text).double().sum(0).cpu()
+            of_times.append(denoising_error(model, video, labels, generator, span, **text).double().sum(0).cpu())
+        errors[first] = torch.stack(of_times, dim=1)
+    total = torch.stack(ranks.merged(errors)).sum(0)
     return {"clips": count, "times": times, "error": (total / count).tolist()}
 
 

@@ -19,6 +19,8 @@ Common to both:
 classes alone; here they are drawn at random from the seed. The paper names StyleGAN-V's metrics, not how windows are
 placed or covariances divided, so its authors' code stands in. Of 16 frames section 5 says "subsample", appendix B "the
 first 16 frames out of the sequence": the first. Frames are as the run's training reads them (stride, rate, size).
+
+Several processes share the clips out, real and generated; their features meet in the order of the clips.
 """
 
 from __future__ import annotations
@@ -30,17 +32,20 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hpdm import ranks
 from hpdm.data.clips import VideoDataset
 from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score
 from hpdm.video import atomic_path
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +97,7 @@ def draw_labels(labels: Sequence[int] | None, count: int, seed: int) -> list[int
 def real_statistics(
     dataset: VideoDataset, detector: Detector, *, count: int | None, batch: int, folder: Path | None = None
 ) -> RealStatistics:
-    """Features of windows at random places of clips drawn at random, each clip once.
+    """Features of windows at random places of clips drawn at random, each clip once. The same in every process.
 
     Args:
         dataset: with ``train=True`` (random windows, from its seed) and ``short="skip"``.
@@ -107,41 +112,51 @@ def real_statistics(
     """
     identity = _identity(dataset, detector, count)
     path = None if folder is None else folder / f"real-{_digest(identity)[:16]}.npz"
-    if path is not None and path.is_file():
-        logger.info("features of real clips from %s", path)
-        return _read(path, identity)
+    kept = None
+    with ranks.together():
+        if path is not None and ranks.is_first() and path.is_file():
+            logger.info("features of real clips from %s", path)
+            kept = _read(path, identity)
+    kept = ranks.from_first(kept)
+    if kept is not None:
+        return kept
     wanted = len(dataset) if count is None else min(count, len(dataset))
     features, left_out = FeatureStatistics(), 0
-    with tqdm(total=wanted, desc="real clips", unit="clip", dynamic_ncols=True) as bar:
-
-        def good() -> Iterator[Tensor]:
-            nonlocal left_out
-            order = np.random.default_rng([dataset.seed, 0]).permutation(len(dataset))
-            for turn, index in enumerate(order):
-                if turn - left_out == wanted:
-                    return
-                item = dataset[int(index)]
-                # In place of a clip that is too short or damaged the dataset gives another one, which has its own turn.
-                if item["path"] == dataset.files[index].path:
-                    bar.update()
-                    yield item["video"]
-                else:
-                    left_out += 1
-
-        for clips in _batches(good(), batch):
-            features.update(detector(torch.stack(clips)).numpy())
+    order = np.random.default_rng([dataset.seed, 0]).permutation(len(dataset)).tolist()
+    with tqdm(total=wanted, desc="real clips", unit="clip", dynamic_ncols=True, disable=not ranks.is_first()) as bar:
+        while order and features.count < wanted:
+            # A round: as many clips as are still missing, but no more than a batch for each process.
+            taken = min(wanted - features.count, batch * ranks.world()[1])
+            batches = [order[first : min(first + batch, taken)] for first in range(0, taken, batch)]
+            order = order[taken:]
+            numbers = ranks.own(range(len(batches)))
+            for rows in ranks.merged({n: _features_of(dataset, batches[n], detector) for n in numbers}):
+                if len(rows):
+                    features.update(rows)
+                    bar.update(len(rows))
+        left_out = len(dataset) - len(order) - features.count
     if features.count < 2:
         raise ValueError(
             f"data: {dataset.root} has {features.count} good clip(s) of {dataset.frames} frames, expected >= 2"
         )
     found = RealStatistics(features, left_out)
-    if path is not None:
-        _write(path, identity, found)
+    with ranks.together():
+        if path is not None and ranks.is_first():
+            _write(path, identity, found)
     return found
 
 
+def _features_of(dataset: VideoDataset, indices: Sequence[int], detector: Detector) -> np.ndarray:
+    """``[good clips, W]``. In place of a clip that is too short or damaged the dataset gives another one, which is left
+    to its own turn.
+    """
+    items = [dataset[index] for index in indices]
+    clips = [item["video"] for item, index in zip(items, indices) if item["path"] == dataset.files[index].path]
+    return detector(torch.stack(clips)).numpy() if clips else np.zeros((0, 0))
+
+
 def evaluate_distribution(
-    generated: Iterable[Tensor],
+    generated: Iterable[tuple[int, Tensor]],
     *,
     frames: int,
     batch: int,
@@ -149,10 +164,11 @@ def evaluate_distribution(
     real: RealStatistics | None = None,
     classifier: Detector | None = None,
 ) -> dict[str, Any]:
-    """FVD and Inception score of generated videos, each of which is looked at once.
+    """FVD and Inception score of generated videos, each of which is looked at once. The same in every process.
 
     Args:
-        generated: uint8 ``[3, F, H, W]`` each, ``F >= frames``, taken a batch at a time; the first ``frames`` count.
+        generated: this process's, taken a batch at a time: each its number among those of all processes and uint8
+            ``[3, F, H, W]`` with ``F >= frames``, of which the first ``frames`` count.
         frames: frames of a video.
         batch: videos at a time.
         detector, real: for FVD, a detector and the features of real clips from the same.
@@ -165,16 +181,18 @@ def evaluate_distribution(
     Raises:
         ValueError: a detector that breaks its contract, or too few videos.
     """
-    features, probabilities, count = FeatureStatistics(), [], 0
-    for clips in _batches(generated, batch):
-        videos = torch.stack([clip[:, :frames] for clip in clips])
-        count += len(videos)
-        if detector is not None:
-            features.update(detector(videos).numpy())
-        if classifier is not None:
-            probabilities.append(classifier(videos).numpy())
-    result: dict[str, Any] = {"generated": count, "frames": frames}
+    rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    nothing = np.zeros((batch, 0))
+    for some in _batches(generated, batch):
+        videos = torch.stack([clip[:, :frames] for _, clip in some])
+        found = nothing if detector is None else detector(videos).numpy()
+        guessed = nothing if classifier is None else classifier(videos).numpy()
+        rows |= {number: (found[i], guessed[i]) for i, (number, _) in enumerate(some)}
+    made = ranks.merged(rows)
+    result: dict[str, Any] = {"generated": len(made), "frames": frames}
     if detector is not None and real is not None:
+        features = FeatureStatistics()
+        features.update(np.stack([found for found, _ in made]))
         for name, stats in (("real", real.features), ("generated", features)):
             if stats.count <= stats.width:
                 logger.warning(
@@ -192,7 +210,7 @@ def evaluate_distribution(
             "detector": {"file": str(detector.path), "sha256": detector.sha256},
         }
     if classifier is not None:
-        mean, std = inception_score(np.concatenate(probabilities), SPLITS, shuffle=SHUFFLE)
+        mean, std = inception_score(np.stack([guessed for _, guessed in made]), SPLITS, shuffle=SHUFFLE)
         result["is"] = {
             "mean": mean,
             "std": std,
@@ -223,8 +241,8 @@ def distribution_lines(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _batches(clips: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
-    source = iter(clips)
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    source = iter(items)
     while batch := list(islice(source, size)):
         yield batch
 

@@ -1,4 +1,7 @@
-"""``hpdm evaluate``: how good a run is. What is measured, and how, is in the modules named ``*_eval``."""
+"""``hpdm evaluate``: how good a run is. What is measured, and how, is in the modules beside this one.
+
+Started by ``torchrun`` the processes share the clips out; the first one reports.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from hpdm import ranks
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import find_split_file
 from hpdm.device import pick_device
@@ -112,7 +116,13 @@ class EvaluateOptions:
 
     def run(self) -> int:
         """The command ``hpdm evaluate``; returns the exit status."""
-        result = evaluate(self)
+        with ranks.joined(pick_device(self.device)):
+            result = evaluate(self)
+            if ranks.is_first():
+                self._report(result)
+        return 0
+
+    def _report(self, result: dict[str, Any]) -> None:
         print(f"step {result['step']} of {self.run_folder} ({self.weights}), {self.data}, split {self.split or 'none'}")
         if "denoising" in self.metrics:
             print(f"mean squared error of v, {result['clips']} clips")
@@ -126,11 +136,10 @@ class EvaluateOptions:
                   f"{'x'.join(map(str, found['size']))}, seed {self.seed}")  # fmt: skip
         if self.json is not None:
             write_json(self.json, result)
-        return 0
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Runs the evaluation.
+    """Runs the evaluation. Under ``torchrun`` every process calls it and gets the same.
 
     Returns:
         ``step``; with the metric denoising ``clips``, ``times`` (the ranges) and ``error[level][range]``; with motion
@@ -140,15 +149,22 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such run, data, split or detector.
         ValueError: the data has other classes than the run, or something does not serve the metric.
+        RuntimeError: another process failed before the work began.
     """
-    device = pick_device(options.device)
-    model, names, training, step = load_model(
-        options.run_folder, kernels=options.kernels, device=device, weights=options.weights
-    )
-    work = _Evaluation(options, model, names, training)
+    with ranks.joined(pick_device(options.device)) as device:
+        return _evaluate(options, device)
+
+
+def _evaluate(options: EvaluateOptions, device: torch.device) -> dict[str, Any]:
+    ranks.agree("options", asdict(options))
+    with ranks.together():
+        model, names, training, step = load_model(
+            options.run_folder, kernels=options.kernels, device=device, weights=options.weights
+        )
+        work = _Evaluation(options, model, names, training)
+        # What is wrong with the input should show before anything is computed.
+        work.check()
     result: dict[str, Any] = {"step": step}
-    # What is wrong with the input should show before anything is computed.
-    work.check()
     if "denoising" in options.metrics:
         result |= work.denoising()
     if "motion" in options.metrics:
@@ -271,7 +287,7 @@ class _Evaluation:
         }
         return found | about | {"origin": origin}
 
-    def sampled(self, labels: list[int] | None, count: int) -> Iterator[Tensor]:
+    def sampled(self, labels: list[int] | None, count: int) -> Iterator[tuple[int, Tensor]]:
         sampler = Sampler(self.model, self.options.sampler)
         return sample_clips(sampler, self.options.seed, labels, count, self.options.batch)
 

@@ -1,4 +1,8 @@
-"""Generated clips for evaluation, one at a time: as a sampler makes them, or from a folder of files."""
+"""Generated clips for evaluation, one at a time: as a sampler makes them, or from a folder of files.
+
+Each comes with its number. Several processes take turns, so that each gets some of the numbers; a clip depends on its
+number alone.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hpdm import ranks
 from hpdm.data.decode import probe, read_clip
 from hpdm.data.layout import find_videos
 from hpdm.sampling.sampler import Sampler
@@ -17,8 +22,8 @@ from hpdm.video import to_uint8
 
 def sample_clips(
     sampler: Sampler, first_seed: int, labels: Sequence[int] | None, count: int, batch: int
-) -> Iterator[Tensor]:
-    """Samples ``count`` videos, ``batch`` at a time, and gives them one by one: uint8 ``[3, F, H, W]``.
+) -> Iterator[tuple[int, Tensor]]:
+    """Samples ``count`` videos, ``batch`` at a time, and gives them one by one: number and uint8 ``[3, F, H, W]``.
 
     Args:
         sampler: the sampler.
@@ -27,13 +32,14 @@ def sample_clips(
         count: number of videos.
         batch: videos sampled at a time. A video depends on its own seed and class alone (up to rounding).
     """
-    with tqdm(total=count, unit="video", dynamic_ncols=True) as bar:
-        for first in range(0, count, batch):
-            seeds = range(first_seed + first, first_seed + min(first + batch, count))
-            own = None if labels is None else torch.tensor(list(labels[first : first + len(seeds)]))
-            videos = to_uint8(sampler(seeds, own)[-1])
-            bar.update(len(seeds))
-            yield from videos
+    batches = ranks.own([range(first, min(first + batch, count)) for first in range(0, count, batch)])
+    with _bar(sum(len(numbers) for numbers in batches)) as bar:
+        for numbers in batches:
+            own = None if labels is None else torch.tensor([labels[n] for n in numbers])
+            with ranks.alone():
+                videos = to_uint8(sampler([first_seed + n for n in numbers], own)[-1])
+            bar.update(len(numbers))
+            yield from zip(numbers, videos)
 
 
 def find_generated(folder: Path, count: int | None) -> list[Path]:
@@ -63,19 +69,31 @@ def class_of_file(path: Path, names: Sequence[str]) -> str:
     return name
 
 
-def read_generated(files: Sequence[Path], frames: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Reads the first ``frames`` frames of every file, one file at a time: uint8 ``[3, frames, H, W]``.
+def read_generated(files: Sequence[Path], frames: int, size: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+    """Reads the first ``frames`` frames of every file, one by one: number and uint8 ``[3, frames, H, W]``.
 
     Raises:
         ValueError: a video that is shorter or of another size than (height, width).
         DecodeError: a damaged video.
     """
-    for path in tqdm(files, unit="video", dynamic_ncols=True):
-        info = probe(path)
-        got = (info.frames, info.height, info.width)
-        if got[0] < frames or got[1:] != size:
-            raise ValueError(
-                f"generated: {path} has {got[0]} frames of {got[1]}x{got[2]}, expected at least {frames} of "
-                f"{size[0]}x{size[1]}"
-            )
-        yield torch.from_numpy(read_clip(path, range(frames)).frames).permute(3, 0, 1, 2).contiguous()
+    numbers = ranks.own(range(len(files)))
+    with _bar(len(numbers)) as bar:
+        for number in numbers:
+            yield number, _read_frames(files[number], frames, size)
+            bar.update()
+
+
+def _read_frames(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
+    info = probe(path)
+    got = (info.frames, info.height, info.width)
+    if got[0] < frames or got[1:] != size:
+        raise ValueError(
+            f"generated: {path} has {got[0]} frames of {got[1]}x{got[2]}, expected at least {frames} of "
+            f"{size[0]}x{size[1]}"
+        )
+    return torch.from_numpy(read_clip(path, range(frames)).frames).permute(3, 0, 1, 2).contiguous()
+
+
+def _bar(total: int) -> tqdm:
+    """Progress of the first process; the others have as much to do."""
+    return tqdm(total=total, unit="video", dynamic_ncols=True, disable=not ranks.is_first())

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from hpdm import ranks
 from hpdm.data.clips import VideoDataset
 from hpdm.data.decode import probe
 from hpdm.data.synthetic import CLASSES
@@ -69,14 +70,14 @@ def read_synthetic_set(dataset: VideoDataset) -> SyntheticSet:
 
 
 def evaluate_motion(
-    dataset: VideoDataset, generated: Iterable[Tensor], names: Sequence[str], *, real: int
+    dataset: VideoDataset, generated: Iterable[tuple[int, Tensor]], names: Sequence[str], *, real: int
 ) -> dict[str, Any]:
-    """Scores generated clips and, with the same measure, real ones.
+    """Scores generated clips and, with the same measure, real ones. The same in every process.
 
     Args:
         dataset: the synthetic set at the run's resolution; its windows give the real clips.
-        generated: uint8 ``[3, F, H, W]`` each, taken one at a time.
-        names: the class asked of each of them.
+        generated: this process's, taken one at a time: each its number and uint8 ``[3, F, H, W]``.
+        names: the class asked of each, by number.
         real: real clips to take, spread evenly over the set, at most all.
 
     Returns:
@@ -88,9 +89,9 @@ def evaluate_motion(
     """
     about = read_synthetic_set(dataset)
     steps, count = dataset.offsets(about.fps), min(real, len(dataset))
-    scores, asked, errors = [], [], []
-    for index in (i * len(dataset) // count for i in range(count)):
-        item = dataset[index]
+    measured = {}
+    for number in ranks.own(range(count)):
+        item = dataset[number * len(dataset) // count]
         name = dataset.class_names[item["label"]]
         score = score_clip(item["video"].permute(1, 2, 3, 0).numpy(), name, steps)
         path = Path(item["path"])
@@ -99,10 +100,11 @@ def evaluate_motion(
             raise ValueError(f"data: {METADATA} of {dataset.root} has no line for {path.parent.name}/{path.name}")
         numbers = item["start"] + steps
         true = np.array(record["position"])[numbers % len(record["position"])] * about.scale
-        errors.append(np.hypot(*(score.position - true).T))
-        scores.append(score)
-        asked.append(name)
-    made = [score_clip(clip.permute(1, 2, 3, 0).numpy(), name, steps) for clip, name in zip(generated, names)]
+        measured[number] = score, name, np.hypot(*(score.position - true).T)
+    scores, asked, errors = zip(*ranks.merged(measured))
+    made = ranks.merged(
+        {number: score_clip(clip.permute(1, 2, 3, 0).numpy(), names[number], steps) for number, clip in generated}
+    )
     error = np.concatenate(errors)
     error = error[np.isfinite(error)]
     rows = [{"asked": name} | {k: v for k, v in asdict(s).items() if k != "position"} for s, name in zip(made, names)]

@@ -125,7 +125,7 @@ def find_subjects(options: SampleOptions, config: HPDMConfig, names: list[str], 
         )
     texts: list[Tensor] = []
     with ranks.together():
-        if ranks.world()[0] == 0:
+        if ranks.is_first():
             texts = embed_prompts(prompts, config.text_width, options.encoder, options.embeddings, device)
     return subjects_of_prompts(prompts, ranks.from_first(texts), count)
 
@@ -185,7 +185,7 @@ def sample(options: SampleOptions) -> list[Path]:
 
 
 def _sample(options: SampleOptions, device: torch.device) -> list[Path]:
-    first, processes = ranks.world()[0] == 0, ranks.world()[1]
+    first, processes = ranks.is_first(), ranks.world()[1]
     model, names, training, step = load_model(
         options.run_folder, kernels=options.kernels, device=device, weights=options.weights
     )

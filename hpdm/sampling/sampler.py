@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpdm import ranks
 from hpdm.config import HPDMConfig, check_choice
 from hpdm.diffusion import denoise, network_input, time_of_sigma
 from hpdm.model import HPDM, Context
@@ -231,7 +232,7 @@ class _Run:
 
         all_batches = tile_sharing.batches(cover.tiles, self.chunk)
         keeps = level + 1 < self.config.levels and self._caches
-        self.done, self.calls = 0, (solver.predictions + keeps) * len(tile_sharing.own(all_batches))
+        self.done, self.calls = 0, (solver.predictions + keeps) * len(ranks.own(all_batches))
         sums = TileAccumulator(cover.origins, self.config.patch, cover.size, backend=self.model.kernels)
 
         def update(x: Tensor, sigma: float, base: Tensor, alpha: float, beta: float) -> Tensor:
@@ -250,7 +251,7 @@ class _Run:
         noised = x / math.hypot(1.0, sigma)
         origins, boxes = cover.origins, cover.boxes
         like = x.new_empty(x.shape[0], 0, x.shape[1], *self.config.patch)
-        mine = tile_sharing.own(all_batches)
+        mine = ranks.own(all_batches)
         contexts = self._contexts(level, mine)
         for turn in range(tile_sharing.rounds(all_batches)):
             y = None
@@ -267,7 +268,7 @@ class _Run:
             for _, part in tile_sharing.exchange(all_batches, turn, y, like):
                 sums.add(part)
 
-    def _contexts(self, level: int, batches: list[slice]) -> Iterator[Context | None]:
+    def _contexts(self, level: int, batches: Sequence[slice]) -> Iterator[Context | None]:
         if self.config.fusion == "shallow":
             return (self._shallow(level, batch) for batch in batches)
         if self.options.cache == "off":
@@ -316,7 +317,7 @@ class _Run:
             for b in self.model.fusing_blocks(level + 1)
         }
         all_batches = tile_sharing.batches(cover.tiles, self.chunk)
-        mine = tile_sharing.own(all_batches)
+        mine = ranks.own(all_batches)
         contexts = self._contexts(level, mine)
         for turn in range(tile_sharing.rounds(all_batches)):
             found = None

@@ -22,12 +22,6 @@ def batches(tiles: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, tiles)) for first in range(0, tiles, size)]
 
 
-def own(all_batches: list[slice]) -> list[slice]:
-    """The batches that are this process's."""
-    rank, count = world()
-    return all_batches[rank::count]
-
-
 def rounds(all_batches: list[slice]) -> int:
     """How many times the processes exchange results."""
     return math.ceil(len(all_batches) / world()[1])

@@ -82,7 +82,7 @@ def save_checkpoint(
     folder = run / "checkpoints"
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.tmp"
-    first = ranks.world()[0] == 0
+    first = ranks.is_first()
     with ranks.together():
         if first:
             folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
 
     Writes ``folder/trace.json`` and ``folder/summary.txt`` as soon as they are recorded.
     """
-    if steps == 0 or ranks.world()[0] != 0:
+    if steps == 0 or not ranks.is_first():
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

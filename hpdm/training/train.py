@@ -232,7 +232,7 @@ def _train(options: TrainOptions, device: torch.device) -> HPDM:
     before = torch.get_float32_matmul_precision()
     trainer = Trainer(options, recipe, config, dataset, embeddings, micro_batch, device)
     with ranks.together():
-        if ranks.world()[0] == 0:
+        if ranks.is_first():
             values = _plain(options) | {"micro_batch": micro_batch}
             save_run_config(options.out, config, names, values)
     logger.info(

@@ -189,7 +189,7 @@ class Trainer:
         labels = torch.arange(count) if config.conditioning == "class" else None
         sampler = Sampler(averaged, SamplerOptions(steps=self.options.sample_steps, overlap="none"))
         videos = sampler(range(count), labels)[-1]
-        if ranks.world()[0] == 0:
+        if ranks.is_first():
             folder = self.options.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             write_contact_sheet(folder / f"step-{self.step:08d}.png", list(to_uint8(videos)))
