@@ -1,7 +1,8 @@
 """The network: tokenizer, RIN blocks with deep context fusion and adaptive computation, detokenizer (paper Fig. 2).
 
 Two ways in, one set of blocks: :meth:`HPDM.forward` takes one patch of every level (training),
-:meth:`HPDM.forward_level` takes patches of one level and the features of the finished levels below it (sampling).
+:meth:`HPDM.forward_level` takes patches of one level and the features of the finished levels below it (sampling), which
+:meth:`HPDM.level_features` gives.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Context:
 
     Attributes:
         features: per block that fuses for this level, its projected inputs ``[T_k, N, D]`` of every level ``k`` below,
-            as :meth:`HPDM.forward_level` returns them.
+            as :meth:`HPDM.level_features` returns them.
         pixels: finished clean patches of the previous level ``[T, C, f, h, w]``, for shallow fusion alone.
         boxes: a tuple over the levels below of boxes ``[T_k, 6]``.
         index: ``[B, levels below]`` int64, the row of each source that serves a sample.
@@ -278,16 +279,16 @@ class HPDM(nn.Module):
     @overload
     def forward_level(
         self, x: Tensor, level: int, boxes: Tensor, t: Tensor, context: Context | None, labels: Tensor | None = None,
-        text: Tensor | None = None, text_mask: Tensor | None = None, features_for: Sequence[int] = (), *,
-        latents: Tensor | None = None, return_latents: Literal[False] = False,
-    ) -> tuple[Tensor, dict[int, Tensor]]: ...  # fmt: skip
+        text: Tensor | None = None, text_mask: Tensor | None = None, *, latents: Tensor | None = None,
+        return_latents: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
 
     @overload
     def forward_level(
         self, x: Tensor, level: int, boxes: Tensor, t: Tensor, context: Context | None, labels: Tensor | None = None,
-        text: Tensor | None = None, text_mask: Tensor | None = None, features_for: Sequence[int] = (), *,
-        latents: Tensor | None = None, return_latents: Literal[True],
-    ) -> tuple[Tensor, dict[int, Tensor], Tensor]: ...  # fmt: skip
+        text: Tensor | None = None, text_mask: Tensor | None = None, *, latents: Tensor | None = None,
+        return_latents: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
     def forward_level(
         self,
@@ -299,11 +300,10 @@ class HPDM(nn.Module):
         labels: Tensor | None = None,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
-        features_for: Sequence[int] = (),
         *,
         latents: Tensor | None = None,
         return_latents: bool = False,
-    ) -> tuple[Tensor, dict[int, Tensor]] | tuple[Tensor, dict[int, Tensor], Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Predicts v for patches of one level whose lower levels are finished (paper section 4.4).
 
         Args:
@@ -313,16 +313,52 @@ class HPDM(nn.Module):
             t: diffusion times ``[B]``.
             context: what the levels below give; ``None`` on level 0 alone.
             labels, text, text_mask: as in :meth:`forward`.
-            features_for: blocks that fuse this level into levels above, whose inputs are wanted as context for these.
             latents, return_latents: as in :meth:`forward`, of this level alone: ``[B, M, E]``.
 
         Returns:
-            v ``[B, C, f, h, w]`` and the block inputs, projected by the block's fusion once for all patches that will
-            sample them, ``{block: [B, N, D]}``; with ``return_latents`` also the latents.
+            v ``[B, C, f, h, w]``; with ``return_latents`` also the latents.
 
         Raises:
             ValueError: shapes that do not match the config, or a context missing where one is needed.
         """
+        a, z, _ = self._run_level(
+            x, level, boxes, t, context, labels, text, text_mask, latents, (), len(self.rin_blocks)
+        )
+        v = self._detokenize(a)
+        return (v, z) if return_latents else v
+
+    def level_features(
+        self,
+        x: Tensor,
+        level: int,
+        boxes: Tensor,
+        t: Tensor,
+        context: Context | None,
+        labels: Tensor | None = None,
+        text: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> dict[int, Tensor]:
+        """What patches of a finished level give to the next level, and to all above it, as context.
+
+        Args: as of :meth:`forward_level`, for clean patches.
+
+        Returns:
+            ``{block: [B, N, D]}`` for each of ``fusing_blocks(level + 1)``: its inputs, projected by its fusion once
+            for all patches that will sample them. The last of these blocks does not run.
+
+        Raises:
+            ValueError: as :meth:`forward_level`.
+        """
+        wanted = self.fusing_blocks(level + 1)
+        if not wanted:
+            return {}
+        return self._run_level(x, level, boxes, t, context, labels, text, text_mask, None, wanted, wanted[-1])[2]
+
+    def _run_level(
+        self, x: Tensor, level: int, boxes: Tensor, t: Tensor, context: Context | None, labels: Tensor | None,
+        text: Tensor | None, text_mask: Tensor | None, latents: Tensor | None, wanted: Sequence[int], stop: int,
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:  # fmt: skip
+        """The blocks before ``stop``: tokens, latents, and the projected inputs of the ``wanted`` blocks."""
         cfg = self.config
         batch = x.shape[0]
         self._check("x", x, (batch, cfg.channels, *cfg.patch))
@@ -344,15 +380,16 @@ class HPDM(nn.Module):
         z = self._start(batch, latents)
         features: dict[int, Tensor] = {}
         for b, block in enumerate(self.rin_blocks):
+            if b in wanted and block.fusion is not None:
+                features[b] = block.fusion.project(a)
+            if b == stop:
+                break
             if block.levels <= level:
                 continue
-            if b in features_for and block.fusion is not None:
-                features[b] = block.fusion.project(a)
             if context is not None:
                 a = self._fuse(block, a, level, context.features.get(b, ()), context.boxes, boxes, context.index)
             a, z = block(a, z, c, text, text_mask)
-        v = self._detokenize(a)
-        return (v, features, z) if return_latents else (v, features)
+        return a, z, features
 
     def fusing_blocks(self, level: int) -> tuple[int, ...]:
         """The blocks that fuse context into ``level``: those whose inputs the levels below must keep."""

@@ -162,7 +162,7 @@ def test_absent_text_is_one_learned_token(generator):
         model.conditioner.no_text += 1
     assert not torch.allclose(model(x, boxes, t), without, atol=1e-3)
     all_levels = model(x, boxes, t)
-    level = model.forward_level(x[:, 0], 0, boxes[:, 0], t[:, 0], None)[0]
+    level = model.forward_level(x[:, 0], 0, boxes[:, 0], t[:, 0], None)
     torch.testing.assert_close(level, all_levels[:, 0])
 
 

@@ -56,14 +56,16 @@ def test_network_calls_are_the_samplers() -> None:
     model = HPDM(config, kernels="torch").eval()
     calls = dict.fromkeys(range(config.levels), 0)
     patches = dict(calls)
-    forward = model.forward_level
 
-    def counted(x, level, *rest):
-        calls[level] += 1
-        patches[level] += x.shape[0]
-        return forward(x, level, *rest)
+    def counted(run):
+        def call(x, level, *rest):
+            calls[level] += 1
+            patches[level] += x.shape[0]
+            return run(x, level, *rest)
 
-    model.forward_level = counted
+        return call
+
+    model.forward_level, model.level_features = counted(model.forward_level), counted(model.level_features)
     Sampler(model, options)([0])
     plans = sampling_plan(config, options)
     assert calls == {p.level: p.network_calls for p in plans}

@@ -37,7 +37,11 @@ class Oracle(HPDM):
         self.videos = videos  # per level [B, C, F, H, W]
         self.calls = []
 
-    def forward_level(self, x, level, boxes, t, context, labels=None, text=None, text_mask=None, features_for=()):
+    def level_features(self, x, level, *_):
+        nothing = torch.zeros(x.shape[0], self.config.tokens, self.config.width)
+        return dict.fromkeys(self.fusing_blocks(level + 1), nothing)
+
+    def forward_level(self, x, level, boxes, t, context, labels=None, text=None, text_mask=None):
         self.calls.append((level, x.shape[0]))
         videos = self.videos[level]
         per_video = x.shape[0] // videos.shape[0]
@@ -46,9 +50,7 @@ class Oracle(HPDM):
         y = sample_patches(whole, boxes, self.config.patch) * signal
         g = gamma(t).reshape(-1, 1, 1, 1, 1)
         noised = x * (g * (signal * DATA_STD) ** 2 + 1 - g).sqrt()
-        v = (g.sqrt() * noised - y) / (1 - g).sqrt().clamp(min=1e-4)
-        features = {b: torch.zeros(x.shape[0], self.config.tokens, self.config.width) for b in features_for}
-        return v, features
+        return (g.sqrt() * noised - y) / (1 - g).sqrt().clamp(min=1e-4)
 
 
 @pytest.mark.parametrize("overlap", ["none", "w", "fh", "fhw"])
@@ -102,15 +104,8 @@ def test_cached_context_is_what_joint_denoising_sees():
         features = {b: [] for b in range(6)}
         context = None
         for level in range(3):
-            v, kept = model.forward_level(
-                x[:, level],
-                level,
-                boxes[:, level],
-                t[:, level],
-                context,
-                labels,
-                features_for=model.fusing_blocks(level + 1),
-            )
+            given = x[:, level], level, boxes[:, level], t[:, level], context, labels
+            v, kept = model.forward_level(*given), model.level_features(*given)
             torch.testing.assert_close(v, joint[:, level], rtol=1e-4, atol=1e-5)
             for b, f in kept.items():
                 features[b].append(f)
@@ -185,7 +180,10 @@ def test_progress_ends_complete(cache):
         assert [done for done, _ in calls] == list(range(1, calls[0][1] + 1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"fusion": "shallow"}, {"coordinates": False}])
+FOUR_LEVELS = {"patch": (2, 4, 4), "ratio": (1, 2, 2), "levels": 4, "levels_per_block": (1, 2, 3, 4, 4)}
+
+
+@pytest.mark.parametrize("changes", [{}, {"fusion": "shallow"}, {"coordinates": False}, FOUR_LEVELS])
 def test_cache_modes_agree(changes):
     """In device and in host memory the same bits; nothing kept at all, the same up to rounding."""
     model = random_model(small(**changes))
@@ -195,7 +193,7 @@ def test_cache_modes_agree(changes):
         return Sampler(model, options)([1, 2], torch.tensor([0, 1]))
 
     on_device, on_host, computed = run("gpu"), run("cpu"), run("off")
-    for level in range(3):
+    for level in range(model.config.levels):
         assert torch.equal(on_device[level], on_host[level])
         torch.testing.assert_close(computed[level], on_device[level], rtol=0, atol=2e-5)
 

@@ -42,10 +42,28 @@ def test_what_is_cached_lies_where_it_should():
     assert here.host_features == nowhere.host_features == 0
 
 
-def test_without_a_cache_every_tile_takes_its_ancestors_along():
-    kept, off = (sampling_plan(config(), SamplerOptions(cache=cache)) for cache in ("gpu", "off"))
-    assert [p.patches for p in off] == [(p.level + 1) * p.predictions * p.tiles for p in off]
-    assert off[-1].flops > 2 * kept[-1].flops
+def test_patches_are_those_of_a_run():
+    """Without a cache a batch of tiles takes the tiles that it descends from along, each once."""
+    model = HPDM(config(), "torch").eval()
+    seen = 0
+
+    def counted(run):
+        def call(x, *rest):
+            nonlocal seen
+            seen += x.shape[0]
+            return run(x, *rest)
+
+        return call
+
+    model.forward_level, model.level_features = counted(model.forward_level), counted(model.level_features)
+    patches = []
+    for cache in ("gpu", "off"):
+        options = SamplerOptions(steps=4, overlap="hw", tile_batch=16, cache=cache, guidance=2.0)
+        seen = 0
+        Sampler(model, options)([0], torch.tensor([0]))
+        patches.append(sum(p.patches for p in sampling_plan(model.config, options)))
+        assert patches[-1] == seen
+    assert patches[0] < patches[1] < 2 * patches[0]
 
 
 def test_line_before_a_run():

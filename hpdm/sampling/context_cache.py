@@ -18,19 +18,41 @@ from hpdm.model import Context
 from hpdm.pyramid import Tiling
 
 
+def find_ancestors(tilings: Sequence[Tiling]) -> list[list[Tensor]]:
+    """Per level, for every level below it, the tile there that contains each tile, ``[T]``."""
+    return [[below.containing(cover.boxes) for below in tilings[:n]] for n, cover in enumerate(tilings)]
+
+
+def lineage(ancestors: Sequence[Sequence[Tensor]], level: int, batch: slice) -> list[Tensor]:
+    """Per level below, the tiles that a batch of tiles needs: its ancestors and theirs, each once, ascending.
+
+    Args:
+        ancestors: of :func:`find_ancestors`.
+        level: of the tiles.
+        batch: some of them.
+    """
+    needed = [tiles[batch] for tiles in ancestors[level]]
+    for k in reversed(range(level)):
+        needed[k] = needed[k].unique()
+        for j in range(k):
+            needed[j] = torch.cat((needed[j], ancestors[k][j][needed[k]]))
+    return needed
+
+
 @dataclass(frozen=True)
 class Finished:
-    """A finished level of ``V`` videos (with their guidance copies) as the features of its ``T`` tiles."""
+    """``T`` tiles of a finished level of ``V`` videos (with their guidance copies) as their features."""
 
-    tiling: Tiling
+    tiles: Tensor
+    """``[T]``, their numbers, ascending."""
     boxes: Tensor
     """``[T, 6]``, of every video."""
     features: dict[int, Tensor]
     """Per block ``[V * T, N, D]``."""
 
     def rows(self, tiles: Tensor, videos: int) -> Tensor:
-        """Rows of the same tiles of every video, videos slowest: ``[T'] -> [V * T']``."""
-        return (torch.arange(videos)[:, None] * self.tiling.tiles + tiles).flatten()
+        """Rows of some of the tiles, the same of every video, videos slowest: ``[T'] -> [V * T']``."""
+        return (torch.arange(videos)[:, None] * len(self.tiles) + torch.searchsorted(self.tiles, tiles)).flatten()
 
 
 def allocate(shape: Sequence[int], like: Tensor, on_host: bool) -> Tensor:
@@ -55,13 +77,13 @@ class ContextCache:
         self._side = torch.cuda.Stream(device) if on_host and device.type == "cuda" else None
 
     def contexts(
-        self, ancestors: Sequence[Tensor], batches: Sequence[slice], blocks: Sequence[int]
+        self, ancestors: Sequence[Tensor], batches: Sequence[Tensor | slice], blocks: Sequence[int]
     ) -> Iterator[Context | None]:
         """The context of each batch of tiles in turn, fetched one batch ahead.
 
         Args:
             ancestors: per finished level ``[T]``, the tile there that contains each tile of this level.
-            batches: slices of the tiles of this level.
+            batches: of the tiles of this level, slices or numbers.
             blocks: those that fuse context into this level.
         """
         if not self.finished:
@@ -78,7 +100,7 @@ class ContextCache:
             yield context
 
     def _look(
-        self, ancestors: Sequence[Tensor], batch: slice, blocks: Sequence[int]
+        self, ancestors: Sequence[Tensor], batch: Tensor | slice, blocks: Sequence[int]
     ) -> tuple[Context, torch.cuda.Event | None]:
         """Everything is on the device already; an index says which rows."""
         index = [f.rows(ancestor[batch], self.videos) for f, ancestor in zip(self.finished, ancestors)]
@@ -87,7 +109,7 @@ class ContextCache:
         return Context(features, None, boxes, torch.stack(index, dim=1).to(self.device)), None
 
     def _fetch(
-        self, ancestors: Sequence[Tensor], batch: slice, blocks: Sequence[int]
+        self, ancestors: Sequence[Tensor], batch: Tensor | slice, blocks: Sequence[int]
     ) -> tuple[Context, torch.cuda.Event | None]:
         """Copies the rows that the batch needs, each once."""
         features: dict[int, list[Tensor]] = {b: [] for b in blocks}

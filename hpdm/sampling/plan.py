@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from hpdm.config import HPDMConfig
 from hpdm.model import HPDM, Context
 from hpdm.planning.memory import Ledger, example_inputs, fake_fp32
+from hpdm.sampling import tile_sharing
+from hpdm.sampling.context_cache import find_ancestors, lineage
 from hpdm.sampling.sampler import SamplerOptions
 
 FP32 = 4
@@ -27,7 +31,8 @@ class LevelPlan:
     predictions: int
     """Denoising passes over the whole level; second order takes two per step but the last."""
     network_calls: int
-    """Batches of at most ``tile_batch`` patches through the network, the pass that fills the cache included."""
+    """Batches of at most ``tile_batch`` patches through the network, the pass that fills the cache included; with cache
+    "off" without those that compute context."""
     patches: int
     """Patches through the network in all of them."""
     flops: int
@@ -43,20 +48,25 @@ def sampling_plan(config: HPDMConfig, options: SamplerOptions | None = None) -> 
     options = options or SamplerOptions()
     copies = _copies(options)
     chunk = max(1, options.tile_batch // copies)
-    keeps = config.fusion == "deep" and options.cache != "off"
-    per_patch = [patch_flops(config, level) for level in range(config.levels)]
-    # A tile whose ancestors are computed for it takes a patch of every level below along.
-    chain = config.fusion == "deep" and options.cache == "off"
+    deep, off = config.fusion == "deep", options.cache == "off"
+    tilings = [options.tiling(config, level) for level in range(config.levels)]
+    ancestors = find_ancestors(tilings)
+    per_features = [feature_flops(config, level) for level in range(config.levels - 1)] if deep else []
     plans = []
-    for level in range(config.levels):
-        tiles = options.tiling(config, level).tiles
-        predictions = options.level_solver(level).predictions
-        last = level == config.levels - 1
-        cached = 0 if last or not keeps else sum(n > level + 1 for n in config.levels_per_block)
-        passes = predictions + (0 if last or not keeps else 1)
-        through = passes * tiles * copies
-        # A cached block projects what it keeps, once per tile.
-        projection = 2 * config.tokens * config.width**2
+    for level, cover in enumerate(tilings):
+        tiles, predictions = cover.tiles, options.level_solver(level).predictions
+        keeps = deep and not off and level < config.levels - 1
+        cached = sum(n > level + 1 for n in config.levels_per_block) if keeps else 0
+        # Tiles of finished levels that go through the network for their features, per level: this one's once it is
+        # finished, or for every batch of tiles those that it descends from.
+        clean = [0] * config.levels
+        if keeps:
+            clean[level] = tiles
+        elif deep and off:
+            for batch in tile_sharing.batches(tiles, chunk):
+                for below, needed in enumerate(lineage(ancestors, level, batch)):
+                    clean[below] += predictions * len(needed)
+        work = predictions * tiles * patch_flops(config, level) + sum(n * f for n, f in zip(clean, per_features))
         plans.append(
             LevelPlan(
                 level=level,
@@ -64,10 +74,9 @@ def sampling_plan(config: HPDMConfig, options: SamplerOptions | None = None) -> 
                 tiles=tiles,
                 steps=options.level_steps(level),
                 predictions=predictions,
-                network_calls=passes * math.ceil(tiles / chunk),
-                patches=through * (level + 1 if chain else 1),
-                flops=through * sum(per_patch[0 if chain else level : level + 1])
-                + copies * tiles * cached * projection,
+                network_calls=(predictions + keeps) * math.ceil(tiles / chunk),
+                patches=copies * (predictions * tiles + sum(clean)),
+                flops=copies * work,
                 cached_blocks=cached,
                 cache_bytes=copies * tiles * cached * config.tokens * config.width * FP32,
             )
@@ -77,10 +86,19 @@ def sampling_plan(config: HPDMConfig, options: SamplerOptions | None = None) -> 
 
 def patch_flops(config: HPDMConfig, level: int) -> int:
     """Products and attention of one patch of one level through the network while sampling, kernels on."""
+    return _flops(config, lambda model: _call(model, level, 1))
+
+
+def feature_flops(config: HPDMConfig, level: int) -> int:
+    """The same of one clean patch on its way to be context for the levels above."""
+    return _flops(config, lambda model: model.level_features(**_inputs(model, level, 1)))
+
+
+def _flops(config: HPDMConfig, call: Callable[[HPDM], object]) -> int:
     with fake_fp32(), torch.no_grad():
         model = HPDM(config, kernels="torch")
         with Ledger() as ledger:
-            _call(model, level, 1)
+            call(model)
     return ledger.flops
 
 
@@ -88,8 +106,8 @@ def _copies(options: SamplerOptions) -> int:
     return 1 if options.guidance == 1.0 else 2
 
 
-def _call(model: HPDM, level: int, batch: int) -> torch.Tensor:
-    """The network on ``batch`` patches of one level, with a single row of context, which all of them read."""
+def _inputs(model: HPDM, level: int, batch: int) -> dict[str, Any]:
+    """``batch`` patches of one level, with a single row of context, which all of them read."""
     config, device = model.config, model.latents.device
     inputs = {name: torch.zeros_like(tensor, device=device) for name, tensor in example_inputs(config, batch).items()}
     context = None
@@ -103,15 +121,17 @@ def _call(model: HPDM, level: int, batch: int) -> torch.Tensor:
             boxes=(torch.empty(1, 6, device=device),) * level,
             index=torch.zeros(batch, level, dtype=torch.long, device=device),
         )
-    v, _ = model.forward_level(
-        inputs["x"][:, level], level, inputs["boxes"][:, level], inputs["t"][:, level], context,
-        labels=inputs.get("labels"), text=inputs.get("text"),
-        # Carried from step to step there.
-        latents=torch.empty(batch, config.latents, config.latent_width, device=device)
-        if level == 0 and config.self_conditioning
-        else None,
-    )  # fmt: skip
-    return v
+    given = {name: inputs[name][:, level] for name in ("x", "boxes", "t")}
+    conditioning = {name: inputs[name] for name in ("labels", "text") if name in inputs}
+    return given | conditioning | {"level": level, "context": context}
+
+
+def _call(model: HPDM, level: int, batch: int) -> torch.Tensor:
+    """The network on ``batch`` patches of one level."""
+    latents = None
+    if level == 0 and model.config.self_conditioning:  # carried from step to step there
+        latents = model.latents.new_empty(batch, *model.latents.shape)
+    return model.forward_level(**_inputs(model, level, batch), latents=latents)
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,7 @@ class SamplingMemory:
 
     weights: int
     features: int
-    """Features of finished levels on the model's device: all with cache "gpu", a batch's rows (two with "cpu") else."""
+    """Features of finished levels on the model's device: all with cache "gpu", else a batch's rows (two with "cpu")."""
     host_features: int
     """With cache "cpu" all of them, in host memory."""
     videos: int
@@ -160,12 +180,11 @@ def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1
     tile = patches * config.channels * math.prod(config.patch) * FP32
     plans = sampling_plan(config, replace(options, cache="gpu"))
     cached = videos * sum(plan.cache_bytes for plan in plans)
-    # Rows of context of one batch, for the blocks that fuse: on every level below as many tiles as it has; fetched from
-    # host memory none twice, so never more than there are.
+    # Rows of context of one batch, for the blocks that fuse: on every level below as many tiles as it has, none twice,
+    # so never more than there are. Computed for the batch they serve the blocks that fuse into levels between, too.
     row = config.tokens * config.width * FP32
-    fusing = plans[-2].cached_blocks if config.levels > 1 else 0
-    there = [videos * copies * plan.tiles if options.cache == "cpu" else patches for plan in plans[:-1]]
-    batch = sum(min(patches, n) for n in there) * fusing * row
+    fusing = [plans[-2].cached_blocks if options.cache == "cpu" else plan.cached_blocks for plan in plans[:-1]]
+    batch = sum(min(patches, videos * copies * plan.tiles) * n * row for plan, n in zip(plans, fusing))
     features = {"gpu": cached, "cpu": min(cached, 2 * batch), "off": batch}[options.cache]
     per_level = [videos * config.channels * math.prod(plan.resolution) * FP32 for plan in plans]
     return SamplingMemory(

@@ -30,7 +30,7 @@ from hpdm.diffusion import denoise, network_input, time_of_sigma
 from hpdm.model import HPDM, Context
 from hpdm.pyramid import Tiling, parse_overlap, tiling
 from hpdm.sampling import tile_sharing
-from hpdm.sampling.context_cache import ContextCache, Finished, allocate
+from hpdm.sampling.context_cache import ContextCache, Finished, allocate, find_ancestors, lineage
 from hpdm.sampling.solvers import Solver
 from hpdm_kernels import TileAccumulator, extract_tiles
 
@@ -41,7 +41,7 @@ SolverName = Literal["edm", "heun", "ddim"]
 """``"edm"``: second order with churn. ``"heun"``: second order. ``"ddim"``: first order. The last two deterministic."""
 
 CacheMode = Literal["gpu", "cpu", "off"]
-"""Where features of finished levels lie: on the model's device, in host memory, or nowhere: computed for each tile."""
+"""Where features of finished levels lie: on the model's device, in host memory, or nowhere: computed for each batch."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class SamplerOptions:
     tile_batch: int = 64
     """Patches per network call, guidance counted twice."""
     cache: CacheMode = "gpu"
-    """Features of finished levels: on the device ("gpu"), in host memory ("cpu"), or computed per tile ("off")."""
+    """Features of finished levels: on the device ("gpu"), in host memory ("cpu"), or computed for each batch of tiles
+    ("off")."""
 
     def __post_init__(self) -> None:
         parse_overlap(self.overlap)
@@ -178,10 +179,7 @@ class _Run:
         self.chunk = max(1, self.options.tile_batch // max(1, len(seeds) * self.copies))
         self._set_conditioning(labels, text, text_mask, guided)
         self._check_finished(finished)
-        # Per level: the tile of every level below that contains each tile.
-        self.ancestors = [
-            [below.containing(cover.boxes) for below in self.tilings[:n]] for n, cover in enumerate(self.tilings)
-        ]
+        self.ancestors = find_ancestors(self.tilings)
         self.cache = ContextCache(self.device, self.copies * len(seeds), self.options.cache == "cpu")
         self.videos = [v.to(self.device) for v in finished]
         self.done = self.calls = 0
@@ -258,7 +256,7 @@ class _Run:
             if turn < len(mine):
                 batch = mine[turn]
                 tiles = extract_tiles(noised, origins[batch], self.config.patch, backend=self.model.kernels)
-                v, _ = self._network(level, tiles, boxes[batch], t, next(contexts), carries=level == 0)
+                v = self._denoise(level, tiles, boxes[batch], t, next(contexts))
                 if self.copies == 2:
                     with_condition, without = v.chunk(2)
                     v = torch.lerp(without, with_condition, self.options.guidance)
@@ -280,27 +278,26 @@ class _Run:
         if level == 0:
             return None
         cover, tiles = self.tilings[level - 1], self.ancestors[level][-1][batch]
-        pixels = self._input(level - 1, self._clean_tiles(level - 1, cover.origins[tiles]), 0.0)
+        pixels = self._pixels(level - 1, self._clean_tiles(level - 1, cover.origins[tiles]), 0.0)
         boxes = cover.boxes[tiles].repeat(self.cache.videos, 1).to(self.device)
         index = torch.arange(len(boxes), device=self.device)[:, None]
         return Context({}, pixels.repeat(self.copies, 1, 1, 1, 1), (boxes,), index)
 
     def _recomputed(self, level: int, batch: slice) -> Context | None:
-        """The context of a batch of tiles from scratch: each tile's own chain of ancestors goes through the network."""
-        blocks = self.model.fusing_blocks(1)
-        features: dict[int, list[Tensor]] = {b: [] for b in blocks}
-        boxes: list[Tensor] = []
-        context = None
-        for k in range(level):
-            cover, tiles = self.tilings[k], self.ancestors[level][k][batch]
-            found = self._clean_features(k, cover.origins[tiles], cover.boxes[tiles], context)
-            boxes.append(cover.boxes[tiles].repeat(self.cache.videos, 1).to(self.device))
-            for b, feature in found.items():
-                features[b].append(feature)
-            index = torch.arange(len(boxes[0]), device=self.device)[:, None].expand(-1, k + 1)
-            fusing = self.model.fusing_blocks(k + 1)
-            context = Context({b: tuple(features[b]) for b in fusing}, None, tuple(boxes), index)
-        return context
+        """The context of a batch of tiles from scratch: the tiles that they descend from go through the network."""
+        if level == 0:
+            return None
+        cache = ContextCache(self.device, self.cache.videos, on_host=False)
+
+        def contexts(of: int, batches: Sequence[Tensor | slice]) -> Iterator[Context | None]:
+            return cache.contexts(self.ancestors[of], batches, self.model.fusing_blocks(of))
+
+        for below, needed in enumerate(lineage(self.ancestors, level, batch)):
+            parts = needed.split(self.chunk)
+            found = [self._clean_features(below, part, context) for part, context in zip(parts, contexts(below, parts))]
+            kept = {b: torch.cat([features[b] for features in found], dim=1).flatten(0, 1) for b in found[0]}
+            cache.finished.append(Finished(needed, self.tilings[below].boxes[needed], kept))
+        return next(contexts(level, [batch]))
 
     @property
     def _caches(self) -> bool:
@@ -310,7 +307,6 @@ class _Run:
     def _keep_features(self, level: int) -> None:
         """Computes what the levels above need of a finished one: the features of all its (clean) tiles."""
         cover, videos, like = self.tilings[level], self.cache.videos, self.model.latents
-        origins, boxes = cover.origins, cover.boxes
         shape = (self.config.tokens, self.config.width)
         kept = {
             b: allocate((videos, cover.tiles, *shape), like, self.cache.on_host)
@@ -322,13 +318,14 @@ class _Run:
         for turn in range(tile_sharing.rounds(all_batches)):
             found = None
             if turn < len(mine):
-                found = self._clean_features(level, origins[mine[turn]], boxes[mine[turn]], next(contexts))
+                found = self._clean_features(level, mine[turn], next(contexts))
                 self._count(level)
             for b, whole in kept.items():
-                part = None if found is None else found[b].unflatten(0, (videos, -1))
+                part = None if found is None else found[b]
                 for rows, got in tile_sharing.exchange(all_batches, turn, part, like.new_empty(videos, 0, *shape)):
                     whole[:, rows] = got
-        self.cache.finished.append(Finished(cover, boxes, {b: part.flatten(0, 1) for b, part in kept.items()}))
+        tiles = torch.arange(cover.tiles)
+        self.cache.finished.append(Finished(tiles, cover.boxes, {b: part.flatten(0, 1) for b, part in kept.items()}))
 
     def _count(self, level: int) -> None:
         """Reports a network call; those that only restore the features of an earlier run have no level's total."""
@@ -341,27 +338,28 @@ class _Run:
         tiles = extract_tiles(self.videos[level], origins, self.config.patch, backend=self.model.kernels)
         return tiles * self.config.signal_scale(level)
 
-    def _clean_features(self, level: int, origins: Tensor, boxes: Tensor, context: Context | None) -> dict[int, Tensor]:
-        """Features of tiles of a finished level for the levels above."""
-        tiles = self._clean_tiles(level, origins)
-        return self._network(level, tiles, boxes, 0.0, context, self.model.fusing_blocks(level + 1))[1]
+    def _clean_features(self, level: int, tiles: Tensor | slice, context: Context | None) -> dict[int, Tensor]:
+        """Features of tiles of a finished level for the levels above, per block ``[V, tiles, N, D]``."""
+        cover = self.tilings[level]
+        clean = self._clean_tiles(level, cover.origins[tiles])
+        found = self.model.level_features(*self._inputs(level, clean, cover.boxes[tiles], 0.0, context))
+        return {b: feature.unflatten(0, (self.cache.videos, -1)) for b, feature in found.items()}
 
-    def _input(self, level: int, tiles: Tensor, t: float) -> Tensor:
-        flat = tiles.flatten(0, 1)
-        time = torch.full((1,), t, device=self.device)
-        return network_input(flat, time, torch.full((1,), self.config.signal_scale(level), device=self.device))
+    def _denoise(self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None) -> Tensor:
+        """Gives v for tiles; on level 0 a model with self-conditioning starts from the latents of the call before."""
+        inputs = self._inputs(level, tiles, boxes, t, context)
+        if level > 0 or not self.config.self_conditioning:
+            return self.model.forward_level(*inputs)
+        v, self.latents = self.model.forward_level(*inputs, latents=self.latents, return_latents=True)
+        return v
 
-    def _network(
-        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, wanted: Sequence[int] = (),
-        carries: bool = False,
-    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-        """Gives v and features for tiles ``[B, n, C, f, h, w]``; rows ordered (guidance copy, video, tile).
-
-        A model with self-conditioning starts a call that ``carries`` from the latents of the last such call.
-        """
+    def _inputs(
+        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None
+    ) -> tuple[Tensor, int, Tensor, Tensor, Context | None, Tensor | None, Tensor | None, Tensor | None]:
+        """What the network wants for tiles ``[B, n, C, f, h, w]``; rows ordered (guidance copy, video, tile)."""
         videos, n = self.copies * len(self.seeds), tiles.shape[1]
-        inputs = (
-            self._input(level, tiles, t).repeat(self.copies, 1, 1, 1, 1),
+        return (
+            self._pixels(level, tiles, t).repeat(self.copies, 1, 1, 1, 1),
             level,
             boxes.repeat(videos, 1).to(self.device),
             torch.full((videos * n,), t, device=self.device),
@@ -369,12 +367,14 @@ class _Run:
             None if self.labels is None else self.labels.repeat_interleave(n),
             None if self.text is None else self.text.repeat_interleave(n, dim=0),
             None if self.text_mask is None else self.text_mask.repeat_interleave(n, dim=0),
-            wanted,
         )
-        if not (carries and self.config.self_conditioning):
-            return self.model.forward_level(*inputs)
-        v, features, self.latents = self.model.forward_level(*inputs, latents=self.latents, return_latents=True)
-        return v, features
+
+    def _pixels(self, level: int, tiles: Tensor, t: float) -> Tensor:
+        """Tiles ``[B, n, C, f, h, w]`` as the network's input ``[B * n, C, f, h, w]``."""
+        time = torch.full((1,), t, device=self.device)
+        return network_input(
+            tiles.flatten(0, 1), time, torch.full((1,), self.config.signal_scale(level), device=self.device)
+        )
 
 
 def _generator(seed: int, level: int) -> torch.Generator:
