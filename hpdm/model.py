@@ -338,7 +338,7 @@ class HPDM(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
     ) -> dict[int, Tensor]:
-        """What patches of a finished level give to the next level, and to all above it, as context.
+        """What patches of a finished level give to the levels above as context (paper section 4.5, cached inference).
 
         Args: as of :meth:`forward_level`, for clean patches.
 

@@ -121,7 +121,7 @@ def real_statistics(
     if kept is not None:
         return kept
     wanted = len(dataset) if count is None else min(count, len(dataset))
-    features, left_out = FeatureStatistics(), 0
+    features = FeatureStatistics()
     order = np.random.default_rng([dataset.seed, 0]).permutation(len(dataset)).tolist()
     with tqdm(total=wanted, desc="real clips", unit="clip", dynamic_ncols=True, disable=not ranks.is_first()) as bar:
         while order and features.count < wanted:
@@ -130,16 +130,17 @@ def real_statistics(
             batches = [order[first : min(first + batch, taken)] for first in range(0, taken, batch)]
             order = order[taken:]
             numbers = ranks.own(range(len(batches)))
-            for rows in ranks.merged({n: _features_of(dataset, batches[n], detector) for n in numbers}):
+            with ranks.together():
+                mine = {n: _features_of(dataset, batches[n], detector) for n in numbers}
+            for rows in ranks.merged(mine):
                 if len(rows):
                     features.update(rows)
                     bar.update(len(rows))
-        left_out = len(dataset) - len(order) - features.count
     if features.count < 2:
         raise ValueError(
             f"data: {dataset.root} has {features.count} good clip(s) of {dataset.frames} frames, expected >= 2"
         )
-    found = RealStatistics(features, left_out)
+    found = RealStatistics(features, left_out=len(dataset) - len(order) - features.count)
     with ranks.together():
         if path is not None and ranks.is_first():
             _write(path, identity, found)
