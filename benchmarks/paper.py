@@ -15,7 +15,7 @@ import torch
 from benchmarks import harness
 from hpdm import HPDMConfig, presets
 from hpdm.planning.measure import NoiseTraining
-from hpdm.planning.memory import training_step
+from hpdm.planning.training_cost import training_step
 
 CAP_BYTES = 80_000_000_000
 MOST_CLIPS = 64

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks import charts
 from benchmarks.tables import Result, Row, duration, header, markdown, memory, summary, text, tokens, where
-from hpdm.video import atomic_path
+from hpdm.files import atomic_path
 
 __all__ = ["block", "chart", "compare", "main", "markdown", "read", "splice", "summary", "text"]
 

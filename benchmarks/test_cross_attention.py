@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import peers, shapes
 from hpdm_kernels import cross_attention, reference
-from hpdm_kernels.read_tokens import read_tokens
+from hpdm_kernels.attention.read import read_tokens
 
 CUDA = torch.cuda.is_available()
 

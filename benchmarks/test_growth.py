@@ -5,7 +5,7 @@ runs. ``fuse_context``: 128 channels, two sources with as many tokens as the pat
 model has 1,024 channels, which changes the products' part, not the growth). ``cross_attention``: 768 latents, one head
 of width 64; heads are independent of each other. The paper's formulas stop at 2^16 tokens: beyond, their memory goes
 into gigabytes. The training step is that of HPDM-S at full resolution, one level and so no context, from 16x32x32 to
-64x256x256; nothing runs, :mod:`hpdm.planning.memory` counts, beyond weights, moments and their average.
+64x256x256; nothing runs, :mod:`hpdm.planning.training_cost` counts, beyond weights, moments and their average.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import harness, peers, shapes
 from benchmarks.tables import exponent
 from hpdm import presets
-from hpdm.planning.memory import training_step
+from hpdm.planning.training_cost import training_step
 from hpdm_kernels import cross_attention, fuse_context, reference
 
 GRIDS = ((16, 8, 8), (16, 16, 16), (16, 32, 32), (64, 32, 32), (64, 64, 64))

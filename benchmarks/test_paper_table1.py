@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from benchmarks import paper
-from hpdm.planning.memory import training_step
 from hpdm.planning.table1 import CELLS, Cell, size, table1
+from hpdm.planning.training_cost import training_step
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; predicted above")
 BASE = paper.base_config()

@@ -13,11 +13,11 @@ import torch
 
 from benchmarks import harness
 from hpdm import HPDM, HPDMConfig, presets
-from hpdm.model import Context
-from hpdm.sampling import tile_sharing
-from hpdm.sampling.context_cache import lineage
-from hpdm.sampling.plan import LevelPlan, sampling_plan
-from hpdm.sampling.sampler import Sampler, SamplerOptions, _Run
+from hpdm.patch import tile_sharing
+from hpdm.patch.context_cache import lineage
+from hpdm.patch.model import Context
+from hpdm.patch.sampler import Sampler, SamplerOptions, _Run
+from hpdm.planning.sampling_cost import LevelPlan, sampling_plan
 
 ROUNDS = 2
 

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks import harness
 from hpdm import HPDM, presets
-from hpdm.planning.memory import training_step
-from hpdm.training.objective import denoising_error
+from hpdm.patch.objective import denoising_error
+from hpdm.planning.training_cost import training_step
 from hpdm.training.optim import make_optimizer
 
 # Preset, batch, products: full fp32 or one TF32 pass.

@@ -10,12 +10,12 @@ from typing import Annotated
 
 import tyro
 
-from hpdm.data.command import DataCommand
-from hpdm.evaluation.evaluate import EvaluateOptions
-from hpdm.planning.plan import PlanCommand
-from hpdm.sampling.sample import SampleOptions
-from hpdm.training.export import ExportOptions
-from hpdm.training.train import TrainOptions
+from hpdm.commands.data import DataCommand
+from hpdm.commands.evaluate import EvaluateOptions
+from hpdm.commands.export import ExportOptions
+from hpdm.commands.plan import PlanCommand
+from hpdm.commands.sample import SampleOptions
+from hpdm.commands.train import TrainOptions
 
 Command = (
     Annotated[TrainOptions, tyro.conf.subcommand("train")]

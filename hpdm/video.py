@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import secrets
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,34 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+from hpdm.files import atomic_path
+
 Frames = Tensor | np.ndarray
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; renames it onto ``path`` on success, deletes it on failure.
-
-    The temporary name starts with a dot, which readers of folders skip, and keeps the suffix, which writers look at.
-
-    Raises:
-        FileNotFoundError: the folder of ``path`` does not exist.
-    """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: folder {path.parent} does not exist, cannot write {path.name}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 ``text`` to ``path`` atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def as_frames(name: str, frames: Frames) -> np.ndarray:

@@ -3,12 +3,12 @@
 Every op takes ``backend="auto" | "reference" | "torch" | "triton"``; see :mod:`hpdm_kernels._backend`.
 """
 
-from hpdm_kernels.context import footprint_size, fuse_context, fuse_projected, project_sources, sample_context
-from hpdm_kernels.cross_attention import cross_attention
-from hpdm_kernels.patches import sample_patches
-from hpdm_kernels.read_tokens import read_tokens
-from hpdm_kernels.tiles import average_tiles, extract_tiles
-from hpdm_kernels.tiles_accumulate import TileAccumulator
+from hpdm_kernels.attention.cross import cross_attention
+from hpdm_kernels.attention.read import read_tokens
+from hpdm_kernels.context.api import footprint_size, fuse_context, fuse_projected, project_sources, sample_context
+from hpdm_kernels.patches.api import sample_patches
+from hpdm_kernels.tiles.accumulator import TileAccumulator
+from hpdm_kernels.tiles.api import average_tiles, extract_tiles
 
 __all__ = [
     "TileAccumulator",

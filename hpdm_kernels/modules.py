@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from hpdm_kernels._backend import check_backend
-from hpdm_kernels.context import fuse_context, fuse_projected, project_sources
-from hpdm_kernels.cross_attention import cross_attention
-from hpdm_kernels.patches import sample_patches
-from hpdm_kernels.read_tokens import read_tokens
-from hpdm_kernels.tiles import average_tiles
+from hpdm_kernels.attention.cross import cross_attention
+from hpdm_kernels.attention.read import read_tokens
+from hpdm_kernels.context.api import fuse_context, fuse_projected, project_sources
+from hpdm_kernels.patches.api import sample_patches
+from hpdm_kernels.tiles.api import average_tiles
 
 
 class ContextFusion(nn.Module):
@@ -76,7 +76,7 @@ class ContextFusion(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.cross_attention`.
+    """Attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.attention.cross`.
 
     Args:
         query_width: width of the queries' rows.
@@ -84,7 +84,7 @@ class CrossAttention(nn.Module):
         width: attention width ``h * d``.
         out_width: width of the result, or ``None`` to return the concatenated heads (width ``width``) as they are.
         head_width: ``d``; ``width`` must be a multiple of it.
-        backend: see :func:`hpdm_kernels.cross_attention`. It never changes the parameters.
+        backend: see :func:`hpdm_kernels.attention.cross`. It never changes the parameters.
 
     Raises:
         ValueError: ``width`` is no multiple of ``head_width``, or the backend is unknown.
@@ -124,7 +124,7 @@ class CrossAttention(nn.Module):
             context: rows that are read; several tensors are read as if they were concatenated.
             key_mask: ``[B, N]`` bool, true where the context may be read.
             recompute: keys and values are computed again in backward instead of being kept, see
-                :func:`hpdm_kernels.read_tokens`.
+                :func:`hpdm_kernels.attention.read`.
         """
         q = _split_heads(self.to_q(queries), self.heads)
         if recompute:
@@ -138,12 +138,12 @@ class CrossAttention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused projection, over :func:`hpdm_kernels.cross_attention`.
+    """Multi-head self-attention with one fused projection, over :func:`hpdm_kernels.attention.cross`.
 
     Args:
         width: width of the rows, and ``h * d``.
         head_width: ``d``; ``width`` must be a multiple of it.
-        backend: see :func:`hpdm_kernels.cross_attention`.
+        backend: see :func:`hpdm_kernels.attention.cross`.
 
     Raises:
         ValueError: ``width`` is no multiple of ``head_width``, or the backend is unknown.

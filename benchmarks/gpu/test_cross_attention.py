@@ -6,7 +6,7 @@ import torch
 from benchmarks.gpu.checks import ARITHMETIC, check, needs_cuda
 from benchmarks.harness import products_in
 from hpdm_kernels import cross_attention, reference
-from hpdm_kernels.read_tokens import read_tokens
+from hpdm_kernels.attention.read import read_tokens
 
 pytestmark = needs_cuda
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from hpdm.data.decode import Member
 from hpdm.data.layout import SUFFIXES, VideoFile, read_class_index, read_text
-from hpdm.video import write_text
+from hpdm.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hpdm.data.layout import CAPTIONS_FILE, SPLIT_FOLDER
-from hpdm.video import write_text, write_video
+from hpdm.files import write_text
+from hpdm.video import write_video
 
 RADIUS = (0.36, 0.40)
 """Half of an object's extent, from the smallest to the largest, as shares of the picture's shorter side."""

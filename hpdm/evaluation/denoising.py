@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hpdm import ranks
+from hpdm import distributed
 from hpdm.data.clips import VideoDataset
-from hpdm.model import HPDM
-from hpdm.text.embeddings import EmbeddingStore
+from hpdm.patch.model import HPDM
+from hpdm.patch.objective import denoising_error
+from hpdm.text import EmbeddingStore
 from hpdm.training.batches import collate, noise_generator
-from hpdm.training.objective import denoising_error
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def evaluate_denoising(
     edges = [i / bins for i in range(bins + 1)]
     times = list(pairwise(edges))
     errors = {}
-    own = ranks.own(range(0, count, batch))
-    for first in tqdm(own, unit="batch", dynamic_ncols=True, disable=not ranks.is_first()):
+    own = distributed.shard(range(0, count, batch))
+    for first in tqdm(own, unit="batch", dynamic_ncols=True, disable=not distributed.is_first()):
         found = collate([dataset[i] for i in chosen[first : first + batch]], embeddings)
         video = found["video"].to(device)
         labels = found["labels"].to(device) if config.conditioning == "class" else None
@@ -62,7 +62,7 @@ def evaluate_denoising(
             generator = noise_generator(seed, first * bins + n)
             of_times.append(denoising_error(model, video, labels, generator, span, **text).double().sum(0).cpu())
         errors[first] = torch.stack(of_times, dim=1)
-    total = torch.stack(ranks.merged(errors)).sum(0)
+    total = torch.stack(distributed.gather(errors)).sum(0)
     return {"clips": count, "times": times, "error": (total / count).tolist()}
 
 

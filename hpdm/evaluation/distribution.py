@@ -39,11 +39,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hpdm import ranks
+from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score
-from hpdm.video import atomic_path
+from hpdm.files import atomic_path
 
 T = TypeVar("T")
 
@@ -113,26 +113,28 @@ def real_statistics(
     identity = _identity(dataset, detector, count)
     path = None if folder is None else folder / f"real-{_digest(identity)[:16]}.npz"
     kept = None
-    with ranks.together():
-        if path is not None and ranks.is_first() and path.is_file():
+    with distributed.raise_on_all_ranks():
+        if path is not None and distributed.is_first() and path.is_file():
             logger.info("features of real clips from %s", path)
             kept = _read(path, identity)
-    kept = ranks.from_first(kept)
+    kept = distributed.broadcast(kept)
     if kept is not None:
         return kept
     wanted = len(dataset) if count is None else min(count, len(dataset))
     features = FeatureStatistics()
     order = np.random.default_rng([dataset.seed, 0]).permutation(len(dataset)).tolist()
-    with tqdm(total=wanted, desc="real clips", unit="clip", dynamic_ncols=True, disable=not ranks.is_first()) as bar:
+    with tqdm(
+        total=wanted, desc="real clips", unit="clip", dynamic_ncols=True, disable=not distributed.is_first()
+    ) as bar:
         while order and features.count < wanted:
             # A round: as many clips as are still missing, but no more than a batch for each process.
-            taken = min(wanted - features.count, batch * ranks.world()[1])
+            taken = min(wanted - features.count, batch * distributed.world_size())
             batches = [order[first : min(first + batch, taken)] for first in range(0, taken, batch)]
             order = order[taken:]
-            numbers = ranks.own(range(len(batches)))
-            with ranks.together():
+            numbers = distributed.shard(range(len(batches)))
+            with distributed.raise_on_all_ranks():
                 mine = {n: _features_of(dataset, batches[n], detector) for n in numbers}
-            for rows in ranks.merged(mine):
+            for rows in distributed.gather(mine):
                 if len(rows):
                     features.update(rows)
                     bar.update(len(rows))
@@ -141,8 +143,8 @@ def real_statistics(
             f"data: {dataset.root} has {features.count} good clip(s) of {dataset.frames} frames, expected >= 2"
         )
     found = RealStatistics(features, left_out=len(dataset) - len(order) - features.count)
-    with ranks.together():
-        if path is not None and ranks.is_first():
+    with distributed.raise_on_all_ranks():
+        if path is not None and distributed.is_first():
             _write(path, identity, found)
     return found
 
@@ -189,7 +191,7 @@ def evaluate_distribution(
         found = nothing if detector is None else detector(videos).numpy()
         guessed = nothing if classifier is None else classifier(videos).numpy()
         rows |= {number: (found[i], guessed[i]) for i, (number, _) in enumerate(some)}
-    made = ranks.merged(rows)
+    made = distributed.gather(rows)
     result: dict[str, Any] = {"generated": len(made), "frames": frames}
     if detector is not None and real is not None:
         features = FeatureStatistics()

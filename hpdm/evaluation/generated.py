@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from hpdm import ranks
+from hpdm import distributed
 from hpdm.data.decode import probe, read_clip
 from hpdm.data.layout import find_videos
-from hpdm.sampling.sampler import Sampler
+from hpdm.patch.sampler import Sampler
 from hpdm.video import to_uint8
 
 
@@ -32,11 +32,11 @@ def sample_clips(
         count: number of videos.
         batch: videos sampled at a time. A video depends on its own seed and class alone (up to rounding).
     """
-    batches = ranks.own([range(first, min(first + batch, count)) for first in range(0, count, batch)])
+    batches = distributed.shard([range(first, min(first + batch, count)) for first in range(0, count, batch)])
     with _bar(sum(len(numbers) for numbers in batches)) as bar:
         for numbers in batches:
             own = None if labels is None else torch.tensor([labels[n] for n in numbers])
-            with ranks.alone():
+            with distributed.single_process():
                 videos = to_uint8(sampler([first_seed + n for n in numbers], own)[-1])
             bar.update(len(numbers))
             yield from zip(numbers, videos)
@@ -76,7 +76,7 @@ def read_generated(files: Sequence[Path], frames: int, size: tuple[int, int]) ->
         ValueError: a video that is shorter or of another size than (height, width).
         DecodeError: a damaged video.
     """
-    numbers = ranks.own(range(len(files)))
+    numbers = distributed.shard(range(len(files)))
     with _bar(len(numbers)) as bar:
         for number in numbers:
             yield number, _read_frames(files[number], frames, size)
@@ -96,4 +96,4 @@ def _read_frames(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
 
 def _bar(total: int) -> tqdm:
     """Progress of the first process; the others have as much to do."""
-    return tqdm(total=total, unit="video", dynamic_ncols=True, disable=not ranks.is_first())
+    return tqdm(total=total, unit="video", dynamic_ncols=True, disable=not distributed.is_first())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from hpdm import ranks
+from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.data.decode import probe
 from hpdm.data.synthetic import CLASSES
@@ -90,7 +90,7 @@ def evaluate_motion(
     about = read_synthetic_set(dataset)
     steps, count = dataset.offsets(about.fps), min(real, len(dataset))
     measured = {}
-    for number in ranks.own(range(count)):
+    for number in distributed.shard(range(count)):
         item = dataset[number * len(dataset) // count]
         name = dataset.class_names[item["label"]]
         score = score_clip(item["video"].permute(1, 2, 3, 0).numpy(), name, steps)
@@ -101,8 +101,8 @@ def evaluate_motion(
         numbers = item["start"] + steps
         true = np.array(record["position"])[numbers % len(record["position"])] * about.scale
         measured[number] = score, name, np.hypot(*(score.position - true).T)
-    scores, asked, errors = zip(*ranks.merged(measured))
-    made = ranks.merged(
+    scores, asked, errors = zip(*distributed.gather(measured))
+    made = distributed.gather(
         {number: score_clip(clip.permute(1, 2, 3, 0).numpy(), names[number], steps) for number, clip in generated}
     )
     error = np.concatenate(errors)

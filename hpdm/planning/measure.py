@@ -1,4 +1,4 @@
-"""The memory of a real training step, to hold the predictions of :mod:`hpdm.planning.memory` against.
+"""The memory of a real training step, to hold the predictions of :mod:`hpdm.planning.training_cost` against.
 
 A process of its own, so that nothing else counts. On the CPU the growth of peak resident memory over what the process
 held before it built the model; the C library is told to give memory back at once (``MALLOC_*``), or what was freed
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpdm.config import HPDMConfig
-from hpdm.model import HPDM
-from hpdm.planning.memory import TEXT_TOKENS
-from hpdm.pyramid import sample_boxes
+from hpdm.patch.boxes import sample_boxes
+from hpdm.patch.config import HPDMConfig
+from hpdm.patch.model import HPDM
+from hpdm.planning.training_cost import TEXT_TOKENS
 from hpdm.training.optim import EMA, make_optimizer
 
 # Storages of 64 KiB and more come from the system and go back to it when freed.
@@ -43,8 +43,8 @@ def measured_step(
     """Peak memory in bytes of the second training step of a run, in a process of its own.
 
     Args:
-        config, batch, kernels, recompute, precision, optimizer: as for :func:`hpdm.planning.memory.training_step`, with
-            every backend for ``kernels``.
+        config, batch, kernels, recompute, precision, optimizer: as for
+            :func:`hpdm.planning.training_cost.training_step`, with every backend for ``kernels``.
         device: ``"auto"`` takes CUDA when there is one.
 
     Raises:
@@ -88,7 +88,7 @@ class NoiseTraining:
     Args:
         config: the model.
         device: where it trains.
-        kernels, recompute: as for :class:`hpdm.model.HPDM`.
+        kernels, recompute: as for :class:`hpdm.patch.model.HPDM`.
         precision: ``"fp32"`` or ``"bf16"``.
         optimizer: ``"adamw"`` or ``"lamb"``.
         compiled: whether the model runs under ``torch.compile``.

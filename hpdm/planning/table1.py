@@ -9,9 +9,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from hpdm.config import HPDMConfig
-from hpdm.planning.memory import StepCost, training_step
-from hpdm.rin import Recompute
+from hpdm.patch.config import HPDMConfig
+from hpdm.patch.rin import Recompute
+from hpdm.planning.training_cost import StepCost, training_step
 
 Triple = tuple[int, int, int]
 

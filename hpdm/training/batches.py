@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from hpdm import ranks
+from hpdm import distributed
 from hpdm.data.clips import ClipItem, ClipKey, ClipSampler, VideoDataset
 from hpdm.data.loader import load
-from hpdm.text.embeddings import EmbeddingStore, collate_text
+from hpdm.text import EmbeddingStore, collate_text
 
 
 class Batch(dict[str, Any]):
@@ -56,7 +56,7 @@ class MicroBatches(Sampler[list[ClipKey]]):
     """
 
     def __init__(self, clips: int, batch: int, micro: int, seed: int, start: int = 0) -> None:
-        self.rank, processes = ranks.world()
+        self.rank, processes = (distributed.rank(), distributed.world_size())
         if batch % (processes * micro):
             raise ValueError(
                 f"batch: got {batch}, expected a multiple of {processes} process(es) times the micro-batch, {micro}"

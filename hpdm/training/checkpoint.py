@@ -28,29 +28,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hpdm import ranks
-from hpdm.config import HPDMConfig
-from hpdm.model import HPDM
+from hpdm import distributed
+from hpdm.files import atomic_path, write_json
+from hpdm.patch.config import HPDMConfig
+from hpdm.patch.model import HPDM
 from hpdm.training.optim import EMA
-from hpdm.video import atomic_path
 
 FORMAT = 2
 """1 had one file for the weights, one for their average and one for the optimizer, all of one process."""
 _STEP = re.compile(r"step-(\d{8})")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON to a temporary file, then renames it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -82,8 +68,8 @@ def save_checkpoint(
     folder = run / "checkpoints"
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.tmp"
-    first = ranks.is_first()
-    with ranks.together():
+    first = distributed.is_first()
+    with distributed.raise_on_all_ranks():
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
@@ -91,7 +77,7 @@ def save_checkpoint(
     try:
         for part, tensors in _parts(model, ema, optimizer).items():
             _save_tensors(tensors, temporary / part)
-        with ranks.together():
+        with distributed.raise_on_all_ranks():
             if first:
                 files = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.glob("*/*"))}
                 state = {"format": FORMAT, "step": step, "ema_updates": ema.updates, "files": files}
@@ -278,7 +264,7 @@ def _parts(model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict
 
 
 def _alone() -> bool:
-    return ranks.world()[1] == 1
+    return distributed.world_size() == 1
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hpdm import ranks
-from hpdm.model import HPDM
+from hpdm import distributed
+from hpdm.patch.model import HPDM
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -34,7 +34,7 @@ def parallelise(model: HPDM, how: Parallel, device: torch.device, compiled: bool
         device: this process's.
         compiled: compile the network, whole or, where blocks are sharded, block by block.
     """
-    count = ranks.world()[1]
+    count = distributed.world_size()
     sharded = count > 1 and how == "fsdp"
     if compiled:
         for part in model.rin_blocks if sharded else [model]:

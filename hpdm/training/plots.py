@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from hpdm.video import atomic_path
+from hpdm.files import atomic_path
 
 
 def read_log(run: Path) -> list[dict[str, float]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from hpdm import ranks
-from hpdm.video import atomic_path, write_text
+from hpdm import distributed
+from hpdm.files import atomic_path, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def profiled(steps: int, folder: Path) -> Iterator[Callable[[], None]]:
 
     Writes ``folder/trace.json`` and ``folder/summary.txt`` as soon as they are recorded.
     """
-    if steps == 0 or not ranks.is_first():
+    if steps == 0 or not distributed.is_first():
         yield lambda: None
         return
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]

@@ -15,26 +15,26 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
-from hpdm import ranks
-from hpdm.config import HPDMConfig
+from hpdm import distributed
 from hpdm.data.clips import VideoDataset
-from hpdm.model import HPDM
-from hpdm.presets import Recipe
-from hpdm.sampling.sampler import Sampler, SamplerOptions
-from hpdm.text.embeddings import EmbeddingStore
+from hpdm.patch.base_model import load_base
+from hpdm.patch.config import HPDMConfig
+from hpdm.patch.model import HPDM
+from hpdm.patch.objective import denoising_error
+from hpdm.patch.presets import Recipe
+from hpdm.patch.sampler import Sampler, SamplerOptions
+from hpdm.text import EmbeddingStore
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
 from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
-from hpdm.training.finetune import load_base
 from hpdm.training.log import Reports
-from hpdm.training.objective import denoising_error
 from hpdm.training.optim import EMA, learning_rate, make_optimizer
 from hpdm.training.parallel import gradients_averaged, parallelise
 from hpdm.training.profiling import profiled
-from hpdm.training.stop import Stop
+from hpdm.training.shutdown import Stop
 from hpdm.video import to_uint8, write_contact_sheet
 
 if TYPE_CHECKING:
-    from hpdm.training.train import TrainOptions
+    from hpdm.commands.train import TrainOptions
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +66,14 @@ class Trainer:
         self.model = HPDM(config, options.kernels, options.recompute).to(device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         checkpoints = list_checkpoints(options.out)
-        with ranks.together():
+        with distributed.raise_on_all_ranks():
             if options.base is not None and not checkpoints:
                 load_base(self.model, options.base)
         self.network = parallelise(self.model, recipe.parallel, device, options.compile)
         self.optimizer = make_optimizer(self.model, recipe.optimizer, recipe.lr, recipe.weight_decay)
         self.ema = EMA(self.model, recipe.ema)
         self.step = 0
-        with ranks.together():
+        with distributed.raise_on_all_ranks():
             if checkpoints:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer)
             elif options.init is not None:
@@ -82,12 +82,12 @@ class Trainer:
         self.batches = MicroBatches(len(dataset), recipe.batch, micro_batch, options.seed, self.step)
 
     def fit(self) -> None:
-        """Steps, logs and saves to the recipe's last step; see :func:`hpdm.training.train.train` for what it raises."""
+        """Steps, logs and saves to the recipe's last step; see :func:`hpdm.commands.train.train` for what it raises."""
         options, last = self.options, self.recipe.steps
-        rank, processes = ranks.world()
+        rank, processes = (distributed.rank(), distributed.world_size())
         self.model.train()
         clips = loader(self.dataset, self.batches, options.workers, self.device, self.embeddings)
-        with ranks.together():
+        with distributed.raise_on_all_ranks():
             folder = options.out if rank == 0 else None
             reports = Reports(folder, options.log, self.step, last, self.recipe.batch)
         with (
@@ -104,7 +104,7 @@ class Trainer:
                 stepped()
                 logged = self.step % options.log_every == 0 or self.step == last
                 if logged:
-                    losses = ranks.mean(losses)
+                    losses = distributed.mean(losses)
                     reports.write(_row(self.step, losses, whole(norm), rate))
                     self.check(losses)
                 if self.step % options.save_every == 0 or self.step == last:
@@ -112,7 +112,7 @@ class Trainer:
                 if options.sample_every and self.step % options.sample_every == 0:
                     self.sample_grid()
                 # Asking the others means waiting for them: only where the loss is looked at anyway.
-                if (logged or processes == 1) and ranks.any_of(stop.asked) and self.step < last:
+                if (logged or processes == 1) and distributed.any_rank(stop.asked) and self.step < last:
                     self.save()
                     logger.warning("stopped at step %d; the same command resumes", self.step)
                     raise KeyboardInterrupt
@@ -189,7 +189,7 @@ class Trainer:
         labels = torch.arange(count) if config.conditioning == "class" else None
         sampler = Sampler(averaged, SamplerOptions(steps=self.options.sample_steps, overlap="none"))
         videos = sampler(range(count), labels)[-1]
-        if ranks.is_first():
+        if distributed.is_first():
             folder = self.options.out / "samples"
             folder.mkdir(parents=True, exist_ok=True)
             write_contact_sheet(folder / f"step-{self.step:08d}.png", list(to_uint8(videos)))

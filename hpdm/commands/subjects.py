@@ -1,0 +1,96 @@
+"""What videos are asked for: a class or a prompt each, and what the sampler takes in their place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpdm.text import EmbeddingStore, TextEncoder, collate_text
+
+STEM_LENGTH = 48
+"""Characters of a prompt in a file's name, which systems bound in bytes, of which a character takes up to four."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one video is to show."""
+
+    caption: str
+    """Name of a class, a prompt, or "video"."""
+    stem: str
+    """The caption as part of a file's name."""
+    label: int | None = None
+    text: Tensor | None = None
+    """Embedding of the prompt ``[S, W]``."""
+
+
+def subjects_of_classes(asked: Sequence[str], names: Sequence[str], count: int) -> list[Subject]:
+    """The classes that were asked for in turn, all if none were; "video" for a run without classes.
+
+    Raises:
+        ValueError: a class that the run does not have.
+    """
+    numbers = []
+    for name in asked:
+        if name in names:
+            numbers.append(names.index(name))
+        elif name.isdecimal() and int(name) < len(names):
+            numbers.append(int(name))
+        else:
+            raise ValueError(
+                f"classes: got {name!r}, expected one of {', '.join(names) or 'none (the run has no classes)'}"
+            )
+    numbers = numbers or list(range(len(names)))
+    if not numbers:
+        return [Subject("video", "video")] * count
+    chosen = [numbers[i % len(numbers)] for i in range(count)]
+    return [Subject(names[n], names[n], label=n) for n in chosen]
+
+
+def subjects_of_prompts(prompts: Sequence[str], texts: Sequence[Tensor], count: int) -> list[Subject]:
+    """The prompts in turn, with their embeddings."""
+    made = [Subject(prompt, stem_of(prompt), text=text) for prompt, text in zip(prompts, texts)]
+    return [made[i % len(made)] for i in range(count)]
+
+
+def embed_prompts(
+    prompts: Sequence[str], width: int, encoder: str | None, embeddings: Path | None, device: torch.device
+) -> list[Tensor]:
+    """Embeddings of the prompts, each ``[S_i, width]`` on the CPU: from an encoder, or from a store that has them.
+
+    Raises:
+        ImportError, OSError, ValueError: as :class:`~hpdm.text.TextEncoder` and
+            :class:`~hpdm.text.EmbeddingStore`; another width; neither encoder nor store.
+    """
+    if encoder is not None:
+        loaded = TextEncoder(encoder, device=device)
+        if loaded.info.width != width:
+            raise ValueError(f"encoder: {encoder} has width {loaded.info.width}, expected config.text_width = {width}")
+        return loaded(prompts)
+    if embeddings is not None:
+        store = EmbeddingStore(embeddings, width)
+        return [store[prompt] for prompt in prompts]
+    raise ValueError("prompts: got neither encoder nor embeddings, expected one of them")
+
+
+def conditions(subjects: Sequence[Subject]) -> dict[str, Any]:
+    """Arguments for :class:`hpdm.patch.sampler.Sampler` that ask for one video of each."""
+    labels = [subject.label for subject in subjects if subject.label is not None]
+    texts = [subject.text for subject in subjects if subject.text is not None]
+    if texts:
+        return dict(zip(("text", "text_mask"), collate_text(texts)))
+    return {"labels": torch.tensor(labels)} if labels else {}
+
+
+def stem_of(prompt: str) -> str:
+    """The words of a prompt for a file's name, cut behind a word: ``"A red disc!" -> "a-red-disc"``."""
+    stem = "-".join(re.findall(r"\w+", prompt.lower()))
+    if len(stem) > STEM_LENGTH:
+        stem = stem[: STEM_LENGTH + 1].rpartition("-")[0] or stem[:STEM_LENGTH]
+    return stem or "no-text"

@@ -1,1 +1,0 @@
-"""From weights to videos: level by level, tile by tile, with cached context."""

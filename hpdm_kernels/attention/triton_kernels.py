@@ -1,0 +1,360 @@
+"""Kernels of :mod:`hpdm_kernels.attention.cross`, which launches them.
+
+Forward: one program holds ``BLOCK_M`` queries and walks over the keys with the online softmax, so the ``M x N`` scores
+never reach memory. Backward: two kernels take the scores again from the log-sum-exp; one holds queries and walks over
+keys (dQ), the other holds keys and walks over queries (dK, dV). Each output element has one writer: no atomics.
+
+A walk may be cut into ranges, one program each, whose partial results are fp32. Those of the forward are weighed by
+their log-sum-exps in the combine kernel; those of the backward are added up. Both happen in a fixed order.
+
+A mask may hide keys. A query whose scores are all -inf, hidden or not, gets zeros, as in PyTorch's attention.
+"""
+
+# Kernels' arguments have Triton's types, not Python's.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from hpdm_kernels._triton import jit, tl
+
+
+@jit
+def _load_rows(
+    ptr,
+    stride,
+    start,
+    size,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Rows ``start ... start + ROWS - 1`` of a ``[size, WIDTH]`` matrix as ``[ROWS, BLOCK_D]``, zero outside of it."""
+    rows = start + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    if EVEN and WIDTH == BLOCK_D:
+        tile = tl.load(ptrs)
+    elif EVEN:
+        tile = tl.load(ptrs, mask=(cols < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs, mask=(rows < size)[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    return tile
+
+
+@jit
+def _store_rows(
+    ptr,
+    tile,
+    row0,
+    stride,
+    start,
+    size,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Stores ``tile`` as rows ``row0 + start * stride ...`` of a contiguous matrix of ``WIDTH`` columns."""
+    rows = start + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    ptrs = ptr + (row0 + rows.to(tl.int64) * stride)[:, None] * WIDTH + cols[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(rows < size)[:, None] & (cols < WIDTH)[None, :])
+
+
+@jit
+def _load_lse(ptrs, inside):
+    """Log-sum-exps; of a query whose scores are all -inf, +inf: its weights ``exp2(s - lse)`` are then 0, not NaN."""
+    lse = tl.load(ptrs, mask=inside, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse)
+
+
+@jit
+def cross_attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
+    out_ptr,  # [splits, B, M, h, d]
+    lse_ptr,  # [splits, B, h, M], base 2
+    stride_q_b,
+    stride_q_h,
+    stride_q_m,
+    stride_k_b,
+    stride_k_h,
+    stride_k_n,
+    stride_v_b,
+    stride_v_h,
+    stride_v_n,
+    stride_bias_b,
+    batch,
+    heads,
+    queries,
+    keys,
+    keys_per_split,
+    scale_log2,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = pid % blocks * BLOCK_M
+    group = (pid // blocks).to(tl.int64)
+    head = group % heads
+    sample = group // heads % batch
+    first = (group // heads // batch).to(tl.int32) * keys_per_split
+
+    k_ptr += sample * stride_k_b + head * stride_k_h
+    v_ptr += sample * stride_v_b + head * stride_v_h
+    if bias_ptr is not None:
+        bias_ptr += sample * stride_bias_b
+    q_ptr += sample * stride_q_b + head * stride_q_h
+    q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start_n in range(first, tl.minimum(first + keys_per_split, keys), BLOCK_N):
+        k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if bias_ptr is not None:
+            s += tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))[None, :]
+        elif not EVEN:
+            s = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, axis=1))
+        # A row whose scores so far are all -inf has weight 0, not exp2(-inf + inf).
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(p, axis=1)
+        v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+
+    # group counts (split, sample, head); the row of (split, sample, m, head) in out:
+    row0 = group // heads * queries * heads + head
+    out = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
+    _store_rows(out_ptr, out, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    tl.store(lse_ptr + group * queries + rows, top + tl.log2(total), mask=rows < queries)
+
+
+@jit
+def cross_attention_combine_kernel(
+    part_ptr,  # [splits, B, M, h, d]
+    part_lse_ptr,  # [splits, B, h, M]
+    out_ptr,  # [B, M, h, d]
+    lse_ptr,  # [B, h, M]
+    batch,
+    heads,
+    queries,
+    splits,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    blocks = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0)
+    group = (pid // blocks).to(tl.int64)
+    start_m = pid % blocks * BLOCK_M
+    rows = start_m + tl.arange(0, BLOCK_M)
+    inside = rows < queries
+    sample = group // heads
+    head = group % heads
+
+    # One pass: the running maximum of the parts' log-sum-exps plays the part of the running maximum of scores.
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for split in range(0, splits):
+        lse = tl.load(part_lse_ptr + (split * batch * heads + group) * queries + rows, mask=inside, other=0.0)
+        first_row = (split * batch + sample) * queries * heads + head
+        part = _load_rows(part_ptr + first_row * WIDTH, heads * WIDTH, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, False)
+        new_top = tl.maximum(top, lse, propagate_nan=tl.PropagateNan.ALL)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(lse - base)
+        shrink = tl.exp2(top - base)
+        total = total * shrink + weight
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        top = new_top
+    row0 = sample * queries * heads + head
+    out = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
+    _store_rows(out_ptr, out, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+    tl.store(lse_ptr + group * queries + rows, top + tl.log2(total), mask=inside)
+
+
+@jit
+def cross_attention_bwd_q_kernel(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
+    out_ptr,
+    lse_ptr,  # [B, h, M]
+    delta_ptr,  # [B, h, M], written: rowsum(grad * out)
+    grad_q_ptr,  # [splits, B, M, h, d], written
+    stride_g_b,
+    stride_g_h,
+    stride_g_m,
+    stride_q_b,
+    stride_q_h,
+    stride_q_m,
+    stride_k_b,
+    stride_k_h,
+    stride_k_n,
+    stride_v_b,
+    stride_v_h,
+    stride_v_n,
+    stride_o_b,
+    stride_o_h,
+    stride_o_m,
+    stride_bias_b,
+    batch,
+    heads,
+    queries,
+    keys,
+    keys_per_split,
+    scale,
+    scale_log2,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0)
+    start_m = pid % blocks * BLOCK_M
+    group = (pid // blocks).to(tl.int64)
+    head = group % heads
+    sample = group // heads % batch
+    split = (group // heads // batch).to(tl.int32)
+    first = split * keys_per_split
+
+    rows = start_m + tl.arange(0, BLOCK_M)
+    inside = rows < queries
+    row_of = (sample * heads + head) * queries + rows
+    grad_ptr += sample * stride_g_b + head * stride_g_h
+    grad = _load_rows(grad_ptr, stride_g_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+    out_ptr += sample * stride_o_b + head * stride_o_h
+    out = _load_rows(out_ptr, stride_o_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+    if split == 0:
+        tl.store(delta_ptr + row_of, delta, mask=inside)
+    lse = _load_lse(lse_ptr + row_of, inside)
+    q_ptr += sample * stride_q_b + head * stride_q_h
+    q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+    k_ptr += sample * stride_k_b + head * stride_k_h
+    v_ptr += sample * stride_v_b + head * stride_v_h
+    if bias_ptr is not None:
+        bias_ptr += sample * stride_bias_b
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start_n in range(first, tl.minimum(first + keys_per_split, keys), BLOCK_N):
+        k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if bias_ptr is not None:
+            s += tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))[None, :]
+        p = tl.exp2(s - lse[:, None])
+        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None])
+        if bias_ptr is None and not EVEN:
+            # Absent keys are rows of zeros, but exp2(-lse) times -delta need not be finite.
+            ds = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], ds, 0.0)
+        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+
+    row0 = group // heads * queries * heads + head
+    _store_rows(grad_q_ptr, acc * scale, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+
+
+@jit
+def cross_attention_bwd_kv_kernel(
+    grad_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
+    lse_ptr,  # [B, h, M]
+    delta_ptr,  # [B, h, M]
+    grad_k_ptr,  # [splits, B, N, h, d], written
+    grad_v_ptr,  # [splits, B, N, h, d], written
+    stride_g_b,
+    stride_g_h,
+    stride_g_m,
+    stride_q_b,
+    stride_q_h,
+    stride_q_m,
+    stride_k_b,
+    stride_k_h,
+    stride_k_n,
+    stride_v_b,
+    stride_v_h,
+    stride_v_n,
+    stride_bias_b,
+    batch,
+    heads,
+    queries,
+    keys,
+    queries_per_split,
+    scale,
+    scale_log2,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(keys, BLOCK_N)
+    pid = tl.program_id(0)
+    start_n = pid % blocks * BLOCK_N
+    group = (pid // blocks).to(tl.int64)
+    head = group % heads
+    sample = group // heads % batch
+    first = (group // heads // batch).to(tl.int32) * queries_per_split
+
+    k_ptr += sample * stride_k_b + head * stride_k_h
+    v_ptr += sample * stride_v_b + head * stride_v_h
+    k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+    v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+    grad_ptr += sample * stride_g_b + head * stride_g_h
+    q_ptr += sample * stride_q_b + head * stride_q_h
+    lse_ptr += (sample * heads + head) * queries
+    delta_ptr += (sample * heads + head) * queries
+    if bias_ptr is not None:
+        bias_ptr += sample * stride_bias_b
+        bias = tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))
+
+    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start_m in range(first, tl.minimum(first + queries_per_split, queries), BLOCK_M):
+        rows = start_m + tl.arange(0, BLOCK_M)
+        inside = rows < queries
+        q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+        grad = _load_rows(grad_ptr, stride_g_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+        lse = _load_lse(lse_ptr + rows, inside)
+        delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
+        # Transposed scores: keys are rows, so both accumulators are left operands' rows.
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+        if bias_ptr is not None:
+            s += bias[:, None]
+        p = tl.exp2(s - lse[None, :])
+        if not EVEN:
+            # Absent queries are rows of zeros, but an infinite key or value would make NaN of them.
+            p = tl.where(inside[None, :], p, 0.0)
+        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if not EVEN:
+            ds = tl.where(inside[None, :], ds, 0.0)
+        grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
+
+    row0 = group // heads * keys * heads + head
+    _store_rows(grad_k_ptr, grad_k * scale, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
+    _store_rows(grad_v_ptr, grad_v, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)

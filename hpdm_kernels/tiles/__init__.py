@@ -1,0 +1,1 @@
+"""Tiles of a video: extraction, and averaging where they overlap (paper section 4.4)."""

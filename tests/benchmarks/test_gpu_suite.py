@@ -1,0 +1,489 @@
+"""The GPU suite without a GPU: order, budgets, resuming, merging, the roofline, and the runner without pytest.
+
+Clock and processes are made up: a piece is a list of what it reports and how long it takes.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness
+from benchmarks.gpu import __main__ as command_line
+from benchmarks.gpu import roofline, summary, test_ops
+from benchmarks.gpu import suite as suite_module
+from benchmarks.gpu.pieces import CHECKS, Piece, all_pieces, timings
+from benchmarks.gpu.suite import Suite, command, read
+
+ROOT = Path(__file__).parents[2]
+CEILINGS = {
+    "copy_gbs": 4000.0, "matmul_fp32_tflops": 50.0, "matmul_tf32_tflops": 400.0, "matmul_bf16_tflops": 800.0
+}  # fmt: skip
+
+
+class FakeClock:
+    def __init__(self):
+        self.time = 1000.0
+
+    def now(self):
+        return self.time
+
+    def sleep(self, seconds):
+        self.time += seconds
+
+
+@dataclasses.dataclass
+class Script:
+    """What a made-up piece does."""
+
+    seconds: float
+    outcomes: tuple[str, ...] = ("passed",)
+    rows: tuple[dict, ...] = ()
+    status: int = 0
+    done: bool = True
+    reports: bool = True
+
+
+class FakeProcess:
+    def __init__(self, script, partial, clock, log, name):
+        self.script, self.partial, self.clock, self.log, self.name = script, partial, clock, log, name
+        self.end = clock.now() + script.seconds
+        log.append(("start", name, clock.now()))
+        if script.reports:
+            self.report(done=False)
+
+    def report(self, done):
+        tests = [
+            {"id": f"{self.name}::{n}", "outcome": outcome, "message": "boom" if outcome == "failed" else "",
+             "error_of_budget": 0.25 * (n + 1), "repeats": True}
+            for n, outcome in enumerate(self.script.outcomes)
+        ]  # fmt: skip
+        part = {"done": done, "tests": tests, "rows": list(self.script.rows), "ceilings": CEILINGS}
+        self.partial.write_text(json.dumps(part))
+
+    def poll(self):
+        if self.clock.now() < self.end:
+            return None
+        if self.script.reports:
+            self.report(self.script.done)
+        return self.script.status
+
+    def kill(self):
+        self.log.append(("kill", self.name, self.clock.now()))
+
+    def output(self):
+        return f"output of {self.name}"
+
+
+class Machine:
+    """Made-up pieces on a made-up machine; ``log`` says what was started and killed, and when."""
+
+    def __init__(self, folder, scripts):
+        self.folder, self.scripts = folder, scripts
+        self.clock, self.log, self.lines = FakeClock(), [], []
+
+    def start(self, piece, partial):
+        return FakeProcess(self.scripts[piece.name], partial, self.clock, self.log, piece.name)
+
+    def suite(self, pieces, **options):
+        options = {"limit": 540.0, "jobs": 2, **options}
+        return Suite(pieces, self.folder, start=self.start, clock=self.clock, say=self.lines.append, **options)
+
+    def times(self, what):
+        return {name: time - 1000.0 for kind, name, time in self.log if kind == what}
+
+
+def piece(name, seconds=100.0, alone=False):
+    return Piece(name, f"test_{name}.py", seconds, "something", alone=alone)
+
+
+def row(contender="hpdm triton", median=2e-3, **fields):
+    made = harness.row_from_samples("op", "small", contender, "fwd", [median], **fields)
+    return dataclasses.asdict(harness.add_floor(made, CEILINGS))
+
+
+def test_pieces_run_in_order_side_by_side_and_timings_alone(tmp_path):
+    pieces = [piece("a"), piece("b"), piece("c"), piece("d", alone=True), piece("e", alone=True)]
+    machine = Machine(tmp_path, {"a": Script(30), "b": Script(10), "c": Script(15), "d": Script(5), "e": Script(5)})
+    machine.suite(pieces).run()
+    starts = machine.times("start")
+    assert list(starts) == ["a", "b", "c", "d", "e"]
+    assert starts["a"] == starts["b"] == 0.0
+    assert 10 <= starts["c"] < 11
+    assert 30 <= starts["d"] < 31, "a timing waits for all checks"
+    assert 35 <= starts["e"] < 36, "timings never run side by side"
+    assert not machine.times("kill")
+
+
+def test_a_piece_is_stopped_at_its_budget_and_keeps_what_it_reported(tmp_path):
+    machine = Machine(tmp_path, {"slow": Script(500, rows=(row(),)), "next": Script(5)})
+    suite = machine.suite([piece("slow", 60), piece("next", alone=True)])
+    suite.run()
+    assert 60 <= machine.times("kill")["slow"] < 61
+    part = suite.part(piece("slow"))
+    assert part["state"] == "stopped"
+    assert part["message"] == "stopped after its 60 s"
+    assert len(part["tests"]) == len(part["rows"]) == 1
+    assert suite.complete(piece("next"))
+
+
+def test_the_limit_cuts_budgets_and_leaves_the_rest_out(tmp_path):
+    machine = Machine(tmp_path, {name: Script(500) for name in "abc"})
+    suite = machine.suite([piece(name, 100, alone=True) for name in "abc"], limit=150)
+    suite.run()
+    assert 149 <= machine.times("kill")["b"] < 151
+    assert suite.part(piece("c")) is None
+    assert "c: not run, no time left" in machine.lines
+
+
+def test_complete_pieces_are_not_run_again(tmp_path):
+    pieces = [piece("good"), piece("bad"), piece("slow", 20), piece("gone")]
+    first = Machine(
+        tmp_path,
+        {
+            "good": Script(5), "bad": Script(5, ("passed", "failed")), "slow": Script(90),
+            "gone": Script(5, done=False, status=-9),
+        },
+    )  # fmt: skip
+    first.suite(pieces).run()
+    second = Machine(tmp_path, {name: Script(5) for name in ("good", "bad", "slow", "gone")})
+    second.suite(pieces).run()
+    assert list(second.times("start")) == ["slow", "gone"], "a test that failed is a result, a stopped piece is none"
+    assert "good: complete already" in second.lines
+    third = Machine(tmp_path, {name: Script(5) for name in ("good", "bad", "slow", "gone")})
+    third.suite(pieces, again=True).run()
+    assert len(third.times("start")) == 4
+
+
+def test_killed_in_between_it_ends_its_processes_and_goes_on_later(tmp_path):
+    pieces = [piece("a"), piece("b", alone=True), piece("c", alone=True)]
+    machine = Machine(tmp_path, {"a": Script(5), "b": Script(50), "c": Script(5)})
+    sleep = machine.clock.sleep
+
+    def killed(seconds):
+        sleep(seconds)
+        if machine.clock.now() > 1020:
+            raise KeyboardInterrupt
+
+    machine.clock.sleep = killed
+    with pytest.raises(KeyboardInterrupt):
+        machine.suite(pieces).run()
+    assert list(machine.times("kill")) == ["b"]
+    again = Machine(tmp_path, machine.scripts)
+    suite = again.suite(pieces)
+    assert [suite.complete(p) for p in pieces] == [True, False, False]
+    suite.run()
+    assert list(again.times("start")) == ["b", "c"]
+    assert not list(tmp_path.glob("*.running")), "nothing half done is left"
+
+
+def test_a_part_cut_short_on_disk_counts_as_missing(tmp_path):
+    (tmp_path / "a.json").write_text('{"state": "comp')
+    machine = Machine(tmp_path, {"a": Script(5)})
+    suite = machine.suite([piece("a")])
+    assert not suite.complete(piece("a"))
+    suite.run()
+    assert suite.complete(piece("a"))
+
+
+ENVIRONMENT = {
+    "machine": {"gpu": "Some GPU", "cpu": "some CPU", "cores": 16, "threads": 8},
+    "versions": {"torch": "2.11", "triton": "3.6"},
+    "float32_matmul_precision": "highest", "commit": "abc", "command": "python -m benchmarks.gpu",
+}  # fmt: skip
+
+
+def test_a_crash_is_reported_and_missing_pieces_are_named(tmp_path):
+    pieces = [piece("checks"), piece("crash"), piece("silent"), piece("timed", alone=True), piece("table", alone=True)]
+    timed = (row("reference", 4e-3, reference=True, bytes=10**9), row(bytes=10**9, flops=10**11, arithmetic="tf32"))
+    machine = Machine(
+        tmp_path,
+        {
+            "checks": Script(5, ("passed", "failed", "skipped")), "crash": Script(5, done=False, status=-11),
+            "silent": Script(5, reports=False, status=2), "timed": Script(30, rows=timed), "table": Script(5),
+        },
+    )  # fmt: skip
+    suite = machine.suite(pieces, limit=40.0)
+    suite.run()
+    result = summary.merge(suite, ENVIRONMENT, "today")
+    states = {p["name"]: p["state"] for p in result["pieces"]}
+    assert states == {
+        "checks": "complete", "crash": "crashed", "silent": "crashed", "timed": "complete", "table": "not run"
+    }  # fmt: skip
+    assert summary.verdict(result) == 1
+    assert result["machine"]["copy_gbs"] == 4000.0
+    assert len(result["rows"]) == 2
+    text = summary.markdown(result)
+    assert "# Some GPU" in text
+    assert "- not run: table" in text
+    assert re.search(r"\| crash \| crashed \|.*exit status -11; output of crash", text)
+    assert "| checks | complete | 5 s | 1 | 1 | 1 | 0.75 | 3 of 3 |" in text
+    assert "| checks::1 | checks | failed | boom |" in text
+    # 1e9 bytes at 4 TB/s are 250 us, 1e11 FLOPs at 400 TFLOP/s the same: 12.5 % of 2 ms.
+    assert re.search(r"\| op \| small \| fwd \| hpdm triton \| tf32 \| 2 ms \| 250 us \| \w+ \| 12 % \|", text)
+    json.dumps(result, allow_nan=False)
+
+
+def test_nothing_at_all_merges_too(tmp_path):
+    result = summary.merge(Machine(tmp_path, {}).suite([piece("a"), piece("b")]), ENVIRONMENT, "today")
+    assert summary.verdict(result) == 3
+    assert "- not run: a, b" in summary.markdown(result)
+
+
+def test_all_well_is_exit_status_0(tmp_path):
+    machine = Machine(tmp_path, {"a": Script(5)})
+    suite = machine.suite([piece("a")])
+    suite.run()
+    assert summary.verdict(summary.merge(suite, ENVIRONMENT, "today")) == 0
+
+
+def test_a_real_process_is_killed_with_all_that_it_started(tmp_path, monkeypatch):
+    child = "import time; time.sleep(600)"
+    parent = (
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}]);"
+        "print(p.pid, flush=True); time.sleep(600)"
+    )
+    monkeypatch.setattr(suite_module, "command", lambda piece, results: [sys.executable, "-c", parent])
+    process = suite_module.PieceProcess(piece("a"), tmp_path / "a.running")
+    until = time.monotonic() + 30
+    while not process.output().strip() and time.monotonic() < until:
+        time.sleep(0.02)
+    assert process.poll() is None
+    process.kill()
+    assert process.poll() == -9
+    status = Path(f"/proc/{int(process.output())}/stat")
+    while status.exists() and status.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.02)
+    assert time.monotonic() < until, "what it started lives on"
+
+
+# ---- the roofline ----
+
+
+def test_floors():
+    gigabyte, teraflop = 10**9, 10**12
+    assert roofline.floor(4 * gigabyte, None, "ieee", CEILINGS) == (pytest.approx(1e-3), "bytes")
+    for arithmetic, seconds in (("ieee", 1 / 50), ("tf32", 1 / 400), ("tf32x3", 3 / 400), ("bf16", 1 / 800)):
+        assert roofline.floor(gigabyte, teraflop, arithmetic, CEILINGS) == (pytest.approx(seconds), "flops")
+    assert roofline.floor(None, None, "ieee", CEILINGS) == (None, None)
+    cpu = {"copy_gbs": 10.0, "matmul_fp32_tflops": 0.1}
+    assert roofline.floor(gigabyte, teraflop, "tf32", cpu) == (None, None), "no ceiling of that arithmetic"
+    with pytest.raises(ValueError, match="arithmetic: got 'fp8'"):
+        roofline.floor(1, 1, "fp8", CEILINGS)
+
+
+def test_rows_get_the_floor_of_their_own_arithmetic():
+    for arithmetic, share in (("ieee", 1.0), ("tf32", 1 / 8), ("tf32x3", 3 / 8)):
+        made = row(median=0.02, flops=10**12, arithmetic=arithmetic)
+        assert made["share"] == pytest.approx(share)
+        assert made["floor_by"] == "flops"
+
+
+# ---- comparisons with a made-up device timer ----
+
+
+class FakeTimer:
+    """Every call of contender n, in the order of their timers, takes n + 1 milliseconds."""
+
+    made = 0
+
+    def __init__(self, device):
+        self.each = 1e-3 * (FakeTimer.made + 1)
+        FakeTimer.made += 1
+        self.calls = 0
+
+    def sample(self, call):
+        call()
+        self.calls += 1
+
+    def seconds(self):
+        return [self.each] * self.calls
+
+
+@pytest.fixture
+def fake_timer():
+    FakeTimer.made = 0
+    return FakeTimer
+
+
+def product(a, b):
+    return a @ b
+
+
+def options(**more):
+    return {
+        "group": "product", "shape": "8x8", "direction": "fwd+bwd", "reference": "plain", "flops": 1024, "seconds": 0.1
+    } | more  # fmt: skip
+
+
+def test_compare_by_a_fake_timer(fake_timer):
+    a, b = torch.randn(8, 8), torch.randn(8, 8)
+    seen = []
+
+    def spy(a, b):
+        seen.append(torch.get_float32_matmul_precision())
+        return a @ b
+
+    rows = harness.compare(
+        {"plain": product, "hpdm": product, "peer": spy}, (a, b), timer=fake_timer,
+        **options(arithmetic={"peer": "tf32"}, peers=["peer"]),
+    )  # fmt: skip
+    assert [r.median_s for r in rows] == [pytest.approx(1e-3 * n) for n in (1, 2, 3)]
+    assert [r.speedup_vs_reference for r in rows] == [pytest.approx(1 / n) for n in (1, 2, 3)]
+    assert [r.arithmetic for r in rows] == ["ieee", "ieee", "tf32"]
+    assert set(seen) == {"high"}, "the peer ran with TF32 products"
+    assert torch.get_float32_matmul_precision() == "highest", "and nobody else"
+
+
+def test_one_wrong_contender_does_not_stop_the_others(fake_timer):
+    def wrong(a, b):
+        return a @ b + 1
+
+    def broken(a, b):
+        raise RuntimeError("no kernel image\nmore")
+
+    contenders = {"plain": product, "wrong": wrong, "broken": broken, "absent": broken, "hpdm": product}
+    inputs = (torch.randn(8, 8), torch.randn(8, 8))
+    with pytest.raises(harness.Wrong, match="wrong: AssertionError") as caught:
+        harness.compare(contenders, inputs, timer=fake_timer, **options(peers=["absent"]))
+    assert "broken: RuntimeError: no kernel image" in str(caught.value)
+    assert "absent" not in str(caught.value), "peers need not run"
+    by_name = {r.contender: r for r in caught.value.rows}
+    assert by_name["hpdm"].median_s
+    assert by_name["plain"].median_s
+    assert all(by_name[n].error and by_name[n].median_s is None for n in ("wrong", "broken", "absent"))
+
+
+def test_no_seconds_means_validation_alone(fake_timer):
+    inputs = (torch.randn(8, 8), torch.randn(8, 8))
+    assert harness.compare({"plain": product}, inputs, timer=fake_timer, **options(seconds=0)) == []
+    with pytest.raises(harness.Wrong):
+        harness.compare(
+            {"plain": product, "hpdm": lambda a, b: a @ b * 2}, inputs, timer=fake_timer, **options(seconds=0)
+        )
+    assert fake_timer.made == 0
+
+
+# ---- the pieces and the command ----
+
+
+def test_every_check_is_in_exactly_one_piece():
+    run = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:xdist", "-p", "no:cacheprovider"]
+    out = subprocess.run([*run, "benchmarks/gpu"], cwd=ROOT, capture_output=True, text=True)
+    tests = [line for line in out.stdout.splitlines() if "::" in line]
+    assert len(tests) > 100, out.stdout + out.stderr
+    words = {c.file: [p.select for p in CHECKS if p.file == c.file] for c in CHECKS}
+    for test in tests:
+        file, name = test.removeprefix("benchmarks/").split("::", 1)
+        chosen = [word for word in words[file] if word in name]
+        assert len(chosen) == 1, f"{test} is in {len(chosen)} pieces"
+
+
+def test_order_and_names_of_the_pieces():
+    pieces = all_pieces()
+    assert len({p.slug for p in pieces}) == len(pieces)
+    alone = [p.alone for p in pieces]
+    assert alone == sorted(alone), "checks first, timings after them"
+    assert {p.file for p in pieces if p.alone} == {p.name for p in (ROOT / "benchmarks").glob("test_*.py")}
+    last = timings(["test_paper_table1.py", "test_zebra.py", "test_context.py"])
+    assert [p.file for p in last] == ["test_context.py", "test_zebra.py", "test_paper_table1.py"]
+    assert max(last, key=lambda p: p.seconds) is last[-1]
+    assert all((ROOT / "benchmarks" / p.file).exists() for p in pieces)
+
+
+def test_every_registered_op_has_arguments_for_opcheck():
+    made = torch.Generator().manual_seed(0)
+    ops = test_ops.registered_ops()
+    assert len(ops) >= 10
+    for op, backend in test_ops.cases():
+        schema = getattr(torch.ops.hpdm, op).default._schema
+        if not (op.startswith("cross_attention") and op.endswith("bwd")):
+            assert len(test_ops.arguments(op, backend, made, torch.device("cpu"))) == len(schema.arguments), op
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_without_a_gpu_every_piece_says_so(capsys):
+    assert command_line.main(["--dry-run"]) == 0
+    out = capsys.readouterr()
+    assert out.out.count("needs CUDA") == len(all_pieces())
+    assert command_line.main(["--list", "--only", "tiles"]) == 0
+    assert "tiles" in capsys.readouterr().out
+    assert command_line.main([]) == 1
+    assert re.search("error: (no CUDA device|.*has no)", capsys.readouterr().err)
+    assert command_line.main(["--only", "nonsense"]) == 1
+    assert "no piece nonsense" in capsys.readouterr().err
+
+
+def test_the_sources_name_the_run(tmp_path):
+    (tmp_path / "hpdm_kernels").mkdir()
+    file = tmp_path / "hpdm_kernels" / "op.py"
+    file.write_text("a = 1\n")
+    before = command_line.sources_id(tmp_path)
+    assert command_line.sources_id(tmp_path) == before
+    file.write_text("a = 2\n")
+    assert command_line.sources_id(tmp_path) != before
+
+
+SMALL_FILE = """
+import pytest
+
+@pytest.fixture
+def ten():
+    made = [10]
+    yield made
+    made.clear()
+
+@pytest.mark.parametrize("b", [1, 2])
+@pytest.mark.parametrize(("a", "c"), [(1, 1), pytest.param(2, 3, id="other")])
+def test_sums(ten, device, request, a, b, c):
+    request.node.user_properties.append(("error_of_budget", 0.5))
+    assert a + b + ten[0] < 14
+
+@pytest.mark.skipif(True, reason="not here")
+def test_skipped(ten):
+    raise RuntimeError
+
+def test_raises(tmp_path):
+    (tmp_path / "x").write_text("y")
+    with pytest.raises(ValueError, match="no"):
+        raise ValueError("no")
+
+def test_unknown_fixture(capsys):
+    pass
+"""
+
+
+@pytest.mark.parametrize("more", [["--without-pytest"], []], ids=["without pytest", "with pytest"])
+def test_the_runner(more, tmp_path):
+    """The same outcomes with pytest and without: names, parameters, skips; unknown fixtures are pytest's alone."""
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    for name in ("conftest.py", "__init__.py"):
+        (folder / name).write_text((ROOT / "benchmarks" / name).read_text())
+    (folder / "test_small.py").write_text(SMALL_FILE)
+    # The package's other modules come from the repository.
+    (folder / "__init__.py").write_text(f"__path__.append({str(ROOT / 'benchmarks')!r})\n")
+    results = tmp_path / "results.json"
+    line = command(Piece("small", "test_small.py", 60, ""), results)
+    run = subprocess.run(
+        [*line, *more], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    report = read(results)
+    assert report, run.stdout + run.stderr
+    assert report["done"]
+    outcomes = {test["id"].split("::")[1]: test["outcome"] for test in report["tests"]}
+    assert outcomes == {
+        "test_sums[1-1-1]": "passed", "test_sums[1-1-2]": "passed", "test_sums[other-1]": "passed",
+        "test_sums[other-2]": "failed", "test_skipped": "skipped", "test_raises": "passed",
+        "test_unknown_fixture": "failed" if more else "passed",
+    }  # fmt: skip
+    assert report["tests"][0]["error_of_budget"] == 0.5
+    assert run.returncode == 1

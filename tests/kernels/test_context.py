@@ -1,0 +1,390 @@
+"""Context: sampling and fusion against the fp64 formulas, gradients, what a registered op owes."""
+
+import math
+import unittest.mock
+
+import pytest
+import torch
+
+from benchmarks import harness
+from hpdm_kernels import reference
+from hpdm_kernels.context import ops as context_ops
+from hpdm_kernels.context import torch_backend as context_torch
+from hpdm_kernels.context.api import fuse_context, fuse_projected, project_sources, sample_context
+from hpdm_kernels.testing import assert_within_budget, random_boxes, value_and_grads
+
+BACKENDS = ("torch", "triton")
+
+
+class Problem:
+    """Random nested boxes, sources and weights; source k lies inside source k - 1, the patch inside the last."""
+
+    def __init__(
+        self, generator, grid, source_grids, scales, batch=2, width=6, coordinates=True, bias=True, dtype=torch.float32
+    ):
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator).to(dtype)
+
+        boxes = []
+        for scale in scales:
+            boxes.append(random_boxes(batch, scale, generator, boxes[-1] if boxes else None))
+        *self.source_boxes, self.box = boxes
+        self.grid, self.source_grids, self.index = grid, source_grids, None
+        self.sources = [normal(batch, math.prod(g), width) for g in source_grids]
+        self.x, self.grad = normal(batch, math.prod(grid), width), normal(batch, math.prod(grid), width)
+        self.weight = normal(width, 2 * width + 3 * coordinates) / width**0.5
+        self.bias = normal(width) if bias else None
+
+    def share_rows(self, generator):
+        """Two rows per source, which all samples share; they cover the whole video."""
+        batch = len(self.box)
+        whole = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]])
+        self.sources = [s.repeat(2, 1, 1)[:2] for s in self.sources]
+        self.source_boxes = [whole.repeat(2, 1) for _ in self.sources]
+        self.index = torch.randint(0, 2, (batch, len(self.sources)), generator=generator)
+        return self
+
+    def sample(self, backend, **options):
+        def call(*sources):
+            return sample_context(
+                sources, self.source_boxes, self.box, self.source_grids, self.grid,
+                source_index=self.index, backend=backend, **options,
+            )  # fmt: skip
+
+        return call
+
+    def fuse(self, backend, **options):
+        def call(x, weight, bias, *sources):
+            return fuse_context(
+                x, sources, self.source_boxes, self.box, weight, bias, self.source_grids, self.grid,
+                source_index=self.index, backend=backend, **options,
+            )  # fmt: skip
+
+        return call
+
+    def cached(self, backend, precision=None, **options):
+        """Fusion in two steps, of which a sampler takes the first once."""
+
+        def call(x, weight, bias, *sources):
+            projected = project_sources(sources, weight, precision=precision, backend=backend)
+            return fuse_projected(
+                x, projected, self.source_boxes, self.box, weight, bias, self.source_grids, self.grid,
+                source_index=self.index, precision=precision, backend=backend, **options,
+            )  # fmt: skip
+
+        return call
+
+    @property
+    def fuse_inputs(self):
+        return (self.x, self.weight, self.bias, *self.sources)
+
+    def calls(self):
+        return ((self.sample, self.sources), (self.fuse, self.fuse_inputs), (self.cached, self.fuse_inputs))
+
+
+def check(problem, backend, grad=None, calls=None, **options):
+    grad = problem.grad if grad is None else grad
+    for make, inputs in calls or problem.calls():
+        wide = [t if t is None else t.double() for t in inputs]
+        oracle = value_and_grads(make("reference"), wide, grad.double())
+        plain = value_and_grads(make("reference"), inputs, grad)
+        actual = value_and_grads(make(backend, **options), inputs, grad)
+        name = make.__name__
+        assert_within_budget(name, actual[0], plain[0], oracle[0])
+        for i, (got, near, true) in enumerate(zip(actual[1], plain[1], oracle[1], strict=True)):
+            assert (got is None) == (true is None)
+            if true is not None:
+                assert_within_budget(f"{name}, gradient {i}", got, near, true)
+
+
+WHOLE = (1.0, 1.0, 1.0)
+CASES = {
+    "pyramid": {
+        "grid": (4, 4, 4),
+        "source_grids": [(4, 4, 4)] * 2,
+        "scales": [WHOLE, (0.5,) * 3, (0.25,) * 3],
+        "batch": 3,
+    },
+    "odd": {
+        "grid": (3, 5, 1),
+        "source_grids": [(4, 2, 7), (1, 6, 3), (5, 1, 2)],
+        "width": 5,
+        "scales": [WHOLE, (0.7, 0.5, 1.0), (0.6, 0.5, 0.3), (0.3, 0.2, 0.25)],
+    },
+    "ratio 1 in time": {"grid": (3, 4, 4), "source_grids": [(3, 4, 4)], "scales": [WHOLE, (1.0, 0.5, 0.5)]},
+    "four sources": {
+        "grid": (2, 3, 2),
+        "source_grids": [(2, 3, 2)] * 4,
+        "scales": [(0.7**k,) * 3 for k in range(5)],
+        "width": 3,
+    },
+    "one token": {
+        "grid": (1, 1, 1),
+        "source_grids": [(1, 1, 1)],
+        "scales": [WHOLE, (0.5,) * 3],
+        "batch": 1,
+        "width": 1,
+    },
+    "same box": {"grid": (2, 3, 4), "source_grids": [(2, 3, 4)], "scales": [WHOLE, WHOLE], "batch": 1},
+    "coarse of fine": {
+        "grid": (1, 2, 3),
+        "source_grids": [(5, 7, 4)],
+        "scales": [WHOLE, (0.9, 1.0, 0.8)],
+        "bias": False,
+    },
+    "no coordinates": {
+        "grid": (2, 2, 3),
+        "source_grids": [(3, 2, 4)],
+        "scales": [WHOLE, (0.5,) * 3],
+        "coordinates": False,
+    },
+    "nothing extra": {
+        "grid": (2, 2, 3),
+        "source_grids": [(3, 2, 4)],
+        "scales": [WHOLE, (0.5,) * 3],
+        "coordinates": False,
+        "bias": False,
+    },
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_paper(case, backend, generator):
+    check(Problem(generator, **CASES[case]), backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["pyramid", "odd", "no coordinates"])
+def test_other_dtypes(case, dtype, generator):
+    check(Problem(generator, dtype=dtype, **CASES[case]), "torch")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_may_share_rows_of_a_source(backend, generator):
+    check(Problem(generator, **{**CASES["pyramid"], "batch": 5}).share_rows(generator), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int32_rows(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"]).share_rows(generator)
+    problem.index = problem.index.int()
+    check(problem, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    problem.x = problem.x.transpose(1, 2).contiguous().transpose(1, 2)
+    problem.sources[0] = torch.cat((problem.sources[0],) * 2, dim=2)[:, :, 1::2].repeat(1, 2, 1)[:, ::2]
+    problem.sources[1] = problem.sources[1].transpose(0, 2).contiguous().transpose(0, 2)
+    problem.weight = problem.weight.t().contiguous().t()
+    problem.box = torch.stack((problem.box, problem.box), dim=2)[:, :, 0]
+    check(problem, backend, problem.grad.transpose(0, 1).contiguous().transpose(0, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_gradient(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    check(problem, backend, problem.grad[:1].expand_as(problem.grad))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_larger_footprints_change_nothing(backend, generator):
+    check(Problem(generator, **CASES["pyramid"]), backend, footprints=[(3, 4, 4), (4, 4, 4)])
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+def test_kernels_own_products(precision, generator):
+    # The interpreter takes products exactly whatever is asked for, so this covers the path, not the rounding.
+    problem = Problem(generator, **CASES["ratio 1 in time"])
+    check(problem, "triton", calls=problem.calls()[1:], precision=precision)
+
+
+def test_projecting_first_is_the_same_formula(generator):
+    problem = Problem(generator, **CASES["odd"], dtype=torch.float64)
+    at_once, in_two = (make("reference")(*problem.fuse_inputs) for make in (problem.fuse, problem.cached))
+    torch.testing.assert_close(in_two, at_once)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_bits_twice(backend, generator):
+    plain, shared = (Problem(generator, **CASES["ratio 1 in time"]) for _ in range(2))
+    for problem in (plain, shared.share_rows(generator)):
+        for make, inputs in problem.calls():
+            first, second = (value_and_grads(make(backend), inputs, problem.grad) for _ in range(2))
+            assert torch.equal(first[0], second[0])
+            assert all(a is b is None or torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_wanted_gradients(backend, generator):
+    problem = Problem(generator, **{**CASES["pyramid"], "batch": 1})
+    for make, inputs in problem.calls():
+        everything = value_and_grads(make(backend), inputs, problem.grad)[1]
+        for chosen in range(len(inputs)):
+            leaves = [t.detach().requires_grad_(i == chosen) for i, t in enumerate(inputs)]
+            make(backend)(*leaves).backward(problem.grad)
+            torch.testing.assert_close(leaves[chosen].grad, everything[chosen])
+            assert all(leaf.grad is None for i, leaf in enumerate(leaves) if i != chosen)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_tensor_as_two_sources(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    problem.source_boxes[1] = problem.source_boxes[0]
+
+    def call(chosen):
+        def run(source):
+            return problem.sample(chosen)(source, source)
+
+        return run
+
+    got = value_and_grads(call(backend), problem.sources[:1], problem.grad)
+    want = value_and_grads(call("reference"), problem.sources[:1], problem.grad)
+    torch.testing.assert_close(got[0], want[0])
+    torch.testing.assert_close(got[1][0], want[1][0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saves_inputs_only(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    inputs = [t.clone().requires_grad_() for t in problem.fuse_inputs]
+    known = {t.data_ptr() for t in (*inputs, problem.box, *problem.source_boxes)}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        problem.fuse(backend)(*inputs)
+    assert saved
+    assert set(saved) <= known
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_projected_sources_have_the_gradients_of_interpolation_alone(backend, generator):
+    """With sources as leaves the weight's context columns get exact zeros: nothing of them is read."""
+    problem = Problem(generator, **CASES["pyramid"])
+
+    def make(chosen):
+        return lambda x, weight, bias, *projected: fuse_projected(
+            x, projected, problem.source_boxes, problem.box, weight, bias, problem.source_grids, problem.grid,
+            backend=chosen,
+        )  # fmt: skip
+
+    make.__name__ = "fuse_projected"
+    check(problem, backend, calls=[(make, problem.fuse_inputs)])
+    d = problem.x.shape[2]
+    assert not value_and_grads(make(backend), problem.fuse_inputs, problem.grad)[1][1][:, d : 2 * d].any()
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_forward_takes_the_output_and_the_projected_footprints(projected, generator):
+    batch, d, grid = 2, 128, (16, 16, 16)
+    problem = Problem(generator, grid, [grid] * 2, [WHOLE, (0.5,) * 3, (0.25,) * 3], batch, d)
+    footprints = [(6, 6, 6), (10, 10, 10)]
+    call = fuse_projected if projected else fuse_context
+
+    def run():
+        call(
+            problem.x, problem.sources, problem.source_boxes, problem.box, problem.weight, problem.bias,
+            problem.source_grids, grid, footprints=footprints, backend="torch",
+        )  # fmt: skip
+
+    one_frame = (10 + 16) * 10 * d
+    tables = 2**16
+    rows = batch * (math.prod(grid) + sum(map(math.prod, footprints)))
+    with unittest.mock.patch.object(context_torch, "SCRATCH", one_frame):
+        run()
+        assert harness.peak_extra_bytes(run, torch.device("cpu")) <= 4 * (rows * d + one_frame) + tables
+
+
+def op_arguments(problem, backend, fuse, projected=False):
+    flat = [n for g in problem.source_grids for n in g]
+    shared = (problem.sources, problem.source_boxes, problem.box)
+    tail = (problem.index, flat, list(problem.grid), flat)
+    if fuse:
+        return (problem.x, *shared, problem.weight, problem.bias, *tail, projected, "ieee", backend)
+    return (*shared, *tail, backend)
+
+
+@pytest.mark.parametrize(("backend", "shared"), [("torch", False), ("torch", True), ("triton", True)])
+def test_opcheck(backend, shared, generator):
+    case = {
+        "grid": (2, 2, 3),
+        "source_grids": [(2, 3, 2), (1, 2, 2)],
+        "scales": [WHOLE, (0.5,) * 3, (0.3,) * 3],
+        "width": 3,
+    }
+    problem = Problem(generator, **case)
+    if shared:
+        problem.share_rows(generator)
+    grad = problem.grad
+    args, fuse_args = op_arguments(problem, backend, False), op_arguments(problem, backend, True)
+    torch.library.opcheck(context_ops.sample_bwd, (grad, *args[:-1], [True, False], args[-1]))
+    cached_args = op_arguments(problem, backend, True, projected=True)
+    for fusion in (fuse_args, cached_args):
+        wanted = [True, True, True, False, True]
+        torch.library.opcheck(context_ops.fuse_bwd, (grad, *fusion[:-3], wanted, *fusion[-3:]))
+    project_args = (problem.sources[0], problem.weight)
+    for wanted in ([True, True], [False, True]):
+        torch.library.opcheck(context_ops.project_bwd, (problem.sources[0], *project_args, wanted, "ieee", backend))
+    for tensor in (problem.x, problem.weight, problem.bias, *problem.sources):
+        tensor.requires_grad_()
+    torch.library.opcheck(context_ops.sample_fwd, args)
+    torch.library.opcheck(context_ops.fuse_fwd, fuse_args)
+    torch.library.opcheck(context_ops.fuse_fwd, cached_args)
+    torch.library.opcheck(context_ops.project_fwd, (*project_args, "ieee", backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiles_as_one_graph(backend, generator):
+    problem = Problem(generator, **{**CASES["pyramid"], "batch": 1})
+    for make, inputs in problem.calls():
+        # The sizes of the footprints cannot be read while tracing: the whole source grid, and bounds from the caller.
+        for options in ({}, {"footprints": [(4, 3, 3), (4, 4, 4)]}):
+            got = value_and_grads(torch.compile(make(backend, **options), fullgraph=True), inputs, problem.grad)
+            want = value_and_grads(make("reference"), inputs, problem.grad)
+            torch.testing.assert_close(got, want)
+
+
+def test_auto_is_torch_on_the_cpu(generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    assert torch.equal(problem.fuse("auto")(*problem.fuse_inputs), problem.fuse("torch")(*problem.fuse_inputs))
+
+
+def test_reference_is_the_reference(generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    want = reference.sample_context(
+        problem.sources, problem.source_boxes, problem.box, problem.source_grids, problem.grid
+    )
+    assert torch.equal(problem.sample("reference")(*problem.sources), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_precision_stops_at_the_op(backend, generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    for make, inputs in problem.calls():
+        plain = value_and_grads(make(backend), inputs, problem.grad)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = value_and_grads(make(backend), inputs, problem.grad)
+        assert torch.equal(mixed[0], plain[0])
+        for got, true in zip(mixed[1], plain[1], strict=True):
+            assert torch.equal(got, true)
+
+
+@pytest.mark.parametrize("projected", [False, True])
+def test_flop_formulas_count_the_products(projected, generator):
+    """What the op declares is what a counter finds in the portable implementation, which it cannot see into."""
+    problem = Problem(generator, **CASES["odd"])
+    *args, _, _, _ = op_arguments(problem, "torch", True, projected)
+    triples = [args[i] for i in (7, 9)]
+    plain = (*args[:7], problem.source_grids, args[8], problem.source_grids)
+    assert triples[0] == triples[1] == [n for g in problem.source_grids for n in g]
+    for wanted in ([True] * 6, [False, True, False, False, False, False], [True, False, True, False, True, False]):
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as declared:
+            context_ops.fuse_fwd(*args, projected, "ieee", "torch")
+            context_ops.fuse_bwd(problem.grad, *args, wanted, projected, "ieee", "torch")
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as found:
+            context_torch.fuse_forward(*plain, projected)
+            context_torch.fuse_backward(problem.grad, *plain, wanted, projected)
+        products = sum(n for op, n in found.get_flop_counts()["Global"].items() if op is torch.ops.aten.mm)
+        coordinates = 2 * problem.x.shape[2] * math.prod(problem.grid[:2]) * len(problem.box) * 2 * wanted[1]
+        assert declared.get_total_flops() == products - coordinates

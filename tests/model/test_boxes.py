@@ -1,0 +1,106 @@
+"""Boxes, patches and covers."""
+
+import pytest
+import torch
+
+from hpdm import presets
+from hpdm.patch.boxes import extract_patches, parse_overlap, sample_boxes, tiling
+
+CONFIGS = ["tiny", "hpdm_s", "hpdm_t2v", "hpdm_t2v_1k"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_boxes_are_nested_and_the_last_lies_on_whole_pixels(name, generator):
+    config = presets.get(name)
+    boxes = sample_boxes(config, 50, generator).double()
+    assert torch.equal(boxes[:, 0], torch.tensor([0, 0, 0, 1, 1, 1.0]).double().expand(50, 6))
+    for level in range(1, config.levels):
+        child, parent = boxes[:, level], boxes[:, level - 1]
+        assert torch.allclose(child[:, 3:], torch.tensor(config.level_scale(level)).double().expand(50, 3))
+        assert (child[:, :3] >= parent[:, :3] - 1e-6).all()
+        assert (child[:, :3] + child[:, 3:] <= parent[:, :3] + parent[:, 3:] + 1e-6).all()
+    pixels = boxes[:, -1, :3] * torch.tensor(config.resolution)
+    assert (pixels - pixels.round()).abs().max() < 1e-4
+
+
+def test_boxes_depend_on_the_generator_alone_and_spread():
+    config = presets.tiny()
+    first = sample_boxes(config, 200, torch.Generator().manual_seed(1))
+    assert torch.equal(first, sample_boxes(config, 200, torch.Generator().manual_seed(1)))
+    assert not torch.equal(first, sample_boxes(config, 200, torch.Generator().manual_seed(2)))
+    # Uniform offsets of level 1 in [0, 1/2]: their mean is 1/4 with a standard error of 0.144 / sqrt(200).
+    assert (first[:, 1, :3].mean(0) - 0.25).abs().max() < 5 * 0.144 / 200**0.5
+
+
+def test_image_mode_never_moves_in_time(generator):
+    config = presets.tiny().with_pyramid((1, 16, 16), (1, 64, 64))
+    boxes = sample_boxes(config, 20, generator)
+    assert (boxes[:, :, 0] == 0).all()
+    assert (boxes[:, :, 3] == 1).all()
+
+
+def test_patches_show_what_their_boxes_say(generator):
+    config = presets.tiny()
+    video = torch.randint(0, 256, (3, 3, *config.resolution), dtype=torch.uint8, generator=generator)
+    boxes = sample_boxes(config, 3, generator)
+    patches = extract_patches(video, boxes, config)
+    assert patches.shape == (3, config.levels, 3, *config.patch)
+    # The last level is a copy, level 0 a mean over blocks of the whole video.
+    f, h, w = config.patch
+    for b in range(3):
+        i, j, k = (boxes[b, -1, :3] * torch.tensor(config.resolution)).round().long().tolist()
+        crop = video[b, :, i : i + f, j : j + h, k : k + w] / 127.5 - 1
+        torch.testing.assert_close(patches[b, -1], crop)
+    blocks = torch.nn.functional.avg_pool3d(video.float(), 4) / 127.5 - 1
+    torch.testing.assert_close(patches[:, 0], blocks)
+
+
+def test_patches_refuse_float_video_and_other_sizes(generator):
+    config = presets.tiny()
+    boxes = sample_boxes(config, 1, generator)
+    with pytest.raises(TypeError, match=r"video: got dtype torch\.float32"):
+        extract_patches(torch.rand(1, 3, *config.resolution), boxes, config)
+    with pytest.raises(ValueError, match="video: got size"):
+        extract_patches(torch.zeros(1, 3, 16, 64, 32, dtype=torch.uint8), boxes, config)
+
+
+def test_tile_counts_are_the_papers():
+    config = presets.hpdm_t2v()
+    assert tiling(config, 3, (True, True, True)).tiles == 3375
+    assert tiling(config, 3, (False, False, False)).tiles == 512
+    assert tiling(config, 0, (True, True, True)).tiles == 1
+    assert tiling(presets.hpdm_t2v_1k(), 3, (True, True, True)).counts == (1, 15, 15)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("overlap", ["none", "hw", "f", "fhw"])
+def test_every_tile_has_ancestors_on_every_level(name, overlap):
+    config = presets.get(name)
+    flags = parse_overlap(overlap)
+    for level in range(1, config.levels):
+        boxes = tiling(config, level, flags).boxes
+        for below in range(level):
+            cover = tiling(config, below, flags)
+            parent = cover.boxes[cover.containing(boxes)]
+            assert (boxes[:, :3] >= parent[:, :3] - 1e-5).all()
+            assert ((boxes[:, :3] + boxes[:, 3:]) <= parent[:, :3] + parent[:, 3:] + 1e-5).all()
+
+
+def test_a_box_that_no_tile_contains_is_refused():
+    config = presets.tiny()
+    straddling = torch.tensor([[0.375, 0.0, 0.0, 0.25, 0.25, 0.25]])
+    with pytest.raises(ValueError, match="no tile contains row 0"):
+        tiling(config, 1, (False, False, False)).containing(straddling)
+
+
+def test_odd_patches_cannot_overlap_by_half():
+    config = presets.tiny().replace(patch=(4, 15, 16), tokenizer=(1, 5, 4))
+    with pytest.raises(ValueError, match="axis 'h' with patch size 15"):
+        tiling(config, 1, (False, True, False))
+    assert tiling(config, 1, (False, True, False), tiles_per_patch=5).counts == (2, 6, 2)
+
+
+@pytest.mark.parametrize("overlap", ["", "x", "ww", "fhwf", "hx"])
+def test_unknown_overlaps_are_refused(overlap):
+    with pytest.raises(ValueError, match="overlap: got"):
+        parse_overlap(overlap)
