@@ -13,7 +13,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv bench test lint format types check-python gpu clean
+.PHONY: help venv bench test test-aot lint format types check-python gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ bench: $(READY)  ## run the benchmarks and print the tables (ARGS="--save-as NAM
 
 test: lint types  ## style, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --durations=15 $(ARGS)
+
+# `make test` compiles a random sample of the kernels and checks that the table of all of them is of today's code.
+test-aot: $(READY)  ## compile every kernel ahead of time, for three GPUs, in a quarter of an hour
+	HPDM_AOT=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_aot.py -n $(WORKERS) $(ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

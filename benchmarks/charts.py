@@ -1,7 +1,8 @@
 """Result files as figures (needs matplotlib): speed-ups, roofline, time and memory against tokens.
 
-Each kind that a file has rows for is one picture beside it, or several where there are more than twelve panels:
-``FILE.png`` (speed-ups), ``FILE-roofline.png``, ``FILE-time.png``, ``FILE-memory.png``. Ours is red throughout.
+Each kind of chart that a file has rows for is written beside the file, as several pictures if it has more than twelve
+panels: ``FILE.png`` (speed-ups), ``FILE-roofline.png``, ``FILE-time.png``, ``FILE-memory.png``. This library is red in
+all charts.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from benchmarks.tables import (
     duration,
     exponents,
     growths,
+    is_ours,
     memory,
-    ours,
     tables,
     tokens,
     where,
@@ -55,7 +56,7 @@ def _subtitle(figure: Any, words: str) -> None:
 
 
 def _axis(figure: Any, left: float, top: float, width: float, height: float) -> Any:
-    """Axes by inches from the upper left corner: panels keep their size, however many there are."""
+    """Axes placed in inches from the upper left corner, so that panels have the same size in every figure."""
     w, h = figure.get_size_inches()
     axis = figure.add_axes((left / w, 1 - (top + height) / h, width / w, height / h))
     axis.spines[["top", "right"]].set_visible(False)
@@ -63,12 +64,12 @@ def _axis(figure: Any, left: float, top: float, width: float, height: float) -> 
     return axis
 
 
-def colours(contenders: Iterable[str], references: Iterable[str]) -> dict[str, str]:
-    """A colour per contender: warm for ours, dark for the reference, cold for peers."""
-    known, out = set(references), {}
-    mine, others = iter(OURS * 9), iter(PEERS * 9)
+def colors(contenders: Iterable[str], references: Iterable[str]) -> dict[str, str]:
+    """A color per contender: warm for this library, dark for the reference, cold for peers."""
+    reference_names, out = set(references), {}
+    warm, cold = iter(OURS * 9), iter(PEERS * 9)
     for name in dict.fromkeys(contenders):
-        out[name] = next(mine) if name.startswith("hpdm") else REFERENCE if name in known else next(others)
+        out[name] = next(warm) if name.startswith("hpdm") else REFERENCE if name in reference_names else next(cold)
     return out
 
 
@@ -76,12 +77,12 @@ def colours(contenders: Iterable[str], references: Iterable[str]) -> dict[str, s
 
 
 def speedup_panels(result: Result) -> list[tuple[str, list[tuple[str, Comparison]]]]:
-    """Per group its comparisons, each with a label."""
+    """The comparisons of each group, each with a label."""
     out: dict[str, list[tuple[str, Comparison]]] = {}
     for (group, shape, direction), rows in tables(result["rows"]).items():
-        for found in comparisons(rows):
-            label = ", ".join(filter(None, (shape, direction, found.arithmetic)))
-            out.setdefault(group, []).append((label, found))
+        for comparison in comparisons(rows):
+            label = ", ".join(filter(None, (shape, direction, comparison.arithmetic)))
+            out.setdefault(group, []).append((label, comparison))
     return list(out.items())
 
 
@@ -98,7 +99,7 @@ def _draw_speedups(result: Result, panels: Sequence[Any], path: Path) -> None:
     title = f"Speed-up over the paper's formula in plain PyTorch, {where(result)}"
     figure = _figure(max(column_width * len(columns) + 0.2, 7.5), tall + 0.75, title)
     _subtitle(
-        figure, "red: ours; grey: the strongest peer in the same run, no less exact; dashed: as fast as the formula"
+        figure, "red: ours; gray: the strongest peer in the same run, no less exact; dashed: as fast as the formula"
     )
     for c, column in enumerate(columns):
         top = 0.75
@@ -112,20 +113,20 @@ def _draw_speedups(result: Result, panels: Sequence[Any], path: Path) -> None:
 
 def _draw_bars(axis: Any, title: str, entries: Sequence[tuple[str, Comparison]]) -> None:
     most = 1.0
-    for at, (_, found) in enumerate(entries):
-        for row, colour, shift in ((found.mine, OURS[0], -0.19), (found.peer, PLAIN, 0.19)):
+    for at, (_, comparison) in enumerate(entries):
+        for row, color, shift in ((comparison.ours, OURS[0], -0.19), (comparison.peer, PLAIN, 0.19)):
             if row is None:
                 continue
-            value = found.speedup(row)
+            value = comparison.speedup(row)
             most = max(most, value)
-            name = "" if row is found.mine else f", {row['contender']}"
-            axis.barh(at + shift, value, 0.34, color=colour)
+            name = "" if row is comparison.ours else f", {row['contender']}"
+            axis.barh(at + shift, value, 0.34, color=color)
             words = f" {value:.2f}x, {duration(row['median_s'])}{name}"
             axis.text(value, at + shift, words, size=6, va="center", clip_on=False)
     axis.axvline(1, color="#999999", linewidth=0.8, linestyle="--", zorder=0)
     axis.set_yticks(range(len(entries)), ["\n".join(textwrap.wrap(label, 38)) for label, _ in entries], size=6.5)
     axis.set_ylim(len(entries) - 0.45, -0.55)
-    # Room for the words behind the longest bar.
+    # Leaves room for the text to the right of the longest bar.
     axis.set_xlim(0, 2.3 * most)
     axis.set_xticks([t for t in axis.get_xticks() if 0 <= t <= 1.1 * most])
     axis.tick_params(axis="y", length=0)
@@ -136,7 +137,7 @@ def _draw_bars(axis: Any, title: str, entries: Sequence[tuple[str, Comparison]])
 
 
 def roofline_panels(result: Result) -> list[tuple[str, list[Row]]]:
-    """Per group the rows whose bytes, FLOPs and time are known, but for those against tokens."""
+    """Rows with known bytes, FLOPs and time by group, without measurements against tokens."""
     out: dict[str, list[Row]] = {}
     for row in result["rows"] if "copy_gbs" in result["machine"] else ():
         if row.get("bytes") and row.get("flops") and row["median_s"] and tokens(row) is None:
@@ -148,7 +149,7 @@ def _draw_roofline(result: Result, panels: Sequence[tuple[str, list[Row]]], path
     machine = result["machine"]
     columns = 1 if len(panels) == 1 else 2
     wide, plot = 6.9, 4.0
-    # The key beside a panel may be taller than the panel.
+    # The legend beside a panel may be taller than the panel.
     entries = max(len({r["contender"] for r in rows}) for _, rows in panels) + MOST_NUMBERED
     high = max(4.1, 0.9 + 0.24 * (entries + 2))
     lines = -(-len(panels) // columns)
@@ -185,7 +186,7 @@ def _draw_roof(axis: Any, rows: Sequence[Row], machine: Mapping[str, Any]) -> No
 
     slope = [low, tallest / copy]
     axis.plot(slope, [copy * x for x in slope], color="#555555", linewidth=1.1)
-    # The words run along the slope: its angle in inches of this panel.
+    # The text runs along the slope, whose angle depends on the size of the panel.
     w, h = (a * b for a, b in zip(axis.get_position().size, axis.figure.get_size_inches()))
     angle = math.degrees(math.atan2(h / math.log(top / bottom), w / math.log(high / low)))
     middle = math.sqrt(slope[0] * slope[1])
@@ -196,18 +197,18 @@ def _draw_roof(axis: Any, rows: Sequence[Row], machine: Mapping[str, Any]) -> No
         name = "fp32" if arithmetic == "ieee" else arithmetic
         axis.text(high, roof * 1.02, f"{name} matmul {roof:.3g} TFLOP/s", size=6.5, ha="right", va="bottom")
 
-    paint = colours((row["contender"] for row in rows), [row["contender"] for row in rows if row["reference"]])
+    paint = colors((row["contender"] for row in rows), [row["contender"] for row in rows if row["reference"]])
     for row in rows:
-        mine = ours(row)
-        colour = paint[row["contender"]]
+        highlighted = is_ours(row)
+        color = paint[row["contender"]]
         axis.scatter(
-            row["flops"] / row["bytes"], row["tflops"], marker="*" if mine else "o", s=60 if mine else 20,
-            facecolors=colour if row["direction"] == "fwd" else "none", edgecolors=colour, linewidths=0.9,
-            zorder=3 if mine else 2,
+            row["flops"] / row["bytes"], row["tflops"], marker="*" if highlighted else "o", s=60 if highlighted else 20,
+            facecolors=color if row["direction"] == "fwd" else "none", edgecolors=color, linewidths=0.9,
+            zorder=3 if highlighted else 2,
         )  # fmt: skip
-    for name, colour in paint.items():
+    for name, color in paint.items():
         words = "\n".join(textwrap.wrap(name, 32))
-        axis.scatter([], [], marker="*" if name.startswith("hpdm") else "o", s=40, color=colour, label=words)
+        axis.scatter([], [], marker="*" if name.startswith("hpdm") else "o", s=40, color=color, label=words)
     axis.scatter([], [], marker="o", s=20, color="#555555", label="filled: forward")
     axis.scatter([], [], marker="o", s=20, facecolors="none", edgecolors="#555555", label="hollow: with backward")
     _number_shapes(axis, rows)
@@ -218,7 +219,7 @@ def _draw_roof(axis: Any, rows: Sequence[Row], machine: Mapping[str, Any]) -> No
 
 
 def _number_shapes(axis: Any, rows: Sequence[Row]) -> None:
-    """Numbers under the points of a shape, if that is readable; shapes of nearly the same intensity share a place."""
+    """Writes each shape's number under its points, unless there are too many; points of similar intensity share one."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     if len(shapes) > MOST_NUMBERED:
         return
@@ -239,12 +240,12 @@ def _number_shapes(axis: Any, rows: Sequence[Row]) -> None:
 
 
 def token_panels(result: Result, field: str) -> list[tuple[str, dict[str, list[Row]]]]:
-    """Per group and direction the contenders that have ``field`` at two or more numbers of tokens."""
+    """For each group and direction, the contenders that have ``field`` for two or more numbers of tokens."""
     out = []
     for (group, direction), contenders in growths(result["rows"]).items():
-        kept = {name: rows for name, rows in contenders.items() if len(set(curve(rows, field)[0])) > 1}
-        if kept:
-            out.append((f"{group}, {direction}", kept))
+        measured = {name: rows for name, rows in contenders.items() if len(set(curve(rows, field)[0])) > 1}
+        if measured:
+            out.append((f"{group}, {direction}", measured))
     return out
 
 
@@ -267,21 +268,22 @@ def _draw_curves(axis: Any, contenders: Mapping[str, Sequence[Row]], field: str)
 
     unit: Callable[[float], str] = duration if field == "median_s" else memory
     references = [row["contender"] for rows in contenders.values() for row in rows if row["reference"]]
-    paint = colours(contenders, references)
-    every: list[tuple[float, float]] = []
+    paint = colors(contenders, references)
+    points: list[tuple[float, float]] = []
     ends: list[tuple[str, float, float]] = []
     for name, rows in contenders.items():
         xs, ys = curve(rows, field)
-        mine = name.startswith("hpdm")
+        highlighted = name.startswith("hpdm")
         axis.plot(
-            xs, ys, color=paint[name], marker="*" if mine else "o", markersize=8 if mine else 4,
-            linewidth=1.8 if mine else 1.2, zorder=3 if mine else 2, label=f"{name}: p = {exponents(xs, ys)}",
+            xs, ys, color=paint[name], marker="*" if highlighted else "o", markersize=8 if highlighted else 4,
+            linewidth=1.8 if highlighted else 1.2, zorder=3 if highlighted else 2,
+            label=f"{name}: p = {exponents(xs, ys)}",
         )  # fmt: skip
         ends.append((paint[name], xs[-1], ys[-1]))
-        every += zip(xs, ys)
-    first, last = min(x for x, _ in every), max(x for x, _ in every)
-    low, high = min(y for _, y in every), max(y for _, y in every)
-    # Linear growth that ends at the last point of ours, or of whoever is there.
+        points += zip(xs, ys)
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    # A line of linear growth through the last point of this library, or of the first contender.
     name = next((name for name in contenders if name.startswith("hpdm")), next(iter(contenders)))
     xs, ys = curve(contenders[name], field)
     axis.plot([first, xs[-1]], [ys[-1] * first / xs[-1], ys[-1]], ":", color="#777777", linewidth=1, label="linear")
@@ -297,19 +299,19 @@ def _draw_curves(axis: Any, contenders: Mapping[str, Sequence[Row]], field: str)
 
 
 def _label_ends(axis: Any, ends: Sequence[tuple[str, float, float]], unit: Callable[[float], str]) -> None:
-    """Values at the last points in their colours, none on another: beside them, or above where other lines go on."""
+    """Labels each curve's last point with its value, without overlaps: to the right, or above if other curves go on."""
     last_x = max(x for _, x, _ in ends)
-    # A line of words in units of the axis.
+    # Height of a line of text, in units of the logarithmic axis.
     low, high = (math.log10(limit) for limit in axis.get_ylim())
     line = 0.035 * (high - low)
     free: dict[float, float] = {}
-    for colour, x, y in sorted(ends, key=lambda end: end[2]):
+    for color, x, y in sorted(ends, key=lambda end: end[2]):
         above = math.log10(y if x == last_x else max(other for _, at, other in ends if at == x))
         height = max(above, free.get(x, -math.inf))
         free[x] = height + line
         offset, ha, va = ((6, 0), "left", "center") if x == last_x else ((-4, 3), "right", "bottom")
         axis.annotate(
-            unit(y), (x, 10**height), xytext=offset, textcoords="offset points", size=6.5, ha=ha, va=va, color=colour,
+            unit(y), (x, 10**height), xytext=offset, textcoords="offset points", size=6.5, ha=ha, va=va, color=color,
             annotation_clip=False,
         )  # fmt: skip
 
@@ -318,7 +320,7 @@ def _label_ends(axis: Any, ends: Sequence[tuple[str, float, float]], unit: Calla
 
 
 def _plan(result: Result) -> list[tuple[str, Sequence[Any], Callable[[Result, Sequence[Any], Path], None]]]:
-    """Suffix, panels and painter of each kind of chart that the file has rows for."""
+    """Suffix, panels and drawing function of each picture that the file has rows for."""
     kinds: list[tuple[str, Sequence[Any], Callable[[Result, Sequence[Any], Path], None]]] = [
         ("", speedup_panels(result), _draw_speedups),
         ("-roofline", roofline_panels(result), _draw_roofline),
@@ -338,7 +340,7 @@ def paths(result: Result, path: Path) -> list[Path]:
 
 
 def draw(result: Result, path: Path) -> list[Path]:
-    """Draws everything that the file has rows for.
+    """Draws every chart that the file has rows for; returns the paths of the pictures.
 
     Raises:
         ImportError: matplotlib is not installed.

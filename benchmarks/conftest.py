@@ -1,6 +1,6 @@
 """The fixtures of the benchmarks, and the tables and files at the end of a run.
 
-How to write one (all numbers come from ``compare``; a test without it can take ``record``)::
+How to write a benchmark. All numbers come from ``compare``; a test that times by itself can use ``record``::
 
     import pytest
     from benchmarks import peers, shapes
@@ -22,31 +22,30 @@ How to write one (all numbers come from ``compare``; a test without it can take 
                 "separable matmul": lambda *s: peers.separable_context(s, source_boxes, box, ...),
                 **{f"hpdm {backend}": ours(backend) for backend in backends},
             },
-            inputs=sources,                  # the differentiable tensors; everything else is closed over
+            inputs=sources,                  # the differentiable tensors; the functions close over all others
             group="sample_context",          # one table per group
             shape=str(shape),
             direction=direction,             # "fwd" or "fwd+bwd" (gradients of all floating inputs)
             reference="reference (grid_sample)",   # speed-ups are relative to this one
-            peers=["separable matmul"],      # may fail to run here (the table says why); ours may not
+            peers=["separable matmul"],      # may be unable to run here (the table says why); ours may not
             bytes=shape.bytes(direction),    # what an ideal implementation moves, or None
             flops=shape.flops(direction),    # what the formula costs, or None
-            arithmetic={"hpdm triton tf32": "tf32"},   # who takes fp32 products otherwise than PyTorch is set to
+            arithmetic={"hpdm triton tf32": "tf32"},   # contenders whose fp32 products ignore PyTorch's setting
         )
 
-Before anything is timed, every contender's output (and gradients) must err at most twice as much as the reference's
-against the reference in fp64 (``oracle=`` names another oracle, ``budgets={"name": 8.0}`` another factor). A contender
-that fails or errs more gets a row that says so, the others are timed, and then the test fails. ``backends`` is
-``("torch",)`` on the CPU and ``("torch", "triton")`` on CUDA. Options: ``--save-as NAME`` writes the results to
-``benchmarks/results/NAME`` instead of ``benchmarks/results/local``, ``--seconds S`` is the time per comparison (0: only
-validate).
+Before anything is timed, the output (and gradients) of every contender are compared with the reference in fp64. Their
+error may be at most twice that of the reference (``oracle=`` sets another oracle, ``budgets={"name": 8.0}`` another
+factor). A contender that fails or exceeds its budget gets a row that says so. The other contenders are timed, and then
+the test fails. ``backends`` is ``("torch",)`` on the CPU and ``("torch", "triton")`` on CUDA.
+
+Options: ``--save-as NAME`` writes the results to ``benchmarks/results/NAME`` instead of ``benchmarks/results/local``;
+``--seconds S`` is the time per comparison (0: only validate).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,58 +55,67 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import charts, harness, report
+from benchmarks import charts, harness, machine, report
+from benchmarks.gpu.progress import Progress
+from hpdm.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = pytest.StashKey[list[harness.Row]]()
-TESTS = pytest.StashKey[list[dict[str, Any]]]()
-CEILINGS = pytest.StashKey[dict[str, float]]()
+PROGRESS = pytest.StashKey[Progress]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hpdm benchmarks")
     group.addoption("--save-as", default="local", metavar="NAME", help="folder of benchmarks/results for the results")
-    group.addoption("--results", type=Path, metavar="FILE", help="write the results to this file alone, without tables")
+    group.addoption(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="write the results to this file alone, and leave out tests that have one there",
+    )
     group.addoption("--seconds", type=float, default=1.0, help="timing per comparison, all contenders together")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
-    config.stash[TESTS] = []
-    config.stash[CEILINGS] = {}
-    # pytest-benchmark's own table would time whole rounds of contenders; its JSON (--benchmark-json) has our rows.
+    config.stash[PROGRESS] = Progress(config.getoption("--results"))
+    config.stash[ROWS] = [harness.Row(**row) for row in config.stash[PROGRESS].rows]
+    # pytest-benchmark's own table would show times of whole rounds; its JSON (--benchmark-json) has our rows.
     if config.pluginmanager.hasplugin("benchmark"):
         config.option.benchmark_quiet = True
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
+def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
+def device() -> torch.device:
+    return _device()
+
+
+@pytest.fixture(scope="session")
 def backends(device: torch.device) -> tuple[str, ...]:
-    """Our backends that are worth timing: Triton's interpreter is for tests."""
+    """Our backends that are worth timing: not Triton's interpreter, which is for tests."""
     return ("torch", "triton") if device.type == "cuda" else ("torch",)
 
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """Of the CPU, with a fixed seed: two runs time the same inputs."""
+    """A CPU generator with a fixed seed, so that all runs time the same inputs."""
     return torch.Generator().manual_seed(0)
 
 
 def add_rows(config: pytest.Config, rows: Sequence[harness.Row]) -> None:
-    """Keeps rows for the tables, each with its floor; the first ones measure the ceilings."""
-    ceilings = config.stash[CEILINGS]
-    if rows and not ceilings:
-        ceilings.update(harness.ceilings(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    """Keeps rows for the tables and adds their floors. The ceilings are measured when the first timed rows arrive."""
+    ceilings = config.stash[PROGRESS].ceilings
+    if not ceilings and any(row.median_s for row in rows):
+        ceilings.update(machine.ceilings(_device()))
     config.stash[ROWS] += [harness.add_floor(row, ceilings) for row in rows]
 
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[..., harness.Row]:
-    """``record(group, shape, contender, direction, samples, bytes=..., flops=..., extra={...})``: adds one row."""
+    """``record(group, shape, contender, direction, samples, bytes=..., flops=..., extra={...})`` adds one row."""
 
     def add(*arguments: Any, **fields: Any) -> harness.Row:
         row = harness.row_from_samples(*arguments, **fields)
@@ -142,52 +150,53 @@ def compare(request: pytest.FixtureRequest) -> Callable[..., list[harness.Row]]:
     return run
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out tests that have a result in the file of ``--results``: an earlier process ran them."""
+    names = config.stash[PROGRESS].names()
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid in names])
+    items[:] = [item for item in items if item.nodeid not in names]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.config.stash[PROGRESS].begin(item.nodeid)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Writes the outcome of a test and all results so far; ends the run if the CUDA context was lost."""
     outcome = yield
+    progress = item.config.stash[PROGRESS]
     if outcome.when == "call" or outcome.outcome != "passed":
         message = "" if call.excinfo is None else call.excinfo.exconly()
         test = {"id": item.nodeid, "outcome": outcome.outcome, "message": message[:500]}
-        item.config.stash[TESTS].append(test | dict(outcome.user_properties))
+        progress.rows = [dataclasses.asdict(row) for row in item.config.stash[ROWS]]
+        if item.nodeid not in progress.names():
+            progress.end(test | dict(outcome.user_properties))
+        elif progress.tests[-1]["outcome"] == "passed":  # the test passed, but its teardown failed
+            progress.tests[-1] |= test
+            progress.write()
+    if outcome.outcome == "failed" and harness.context_lost(_device()):
+        item.session.shouldstop = "the CUDA context is lost: nothing else can run in this process"
     return outcome
 
 
-def write_part(config: pytest.Config, done: bool) -> None:
-    """Writes rows and tests so far to the file of ``--results``, in one step, if that was given."""
-    file = config.getoption("--results")
-    if file is None:
-        return
-    part = {
-        "done": done,
-        "rows": [dataclasses.asdict(row) for row in config.stash[ROWS]],
-        "tests": config.stash[TESTS],
-        "ceilings": config.stash[CEILINGS],
-    }
-    fresh = file.with_name(file.name + ".new")
-    fresh.write_text(json.dumps(part), encoding="utf-8")
-    os.replace(fresh, file)
-
-
-def pytest_runtest_teardown(item: pytest.Item) -> None:
-    # After every test: a kernel that takes the process down does not take the other results with it.
-    write_part(item.config, done=False)
-
-
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    write_part(config, done=True)
+    rows, progress = config.stash[ROWS], config.stash[PROGRESS]
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED):
+        progress.finish()
     if not rows or config.getoption("--results"):
         return
     result = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        **harness.environment(torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.stash[CEILINGS]),
-        "tests": config.stash[TESTS],
+        **machine.environment(_device(), progress.ceilings or None),
+        "tests": progress.tests,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     folder = RESULTS / config.getoption("--save-as")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d-%H%M%S}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(path, result)
     write = terminalreporter.write_line
     terminalreporter.section("benchmarks")
     for line in report.text(result).splitlines():

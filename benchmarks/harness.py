@@ -1,22 +1,18 @@
-"""Measurement: validate first, then time all contenders in turns in the same run, and say what they ran on.
+"""Measurement: validates all contenders, then times them in turns in the same run.
 
 On the CPU a sample is one call between two readings of ``time.perf_counter``. On CUDA a sample is one call between two
-events that are queued behind a flush of the L2 cache and a sleep of the device, so that neither a warm cache nor the
-CPU's launch time counts; nothing synchronises between them. Each row is set against the least time that its bytes and
-FLOPs take at the rates of a large copy and a large product in the same process (``benchmarks/gpu/roofline.py``).
+events. They are queued behind a flush of the L2 cache and a sleep of the device, so that neither a warm cache nor the
+CPU's launch time counts; nothing synchronizes between them. Each row is compared with its floor: the least time that
+its bytes and FLOPs take at the rates of a large copy and a large product in the same process
+(``benchmarks/gpu/roofline.py``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +24,10 @@ from hpdm_kernels.testing import assert_within_budget
 Call = Callable[[], Any]
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
-# The device sleeps while the CPU queues the call: half as long again as queueing took last time, between these bounds.
-# What takes longer to queue (thousands of launches) is bound by the CPU, and timed as that.
+# The device sleeps while the CPU queues the call: 1.5 times as long as queueing took last time, within these bounds.
+# A call that takes longer to queue (thousands of launches) is limited by the CPU, and its sample includes that.
 SHORTEST_SLEEP_S, LONGEST_SLEEP_S = 1e-3, 10e-3
-# At least what current GPUs run at: a lower clock makes the sleep longer, never shorter.
+# An upper bound of the clock of current GPUs: on a slower clock the sleep is longer, never shorter.
 CYCLES_PER_SECOND = 2e9
 
 
@@ -47,25 +43,25 @@ class Row:
     iqr_s: float | None
     rounds: int
     bytes: int | None = None
-    """What an ideal implementation must move: each input and output once."""
+    """Bytes that an ideal implementation moves: each input and output once."""
     flops: int | None = None
-    """What the formula costs, whatever the contender does."""
+    """FLOPs of the formula, whatever the contender does."""
     gbs: float | None = None
     tflops: float | None = None
     speedup_vs_reference: float | None = None
     reference: bool = False
     peak_extra_bytes: int | None = None
-    """Most memory held at once during one call, beyond what was held before it."""
+    """Peak memory during one call, beyond what was allocated before it."""
     error: str | None = None
-    """Why it could not run here, or what was wrong with its results."""
+    """Why the contender could not run, or what was wrong with its results."""
     arithmetic: str | None = None
-    """How it takes products: ``"ieee"``, ``"tf32x3"``, ``"tf32"`` (fp32 data), ``"bf16"`` or ``"fp16"``."""
+    """How it computes products: ``"ieee"``, ``"tf32x3"``, ``"tf32"`` (fp32 data), ``"bf16"`` or ``"fp16"``."""
     floor_s: float | None = None
     """The least time for ``bytes`` and ``flops`` at the rates measured in the same process."""
     floor_by: str | None = None
-    """Which of the two sets the floor: ``"bytes"`` or ``"flops"``."""
+    """Which of the two decides the floor: ``"bytes"`` or ``"flops"``."""
     share: float | None = None
-    """``floor_s / median_s``; above 1 where a contender needs fewer products than the formula."""
+    """``floor_s / median_s``; above 1 if the contender needs fewer FLOPs than the formula."""
     extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -80,9 +76,9 @@ def row_from_samples(
     flops: int | None = None,
     **fields: Any,
 ) -> Row:
-    """A :class:`Row` with the median and the interquartile range of ``samples`` (seconds), and the rates they give.
+    """A :class:`Row` with the median and the interquartile range of ``samples`` (seconds), and rates from the median.
 
-    Without samples nothing ran: the row has no times and no rates.
+    Without samples the row has no times and no rates.
     """
     if not samples:
         return Row(group, shape, contender, direction, None, None, 0, bytes=bytes, flops=flops, **fields)
@@ -105,7 +101,7 @@ def row_from_samples(
 
 
 def arithmetic_of(dtype: torch.dtype) -> str:
-    """How PyTorch takes products of ``dtype`` at its current settings."""
+    """How PyTorch computes products of ``dtype`` with its current setting."""
     if dtype in (torch.bfloat16, torch.float16):
         return "bf16" if dtype is torch.bfloat16 else "fp16"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
@@ -113,7 +109,7 @@ def arithmetic_of(dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def products_in(arithmetic: str) -> Iterator[None]:
-    """PyTorch's own fp32 products take one TF32 pass inside the block if ``arithmetic`` is ``"tf32"``, else none."""
+    """Inside the block PyTorch's fp32 products take one TF32 pass if ``arithmetic`` is ``"tf32"``, else full fp32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
     try:
@@ -123,7 +119,7 @@ def products_in(arithmetic: str) -> Iterator[None]:
 
 
 def add_floor(row: Row, ceilings: Mapping[str, float]) -> Row:
-    """Sets the floor of ``row`` and the share of it that was reached."""
+    """Sets ``floor_s``, ``floor_by`` and ``share`` of ``row`` and returns it."""
     if row.median_s:
         arithmetic = row.arithmetic or arithmetic_of(torch.float32)
         row.floor_s, row.floor_by = roofline.floor(row.bytes, row.flops, arithmetic, ceilings)
@@ -132,7 +128,7 @@ def add_floor(row: Row, ceilings: Mapping[str, float]) -> Row:
 
 
 class Timer:
-    """Times calls on one device; ``sample`` queues one measurement, ``seconds`` gives them all."""
+    """Times calls on one device: ``sample`` queues one measurement, ``seconds`` returns all of them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -168,7 +164,7 @@ class Timer:
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> int:
-    """Most memory allocated at once during ``call``, beyond what was allocated before it."""
+    """Peak memory in bytes during ``call``, beyond what was allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -188,14 +184,14 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int:
 
 
 def forward_and_backward(fn: Callable[..., Tensor], leaves: Sequence[Tensor], grad_output: Tensor | None) -> Call:
-    """A call that runs ``fn`` on ``leaves``, with the gradients of all floating leaves if ``grad_output`` is given."""
-    wanted = [t for t in leaves if t.requires_grad]
+    """A call that runs ``fn`` on ``leaves``; with ``grad_output`` also the gradients of leaves that require one."""
+    differentiable = [t for t in leaves if t.requires_grad]
 
     def call() -> tuple[Tensor, ...]:
         out = fn(*leaves)
         if grad_output is None:
             return (out,)
-        return (out.detach(), *torch.autograd.grad(out, wanted, grad_output))
+        return (out.detach(), *torch.autograd.grad(out, differentiable, grad_output))
 
     return call
 
@@ -206,131 +202,196 @@ def _leaves(inputs: Sequence[Tensor], backward: bool, dtype: torch.dtype | None 
 
 
 def check_direction(direction: str) -> bool:
-    """Whether there is a backward pass in ``direction``."""
+    """Whether ``direction`` includes the backward pass.
+
+    Raises:
+        ValueError: an unknown direction.
+    """
     if direction not in ("fwd", "fwd+bwd"):
         raise ValueError(f"direction: got {direction!r}, expected 'fwd' or 'fwd+bwd'")
     return direction == "fwd+bwd"
 
 
+def context_lost(device: torch.device) -> bool:
+    """Whether a failed kernel has made the CUDA context of this process unusable."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 class Wrong(AssertionError):
-    """Contenders that may not fail did; ``rows`` has what could be timed all the same."""
+    """A contender that must not fail did; ``rows`` has the measurements of the others."""
 
     def __init__(self, message: str, rows: list[Row]) -> None:
         super().__init__(message)
         self.rows = rows
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The task on which contenders are compared; ``benchmarks/conftest.py`` has an example."""
+
+    group: str
+    """The table that the rows go to."""
+    shape: str
+    direction: str
+    """``"fwd"``, or ``"fwd+bwd"``: also the gradients of all floating-point inputs."""
+    reference: str
+    """The contender whose error sets the budget and whose time is the base of the speed-ups."""
+    oracle: Callable[..., Tensor] | None = None
+    """Called on fp64 inputs for the exact results; the reference if not given."""
+    bytes: int | None = None
+    flops: int | None = None
+    budgets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Allowed multiple of the reference's error by contender; 2 by default."""
+    arithmetic: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """How a contender computes products, if not by PyTorch's setting."""
+    peers: Sequence[str] = ()
+    """Contenders that need not run on this machine; if they run, their results must be within the budget."""
+
+    def row(self, contender: str, samples: Sequence[float], **fields: Any) -> Row:
+        """A row of this task's table."""
+        return row_from_samples(
+            self.group, self.shape, contender, self.direction, samples, reference=contender == self.reference, **fields
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a contender could not be timed."""
+
+    message: str
+    allowed: bool
+    """Whether the contender is a peer that cannot run on this machine."""
+
+
 def compare(
     contenders: Mapping[str, Callable[..., Tensor]],
     inputs: Sequence[Tensor],
     *,
-    group: str,
-    shape: str,
-    direction: str,
-    reference: str,
-    oracle: Callable[..., Tensor] | None = None,
-    bytes: int | None = None,
-    flops: int | None = None,
-    budgets: Mapping[str, float] | None = None,
-    arithmetic: Mapping[str, str] | None = None,
-    peers: Sequence[str] = (),
     seconds: float = 2.0,
     drive: Callable[[Call, int], None] | None = None,
     timer: Callable[[torch.device], Timer] = Timer,
+    **task_fields: Any,
 ) -> list[Row]:
-    """Validates, then times, every contender on the same inputs; see ``benchmarks/conftest.py`` for the arguments.
+    """Validates, then times, every contender on the same inputs.
 
-    With ``seconds=0`` it only validates.
+    Args:
+        contenders: functions of the inputs, by their name in the tables.
+        inputs: tensors; with ``"fwd+bwd"`` all floating-point ones get gradients.
+        seconds: time for all contenders together; 0: only validate, and return no rows.
+        drive: ``drive(run_round, rounds)`` must call ``run_round``, one round of all contenders, ``rounds`` times.
+        timer: creates the timer of one contender.
+        task_fields: the fields of :class:`Task`.
 
     Raises:
-        Wrong: a contender's results are outside of its budget, or one that is no peer could not run. The others are
-            timed first.
+        Wrong: a contender's error exceeds its budget, or a contender other than a peer could not run. The others are
+            timed first, unless the CUDA context is lost.
     """
-    backward = check_direction(direction)
-    if reference not in contenders:
-        raise ValueError(f"reference: got {reference!r}, expected one of {', '.join(map(repr, contenders))}")
+    task = Task(**task_fields)
+    backward = check_direction(task.direction)
+    if task.reference not in contenders:
+        raise ValueError(f"reference: got {task.reference!r}, expected one of {', '.join(map(repr, contenders))}")
     device = inputs[0].device
     usual = arithmetic_of(next((t.dtype for t in inputs if t.is_floating_point()), torch.float32))
-    arithmetics = {name: (arithmetic or {}).get(name, usual) for name in contenders}
-    errors: dict[str, str] = {}
-    wrong: list[str] = []
-
+    arithmetic = {name: task.arithmetic.get(name, usual) for name in contenders}
+    rows: list[Row] = []
     with torch.set_grad_enabled(backward):
-        plain_leaves = _leaves(inputs, backward)
-        plain_out = contenders[reference](*plain_leaves)
-        # Fresh and not all ones: a gradient that was dropped or transposed must show.
-        grad_output = torch.randn_like(plain_out) if backward else None
-        plain = forward_and_backward(contenders[reference], plain_leaves, grad_output)()
-        wide = None if grad_output is None else grad_output.double()
-        truth = forward_and_backward(oracle or contenders[reference], _leaves(inputs, backward, torch.float64), wide)()
-        names = ["output", *(f"gradient {i}" for i in range(len(plain) - 1))]
-        calls: dict[str, Call] = {}
-        for name, fn in contenders.items():
-            call = _in_arithmetic(
-                forward_and_backward(fn, _leaves(inputs, backward), grad_output), arithmetics[name], usual
-            )
-            factor = (budgets or {}).get(name, 2.0)
-            try:
-                results = call()
-                for what, got, near, true in zip(names, results, plain, truth, strict=True):
-                    assert_within_budget(f"{group}, {shape}, {name}, {what}", got, near, true, factor=factor)
-            except Exception as error:
-                errors[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-                if name not in peers or isinstance(error, AssertionError):
-                    wrong.append(f"{name}: {errors[name]}")
-                continue
-            calls[name] = call
-        del plain, truth, plain_out, wide
-
-        timers = {name: timer(device) for name in calls} if seconds else {}
-        memory = {}
-        if seconds:
-            # The call whose memory is counted also says how long a round takes, roughly: a spare call costs minutes.
-            begin = time.perf_counter()
-            memory = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
-            one_round = time.perf_counter() - begin
-            rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, seconds / one_round)))
-
-            def round_robin() -> None:
-                for name, call in calls.items():
-                    timers[name].sample(call)
-
-            if drive is None:
-                for _ in range(rounds):
-                    round_robin()
-            else:
-                drive(round_robin, rounds)
-
-    rows = [
-        row_from_samples(
-            group,
-            shape,
-            name,
-            direction,
-            timers[name].seconds(),
-            bytes=bytes,
-            flops=flops,
-            reference=name == reference,
-            peak_extra_bytes=memory[name],
-            arithmetic=arithmetics[name],
-        )
-        for name in timers
-    ]
+        calls, failures = _validate(task, contenders, inputs, arithmetic, usual)
+        if seconds and not (failures and context_lost(device)):
+            samples, memory = _time(calls, device, seconds, drive, timer)
+            work = {"bytes": task.bytes, "flops": task.flops}
+            rows = [
+                task.row(name, samples[name], peak_extra_bytes=memory[name], arithmetic=arithmetic[name], **work)
+                for name in calls
+            ]
     base = next((row.median_s for row in rows if row.reference), None)
     for row in rows:
         row.speedup_vs_reference = base / row.median_s if base and row.median_s else None
     if seconds:
         rows += [
-            Row(group, shape, name, direction, median_s=None, iqr_s=None, rounds=0, error=why)
-            for name, why in errors.items()
+            row_from_samples(task.group, task.shape, name, task.direction, [], error=failure.message)
+            for name, failure in failures.items()
         ]
+    wrong = [f"{name}: {failure.message}" for name, failure in failures.items() if not failure.allowed]
     if wrong:
         raise Wrong("; ".join(wrong), rows)
     return rows
 
 
+def _validate(
+    task: Task,
+    contenders: Mapping[str, Callable[..., Tensor]],
+    inputs: Sequence[Tensor],
+    arithmetic: Mapping[str, str],
+    usual: str,
+) -> tuple[dict[str, Call], dict[str, Failure]]:
+    """The calls of the contenders that pass, and the failures of the others.
+
+    If a contender makes the CUDA context unusable, those after it are not tried.
+    """
+    backward = check_direction(task.direction)
+    reference = contenders[task.reference]
+    leaves = _leaves(inputs, backward)
+    # Random instead of ones, to reveal gradients that are dropped or transposed.
+    grad_output = torch.randn_like(reference(*leaves)) if backward else None
+    plain = forward_and_backward(reference, leaves, grad_output)()
+    wide_grad = None if grad_output is None else grad_output.double()
+    oracle = forward_and_backward(task.oracle or reference, _leaves(inputs, backward, torch.float64), wide_grad)()
+    results = ["output", *(f"gradient {i}" for i in range(len(plain) - 1))]
+    calls: dict[str, Call] = {}
+    failures: dict[str, Failure] = {}
+    for name, fn in contenders.items():
+        call = _in_arithmetic(forward_and_backward(fn, _leaves(inputs, backward), grad_output), arithmetic[name], usual)
+        factor = task.budgets.get(name, 2.0)
+        try:
+            for result, actual, plain_value, true_value in zip(results, call(), plain, oracle, strict=True):
+                label = f"{task.group}, {task.shape}, {name}, {result}"
+                assert_within_budget(label, actual, plain_value, true_value, factor=factor)
+        except Exception as error:
+            message = str(error).strip().splitlines()[0] if str(error) else ""
+            allowed = name in task.peers and not isinstance(error, AssertionError)
+            failures[name] = Failure(f"{type(error).__name__}: {message}", allowed)
+            if context_lost(inputs[0].device):
+                break
+            continue
+        calls[name] = call
+    return calls, failures
+
+
+def _time(
+    calls: Mapping[str, Call],
+    device: torch.device,
+    seconds: float,
+    drive: Callable[[Call, int], None] | None,
+    timer: Callable[[torch.device], Timer],
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of every sample, and peak memory of one call beyond what was allocated before it, by contender."""
+    timers = {name: timer(device) for name in calls}
+    # The calls that measure memory also estimate the time of a round, because an additional call may take minutes.
+    begin = time.perf_counter()
+    memory = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
+    one_round = time.perf_counter() - begin
+    rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, seconds / one_round)))
+
+    def run_round() -> None:
+        for name, call in calls.items():
+            timers[name].sample(call)
+
+    if drive is None:
+        for _ in range(rounds):
+            run_round()
+    else:
+        drive(run_round, rounds)
+    return {name: timers[name].seconds() for name in calls}, memory
+
+
 def _in_arithmetic(call: Call, arithmetic: str, usual: str) -> Call:
-    """``call`` with PyTorch's fp32 products set to ``arithmetic``, where that is not what they are set to anyway."""
+    """``call`` with PyTorch's fp32 products set to ``arithmetic``; ``usual`` is the current setting."""
     if arithmetic == usual:
         return call
 
@@ -339,87 +400,3 @@ def _in_arithmetic(call: Call, arithmetic: str, usual: str) -> Call:
             return call()
 
     return with_setting
-
-
-def ceilings(device: torch.device) -> dict[str, float]:
-    """What this machine reaches at best: GB/s of a copy, TFLOP/s of a product, on CUDA in each arithmetic."""
-    cuda = device.type == "cuda"
-    source = torch.ones(2**28 if cuda else 2**25, device=device)
-    target = torch.empty_like(source)
-    matrix = torch.randn(8192 if cuda else 1536, 8192 if cuda else 1536, device=device)
-
-    def best(call: Call) -> float:
-        timer = Timer(device)
-        for _ in range(7):
-            timer.sample(call)
-        return min(timer.seconds())
-
-    rates = {"copy_gbs": 2 * source.numel() * source.element_size() / best(lambda: target.copy_(source)) / 1e9}
-    work = 2 * matrix.shape[0] ** 3 / 1e12
-    with products_in("ieee"):
-        rates["matmul_fp32_tflops"] = work / best(lambda: matrix @ matrix)
-    if cuda:
-        with products_in("tf32"):
-            rates["matmul_tf32_tflops"] = work / best(lambda: matrix @ matrix)
-        half = matrix.bfloat16()
-        rates["matmul_bf16_tflops"] = work / best(lambda: half @ half)
-    return rates
-
-
-def environment(device: torch.device, measured: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """What the numbers were measured on and with: hardware, versions, commit, command; no names of hosts or paths.
-
-    ``measured``: the ceilings, where they are known already.
-    """
-    machine: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {
-            "gpu": properties.name,
-            "memory_gib": round(properties.total_memory / 2**30, 1),
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-        }
-    machine |= ceilings(device) if measured is None else measured
-    return {
-        "machine": machine,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "triton": _version("triton"),
-            "numpy": _version("numpy"),
-        },
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "commit": _commit(),
-        "command": " ".join([Path(sys.argv[0]).stem.replace("__main__", "pytest"), *sys.argv[1:]]),
-    }
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

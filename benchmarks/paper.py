@@ -1,6 +1,6 @@
-"""Training steps of the paper's tables, as they are measured: memory at batch 1, largest batch under a cap, videos/s.
+"""Measures the training steps of the paper's tables: memory at batch 1, largest batch under a cap, videos/s.
 
-The paper's card had 80 GB. A larger one is capped to that, so that it answers as the paper's would.
+The paper's GPU had 80 GB. Larger GPUs are limited to that, so that results are comparable.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import harness
-from hpdm import HPDMConfig, presets
+from hpdm import HPDMConfig, presets, systems
 from hpdm.planning.measure import NoiseTraining
 from hpdm.planning.training_cost import training_step
 
+PATCH_DIFFUSION = systems.get("patch")
 CAP_BYTES = 80_000_000_000
 MOST_CLIPS = 64
 ROUNDS = 3
@@ -25,7 +26,7 @@ OutOfMemory = torch.cuda.OutOfMemoryError
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run the same model."""
+    """A way to run the same model: kernels, recomputation, ``torch.compile``."""
 
     name: str
     kernels: str
@@ -55,29 +56,29 @@ def ablations(base: HPDMConfig) -> dict[str, tuple[HPDMConfig, float]]:
 
 @functools.cache
 def formula_flops(config: HPDMConfig) -> int:
-    """Work of one clip by the paper's formulas, whatever a contender does; seconds to count, so once per model."""
-    return training_step(config, 1, "reference").flops
+    """FLOPs of one clip by the paper's formulas, whatever a contender does; cached, because counting is slow."""
+    return training_step(PATCH_DIFFUSION, config, 1, "reference").flops
 
 
 def base_config() -> HPDMConfig:
-    """Table 1's static memory (6.1 to 6.4 GB) is that of five fp32 copies of the weights of HPDM-M."""
+    """The model of Table 1: the table's static memory (6.1 to 6.4 GB) is five fp32 copies of HPDM-M's weights."""
     return presets.hpdm_m()
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one contender needs for one model."""
+    """Memory and time of one contender with one model."""
 
     peak_bytes: int
-    """At batch 1, everything counted."""
+    """Peak memory at batch 1, including weights and optimizer state."""
     batch: int
-    """The largest tried that fits under the cap."""
+    """The largest tested batch that fits under the cap."""
     samples: list[float]
     """Seconds per step at that batch."""
 
 
 def total_peak_bytes(call: Callable[[], None], device: torch.device) -> int:
-    """Most memory held at once while ``call`` runs: on CUDA all of it, on the CPU what the call adds."""
+    """Peak memory in bytes while ``call`` runs: on CUDA all allocated memory, on the CPU only what the call adds."""
     if device.type != "cuda":
         return harness.peak_extra_bytes(call, device)
     before = torch.cuda.memory_allocated(device)
@@ -85,19 +86,21 @@ def total_peak_bytes(call: Callable[[], None], device: torch.device) -> int:
 
 
 def measure(config: HPDMConfig, contender: Contender, device: torch.device, cap: int = CAP_BYTES) -> Measured:
-    """Memory at batch 1, then the largest batch that fits, then its time.
+    """Measures memory at batch 1, finds the largest batch that fits, then times it.
 
-    The batch is reckoned from the peaks of one and two clips, between which memory grows linearly, and reduced by a
-    tenth while it does not fit. At most :data:`MOST_CLIPS`.
+    The batch is extrapolated from the peaks of one and two clips, since memory grows linearly, and reduced by a tenth
+    until it fits. It is at most :data:`MOST_CLIPS`.
 
     Raises:
         OutOfMemory: not even one clip fits.
     """
-    training = NoiseTraining(config, device, contender.kernels, contender.recompute, compiled=contender.compiled)
+    training = NoiseTraining(
+        PATCH_DIFFUSION, config, device, contender.kernels, contender.recompute, compiled=contender.compiled
+    )
 
     def peak(batch: int) -> int:
         call = training.step(batch)
-        call()  # the first step makes the moments, and compiles
+        call()  # the first step allocates the optimizer state, and compiles
         return total_peak_bytes(call, device)
 
     one = peak(1)
@@ -125,7 +128,7 @@ def measure(config: HPDMConfig, contender: Contender, device: torch.device, cap:
 
 
 def release(device: torch.device) -> None:
-    """Gives back what nothing holds any more."""
+    """Returns unused cached memory to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
-"""What we compare against: the strongest ways to get the same results with PyTorch alone.
+"""The peers of the benchmarks: the fastest known ways to get the same results with PyTorch alone.
 
-All take the same arguments as :mod:`hpdm_kernels.reference` and include every step that a user would pay for in a
-training step: positions and weights are computed inside, since boxes change at every step.
+Peers of the context ops take the arguments of :mod:`hpdm_kernels.reference`. They include all work of a training step:
+positions and weights are computed inside, since boxes change at every step.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpdm_kernels.reference import axis_positions, coordinate_dtype, relative_box, token_coordinates
+from hpdm_kernels.boxes import coordinate_dtype, relative_box, token_coordinates, token_positions
 
 Grids = Sequence[Sequence[int]]
 
 
 def _interpolation_matrix(offset: Tensor, scale: Tensor, n: int, source: int) -> Tensor:
-    """Linear interpolation with a clamped border along one axis as a matrix: ``[B], [B] -> [B, n, source]``."""
-    at = (axis_positions(offset, scale, n) * source - 0.5).clamp(0, source - 1)
-    return (1 - (at[..., None] - torch.arange(source, device=at.device, dtype=at.dtype)).abs()).clamp(min=0)
+    """Linear interpolation with border padding along one axis as a matrix: ``[B], [B] -> [B, n, source]``."""
+    u = (token_positions(offset, scale, n) * source - 0.5).clamp(0, source - 1)  # [B, n]
+    return (1 - (u[..., None] - torch.arange(source, device=u.device, dtype=u.dtype)).abs()).clamp(min=0)
 
 
 def separable_context(
@@ -35,10 +35,10 @@ def separable_context(
     total: Tensor | None = None
     for source, source_box, shape in zip(sources, source_boxes, source_grids):
         work = coordinate_dtype(source.dtype)
-        where = relative_box(box.to(work), source_box.to(work))
+        relative = relative_box(box.to(work), source_box.to(work))  # [B, 6]
         out = source.unflatten(1, tuple(shape))
         for axis in range(3):
-            matrix = _interpolation_matrix(where[:, axis], where[:, 3 + axis], grid[axis], shape[axis])
+            matrix = _interpolation_matrix(relative[:, axis], relative[:, 3 + axis], grid[axis], shape[axis])
             matrix = matrix.to(source.dtype)
             before, after = out.shape[1 : 1 + axis], out.shape[2 + axis :]
             matrix = matrix.reshape(-1, *[1] * len(before), *matrix.shape[1:])
@@ -61,15 +61,15 @@ def embedding_bag_context(
     for source, source_box, shape in zip(sources, source_boxes, source_grids):
         b, rows, d = source.shape
         work = coordinate_dtype(source.dtype)
-        where = relative_box(box.to(work), source_box.to(work))
+        relative = relative_box(box.to(work), source_box.to(work))  # [B, 6]
         index = torch.zeros(b, 1, 1, device=source.device, dtype=torch.long)
         weight = torch.ones(b, 1, 1, device=source.device, dtype=work)
         for axis in range(3):
             n = shape[axis]
-            at = (axis_positions(where[:, axis], where[:, 3 + axis], grid[axis]) * n - 0.5).clamp(0, n - 1)
-            low = at.floor().long()
+            u = (token_positions(relative[:, axis], relative[:, 3 + axis], grid[axis]) * n - 0.5).clamp(0, n - 1)
+            low = u.floor().long()
             high = (low + 1).clamp(max=n - 1)
-            fraction = at - low
+            fraction = u - low
             corners = torch.stack((low, high), dim=-1)
             parts = torch.stack((1 - fraction, fraction), dim=-1)
             index = (index[:, :, None, :, None] * n + corners[:, None, :, None, :]).flatten(3).flatten(1, 2)
@@ -88,7 +88,7 @@ def embedding_bag_context(
 
 
 def fused_by(context: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Eq. 9 the plain way, concatenate and project, with ``context`` for eq. 7."""
+    """Eq. 9 as written: concatenates, then projects; ``context`` samples eq. 7. Arguments as ``reference``'s."""
 
     def fuse(
         x: Tensor,
@@ -101,7 +101,7 @@ def fused_by(context: Callable[..., Tensor]) -> Callable[..., Tensor]:
         grid: Sequence[int],
     ) -> Tensor:
         parts = [x, context(sources, source_boxes, box, source_grids, grid)]
-        if weight.shape[1] == 2 * x.shape[2] + 3:
+        if weight.shape[1] > 2 * x.shape[2]:
             parts.append(token_coordinates(box, grid, x.dtype))
         return F.linear(torch.cat(parts, dim=-1), weight, bias)
 
@@ -114,18 +114,18 @@ embedding_bag_fuse = fused_by(embedding_bag_context)
 
 @functools.cache
 def compiled(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``torch.compile`` of a peer, for static shapes, with the compiler's limit on recompilations out of the way."""
+    """``torch.compile`` of a peer for static shapes, with a limit on recompilations that no benchmark reaches."""
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(fn, fullgraph=True, dynamic=False)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """PyTorch's own fused attention, whichever of its backends takes the inputs."""
+    """PyTorch's fused attention, by the backend that PyTorch selects: ``[B,h,M,d], [B,h,N,d] -> [B,h,M,d]``."""
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 def accumulate_and_count(tiles: Tensor, origins: Tensor, size: Sequence[int]) -> Tensor:
-    """Tiles added into a value map and a count map, tile by tile, as sliding-window libraries do: ``[B,C,F,H,W]``."""
+    """Adds tiles to a value map and a count map, tile by tile, as sliding-window libraries do: ``[B,C,F,H,W]``."""
     b, _, c, f, h, w = tiles.shape
     value = tiles.new_zeros(b, c, *size)
     count = tiles.new_zeros(1, 1, *size)
@@ -136,7 +136,7 @@ def accumulate_and_count(tiles: Tensor, origins: Tensor, size: Sequence[int]) ->
 
 
 def index_add_average(tiles: Tensor, origins: Tensor, size: Sequence[int]) -> Tensor:
-    """The same as one scatter: ``index_add_`` of all tiles at once; not repeatable on CUDA."""
+    """The average with one scatter, ``index_add_`` of all tiles: ``[B,C,F,H,W]``. Not deterministic on CUDA."""
     b, _, c, f, h, w = tiles.shape
     frames, height, width = size
     ranges = [torch.arange(n, device=tiles.device) for n in (f, h, w)]
@@ -156,7 +156,7 @@ def tiles_by_unfold(video: Tensor, tile_size: Sequence[int], step: Sequence[int]
 
 
 def crop_and_interpolate(video: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
-    """Eq. 6 with slices and ``F.interpolate(mode="area")``; exact where boxes lie on whole pixels and divide evenly."""
+    """Eq. 6 with slices and ``F.interpolate(mode="area")``; exact for boxes on whole pixels that divide evenly."""
     full = torch.tensor(video.shape[2:], dtype=torch.float64)
     starts = (box[:, :3].cpu().double() * full).round().long().tolist()
     lengths = (box[:, 3:].cpu().double() * full).round().long().tolist()
@@ -169,9 +169,10 @@ def crop_and_interpolate(video: Tensor, box: Tensor, size: Sequence[int]) -> Ten
 
 
 def monai_average(tiles: Tensor, size: Sequence[int], overlap: Sequence[float]) -> Tensor:
-    """MONAI's ``sliding_window_inference`` with a predictor that has its answers ready: its value and count maps.
+    """MONAI's ``sliding_window_inference`` with a predictor that returns the given tiles: ``[B,C,F,H,W]``.
 
-    One window at a time, which MONAI slices without a copy, of a video that takes no memory.
+    This measures MONAI's value and count maps. It passes one window at a time, which MONAI slices without a copy, from
+    a video that takes no memory.
 
     Raises:
         ImportError: MONAI is not installed (``pip install monai``; nothing else here needs it).
@@ -179,8 +180,8 @@ def monai_average(tiles: Tensor, size: Sequence[int], overlap: Sequence[float]) 
     from monai.inferers import sliding_window_inference
 
     b, _, c = tiles.shape[:3]
-    ready = iter(tiles.unbind(1))
+    predictions = iter(tiles.unbind(1))
     video = tiles.new_zeros(()).expand(b, c, *size)
     return sliding_window_inference(
-        video, tuple(tiles.shape[3:]), 1, lambda _: next(ready), overlap=tuple(overlap), mode="constant"
+        video, tuple(tiles.shape[3:]), 1, lambda _: next(predictions), overlap=tuple(overlap), mode="constant"
     )

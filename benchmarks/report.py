@@ -3,10 +3,10 @@
 
 ::
 
-    python -m benchmarks.report FILE.json ...                       Markdown tables, and charts beside each file
-    python -m benchmarks.report OLD.json NEW.json                   also what got slower, needs more memory, got faster
+    python -m benchmarks.report FILE.json ...                       prints Markdown tables, draws charts beside each
+    python -m benchmarks.report OLD.json NEW.json                   also lists differences in time and memory
     python -m benchmarks.report --readme README.md FILE.json ...    writes the README's results between two markers
-    python -m benchmarks.report --readme README.md --check          whether they are what the files named there give
+    python -m benchmarks.report --readme README.md --check          checks the README against the files that it names
 
 Exit status 1: something got slower or needs more memory, or the README differs; 2: a file or argument is unusable.
 """
@@ -39,10 +39,10 @@ TIME_MARGIN, MEMORY_MARGIN = 1.1, 1.05
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file.
+    """Reads a result file.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: not a file that ``pytest benchmarks`` wrote.
     """
     try:
@@ -57,7 +57,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def chart(results: Sequence[Result], path: Path) -> Path:
-    """Draws the charts of the first file beside ``path`` and gives the path of the first of them.
+    """Draws the charts of the first result beside ``path`` and returns the path of the first chart.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -69,9 +69,10 @@ def chart(results: Sequence[Result], path: Path) -> Path:
 
 
 def compare(old: Result, new: Result) -> dict[str, list[str]]:
-    """What changed from ``old`` to ``new``, as lines by heading.
+    """Differences between two runs, as lines by heading.
 
-    Slower and faster: by more than 10 % and by more than both interquartile ranges together. Memory: by more than 5 %.
+    Times differ if they change by more than 10 % and by more than the sum of both interquartile ranges; memory differs
+    if it changes by more than 5 %.
     """
     before, after = _by_key(old), _by_key(new)
     both = sorted(before.keys() & after.keys())
@@ -120,7 +121,7 @@ def _change(key: Sequence[str], was: Row, now: Row, field: str, unit: Callable[[
 
 
 def _different_setting(old: Result, new: Result) -> list[str]:
-    """What else than the code differs between two runs."""
+    """Differences in setting between two runs: machine, threads, precision and versions."""
     settings = {
         "machine": where,
         "threads": lambda r: r["machine"]["threads"],
@@ -145,7 +146,7 @@ def _print_comparison(old: Path, new: Path, results: Sequence[Result]) -> int:
 
 
 def block(readme: Path, files: Sequence[Path]) -> str:
-    """What stands between the markers of ``readme``: per file its setting, a compact table, and its charts."""
+    """The text between the markers of ``readme``: for each file its setting, a compact table, and its charts."""
 
     def link(path: Path) -> str:
         return Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
@@ -167,7 +168,7 @@ def splice(content: str, inside: str, name: str = "README.md") -> str:
     """``content`` with everything between its two marker lines replaced by ``inside``.
 
     Raises:
-        ValueError: not exactly one marker of each kind, the beginning first.
+        ValueError: there is not exactly one marker of each kind, in the right order.
     """
     begin, end = _markers(content, name)
     return f"{content[:begin]}\n\n{inside}\n\n{content[end:]}"
@@ -187,7 +188,7 @@ def named_files(content: str, readme: Path) -> list[Path]:
 
 
 def _markers(content: str, name: str) -> tuple[int, int]:
-    """Where the text between the markers begins and ends."""
+    """Start and end of the text between the markers."""
     counts = [len(re.findall(rf"^{re.escape(marker)}[ \t]*\r?$", content, re.M)) for marker in (BEGIN, END)]
     if counts != [1, 1] or content.index(BEGIN) > content.index(END):
         raise ValueError(
@@ -199,20 +200,20 @@ def _markers(content: str, name: str) -> tuple[int, int]:
 def _update(readme: Path, files: Sequence[Path], check: bool) -> int:
     content = readme.read_bytes().decode("utf-8")
     files = files or named_files(content, readme)
-    wanted = splice(content, block(readme, files), str(readme))
+    updated = splice(content, block(readme, files), str(readme))
     pictures = [picture for file in files for picture in charts.paths(read(file), file)]
     if check:
         missing = [f"missing chart: {picture}" for picture in pictures if not picture.is_file()]
         names = (str(readme), "what the files give")
-        changes = difflib.unified_diff(content.splitlines(), wanted.splitlines(), *names, n=0, lineterm="")
+        changes = difflib.unified_diff(content.splitlines(), updated.splitlines(), *names, n=0, lineterm="")
         lines = [*missing, *changes]
         print("\n".join(lines) or f"{readme}: the results are those of the files")
         return 1 if lines else 0
     for file in files:
         charts.draw(read(file), file)
-    if wanted != content:
+    if updated != content:
         with atomic_path(readme) as temporary:
-            temporary.write_bytes(wanted.encode("utf-8"))
+            temporary.write_bytes(updated.encode("utf-8"))
     print(f"{readme}: results of {', '.join(file.name for file in files)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""The shapes of the paper (Table 8), as the ops see them. Values that the paper does not publish are marked."""
+"""The shapes of the paper (Table 8) as inputs of the ops. Values that the paper does not publish are marked."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Pyramid:
     """Pixels of one token."""
     levels: int
     ratio: Triple
-    """Growth of the resolution from a level to the next, per axis."""
+    """Factor of the resolution from one level to the next, per axis."""
     latent_width: int
     width: int = 1024
     latents: int = 768
@@ -84,7 +84,7 @@ class ContextShape:
 
     @property
     def footprints(self) -> tuple[Triple, ...]:
-        """Most tokens per axis that a patch of the last level touches, per source (0 is the whole video)."""
+        """For each source, upper bounds of the tokens that a patch of the last level touches per axis."""
         out = []
         for source in range(len(self.source_grids)):
             steps = self.pyramid.levels - 1 - source
@@ -95,7 +95,7 @@ class ContextShape:
     def make(
         self, generator: torch.Generator, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
-        """Random ``sources`` ``[B, N, D]``, their boxes, and the box of the level that reads them, nested."""
+        """Random ``sources`` ``[B, N, D]``, their boxes, and the box of the level that reads them; boxes are nested."""
         boxes: list[Tensor] = []
         for level in range(self.pyramid.levels):
             scale = [1.0 / r**level for r in self.pyramid.ratio]
@@ -105,8 +105,8 @@ class ContextShape:
         return sources, tuple(b.to(device) for b in boxes[:-1]), boxes[-1].to(device)
 
     def bytes(self, direction: str = "fwd", itemsize: int = 4) -> int:
-        """``sample_context``: each touched source token read once and the output written once; backward: the output's
-        gradient read once and the sources' gradients, zeros too, written once.
+        """Bytes of ``sample_context``: each touched source token is read once, the output is written once. Backward:
+        the output's gradient is read once, the sources' gradients, including zeros, are written once.
         """
         touched = sum(math.prod(size) for size in self.footprints)
         forward = touched + self.tokens
@@ -116,26 +116,26 @@ class ContextShape:
 
 @dataclass(frozen=True)
 class TiledContextShape(ContextShape):
-    """``batch`` tiles of the last level at once, as a sampler takes them; all read the same finished levels."""
+    """``batch`` tiles of the last level at once, as in a sampler; all read the same finished levels."""
 
     def __str__(self) -> str:
         return f"{self.pyramid.name} {self.batch} tiles, cached levels of {', '.join(map(str, self.rows))} tiles"
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Tiles of each finished level at 50 % overlap, at most 16 of them: a tile reads one."""
+        """Number of tiles of each finished level at 50 % overlap, but at most 16; a tile reads one of them."""
         counts = (math.prod(2 * r**level - 1 for r in self.pyramid.ratio) for level in range(len(self.source_grids)))
         return tuple(min(16, n) for n in counts)
 
     def make_tiles(
         self, generator: torch.Generator, device: torch.device
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor, Tensor]:
-        """Sources with a row per cached tile, their boxes, the boxes of the tiles, and which row serves which."""
+        """Sources with a row per cached tile, their boxes, the boxes of the tiles, and ``source_index``."""
         boxes: list[Tensor] = []
         for level, n in enumerate((*self.rows, self.batch)):
             parents = boxes[-1][torch.arange(n) % len(boxes[-1])] if boxes else None
             boxes.append(random_boxes(n, [1.0 / r**level for r in self.pyramid.ratio], generator, inside=parents))
-        # Tile i of a level lies in tile i (modulo their number) of the level below, and so on down.
+        # Tile i of a level lies in tile i (modulo the number of tiles) of the coarser level before it, and so on.
         index = [torch.arange(self.batch)]
         for n in reversed(self.rows):
             index.insert(0, index[0] % n)
@@ -154,7 +154,7 @@ class AttentionShape:
 
     pyramid: Pyramid
     reads: bool
-    """Whether latents read from tokens (few queries), or tokens from latents (few keys)."""
+    """True: latents read from tokens (few queries). False: tokens read from latents (few keys)."""
     batch: int = 1
     head_dim: int = 64
 
@@ -187,12 +187,12 @@ class AttentionShape:
         return q, k, v
 
     def flops(self, direction: str = "fwd") -> int:
-        """Two products forward; five more backward, with the scores taken again."""
+        """Two products forward, five more backward, which recomputes the scores."""
         product = 2 * self.batch * self.heads * self.queries * self.keys * self.head_dim
         return product * (7 if direction == "fwd+bwd" else 2)
 
     def bytes(self, direction: str = "fwd", itemsize: int = 4) -> int:
-        """Forward: q, k, v, out once. Backward: q, k, v, out, its gradient read, three gradients written."""
+        """Forward: q, k, v and out once. Backward: reads q, k, v, out and its gradient; writes dq, dk, dv."""
         rows = 2 * self.queries + 2 * self.keys
         rows += 4 * self.queries + 4 * self.keys if direction == "fwd+bwd" else 0
         return self.batch * self.heads * self.head_dim * itemsize * rows
@@ -240,7 +240,7 @@ class TilesShape:
         return tiles.to(device, dtype), video.to(device, dtype)
 
     def bytes(self, with_x: bool = False, itemsize: int = 4) -> int:
-        """All tiles once, the video once; twice with ``x``, which is read where the mean is written."""
+        """All tiles once, the video once; with ``x`` the video twice, because ``x`` is read, too."""
         tiles = self.tiles * math.prod(self.tile)
         video = math.prod(self.size) * (2 if with_x else 1)
         return self.batch * self.channels * itemsize * (tiles + video)
@@ -275,12 +275,12 @@ class PatchesShape:
         return video.to(device, dtype), box.to(device)
 
     def bytes(self, itemsize: int = 4, out_itemsize: int = 4) -> int:
-        """The box of the video once, the patch once."""
+        """The part of the video inside the box once, the patch once."""
         box = math.prod(n / r**self.level for n, r in zip(self.size, self.pyramid.ratio))
         return int(self.batch * self.channels * (box * itemsize + math.prod(self.pyramid.patch) * out_itemsize))
 
 
-# What runs by default. Without a GPU the smaller half, so that the whole suite ends in minutes on two cores.
+# The shapes that run by default. Without a GPU only the smaller ones, so that the whole suite takes minutes on a CPU.
 _CUDA = torch.cuda.is_available()
 TILED_CONTEXT = (TiledContextShape(UCF_S, batch=32 if _CUDA else 4), TiledContextShape(T2V, batch=64 if _CUDA else 8))
 CONTEXT = (

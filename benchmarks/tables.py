@@ -1,7 +1,7 @@
 """Result files of ``pytest benchmarks`` as text: numbers with units, tables for a terminal and in Markdown.
 
-Rows with ``extra["tokens"]`` become one table per group, tokens down and contenders across. Everything else in
-``extra`` becomes a column. A column that would be empty is left out.
+Rows with ``extra["tokens"]`` become one table per group, with a line per number of tokens and a column per contender.
+Every other entry of ``extra`` becomes a column. Empty columns are left out.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ def memory(size: float | None) -> str:
 def _with_unit(value: float | None, units: Sequence[tuple[str, float]]) -> str:
     if value is None:
         return "-"
-    # Units follow the rounded number: 999.7 us are 1 ms.
+    # The rounded number decides the unit: 999.7 us are shown as 1 ms.
     unit, size = next((pair for pair in units if float(f"{value / pair[1]:.3g}") >= 1), units[-1])
     return f"{digits(value / size)} {unit}"
 
 
 def digits(value: float) -> str:
-    """Three significant digits, whole numbers whole, without an exponent: ``1.23``, ``45.6``, ``1235``."""
+    """Three significant digits, but all digits before the point, without an exponent: ``1.23``, ``45.6``, ``1235``."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def ours(row: Row) -> bool:
+def is_ours(row: Row) -> bool:
     """Whether the contender is this library, not the paper's formula or a peer."""
     return bool(row["contender"].startswith("hpdm"))
 
 
 def tokens(row: Row) -> int | None:
-    """The number of tokens, in measurements against it."""
+    """The number of tokens, for rows that measure growth with it; else ``None``."""
     return (row.get("extra") or {}).get("tokens")
 
 
 def notes(row: Row) -> dict[str, Any]:
-    """What a benchmark says about a row beyond time and memory."""
-    mine = ("tokens", "time_exponent", "memory_exponent")
-    return {name: value for name, value in (row.get("extra") or {}).items() if name not in mine}
+    """The entries of a row's ``extra`` that become columns."""
+    shown_elsewhere = ("tokens", "time_exponent", "memory_exponent")
+    return {name: value for name, value in (row.get("extra") or {}).items() if name not in shown_elsewhere}
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
@@ -74,7 +74,7 @@ def exponents(xs: Sequence[float], ys: Sequence[float]) -> str:
 
 
 def curve(rows: Iterable[Row], field: str) -> tuple[list[int], list[float]]:
-    """Tokens, and ``field`` (``"median_s"`` or ``"peak_extra_bytes"``) of the rows that have it, by rising tokens."""
+    """Tokens, and ``field`` (``"median_s"`` or ``"peak_extra_bytes"``) of the rows that have it, sorted by tokens."""
     points = sorted((tokens(row) or 0, row[field]) for row in rows if tokens(row) and row.get(field))
     return [x for x, _ in points], [y for _, y in points]
 
@@ -98,12 +98,12 @@ def growths(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]:
 
 
 def where(result: Result) -> str:
-    """The machine."""
+    """The name of the GPU, or of the CPU if there is no GPU."""
     return str(result["machine"].get("gpu") or result["machine"]["cpu"])
 
 
 def header(result: Result) -> list[str]:
-    """What the numbers were measured on and with."""
+    """Lines that describe the setting of the measurement."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     names = {"ieee": "fp32", "tf32": "TF32", "bf16": "bf16"}
@@ -165,11 +165,11 @@ def _note(name: str, value: Any) -> tuple[str, str]:
 
 
 def grid(rows: Sequence[Row], machine: Mapping[str, Any], lead: Sequence[str] = ()) -> list[list[str]]:
-    """A table's cells, titles first; ``lead`` names fields of the rows that come before the contender.
+    """A table's cells, titles first; ``lead`` names the fields in the columns before the contender.
 
-    A row that could not run has its reason in the column after the contender.
+    If a contender could not run, the reason is in the column after its name.
     """
-    found: list[dict[str, str]] = []
+    by_title: list[dict[str, str]] = []
     for row in rows:
         cells = {name: str(row[name]) for name in lead}
         cells["contender"] = row["contender"] + (" *" if row["reference"] else "")
@@ -178,21 +178,21 @@ def grid(rows: Sequence[Row], machine: Mapping[str, Any], lead: Sequence[str] = 
         else:
             cells |= {name: column(row, machine) for name, column in COLUMNS.items()}
             cells |= dict(_note(name, value) for name, value in notes(row).items())
-        found.append(cells)
+        by_title.append(cells)
     titles = [*lead, "contender"]
-    titles += [t for t in dict.fromkeys(t for c in found for t in c) if t not in (*titles, "error")]
-    full = [t for t in titles if t in (*lead, "contender") or any(c.get(t, "-") != "-" for c in found)]
-    full += ["median"] if "median" not in full and any("error" in c for c in found) else []
+    titles += [t for t in dict.fromkeys(t for c in by_title for t in c) if t not in (*titles, "error")]
+    full = [t for t in titles if t in (*lead, "contender") or any(c.get(t, "-") != "-" for c in by_title)]
+    full += ["median"] if "median" not in full and any("error" in c for c in by_title) else []
     at = len(lead) + 1
     lines = [full]
-    for cells in found:
+    for cells in by_title:
         line = [cells.get(t, "-") for t in full]
         lines.append([*line[:at], cells["error"], *[""] * (len(full) - at - 1)] if "error" in cells else line)
     return lines
 
 
 def growth_grid(contenders: Mapping[str, Sequence[Row]]) -> list[list[str]]:
-    """Tokens down, contenders across, and the exponents ``p`` of ``~ tokens^p`` in the last line."""
+    """A line per number of tokens, a column per contender; the last line has the exponents ``p`` of ``~ tokens^p``."""
     fields = {"": ("median_s", duration), ", memory": ("peak_extra_bytes", memory)}
     titles, columns, fits = ["tokens"], [], ["p of ~ tokens^p"]
     for name, rows in contenders.items():
@@ -215,8 +215,9 @@ def in_markdown(lines: Sequence[Sequence[str]], words: int = 1) -> list[str]:
 
 
 def _plain(lines: Sequence[Sequence[str]]) -> list[str]:
-    good = [line for line in lines if len(line) < 2 or not line[1].startswith("could not")]
-    widths = [max(len(line[i]) for line in (lines if i == 0 else good)) for i in range(len(lines[0]))]
+    # Reasons why a contender could not run are long and must not widen the columns.
+    measured = [line for line in lines if len(line) < 2 or not line[1].startswith("could not")]
+    widths = [max(len(line[i]) for line in (lines if i == 0 else measured)) for i in range(len(lines[0]))]
     rows = [[line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))] for line in lines]
     return ["  " + "  ".join(row).rstrip() for row in rows]
 
@@ -250,17 +251,17 @@ def markdown(result: Result) -> str:
 
 
 def summary(result: Result) -> str:
-    """In Markdown, one line per comparison: the reference, the strongest peer, our fastest row, and it against both.
+    """Markdown with one line per comparison: the reference, the strongest peer, our fastest row, and two speed-ups.
 
-    Growth with tokens is one line per contender. Groups whose rows say more (``extra``) or compare nothing are whole
-    tables.
+    Growth with tokens has one line per contender. Groups whose rows have ``extra`` entries, or nothing to compare, are
+    shown as whole tables.
     """
     lines: list[list[str]] = []
     other: dict[str, list[Row]] = {}
     for key, rows in tables(result["rows"]).items():
-        found = [] if any(notes(row) for row in rows) else comparisons(rows)
-        lines += [_summarised(key, comparison) for comparison in found]
-        if not found:
+        compared = [] if any(notes(row) for row in rows) else comparisons(rows)
+        lines += [_summarize(key, comparison) for comparison in compared]
+        if not compared:
             other.setdefault(key[0], []).extend(rows)
     parts = []
     if lines:
@@ -278,21 +279,21 @@ def summary(result: Result) -> str:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Our fastest row and its fastest rivals that take products at least as exactly."""
+    """Our fastest row and the fastest rivals whose products are at least as exact."""
 
     arithmetic: str
-    """``"tf32"`` for one TF32 pass, where everyone is a rival; else ``""``: fp32, in full or by three TF32 passes."""
+    """``"tf32"`` if ours takes one TF32 pass; all rows are rivals. Else ``""``: full fp32, or three TF32 passes."""
     reference: Row
     peer: Row | None
-    mine: Row
+    ours: Row
 
     def speedup(self, row: Row) -> float:
-        """How many times as fast as the reference."""
+        """How many times as fast as the reference ``row`` is."""
         return float(self.reference["median_s"] / row["median_s"])
 
 
 def comparisons(rows: Iterable[Row]) -> list[Comparison]:
-    """What a table says: one comparison, or two where we also have rows in TF32."""
+    """The comparisons of a table: one, or two if we also have rows in TF32."""
     timed = [row for row in rows if row["median_s"]]
 
     def fastest(chosen: Iterable[Row]) -> Row | None:
@@ -305,22 +306,25 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     for arithmetic in ("", "tf32"):
         inexact = [row for row in timed if row.get("arithmetic") == "tf32"]
         allowed = timed if arithmetic else [row for row in timed if row not in inexact]
-        mine = fastest(row for row in (inexact if arithmetic else allowed) if ours(row))
+        ours = fastest(row for row in (inexact if arithmetic else allowed) if is_ours(row))
         reference = fastest(row for row in allowed if is_reference(row))
-        if mine is not None and reference is not None:
-            peer = fastest(row for row in allowed if not ours(row) and not is_reference(row))
-            out.append(Comparison(arithmetic, reference, peer, mine))
+        if ours is not None and reference is not None:
+            peer = fastest(row for row in allowed if not is_ours(row) and not is_reference(row))
+            out.append(Comparison(arithmetic, reference, peer, ours))
     return out
 
 
-def _summarised(key: Key, found: Comparison) -> list[str]:
+def _summarize(key: Key, comparison: Comparison) -> list[str]:
     group, shape, direction = key
-    peer = found.peer
-    out = [group, shape, direction + (f", {found.arithmetic}" if found.arithmetic else "")]
-    out += [duration(found.reference["median_s"])]
-    out += [f"{peer['contender']}, {duration(peer['median_s'])}" if peer else "-", duration(found.mine["median_s"])]
-    out += [f"{found.speedup(found.mine):.2f}x"]
-    return [*out, f"{peer['median_s'] / found.mine['median_s']:.2f}x" if peer else "-"]
+    peer = comparison.peer
+    out = [group, shape, direction + (f", {comparison.arithmetic}" if comparison.arithmetic else "")]
+    out += [duration(comparison.reference["median_s"])]
+    out += [
+        f"{peer['contender']}, {duration(peer['median_s'])}" if peer else "-",
+        duration(comparison.ours["median_s"]),
+    ]
+    out += [f"{comparison.speedup(comparison.ours):.2f}x"]
+    return [*out, f"{peer['median_s'] / comparison.ours['median_s']:.2f}x" if peer else "-"]
 
 
 def _growth_summary(result: Result) -> list[list[str]]:

@@ -1,12 +1,12 @@
 """Context sampling (paper eq. 7) and fusion (eq. 9): the last level of a pyramid reads all levels before it.
 
-In training a patch has sources of its own; in tiled sampling many tiles read the same cached levels, and the context
-product can be taken once for all of them.
+In training each patch has its own sources. In tiled sampling many tiles read the same cached levels, and the product
+with the context columns can be computed once for all of them.
 
 Peers: the paper's formula with ``F.grid_sample``, one small matrix per axis, a weighted gather of 8 corners, and the
-matrices through ``torch.compile``. Fusion adds concatenation and projection to each. ``hpdm`` appears twice: with
-footprints read from the boxes (on the CPU; whole sources on CUDA), and with the footprints that the pyramid implies.
-Products in TF32 are rows of their own: on CUDA also those of the formula, the strongest peer and the torch backend.
+matrices with ``torch.compile``. Fusion adds concatenation and projection to each. ``hpdm`` is measured with the
+footprints that follow from the pyramid and, on the CPU, with footprints computed from the boxes. Products in TF32 have
+separate rows, on CUDA also for the formula, the strongest peer and the torch backend.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from torch import Tensor
 
 from benchmarks import harness, peers, shapes
 from hpdm_kernels import fuse_context, fuse_projected, project_sources, reference, sample_context
+from hpdm_kernels.boxes import token_coordinates
 
 REFERENCE = "reference (grid_sample)"
 CUDA = torch.cuda.is_available()
-# With one TF32 pass a product errs up to 2^13 times as much as the plain one in full fp32, with three a few times.
+# Allowed error as a multiple of the plain implementation's: one TF32 pass loses 13 bits, three passes almost none.
 PRECISIONS = {"ieee": 2.0, "tf32x3": 16.0, "tf32": 2.0**13}
 
 
-def of_pyramid(shape: shapes.ContextShape, backend: str) -> dict[str, Sequence[Sequence[int]] | None]:
-    """Contenders' names and footprints: from the pyramid always, read from the boxes where that is possible."""
-    hinted = {f"hpdm {backend}, footprints given": shape.footprints}
-    return hinted if CUDA else {f"hpdm {backend}": None, **hinted}
+def footprint_options(shape: shapes.ContextShape, backend: str) -> dict[str, Sequence[Sequence[int]] | None]:
+    """Footprints of our contenders by name: the pyramid's, and on the CPU also ``None``, computed from the boxes."""
+    from_pyramid = {f"hpdm {backend}, footprints given": shape.footprints}
+    return from_pyramid if CUDA else {f"hpdm {backend}": None, **from_pyramid}
 
 
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("shape", shapes.CONTEXT, ids=str)
 def test_sample_context(compare, backends, device, generator, shape, direction):
     sources, source_boxes, box = shape.make(generator, device)
-    rest = (source_boxes, box, shape.source_grids, shape.grid)
+    geometry = (source_boxes, box, shape.source_grids, shape.grid)
 
     def by(fn: Callable[..., Tensor], **options) -> Callable[..., Tensor]:
-        return lambda *s: fn(s, *rest, **options)
+        return lambda *s: fn(s, *geometry, **options)
 
     contenders = {
         REFERENCE: by(reference.sample_context),
@@ -50,7 +51,7 @@ def test_sample_context(compare, backends, device, generator, shape, direction):
     }
     peer_names = list(contenders)[1:]
     for backend in backends:
-        for name, footprints in of_pyramid(shape, backend).items():
+        for name, footprints in footprint_options(shape, backend).items():
             contenders[name] = by(sample_context, footprints=footprints, backend=backend)
     compare(
         contenders,
@@ -89,11 +90,10 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
         contenders |= {f"{REFERENCE}, tf32": contenders[REFERENCE]}
         contenders |= {"separable matmul, tf32": contenders["separable matmul"]}
     peer_names = list(contenders)[1:]
-    # The compiler sums the bias gradient over tokens one after the other, PyTorch in a tree: over 16,384 tokens 16
-    # times the error was seen.
+    # The compiler sums the bias gradient sequentially over tokens; PyTorch sums in a tree, which rounds far less.
     budgets = {"separable matmul, compiled": 64.0}
     for backend in backends:
-        for name, footprints in of_pyramid(shape, backend).items():
+        for name, footprints in footprint_options(shape, backend).items():
             for precision, budget in PRECISIONS.items() if backend == "triton" else [(None, 2.0)]:
                 full = f"{name}, {precision}" if precision else name
                 contenders[full] = by(fuse_context, footprints=footprints, precision=precision, backend=backend)
@@ -103,7 +103,7 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
         contenders |= {f"{name}, tf32": contenders[name]}
     arithmetic = {name: kind for name in contenders for kind in ("tf32x3", "tf32") if name.endswith(f", {kind}")}
     budgets |= {name: PRECISIONS[kind] for name, kind in arithmetic.items()}
-    # What the formula costs: the whole concatenated product, three times with its gradients.
+    # FLOPs of the formula: the product of the whole concatenation, three times as much with gradients.
     product = 2 * shape.batch * shape.tokens * (2 * d + 3) * d
     passes = 3 if direction == "fwd+bwd" else 1
     compare(
@@ -124,7 +124,7 @@ def test_fuse_context(compare, backends, device, generator, shape, direction):
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("shape", [shapes.CONTEXT[0], FOUR], ids=str)
 def test_fuse_context_against_its_products(record, device, generator, shape, direction):
-    """What no implementation can avoid: x and the tokens that are touched, each through its half of the weight."""
+    """Against the products that no implementation avoids: x and the footprints, each times its half of the weight."""
     d = shape.width
     sources, source_boxes, box = shape.make(generator, device)
     touched = shape.batch * sum(map(math.prod, shape.footprints))
@@ -132,18 +132,18 @@ def test_fuse_context_against_its_products(record, device, generator, shape, dir
     weight = (torch.randn(d, 2 * d + 3, generator=generator) / math.sqrt(2 * d)).to(device)
     bias = torch.randn(d, generator=generator).to(device)
     backward = harness.check_direction(direction)
-    grads, own, context = torch.randn_like(x), weight[:, :d], weight[:, d : 2 * d]
+    grads, of_x, of_context = torch.randn_like(x), weight[:, :d], weight[:, d : 2 * d]
 
     def products() -> None:
-        for rows, grad, half in ((x, grads, own), (tokens, grads[:touched], context)):
+        for rows, grad, half in ((x, grads, of_x), (tokens, grads[:touched], of_context)):
             rows @ half.t()
             if backward:
                 grad @ half
                 grad.t() @ rows
 
     def fuse(x: Tensor, weight: Tensor, bias: Tensor, *sources: Tensor) -> Tensor:
-        place = (shape.source_grids, shape.grid)
-        return fuse_context(x, sources, source_boxes, box, weight, bias, *place, footprints=shape.footprints)
+        grids = (shape.source_grids, shape.grid)
+        return fuse_context(x, sources, source_boxes, box, weight, bias, *grids, footprints=shape.footprints)
 
     leaves = [t.clone().requires_grad_(backward) for t in (x.view(shape.batch, -1, d), weight, bias, *sources)]
     with torch.set_grad_enabled(backward):
@@ -168,22 +168,22 @@ def test_fuse_context_of_cached_levels(compare, backends, device, generator, sha
     x = torch.randn(shape.batch, shape.tokens, d, generator=generator).to(device)
     weight = (torch.randn(d, 2 * d + 3, generator=generator) / math.sqrt(2 * d)).to(device)
     bias = torch.randn(d, generator=generator).to(device)
-    place = (shape.source_grids, shape.grid)
+    grids = (shape.source_grids, shape.grid)
     cached = project_sources(sources, weight)
 
     def formula(x: Tensor) -> Tensor:
         wide = [[t.to(x.dtype) for t in tensors] for tensors in (sources, (weight, bias))]
-        return reference.fuse_context(x, wide[0], source_boxes, box, *wide[1], *place, index)
+        return reference.fuse_context(x, wide[0], source_boxes, box, *wide[1], *grids, index)
 
     def peer(context: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        """Projects once as well, then samples with ``context`` the rows that it picked."""
+        """Projects once, too, then samples with ``context`` the rows that each tile reads."""
 
         def call(x: Tensor) -> Tensor:
             rows = [(s[index[:, k]], b[index[:, k]]) for k, (s, b) in enumerate(zip(cached, source_boxes))]
             picked, boxes = zip(*rows)
-            own = torch.cat((x, reference.token_coordinates(box, shape.grid, x.dtype)), dim=2)
+            located = torch.cat((x, token_coordinates(box, shape.grid, x.dtype)), dim=2)
             columns = torch.cat((weight[:, :d], weight[:, 2 * d :]), dim=1)
-            return torch.nn.functional.linear(own, columns, bias) + context(picked, boxes, box, *place)
+            return torch.nn.functional.linear(located, columns, bias) + context(picked, boxes, box, *grids)
 
         return call
 
@@ -198,10 +198,10 @@ def test_fuse_context_of_cached_levels(compare, backends, device, generator, sha
         options = {"source_index": index, "footprints": shape.footprints, "backend": backend}
 
         def at_once(x: Tensor, options: dict = options) -> Tensor:
-            return fuse_context(x, sources, source_boxes, box, weight, bias, *place, **options)
+            return fuse_context(x, sources, source_boxes, box, weight, bias, *grids, **options)
 
         def in_two(x: Tensor, options: dict = options) -> Tensor:
-            return fuse_projected(x, cached, source_boxes, box, weight, bias, *place, **options)
+            return fuse_projected(x, cached, source_boxes, box, weight, bias, *grids, **options)
 
         contenders[f"hpdm {backend}, projected for each tile"] = at_once
         contenders[f"hpdm {backend}, projected once"] = in_two
@@ -213,7 +213,7 @@ def test_fuse_context_of_cached_levels(compare, backends, device, generator, sha
         direction="fwd",
         reference=REFERENCE,
         peers=peer_names,
-        # The product of x alone; what is touched of the caches, x, its weight columns and the output once.
+        # Only the product of x. Bytes: the touched parts of the caches, x, its weight columns and the output, once.
         bytes=shape.bytes() + 4 * (x.numel() + d * d),
         flops=2 * x.numel() * d,
     )

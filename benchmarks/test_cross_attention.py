@@ -1,8 +1,8 @@
-"""RIN's three attentions: latents read tokens, tokens read latents, latents read latents; and the read with its
-projection and with hidden tokens.
+"""RIN's three attentions: latents read tokens, tokens read latents, latents read latents. Also the read with hidden
+tokens, and the read including its projection.
 
-Peers are PyTorch's fused attention as it chooses, and on CUDA each of its backends by name. FlashAttention and cuDNN
-take no fp32: their rows say so. On the CPU only the smallest pyramid runs, in about a minute on one core.
+Peers are PyTorch's fused attention with its own choice of backend, and on CUDA each of its backends by name.
+FlashAttention and cuDNN do not support fp32: their rows say so. On the CPU only the smallest pyramid runs.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import peers, shapes
-from hpdm_kernels import cross_attention, reference
-from hpdm_kernels.attention.read import read_tokens
+from hpdm_kernels import cross_attention, read_tokens, reference
 
 CUDA = torch.cuda.is_available()
 
@@ -44,13 +43,14 @@ PYRAMIDS = (shapes.UCF_S, shapes.UCF_M, shapes.UCF_L, shapes.T2V) if CUDA else (
 SHAPES = (
     *(shape for shape in shapes.ATTENTION if CUDA or shape.pyramid in PYRAMIDS),
     *(LatentShape(pyramid) for pyramid in PYRAMIDS),
-    # Enough samples to fill a GPU without splitting the walk over the keys.
+    # Enough samples to fill a GPU without splitting the loop over the keys.
     *((shapes.AttentionShape(shapes.UCF_M, reads, batch=16) for reads in (True, False)) if CUDA else ()),
 )
 FUSED = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
 
-# The oracle's yardstick is the plain formula in full fp32. Products with 11 bits (TF32) err up to 2^13 times as much as
-# those with 24; three of them make up for all but a few bits, in our kernels and in PyTorch's memory-efficient one.
+# Budgets are multiples of the error of the plain formula in full fp32. Products with 11 bits (TF32) err up to 2^13
+# times as much as products with 24 bits. Three TF32 passes recover all but a few bits, in our kernels and in PyTorch's
+# memory-efficient one.
 ONE_TF32, THREE_TF32 = 2.0**13, 16.0
 
 
@@ -82,7 +82,7 @@ def test_cross_attention(compare, backends, device, generator, shape, dtype, dir
             name = f"SDPA {fused.name.removesuffix('_ATTENTION').lower()}"
             contenders[name], budgets[name] = sdpa_by(fused), THREE_TF32
     if CUDA and dtype is torch.float32:
-        # What takes fp32 at all there is the memory-efficient backend: always three TF32 passes.
+        # For fp32 on CUDA, PyTorch has only the memory-efficient backend, which always takes three TF32 passes.
         arithmetic = dict.fromkeys((*list(contenders)[1:], "hpdm torch"), "tf32x3")
         name = "reference (plain softmax), tf32"
         contenders[name], budgets[name], arithmetic[name] = plain, ONE_TF32, "tf32"
@@ -116,7 +116,7 @@ READS = tuple(shapes.AttentionShape(pyramid, True, batch=2) for pyramid in PYRAM
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("shape", READS, ids=str)
 def test_key_mask(compare, backends, device, generator, shape, direction):
-    """A quarter of the keys hidden, as where texts differ in length."""
+    """A quarter of the keys are hidden, as for texts of different lengths."""
     q, k, v = shape.make(generator, device)
     mask = (torch.rand(shape.batch, shape.keys, generator=generator) < 0.75).to(device)
     compare(
@@ -146,7 +146,7 @@ def test_key_mask(compare, backends, device, generator, shape, direction):
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
 @pytest.mark.parametrize("shape", READS, ids=str)
 def test_read_tokens(compare, backends, device, generator, shape, direction):
-    """The peers keep keys and values, or take them and the attention again."""
+    """The peers save keys and values, or recompute them together with the attention."""
     width, both = shape.pyramid.width, 2 * shape.heads * shape.head_dim
     q, _, _ = shape.make(generator, device)
     tokens = torch.randn(shape.batch, shape.keys, width, generator=generator).to(device)

@@ -1,11 +1,13 @@
 """Cost against the number of tokens, 2^10 to 2^18: measured for the ops, predicted for a whole training step.
 
-The ops run forward and backward, validated in fp64 at the fewest tokens, and against each other wherever more than one
-runs. ``fuse_context``: 128 channels, two sources with as many tokens as the patch, as on the last level of UCF-S (the
-model has 1,024 channels, which changes the products' part, not the growth). ``cross_attention``: 768 latents, one head
-of width 64; heads are independent of each other. The paper's formulas stop at 2^16 tokens: beyond, their memory goes
-into gigabytes. The training step is that of HPDM-S at full resolution, one level and so no context, from 16x32x32 to
-64x256x256; nothing runs, :mod:`hpdm.planning.training_cost` counts, beyond weights, moments and their average.
+The ops run forward and backward. At the fewest tokens they are validated in fp64, at more tokens against each other.
+
+- ``fuse_context``: 128 channels, two sources with as many tokens as the patch, as on the last level of UCF-S. The model
+  has 1,024 channels, which changes the share of the products but not the growth.
+- ``cross_attention``: 768 latents and one head of width 64; heads are independent of each other.
+- The paper's formulas run up to 2^16 tokens only, since beyond that they need gigabytes of memory.
+- The training step is that of HPDM-S at full resolution, from 16x32x32 to 64x256x256, with one level and so without
+  context. :mod:`hpdm.planning.training_cost` predicts its memory without weights, optimizer state and ema.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from torch import Tensor
 
 from benchmarks import harness, peers, shapes
 from benchmarks.tables import exponent
-from hpdm import presets
+from hpdm import presets, systems
 from hpdm.planning.training_cost import training_step
 from hpdm_kernels import cross_attention, fuse_context, reference
 
 GRIDS = ((16, 8, 8), (16, 16, 16), (16, 32, 32), (64, 32, 32), (64, 64, 64))
 LATENTS, HEAD_WIDTH, WIDTH = 768, 64, 128
-MOST_OF_FORMULA = 2**16
+MOST_TOKENS_OF_FORMULA = 2**16
 THREE_TF32 = 16.0
 MOST_ROUNDS, SECONDS = 5, 1.0
 DIRECTION = "fwd+bwd"
@@ -36,21 +38,21 @@ Case = tuple[Contenders, Sequence[Tensor], dict[str, int]]
 
 
 def add_exponents(rows: Sequence[harness.Row]) -> None:
-    """Notes for every contender how its time and memory grow: ``~ tokens^p``."""
+    """Adds to every contender's rows the exponents ``p`` with which time and memory grow: ``~ tokens^p``."""
     for name in {row.contender for row in rows}:
-        mine = [row for row in rows if row.contender == name]
+        of_contender = [row for row in rows if row.contender == name]
         for field, note in (("median_s", "time_exponent"), ("peak_extra_bytes", "memory_exponent")):
-            points = [(row.extra["tokens"], getattr(row, field)) for row in mine if getattr(row, field)]
+            points = [(row.extra["tokens"], getattr(row, field)) for row in of_contender if getattr(row, field)]
             if points:
                 p = exponent(*zip(*points))
-                for row in mine:
+                for row in of_contender:
                     row.extra[note] = p
 
 
 def grow(compare, record, group, limits, cases: Callable[[tuple[int, int, int]], Case], arithmetic=None) -> None:
-    """Measures the contenders at every grid up to their limits; the first is the reference.
+    """Measures the contenders with every grid up to their limits; the first contender is the reference.
 
-    ``arithmetic``: who takes products otherwise than PyTorch is set to.
+    ``arithmetic``: how contenders compute products, if not by PyTorch's setting.
     """
     arithmetic = arithmetic or {}
     rows: list[harness.Row] = []
@@ -63,19 +65,19 @@ def grow(compare, record, group, limits, cases: Callable[[tuple[int, int, int]],
             first = next(iter(contenders))
             budgets = dict.fromkeys(arithmetic, THREE_TF32)
             options |= {"arithmetic": arithmetic, "budgets": budgets}
-            found = compare(contenders, inputs, reference=first, seconds=0.2, **options)
+            measured = compare(contenders, inputs, reference=first, seconds=0.2, **options)
         else:
-            found = measure(record, contenders, inputs, arithmetic, reference=rows[0].contender, **options)
-        for row in found:
+            measured = measure(record, contenders, inputs, arithmetic, reference=rows[0].contender, **options)
+        for row in measured:
             row.extra["tokens"] = n
-        rows += found
+        rows += measured
     add_exponents(rows)
 
 
 def measure(
     record, contenders, inputs, arithmetic, *, group, shape, direction, reference, **costs
 ) -> list[harness.Row]:
-    """As ``compare``, without an oracle in fp64, which would double time and memory."""
+    """Like ``compare``, but checks against the first contender: an fp64 oracle would double the memory."""
     device = inputs[0].device
     leaves = [t.detach().requires_grad_() for t in inputs]
     with torch.no_grad():
@@ -84,17 +86,17 @@ def measure(
     del size
     calls = {name: harness.forward_and_backward(fn, leaves, grad_output) for name, fn in contenders.items()}
     timers = {name: harness.Timer(device) for name in calls}
-    memory, truth = {}, None
+    memory, expected = {}, None
     begin = time.perf_counter()
     for name, call in calls.items():
         results: list[tuple[Tensor, ...]] = []
-        # One call warms up, shows its memory, and is checked.
+        # One call serves as warm-up, measurement of memory, and check.
         memory[name] = harness.peak_extra_bytes(lambda call=call, results=results: results.append(call()), device)
-        truth = truth or results[0]
-        for n, (got, expected) in enumerate(zip(results[0], truth, strict=True)):
-            error = (got - expected).abs().max() / expected.abs().max()
+        expected = expected or results[0]
+        for n, (ours, first) in enumerate(zip(results[0], expected, strict=True)):
+            error = (ours - first).abs().max() / first.abs().max()
             assert error < 1e-4, f"{group}, {shape}, {name}: result {n} differs by {error:.1e} of the largest value"
-    del truth, results, got, expected
+    del expected, results, ours, first  # free memory before timing
     rounds = int(min(MOST_ROUNDS, max(2, SECONDS / (time.perf_counter() - begin))))
     for _ in range(rounds):
         for name, call in calls.items():
@@ -131,7 +133,7 @@ def test_fuse_context(compare, record, backends, device, generator):
         }
         return contenders, (x, weight, bias, *sources), costs
 
-    limits = {"reference (grid_sample)": MOST_OF_FORMULA, "separable matmul": MOST_OF_FORMULA}
+    limits = {"reference (grid_sample)": MOST_TOKENS_OF_FORMULA, "separable matmul": MOST_TOKENS_OF_FORMULA}
     grow(compare, record, f"growth: fuse_context, {WIDTH} channels, 2 sources", limits, cases)
 
 
@@ -159,8 +161,8 @@ def test_cross_attention(compare, record, backends, device, generator, reads):
         )
 
     what = f"{LATENTS} latents read tokens" if reads else f"tokens read {LATENTS} latents"
-    limits = {"reference (plain softmax)": MOST_OF_FORMULA}
-    # What PyTorch fuses of fp32 attention on CUDA always takes three TF32 passes.
+    limits = {"reference (plain softmax)": MOST_TOKENS_OF_FORMULA}
+    # PyTorch's fused fp32 attention on CUDA always takes three TF32 passes.
     arithmetic = {"hpdm torch": "tf32x3"} if device.type == "cuda" else {}
     grow(compare, record, f"growth: cross_attention, {what}", limits, cases, arithmetic)
 
@@ -171,7 +173,7 @@ def test_training_step_memory(record):
         patch = (f, 4 * h, 4 * w)
         config = presets.hpdm_s().with_pyramid(patch, patch)
         for kernels in ("reference", "torch"):
-            cost = training_step(config, 1, kernels)
+            cost = training_step(systems.get("patch"), config, 1, kernels)
             size = cost.peak_bytes - cost.static_bytes
             row = record(
                 "growth: HPDM-S training step at full resolution, predicted", "x".join(map(str, patch)),

@@ -1,9 +1,9 @@
 """The paper's Tables 1 and 3: predicted everywhere, measured on CUDA.
 
-Table 1 is memory at batch 1 and training videos/s at the largest batch under 80 GB, at full resolution and in patches;
-Table 3 the training speed of five setups. Both were published for one A100. The predictions
-(:mod:`hpdm.planning.table1`) count the same step on fake tensors. Measured rows: kernels on with each recompute
-setting, the paper's formulas, and those under ``torch.compile``; what does not fit is a row that says so.
+Table 1 has memory at batch 1 and training videos/s at the largest batch under 80 GB, at full resolution and in patches.
+Table 3 has the training speed of five setups. Both were published for one A100. The predictions
+(:mod:`hpdm.planning.table1`) count the same step on fake tensors. Measured rows: our kernels with each recompute
+setting, the paper's formulas, and the formulas with ``torch.compile``. A row says so if a step does not fit in memory.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from hpdm.planning.training_cost import training_step
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; predicted above")
 BASE = paper.base_config()
 SETUPS = paper.ablations(BASE)
-# Full resolution first within a contender: what follows is set against it. The paper's own columns before the rest.
+# Full resolution comes first within a contender, because the rows in patches are compared with it.
 MEASURED = [(contender, cell) for contender in paper.CONTENDERS for cell in CELLS]
 
 
 def shape_of(cell: Cell) -> str:
-    """``64x256x256 in 16x64x64, adaptive``."""
-    what = size(cell.resolution) + (f" in {size(cell.patch)}" if cell.patch != cell.resolution else " at once")
-    return what + (", adaptive" if cell.adaptive else "")
+    """Label of a cell, such as ``64x256x256 in 16x64x64, adaptive``."""
+    sizes = size(cell.resolution) + (f" in {size(cell.patch)}" if cell.patch != cell.resolution else " at once")
+    return sizes + (", adaptive" if cell.adaptive else "")
 
 
 def test_table_1_predicted(record):
-    for cell, row in zip(CELLS, table1(BASE), strict=True):
+    for cell, row in zip(CELLS, table1(paper.PATCH_DIFFUSION, BASE), strict=True):
         published, gb, tflop = cell.published_gb, row["kernels_gb_by_recompute"], row["kernels_tflop_per_video"]
         record(
             "table 1, memory at batch 1 predicted", shape_of(cell), "hpdm", "training step", [],
@@ -44,7 +44,7 @@ def test_table_1_predicted(record):
 
 def test_table_3_predicted(record):
     for name, (config, published) in SETUPS.items():
-        plain, ours = (training_step(config, 1, kernels) for kernels in ("reference", "torch"))
+        plain, ours = (training_step(paper.PATCH_DIFFUSION, config, 1, kernels) for kernels in ("reference", "torch"))
         record(
             "table 3, work predicted", name, "hpdm", "training step", [],
             extra={
@@ -57,13 +57,13 @@ def test_table_3_predicted(record):
 
 @pytest.fixture(scope="session")
 def full_resolution():
-    """videos/s of full resolution by contender and size, for the speed-ups over it."""
+    """videos/s at full resolution by contender and size, as the base of speed-ups."""
     return {}
 
 
 @pytest.fixture
 def capped(device):
-    """The paper's 80 GB on any card."""
+    """Limits the GPU's memory to the paper's 80 GB."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, paper.CAP_BYTES / total))
@@ -73,21 +73,23 @@ def capped(device):
 
 
 def measured_row(record, device, group, shape, contender, config, published):
-    """One row; out of memory is a row too, and ``None``."""
+    """Measures and records one row. Returns ``None`` if the step runs out of memory, which the row then says."""
     flops = paper.formula_flops(config)
     try:
-        found = paper.measure(config, contender, device)
+        measured = paper.measure(config, contender, device)
     except paper.OutOfMemory as error:
         row = record(group, shape, contender.name, "training step", [], extra=dict(published))
         row.error = f"out of memory: {str(error).splitlines()[0][:80]}"
         return None
     row = record(
-        group, shape, contender.name, "training step", found.samples, flops=flops * found.batch,
+        group, shape, contender.name, "training step", measured.samples, flops=flops * measured.batch,
         reference=contender.name == "reference", extra=dict(published),
     )  # fmt: skip
     row.extra |= {
-        "measured_gb": found.peak_bytes / 1e9, "batch": found.batch, "videos_per_s": found.batch / row.median_s,
-    }  # fmt: skip
+        "measured_gb": measured.peak_bytes / 1e9,
+        "batch": measured.batch,
+        "videos_per_s": measured.batch / row.median_s,
+    }
     return row
 
 

@@ -1,7 +1,7 @@
-"""Patch extraction (paper eq. 6): from the whole video shrunk, over a quarter of it, to an exact copy of a crop.
+"""Patch extraction (paper eq. 6) for each level: shrinking the whole video, shrinking a part of it, copying a crop.
 
-The strong peer is a slice and ``F.interpolate(mode="area")``, which needs boxes on whole pixels. ``F.grid_sample`` can
-only stand in where nothing shrinks: at the last level, where trilinear interpolation and the area filter are the same.
+The strongest peer is a slice and ``F.interpolate(mode="area")``, which needs boxes on whole pixels. ``F.grid_sample``
+is a peer only at the last level, where nothing shrinks, so that trilinear interpolation equals the area filter.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from benchmarks import peers, shapes
 from hpdm_kernels import reference, sample_patches
+from hpdm_kernels.boxes import token_coordinates
 from hpdm_kernels.testing import random_boxes
 
 
@@ -45,14 +46,14 @@ def test_sample_patches(compare, backends, device, generator, shape, dtype):
 @pytest.mark.parametrize("batch", [1, 4], ids="B={}".format)
 @pytest.mark.parametrize("pyramid", [shapes.UCF_S], ids=lambda p: p.name)
 def test_between_pixels(compare, backends, device, generator, pyramid, batch, direction):
-    """Boxes of the last level's size that lie between pixels, each elsewhere: linear interpolation."""
+    """Boxes of the last level's size at random positions between pixels: linear interpolation."""
     shape = shapes.PatchesShape(pyramid, pyramid.levels - 1, batch)
     video = torch.rand(batch, 3, *shape.size, generator=generator).to(device)
     box = random_boxes(batch, [n / m for n, m in zip(pyramid.patch, shape.size)], generator).to(device)
-    where = (2 * reference.token_coordinates(box, pyramid.patch) - 1).flip(-1).reshape(batch, *pyramid.patch, 3)
+    positions = (2 * token_coordinates(box, pyramid.patch) - 1).flip(-1).reshape(batch, *pyramid.patch, 3)
 
     def grid_sample(v):
-        return F.grid_sample(v, where.to(v.dtype), padding_mode="border", align_corners=False)
+        return F.grid_sample(v, positions.to(v.dtype), padding_mode="border", align_corners=False)
 
     name = "F.grid_sample (grid ready-made)"
     rows = compare(
@@ -72,5 +73,5 @@ def test_between_pixels(compare, backends, device, generator, pyramid, batch, di
     )
     for row in rows:
         if row.contender == "hpdm torch" and device.type == "cpu" and direction == "fwd+bwd":
-            # The gradient's memory comes from numpy, which the profiler does not see.
+            # The gradient's memory is allocated by numpy, which the profiler does not see.
             row.peak_extra_bytes += video.nbytes

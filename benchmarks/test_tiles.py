@@ -1,6 +1,6 @@
-"""Tiled sampling: cutting a video into half-overlapping tiles, and averaging tiles back (MultiDiffusion).
+"""Tiled sampling: cutting a video into tiles that overlap by half, and averaging tiles (MultiDiffusion).
 
-The paper's largest case runs on the CPU too: 3375 tiles of 8x36x64 that cover 64x288x512 (746 MB of tiles in fp32).
+The paper's largest case also runs on the CPU: 3375 tiles of 8x36x64 that cover 64x288x512.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from hpdm_kernels import TileAccumulator, average_tiles, extract_tiles, referenc
 PAPER = shapes.TilesShape(shapes.T2V)
 SHAPES = (*(shape for shape in shapes.TILES if shape != PAPER), PAPER)
 CUDA = torch.cuda.is_available()
-# Autograd copies the whole gradient once per tile added in place, so the reference's backward takes minutes on the
-# shapes above.
+# The reference adds tiles in place, and for each of them autograd copies the whole gradient. On the shapes above its
+# backward would take minutes.
 GRADIENTS = shapes.TilesShape(
     shapes.UCF_S if CUDA else shapes.Pyramid("small", (8, 32, 32), (1, 4, 4), 2, (2, 2, 2), 256)
 )
@@ -32,7 +32,7 @@ def test_average_tiles(compare, backends, device, generator, shape, direction):
     def ours(backend):
         return lambda t: average_tiles(t, origins, shape.size, backend=backend)
 
-    # Without MONAI, a row of the table says that it is not installed.
+    # If MONAI is not installed, its row in the table says so.
     def monai(t):
         return peers.monai_average(t, shape.size, [half / 2 for half in shape.overlap])
 
@@ -42,7 +42,7 @@ def test_average_tiles(compare, backends, device, generator, shape, direction):
                 t, origins, shape.size, None, 0.0, 1.0
             ),
             "accumulate and count, in place": lambda t: peers.accumulate_and_count(t, origins, shape.size),
-            # Minutes for the largest shape without a GPU.
+            # Without a GPU the largest shape would take minutes.
             **({"index_add_": lambda t: peers.index_add_average(t, origins, shape.size)} if CUDA else {}),
             **({"MONAI sliding window": monai} if direction == "fwd" else {}),
             **{f"hpdm {backend}": ours(backend) for backend in backends},
@@ -58,7 +58,7 @@ def test_average_tiles(compare, backends, device, generator, shape, direction):
 
 
 def compare_steps(compare, device, generator, shape, group, ours):
-    """The average and the sampler's linear step with it, for contenders ``(tiles, x) -> 0.9 * x + 0.1 * mean``."""
+    """The average and the sampler's linear step; contenders compute ``(tiles, x) -> 0.9 * x + 0.1 * mean``."""
     origins = shape.origins()
     compare(
         {
@@ -82,7 +82,7 @@ def compare_steps(compare, device, generator, shape, group, ours):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sampler_step(compare, backends, device, generator, shape):
-    """One launch and one pass of ours."""
+    """Ours averages and steps in one pass over the tiles; on a GPU in one launch."""
     origins = shape.origins()
 
     def ours(backend):
@@ -94,7 +94,7 @@ def test_sampler_step(compare, backends, device, generator, shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_tile_accumulator(compare, backends, device, generator, shape):
-    """The same step from chunks of 64 tiles, as a sampler makes them: sums are kept between steps, tiles are not."""
+    """The same step from chunks of 64 tiles, as in a sampler; only the buffer of sums is kept between steps."""
 
     def ours(backend):
         sums = TileAccumulator(shape.origins(), shape.tile, shape.size, backend=backend)

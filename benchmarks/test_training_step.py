@@ -1,8 +1,8 @@
-"""A whole training step, kernels off and on: patches, noise, forward, backward, optimizer.
+"""A whole training step with each backend of the kernels: patches, noise, forward, backward, optimizer.
 
-Both get the same weights, clips and boxes. On the CPU the ``tiny`` preset, on CUDA the paper's S and M (64x256x256,
-fp32), S with products in TF32 too. The clips are rendered, encoded to mp4 and decoded again by the dataset before the
-clock starts (as they were rendered where PyAV is missing): this times the step, not the disk.
+All backends get the same weights, clips and boxes. On the CPU the preset is ``tiny``, on CUDA the paper's S and M
+(64x256x256, fp32), S also with products in TF32. Before timing, clips are rendered, encoded to mp4 and decoded by the
+dataset (without PyAV the rendered clips are used), so that disk access and decoding are not timed.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import pytest
 import torch
 
 from benchmarks import harness
-from hpdm import HPDM, presets
+from hpdm import HPDM, presets, systems
 from hpdm.patch.objective import denoising_error
 from hpdm.planning.training_cost import training_step
 from hpdm.training.optim import make_optimizer
 
-# Preset, batch, products: full fp32 or one TF32 pass.
+# (preset, batch, products); products are in full fp32 or take one TF32 pass.
 CASES = (("hpdm_s", 4, "ieee"), ("hpdm_s", 4, "tf32"), ("hpdm_m", 4, "ieee"))
 CASES = CASES if torch.cuda.is_available() else (("tiny", 8, "ieee"),)
-# Largest error of a gradient against the reference's in the same arithmetic, as a share of its norm.
+# Largest allowed difference of a gradient from the reference's in the same arithmetic, as a share of its norm.
 TOLERANCE = {"ieee": 1e-3, "tf32": 5e-2}
 ROUNDS = 5
 
 
 def decoded_clips(folder, config, batch):
-    """uint8 ``[B, 3, F, H, W]`` out of mp4 files."""
+    """Clips decoded from mp4 files, uint8 ``[B, 3, F, H, W]``."""
     from hpdm.data.synthetic import render_clip, render_synthetic
 
     frames, height, width = config.resolution
@@ -45,59 +45,25 @@ def decoded_clips(folder, config, batch):
 
 @pytest.mark.parametrize(("preset", "batch", "products"), CASES, ids=str)
 def test_training_step(record, backends, device, tmp_path, preset, batch, products):
-    with harness.products_in(products):
-        time_steps(record, backends, device, tmp_path, preset, batch, products)
-
-
-def time_steps(record, backends, device, tmp_path, preset, batch, products):
     """Validates the gradients of all backends against the reference's, then times whole steps in turns."""
     config = presets.get(preset)
     video = decoded_clips(tmp_path / "clips", config, batch).to(device)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    models = {kernels: disturbed_model(config, kernels, device) for kernels in ("reference", *backends)}
 
-    models = {}
-    for kernels in ("reference", *backends):
-        torch.manual_seed(0)
-        models[kernels] = HPDM(config, kernels=kernels).to(device)
-        # Modulations and the detokenizer start at zero, where most gradients are zero too.
-        disturb = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in models[kernels].parameters():
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=disturb).to(device))
+    def loss(model):
+        return denoising_error(model, video, labels, torch.Generator().manual_seed(2)).mean()
 
-    def loss(kernels):
-        return denoising_error(models[kernels], video, labels, torch.Generator().manual_seed(2)).mean()
-
-    gradients = {}
-    for kernels, model in models.items():
-        loss(kernels).backward()
-        gradients[kernels] = torch.cat([p.grad.flatten() for p in model.parameters()])
-        model.zero_grad()
-    truth = gradients.pop("reference")
-    for kernels, gradient in gradients.items():
-        error = ((gradient - truth).norm() / truth.norm()).item()
-        assert error < TOLERANCE[products], (
-            f"{kernels}: gradients differ from the reference's by {error:.1e} of their norm"
-        )
-
-    steps = {}
-    for kernels, model in models.items():
-        optimizer = make_optimizer(model, "adamw", 1e-4, 0.01)
-
-        def step(kernels=kernels, optimizer=optimizer):
-            loss(kernels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        step()
-        steps[kernels] = step
-    memory = {kernels: harness.peak_extra_bytes(step, device) for kernels, step in steps.items()}
-    timers = {kernels: harness.Timer(device) for kernels in steps}
-    for _ in range(ROUNDS):
-        for kernels, step in steps.items():
-            timers[kernels].sample(step)
-    # The formula's products, for all alike: what the kernels save on them is part of their speed.
-    flops = training_step(config, batch, "reference").flops
+    with harness.products_in(products):
+        check_gradients(models, loss, TOLERANCE[products])
+        steps = {kernels: training_step_of(model, loss) for kernels, model in models.items()}
+        memory = {kernels: harness.peak_extra_bytes(step, device) for kernels, step in steps.items()}
+        timers = {kernels: harness.Timer(device) for kernels in steps}
+        for _ in range(ROUNDS):
+            for kernels, step in steps.items():
+                timers[kernels].sample(step)
+    # FLOPs of the formula for all contenders: products that the kernels save count as speed.
+    flops = training_step(systems.get("patch"), config, batch, "reference").flops
     rows = []
     for kernels, timer in timers.items():
         name = "reference" if kernels == "reference" else f"hpdm {kernels}"
@@ -110,3 +76,40 @@ def time_steps(record, backends, device, tmp_path, preset, batch, products):
         rows.append(row)
     for row in rows:
         row.speedup_vs_reference = rows[0].median_s / row.median_s
+
+
+def disturbed_model(config, kernels, device):
+    """A model with the same weights for all kernels and no zero weights, since these make most gradients zero."""
+    torch.manual_seed(0)
+    model = HPDM(config, kernels=kernels).to(device)
+    disturb = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=disturb).to(device))
+    return model
+
+
+def check_gradients(models, loss, tolerance):
+    """Fails if a model's gradients differ from those of ``models["reference"]`` by more than a share of their norm."""
+    gradients = {}
+    for kernels, model in models.items():
+        loss(model).backward()
+        gradients[kernels] = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+    expected = gradients.pop("reference")
+    for kernels, gradient in gradients.items():
+        error = ((gradient - expected).norm() / expected.norm()).item()
+        assert error < tolerance, f"{kernels}: gradients differ from the reference's by {error:.1e} of their norm"
+
+
+def training_step_of(model, loss):
+    """A function that takes one training step. It has run once, so that the optimizer state is allocated."""
+    optimizer = make_optimizer(model, "adamw", 1e-4, 0.01)
+
+    def step():
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return step

@@ -1,8 +1,44 @@
-"""Hierarchical Patch Diffusion Models for video (CVPR 2024), on the fused kernels of :mod:`hpdm_kernels`."""
+"""Hierarchical Patch Diffusion Models for video (CVPR 2024), on the fused kernels of :mod:`hpdm_kernels`.
 
-from hpdm import presets
-from hpdm.patch.config import HPDMConfig
-from hpdm.patch.model import HPDM
+``import hpdm`` is cheap: each name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpdm import presets
+    from hpdm.patch.boxes import sample_boxes
+    from hpdm.patch.config import HPDMConfig
+    from hpdm.patch.model import HPDM
+    from hpdm.patch.sampler import Sampler
+    from hpdm.runs import load
+    from hpdm.sampling import SamplerOptions
 
 __version__ = "0.1.0"
-__all__ = ["HPDM", "HPDMConfig", "presets"]
+__all__ = ["HPDM", "HPDMConfig", "Sampler", "SamplerOptions", "__version__", "load", "presets", "sample_boxes"]
+
+_MODULES = {
+    "HPDM": "hpdm.patch.model",
+    "HPDMConfig": "hpdm.patch.config",
+    "Sampler": "hpdm.patch.sampler",
+    "SamplerOptions": "hpdm.sampling",
+    "load": "hpdm.runs",
+    "sample_boxes": "hpdm.patch.boxes",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "presets":
+        return import_module("hpdm.presets")
+    if name in _MODULES:
+        value = getattr(import_module(_MODULES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'hpdm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,57 +1,105 @@
-"""The command line: ``hpdm {train,sample,evaluate,export,plan,data}``."""
+"""The command line: ``hpdm {train,sample,evaluate,export,plan,data} ...``.
+
+A command's module is imported only when the command is run, so that ``hpdm --help`` is fast.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
 
-import tyro
-
-from hpdm.commands.data import DataCommand
-from hpdm.commands.evaluate import EvaluateOptions
-from hpdm.commands.export import ExportOptions
-from hpdm.commands.plan import PlanCommand
-from hpdm.commands.sample import SampleOptions
-from hpdm.commands.train import TrainOptions
-
-Command = (
-    Annotated[TrainOptions, tyro.conf.subcommand("train")]
-    | Annotated[SampleOptions, tyro.conf.subcommand("sample")]
-    | Annotated[EvaluateOptions, tyro.conf.subcommand("evaluate")]
-    | Annotated[ExportOptions, tyro.conf.subcommand("export")]
-    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
-    | Annotated[
-        DataCommand, tyro.conf.subcommand("data", description="Render the synthetic clips, look into video files.")
-    ]
-)
+import hpdm
 
 INTERRUPTED = 130
+"""Exit status after Ctrl-C or SIGTERM, by the convention of shells."""
+MISUSED = 2
+"""Exit status of a command line that cannot be parsed, the same as tyro's."""
+
+
+class Command(NamedTuple):
+    """A word after ``hpdm``."""
+
+    module: str
+    """Module in ``hpdm.commands`` that has a function ``run(options) -> exit status``."""
+    options: str
+    """Name of the type of the options: a dataclass, or a union of them for a command with subcommands."""
+    options_module: str | None
+    """Module that defines this type; the command's own if ``None``."""
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("train", "TrainOptions", "hpdm.training.options", "Train a model on videos."),
+    "sample": Command("sample", "SampleOptions", None, "Sample videos from a trained run."),
+    "evaluate": Command("evaluate", "EvaluateOptions", None, "Measure a run: its denoising error, or its samples."),
+    "export": Command("export", "ExportOptions", None, "Write a run's weights and config as one file."),
+    "plan": Command("plan", "PlanCommand", None, "Predict parameters, memory and work of a model, without a GPU."),
+    "data": Command("data", "DataCommand", None, "Render the synthetic clips, look into video files, pack, embed."),
+}
+
+
+def usage() -> str:
+    """What ``hpdm --help`` prints."""
+    lines = [f"  {name:<10}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join([
+        "usage: hpdm [-h] [--version] COMMAND ...",
+        "",
+        "Hierarchical Patch Diffusion Models for video.",
+        "",
+        "commands:",
+        *lines,
+        "",
+        "`hpdm COMMAND --help` lists the options of a command.",
+    ])  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and exits with its status.
 
-    What a user can cause (bad options, missing or damaged files, a full disk, a device that is not there) is one line
-    on standard error and status 1, with ``HPDM_DEBUG=1`` its traceback too; anything else is a bug and always shows it.
+    An error that a user can cause (bad options, missing or damaged files, a full disk, a missing device) prints one
+    line on standard error and exits with status 1; ``HPDM_DEBUG=1`` shows its traceback. Any other error is a bug and
+    always shows its traceback.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    word, word_arguments = (words[0], words[1:]) if words else ("", [])
+    if word in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    if word == "--version":
+        print(f"hpdm {hpdm.__version__}")
+        sys.exit(0)
+    if word not in COMMANDS:
+        got = repr(word) if word else "no command"
+        print(f"{usage()}\n\nhpdm: error: got {got}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(MISUSED)
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    sys.exit(_reporting_errors(lambda: _run(word, word_arguments)))
+
+
+def _run(word: str, arguments: Sequence[str]) -> int:
+    import tyro
+
+    command = COMMANDS[word]
+    module = import_module(f"hpdm.commands.{command.module}")
+    kind: Any = getattr(import_module(command.options_module or module.__name__), command.options)
+    config = (tyro.conf.OmitSubcommandPrefixes,)
+    options = tyro.cli(kind, prog=f"hpdm {word}", args=arguments, config=config)
+    status: int = module.run(options)
+    return status
+
+
+def _reporting_errors(command: Callable[[], int]) -> int:
+    """The exit status of ``command``; 1 after an error that a user can cause."""
     try:
-        command = tyro.cli(
-            Command,
-            prog="hpdm",
-            description="Hierarchical Patch Diffusion Models for video.",
-            args=arguments,
-            config=(tyro.conf.OmitSubcommandPrefixes,),
-        )
-        status = command.run()
+        return command()
     except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
         if os.environ.get("HPDM_DEBUG") == "1":
             raise
         print(f"hpdm: error: {error}", file=sys.stderr)
-        status = 1
+        return 1
     except KeyboardInterrupt:
-        status = INTERRUPTED
-    sys.exit(status)
+        return INTERRUPTED

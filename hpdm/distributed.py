@@ -1,6 +1,7 @@
-"""The processes of ``torch.distributed``: who is there, what all must agree on, what fails in all if it fails in one.
+"""The ranks (processes) of a run: rank and world size, collectives, and errors that are raised on all ranks.
 
-Without a process group there is one process, and nothing here waits for anything.
+Without a process group there is one rank, 0 of 1, and no function here communicates. With one, each function
+below that communicates is a collective: every rank must call it, in the same order.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_alone = ContextVar("alone", default=False)
+_single_process = ContextVar("single_process", default=False)
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Within it, the processes that ``torchrun`` started, if it did, know each other; gives this process's device.
+    """Within the block the processes that ``torchrun`` started, if any, form a process group.
 
-    NCCL between GPUs, one per process, else gloo. Processes that know each other already stay so.
+    The backend is NCCL between GPUs, one GPU per process, and gloo between CPUs. A group that exists already is used
+    and left as it is.
+
+    Yields:
+        This process's device: ``device``, or its own GPU where NCCL was started.
     """
     start = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if start:
@@ -39,116 +44,121 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def broadcast(value: T) -> T:
-    """What the first process has, everywhere."""
-    if world_size() == 1:
-        return value
-    held = [value]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
-
-
-def _grouped() -> bool:
-    return not _alone.get() and dist.is_available() and dist.is_initialized()
-
-
 def rank() -> int:
-    """Number of this process, 0 without a process group."""
-    return dist.get_rank() if _grouped() else 0
+    """The number of this process, 0 without a process group."""
+    return dist.get_rank() if _in_group() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if _grouped() else 1
+    """The number of processes, 1 without a process group."""
+    return dist.get_world_size() if _in_group() else 1
 
 
 def is_first() -> bool:
-    """Whether this is the first process, which speaks for all."""
+    """Whether this is rank 0, which writes files and messages for all."""
     return rank() == 0
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Within it this process is the only one: what it calls shares nothing and waits for nobody."""
-    token = _alone.set(True)
+    """Within the block this process acts as the only one: rank 0 of 1, without communication."""
+    token = _single_process.set(True)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _single_process.reset(token)
+
+
+def _in_group() -> bool:
+    return not _single_process.get() and dist.is_available() and dist.is_initialized()
 
 
 def shard(items: Sequence[T]) -> Sequence[T]:
-    """The items that this process takes where all take turns."""
+    """This rank's share: every ``world_size()``-th item, starting with number ``rank()``. Nothing is communicated."""
     return items[rank() :: world_size()]
 
 
-def gather(mine: Mapping[int, T]) -> list[T]:
-    """What all processes made of the items they took, by the items' numbers, in the order of the numbers."""
-    found = {number: value for part in _all_gather(dict(mine)) for number, value in part.items()}
-    return [found[number] for number in sorted(found)]
+def gather(results: Mapping[int, T]) -> list[T]:
+    """All ranks' results, sorted by their keys, on every rank.
+
+    Args:
+        results: what this rank computed, by the number of the item; every item belongs to one rank.
+    """
+    merged = {number: result for part in _all_gather(dict(results)) for number, result in part.items()}
+    return [merged[number] for number in sorted(merged)]
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true on at least one rank."""
+    return any(_all_gather(flag))
+
+
+def mean(t: Tensor) -> Tensor:
+    """The elementwise mean of ``t`` over all ranks, with the same shape and dtype on each; ``t`` is not changed."""
+    size = world_size()
+    if size > 1:
+        t = t.clone()
+        dist.all_reduce(t)
+        t /= size
+    return t
 
 
 def assert_same_on_all_ranks(name: str, value: object) -> None:
-    """Checks that all processes were given the same.
+    """Checks that every rank has the same value, by its ``repr``.
 
     Raises:
-        ValueError: they were not; raised in every process.
+        ValueError: the ranks differ; raised on every rank.
     """
     texts = _all_gather(repr(value))
-    for rank, text in enumerate(texts):
+    for other, text in enumerate(texts):
         if text != texts[0]:
-            raise ValueError(f"{name}: process {rank} got {text}, expected {texts[0]} as in process 0")
+            raise ValueError(f"{name}: process {other} got {text}, expected {texts[0]} as in process 0")
 
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """What fails in one process fails in all, so that none waits for another that is gone.
+    """Raises on every rank if the block raised on any, so that no rank waits in its next collective for a failed one.
 
     Raises:
-        RuntimeError: the others' failure, where this process had none of its own.
+        Exception: what the block raised on this rank.
+        RuntimeError: the block raised on another rank only; the message names the rank and its error.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    for rank, text in enumerate(_all_gather(None if failure is None else f"{failure}")):
+    for other, text in enumerate(_all_gather(None if failure is None else f"{failure}")):
         if text is not None and failure is None:
-            failure = RuntimeError(f"process {rank}: {text}")
+            failure = RuntimeError(f"process {other}: {text}")
     if failure is not None:
         raise failure
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is set in any process."""
-    return any(_all_gather(flag))
-
-
-def mean(t: Tensor) -> Tensor:
-    """The mean of every process's ``t``."""
-    count = world_size()
-    if count > 1:
-        t = t.clone()
-        dist.all_reduce(t)
-        t /= count
-    return t
-
-
 def _all_gather(value: T) -> list[T]:
-    """What each process has, in their order."""
-    count = world_size()
-    if count == 1:
+    """Every rank's value, in the order of the ranks."""
+    size = world_size()
+    if size == 1:
         return [value]
-    held: list[Any] = [None] * count
-    dist.all_gather_object(held, value)
-    return held
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def pick_device(name: str) -> torch.device:
-    """``"auto"`` is CUDA when there is one, else the CPU.
+    """The device of that name; ``"auto"`` is CUDA where PyTorch sees a CUDA device, else the CPU.
 
     Raises:
-        RuntimeError: CUDA asked for and not there, or no such device.
+        RuntimeError: a CUDA device is asked for and PyTorch sees none, or the name is no device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,31 +1,38 @@
-"""The presets by name: their configs and recipes."""
+"""The presets of all systems, by name: config and training recipe."""
 
-from hpdm.patch.presets import (
-    PRESETS,
-    PUBLISHED_PARAMETERS,
-    RECIPES,
-    Recipe,
-    get,
-    hpdm_l,
-    hpdm_m,
-    hpdm_s,
-    hpdm_t2v,
-    hpdm_t2v_1k,
-    recipe,
-    tiny,
-)
+from __future__ import annotations
 
-__all__ = [
-    "PRESETS",
-    "PUBLISHED_PARAMETERS",
-    "RECIPES",
-    "Recipe",
-    "get",
-    "hpdm_l",
-    "hpdm_m",
-    "hpdm_s",
-    "hpdm_t2v",
-    "hpdm_t2v_1k",
-    "recipe",
-    "tiny",
-]
+from typing import Any
+
+from hpdm import systems
+from hpdm.patch.presets import hpdm_l, hpdm_m, hpdm_s, hpdm_t2v, hpdm_t2v_1k, tiny
+from hpdm.recipe import Recipe
+
+__all__ = ["get", "hpdm_l", "hpdm_m", "hpdm_s", "hpdm_t2v", "hpdm_t2v_1k", "published_parameters", "recipe", "tiny"]
+
+
+def get(name: str) -> Any:
+    """The config of a preset.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return systems.of_preset(name).presets[name]()
+
+
+def recipe(name: str) -> Recipe:
+    """How a preset is trained.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return systems.of_preset(name).recipes[name]
+
+
+def published_parameters(name: str) -> float | None:
+    """The published number of parameters of a preset; ``None`` if no number was published.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    return systems.of_preset(name).published_parameters.get(name)

@@ -1,8 +1,8 @@
-"""The diffusion of a patch: v-prediction with a per-level input scale (paper sections 4.5 and 4.6).
+"""The noise process: the noise schedule, v-prediction, and the scale of the network's input (paper sections 4.5, 4.6).
 
-With ``g = cos^2(pi t / 2)`` the noised patch is ``x~ = sqrt(g) b_l x + sqrt(1-g) e``. Everything below works on the
-scaled clean patch ``y = b_l x``: it is an ordinary variance-preserving diffusion of ``y``, with
-``v = sqrt(g) e - sqrt(1-g) y``.
+With the cosine schedule ``g(t) = cos^2(pi t / 2)`` the noised video is ``x~ = sqrt(g) b x + sqrt(1-g) e``, where ``b``
+scales the clean signal ``x`` (per pyramid level in the paper). Everything below works on the scaled signal ``y = b x``:
+it is an ordinary variance-preserving diffusion of ``y``, with ``v = sqrt(g) e - sqrt(1-g) y``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from hpdm.patch.config import HPDMConfig
-
 DATA_STD = 0.5
-"""Standard deviation of pixels in [-1, 1] that the input normalisation assumes."""
+"""Standard deviation of pixels in [-1, 1] that :func:`network_input` assumes."""
 T_MAX = 0.995
-"""Sampling starts here, where sqrt(g) = 0.008: the network's last noise level with any signal."""
+"""Sampling starts at this time, where sqrt(g) = 0.008: at t = 1 the network's input would hold no signal at all."""
 
 
 def gamma(t: Tensor) -> Tensor:
@@ -30,53 +28,44 @@ def time_of_sigma(sigma: Tensor) -> Tensor:
     return torch.atan(sigma) * (2 / math.pi)
 
 
-def _like(values: Tensor, x: Tensor) -> Tensor:
-    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
-
-
 def add_noise(x: Tensor, noise: Tensor, t: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-    """The noised patch and its v target.
+    """The noised patches and their v targets.
 
     Args:
         x: clean patches ``[B, L, ...]`` in [-1, 1].
         noise: standard normal, same shape.
         t: times ``[B, L]`` in [0, 1].
-        signal: ``b_l``, ``[L]``.
+        signal: signal scale of each level, ``b [L]``.
 
     Returns:
         ``x~`` and ``v``, both ``[B, L, ...]``.
     """
-    g = _like(gamma(t), x)
-    y = x * _like(signal.expand_as(t), x)
+    g = _expand_to(gamma(t), x)  # [B, L, 1...]
+    y = x * _expand_to(signal.expand_as(t), x)
     return g.sqrt() * y + (1 - g).sqrt() * noise, g.sqrt() * noise - (1 - g).sqrt() * y
 
 
 def denoise(noised: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """The scaled clean patch ``y^`` that ``v`` predicts: ``sqrt(g) x~ - sqrt(1-g) v``; ``t [B]`` for ``[B, ...]``."""
-    g = _like(gamma(t), noised)
+    g = _expand_to(gamma(t), noised)  # [B, 1...]
     return g.sqrt() * noised - (1 - g).sqrt() * v
 
 
 def network_input(noised: Tensor, t: Tensor, signal: Tensor) -> Tensor:
-    """``x~`` at unit variance, which a smaller input scale would break: ``x~ / sqrt(g (b_l std)^2 + 1 - g)``.
+    """``x~`` scaled to unit variance, ``x~ / sqrt(g (b std)^2 + 1 - g)``, whatever the signal scale.
 
     Args:
-        noised: ``[..., C, f, h, w]``.
-        t: times, one per patch.
-        signal: ``b_l``, broadcastable to ``t``.
+        noised: ``x~``, ``[..., C, f, h, w]``.
+        t: times, one per patch, ``[...]``.
+        signal: signal scale ``b``, broadcastable to ``t``.
     """
-    g = gamma(t)
+    g = gamma(t)  # [...]
     std = (g * (signal * DATA_STD) ** 2 + 1 - g).sqrt()
-    return noised / _like(std, noised)
-
-
-def signal_scales(config: HPDMConfig, device: torch.device | str | None = None) -> Tensor:
-    """``b_l`` of every level, ``[L]`` float32."""
-    return torch.tensor([config.signal_scale(n) for n in range(config.levels)], device=device)
+    return noised / _expand_to(std, noised)
 
 
 def sampling_times(steps: int) -> list[float]:
-    """``steps + 1`` times from :data:`T_MAX` down to 0, even in t, which the cosine schedule is made for.
+    """``steps + 1`` times from :data:`T_MAX` down to 0, evenly spaced, as suits the cosine schedule.
 
     Raises:
         ValueError: fewer than one step.
@@ -84,3 +73,8 @@ def sampling_times(steps: int) -> list[float]:
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1")
     return [T_MAX * (1 - i / steps) for i in range(steps)] + [0.0]
+
+
+def _expand_to(values: Tensor, x: Tensor) -> Tensor:
+    """``values`` with axes of size 1 appended, so that it broadcasts against ``x``."""
+    return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))

@@ -1,8 +1,8 @@
-"""Captions as tensors: a frozen T5 encoder, its embeddings kept on disk, batches of them with a mask.
+"""Text conditioning: a frozen T5 encoder, a store of embeddings on disk, and batches of them with a mask.
 
-The paper's text-to-video models are conditioned on embeddings of T5-11B (Table 8), which are the same in every step:
-``hpdm data embed`` computes them once, :class:`EmbeddingStore` keeps them, :func:`collate_text` makes batches for
-:class:`hpdm.patch.model.HPDM`. An empty caption is no text at all, which is what conditioning dropout trains.
+The paper's text-to-video models are conditioned on embeddings of T5-11B (Table 8). The encoder is frozen, so ``hpdm
+data embed`` computes them once with :class:`TextEncoder` into an :class:`EmbeddingStore`, and :func:`collate_text`
+makes batches for a model. An empty caption has no tokens at all, like a caption that conditioning dropout drops.
 """
 
 from __future__ import annotations
@@ -21,34 +21,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpdm.checks import check_choice
 from hpdm.files import atomic_path, write_text
-from hpdm.patch.config import check_choice
 
 logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16"]
 MAX_LENGTH = 128
-"""Tokens of a caption; longer ones are cut."""
+"""Longest caption in tokens; longer ones are cut."""
 FORMAT = 1
+"""Version of the folder that :class:`EmbeddingStore` writes."""
 SHARD_BYTES = 256 * 2**20
-"""Embeddings that are in memory before they go to a file."""
-_KEY_BYTES = 16  # of a caption's SHA-256: among 10^8 captions two agree with probability 10^-23
+"""Bytes of embeddings to collect in memory before writing them to a file."""
+_KEY_BYTES = 16  # of a caption's SHA-256: among 10^8 captions, two are equal with a probability of 10^-23
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class EmbeddingInfo:
-    """What makes embeddings comparable."""
+    """How a store's embeddings were made. A store holds embeddings of one such description only."""
 
     encoder: str
     """Name of the encoder, the last part of its folder or hub name."""
     width: int
+    """Channels of an embedding."""
     max_length: int
+    """Longest caption in tokens."""
     precision: str
+    """Of the encoder's weights and of the embeddings."""
 
 
-def normalised(caption: str) -> str:
-    """The caption that is encoded and looked up: white space is one space, none at the ends, as T5 reads it."""
+def normalize_caption(caption: str) -> str:
+    """The caption with each run of white space as one space and none at its ends, as T5 reads it."""
     return " ".join(caption.split())
 
 
@@ -57,14 +61,14 @@ class TextEncoder:
 
     Args:
         name: local folder with the model and its tokenizer, or a name on the hub.
-        max_length: tokens of a caption, >= 1; longer captions are cut, with a warning.
+        max_length: longest caption in tokens, >= 1; longer ones are cut, with a warning.
         device: where it runs.
         precision: ``"fp32"`` or ``"bf16"``, of weights and embeddings. T5 overflows in fp16.
-        download: fetch what is not in the local cache.
+        download: download what is not in the local cache.
 
     Raises:
         ImportError: ``transformers`` is not installed.
-        OSError: no such model, or none here where ``download`` is off.
+        OSError: no such model, or it is not in the local cache and ``download`` is off.
         ValueError: an argument out of range, no tokenizer, or a model that is no text encoder.
     """
 
@@ -84,17 +88,17 @@ class TextEncoder:
             from transformers import AutoModelForTextEncoding, AutoTokenizer  # deferred: seconds to import
         except ImportError as error:
             raise ImportError("text encoder: needs transformers; install hpdm[t2v]") from error
-        self.device, here = torch.device(device), {"local_files_only": not download}
+        self.device, source = torch.device(device), {"local_files_only": not download}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(name), **here)
-            model = AutoModelForTextEncoding.from_pretrained(str(name), dtype=_DTYPES[precision], **here)
+            self.tokenizer = AutoTokenizer.from_pretrained(str(name), **source)
+            model = AutoModelForTextEncoding.from_pretrained(str(name), dtype=_DTYPES[precision], **source)
         except (OSError, ValueError) as error:
-            wanted = "the folder of a T5 model and its tokenizer, or its name on the hub"
+            expected = "the folder of a T5 model and its tokenizer, or its name on the hub"
             note = "" if download else "; one that is not in the local cache yet needs --download"
             reason = str(error).splitlines()[0]
             kind = OSError if isinstance(error, OSError) else ValueError
-            raise kind(f"encoder: got {str(name)!r}, expected {wanted}{note} ({reason})") from error
-        # Without its files transformers makes up a tokenizer that knows the space and nothing else.
+            raise kind(f"encoder: got {str(name)!r}, expected {expected}{note} ({reason})") from error
+        # Where the tokenizer's files are missing, transformers makes one whose only token is the space.
         if len(self.tokenizer) - len(self.tokenizer.all_special_ids) <= 1:
             raise ValueError(f"encoder: got {str(name)!r}, which has no tokenizer beside the model")
         self.model = model.to(self.device).eval().requires_grad_(False)
@@ -102,23 +106,29 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
-        """Embeddings of the captions, each ``[S_i, W]`` on the CPU without padding; no rows for an empty caption."""
-        texts = [normalised(caption) for caption in captions]
-        given = [text for text in texts if text]
-        encoded = iter(self._encode(given) if given else [])
-        nothing = torch.empty(0, self.info.width, dtype=_DTYPES[self.info.precision])
-        return [next(encoded) if text else nothing for text in texts]
+        """Encodes captions.
+
+        Returns:
+            Per caption ``[S_i, W]`` on the CPU, in the encoder's precision and without padding; ``[0, W]`` for an empty
+            caption.
+        """
+        texts = [normalize_caption(caption) for caption in captions]
+        not_empty = [text for text in texts if text]
+        embeddings = iter(self._encode(not_empty) if not_empty else [])
+        empty = torch.empty(0, self.info.width, dtype=_DTYPES[self.info.precision])
+        return [next(embeddings) if text else empty for text in texts]
 
     def _encode(self, texts: list[str]) -> list[Tensor]:
+        """Encodes texts that are not empty as one batch."""
         limit = self.info.max_length
         lengths = [len(ids) for ids in self.tokenizer(texts, verbose=False)["input_ids"]]
         too_long = [text for text, length in zip(texts, lengths) if length > limit]
         if too_long:
             logger.warning("%d captions cut to %d tokens, the first: %.80s...", len(too_long), limit, too_long[0])
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        mask = batch["attention_mask"].to(self.device)
-        states = self.model(input_ids=batch["input_ids"].to(self.device), attention_mask=mask).last_hidden_state
-        return [row[visible].cpu() for row, visible in zip(states, mask.bool())]
+        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)  # [B, S]
+        states = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # [B, S, W]
+        return [row[is_token].cpu() for row, is_token in zip(states, mask.bool())]
 
 
 def collate_text(texts: Sequence[Tensor], multiple: int = 16) -> tuple[Tensor, Tensor]:
@@ -126,11 +136,11 @@ def collate_text(texts: Sequence[Tensor], multiple: int = 16) -> tuple[Tensor, T
 
     Args:
         texts: per caption ``[S_i, W]``, any float dtype; ``S_i`` may be 0 for no text.
-        multiple: the length is rounded up to a multiple of it: few shapes for compiled graphs and memory pools, and
-            rows that fused attention can load aligned. The model's results do not depend on it.
+        multiple: the length is rounded up to a multiple of it, so that compiled graphs and memory pools see few shapes
+            and fused attention can load aligned rows. The model's results do not depend on it.
 
     Returns:
-        ``text [B, S, W]`` float32, zero behind each caption's end, and its mask ``[B, S]`` bool, on the CPU.
+        ``text [B, S, W]`` float32, zero after each caption's end, and its mask ``[B, S]`` bool, on the CPU.
 
     Raises:
         ValueError: no texts, other ranks than 2, or differing widths.
@@ -146,16 +156,17 @@ def collate_text(texts: Sequence[Tensor], multiple: int = 16) -> tuple[Tensor, T
 
 
 class EmbeddingStore:
-    """A folder of embeddings, found by their captions.
+    """A folder of embeddings, looked up by their captions.
 
-    ``index.json`` says what they are. Each ``embeddings-*.safetensors`` holds the embeddings one after another,
-    ``rows [sum of S_i, W]``, where each begins, ``starts [n + 1]``, and ``keys [n, 16]``, hashes of the captions: sets
-    in any layout share it, and repeated captions are there once. A file is whole or absent, and named by its captions,
-    so that several processes may write into one folder. Reading maps the rows and holds 32 bytes a caption.
+    ``index.json`` is an :class:`EmbeddingInfo`. Each ``embeddings-*.safetensors`` has the embeddings of n captions one
+    after another, ``rows [sum of S_i, W]``, where each begins, ``starts [n + 1]``, and ``keys [n, 16]``, the captions'
+    hashes. So sets in any layout can share a store, and a repeated caption is stored once. Files are written atomically
+    and named by their captions, so that several processes can write to the same folder. Rows are mapped and not read,
+    so an open store takes 32 bytes of memory per caption.
 
     Args:
         folder: what ``hpdm data embed`` wrote.
-        width: that the embeddings must have, a model's ``config.text_width``; ``None`` for any.
+        width: the width that the embeddings must have, a model's ``config.text_width``; ``None`` for any.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -172,15 +183,16 @@ class EmbeddingStore:
             )
         self._files: list[Path] = []
         self._open: dict[Path, Any] = {}
-        self._keys, self._places = np.empty(0, f"S{_KEY_BYTES}"), np.empty((0, 2), np.int64)
-        self._take_in(sorted(self.folder.glob("embeddings-*.safetensors")))
+        self._keys = np.empty(0, f"S{_KEY_BYTES}")  # sorted
+        self._places = np.empty((0, 2), np.int64)  # of each key: index into _files, entry in that file
+        self._add_files(sorted(self.folder.glob("embeddings-*.safetensors")))
 
     @classmethod
     def create(cls, folder: str | Path, info: EmbeddingInfo) -> EmbeddingStore:
-        """The store in ``folder``, begun if there is none.
+        """Opens the store in ``folder``, or creates it.
 
         Raises:
-            ValueError: the folder holds embeddings of another kind.
+            ValueError: the folder has embeddings of another encoder, width, length or precision.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -203,24 +215,24 @@ class EmbeddingStore:
         """The embedding of a caption, ``[S, W]`` in the store's precision.
 
         Raises:
-            ValueError: the caption is not there.
+            ValueError: the store does not have the caption.
         """
-        found = self._find(caption)
-        if found is None:
+        place = self._find(caption)
+        if place is None:
             raise ValueError(
                 f"caption: {caption!r} is not in {self.folder}; run `hpdm data embed` with --data or --prompts first"
             )
-        file, entry = found
+        file, entry = place
         opened = self._opened(self._files[file])
         first, last = opened.get_slice("starts")[entry : entry + 2].tolist()
         return opened.get_slice("rows")[first:last]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}  # every reader maps the files for itself
+        return {**self.__dict__, "_open": {}}  # open files cannot be pickled; each process maps them itself
 
     def missing(self, captions: Iterable[str]) -> list[str]:
-        """Those captions that are not there, normalised, each once."""
-        return [caption for caption in dict.fromkeys(map(normalised, captions)) if caption not in self]
+        """Those captions that the store does not have, normalized and without repeats."""
+        return [caption for caption in dict.fromkeys(map(normalize_caption, captions)) if caption not in self]
 
     def add(self, captions: Sequence[str], embeddings: Sequence[Tensor]) -> None:
         """Writes a file with these captions and their embeddings ``[S_i, W]``.
@@ -243,36 +255,42 @@ class EmbeddingStore:
         }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)
-        self._take_in([path])
+        self._add_files([path])
 
     def _find(self, caption: str) -> tuple[int, int] | None:
-        """Number of the file and of the entry in it."""
+        """Index of the file in ``_files`` and of the entry in that file; ``None`` for a caption that is not stored."""
         key = np.array(_key(caption), self._keys.dtype)
-        at = int(np.searchsorted(self._keys, key))
-        if at == len(self._keys) or self._keys[at] != key:
+        i = int(np.searchsorted(self._keys, key))
+        if i == len(self._keys) or self._keys[i] != key:
             return None
-        file, entry = self._places[at].tolist()
+        file, entry = self._places[i].tolist()
         return file, entry
 
-    def _take_in(self, paths: Sequence[Path]) -> None:
+    def _add_files(self, paths: Sequence[Path]) -> None:
+        """Adds files to the lookup table."""
         keys, places = [self._keys], [self._places]
         for path in paths:
-            found = self._opened(path).get_tensor("keys").numpy().view(self._keys.dtype)[:, 0]
-            keys.append(found)
-            places.append(np.stack((np.full(len(found), len(self._files)), np.arange(len(found))), axis=1))
+            new = self._opened(path).get_tensor("keys").numpy().view(self._keys.dtype)[:, 0]
+            keys.append(new)
+            places.append(np.stack((np.full(len(new), len(self._files)), np.arange(len(new))), axis=1))
             self._files.append(path)
-        # The first of equal captions wins, as the files are ordered.
-        self._keys, kept = np.unique(np.concatenate(keys), return_index=True)
-        self._places = np.concatenate(places)[kept]
+        # Of a caption that is in several files, the first file's entry is used.
+        self._keys, first = np.unique(np.concatenate(keys), return_index=True)
+        self._places = np.concatenate(places)[first]
 
     def _opened(self, path: Path) -> Any:
+        """The file as safetensors maps it, opened once.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         if path not in self._open:
             try:
                 opened = safe_open(path, "pt").__enter__()
-                whole = set(opened.keys()) == {"keys", "starts", "rows"}
+                complete = set(opened.keys()) == {"keys", "starts", "rows"}
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"embeddings: {path} is damaged ({error}); delete it and embed again") from None
-            if not whole:
+            if not complete:
                 raise ValueError(f"embeddings: {path} has tensors {opened.keys()}, expected keys, starts, rows")
             self._open[path] = opened
         return self._open[path]
@@ -285,18 +303,18 @@ def embed_captions(
     batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Adds the captions that the store does not have yet; returns how many these were.
+    """Encodes the captions that the store does not have yet and adds them to it; returns their number.
 
-    Whatever stops it, what was encoded until then is kept, and the same call goes on behind it.
+    When it is interrupted or fails, everything encoded so far is stored, and the same call later continues from there.
 
     Args:
-        encoder: of the store's kind.
-        store: grows.
-        captions: any order, any number of times.
+        encoder: one with the store's ``info``.
+        store: the store to extend.
+        captions: in any order, with or without repeats.
         batch: captions that are encoded together, >= 1.
-        progress: called as (done, all) after every batch.
+        progress: called after every batch with the number of captions done and the number of all.
     """
-    # The longest first: batches of like lengths waste little on padding, and what does not fit in memory fails at once.
+    # Sorted, so that batches need little padding; the longest first, so that a lack of memory shows in the first batch.
     waiting = sorted(store.missing(captions), key=len, reverse=True)
     pending: dict[str, Tensor] = {}
 
@@ -307,22 +325,41 @@ def embed_captions(
 
     try:
         for first in range(0, len(waiting), batch):
-            some = waiting[first : first + batch]
-            pending.update(zip(some, encoder(some)))
+            chunk = waiting[first : first + batch]
+            pending.update(zip(chunk, encoder(chunk)))
             if sum(e.nbytes for e in pending.values()) >= SHARD_BYTES:
                 write()
             if progress is not None:
-                progress(first + len(some), len(waiting))
+                progress(first + len(chunk), len(waiting))
     finally:
         write()
     return len(waiting)
 
 
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no prompts in it, or not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"prompts: {path} is not a file")
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not prompts:
+        raise ValueError(f"prompts: {path} has no lines, expected one prompt a line")
+    return prompts
+
+
 def _key(caption: str) -> bytes:
-    return hashlib.sha256(normalised(caption).encode()).digest()[:_KEY_BYTES]
+    return hashlib.sha256(normalize_caption(caption).encode()).digest()[:_KEY_BYTES]
 
 
 def _read_index(folder: Path) -> EmbeddingInfo:
+    """Reads a store's ``index.json``; errors as :class:`EmbeddingStore`."""
     path = folder / "index.json"
     if not path.is_file():
         raise FileNotFoundError(

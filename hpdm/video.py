@@ -1,4 +1,4 @@
-"""Writing videos: mp4 clips and contact sheets, each file either whole or absent."""
+"""Writing videos as mp4 files and as contact sheets, atomically."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpdm.files import atomic_path
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-from hpdm.files import atomic_path
-
 Frames = Tensor | np.ndarray
+"""A clip, uint8 RGB, ``[3, F, H, W]`` or ``[F, H, W, 3]``; see :func:`as_frames`."""
 
 
 def as_frames(name: str, frames: Frames) -> np.ndarray:
@@ -47,7 +48,7 @@ def as_frames(name: str, frames: Frames) -> np.ndarray:
 
 
 def to_uint8(video: Tensor) -> Tensor:
-    """[-1, 1] float -> [0, 255] uint8 on the CPU."""
+    """Converts pixels in [-1, 1], any shape, float, to uint8 in 0..255 on the CPU; values outside are clamped."""
     return video.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
@@ -55,13 +56,13 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float = 16, *
     """Writes an H.264 mp4 (libx264), atomically.
 
     Even sizes are stored as ``yuv420p``, which every player reads. An odd height or width has no 4:2:0 form and is
-    stored as ``yuv444p`` with its exact size: never padded or cropped, though some browsers do not play 4:4:4.
+    stored as ``yuv444p``, which some browsers do not play; frames are never padded or cropped.
 
     Args:
-        path: the file to write, ending in ``.mp4``; an existing file is replaced when the new one is whole.
+        path: the file to write, ending in ``.mp4``; an existing file is replaced once the new one is complete.
         frames: uint8 RGB, ``[3, F, H, W]`` or ``[F, H, W, 3]`` (see :func:`as_frames`).
         fps: frames per second, > 0.
-        crf: x264's constant rate factor, 0 (best) to 51; 18 looks lossless.
+        crf: x264's constant rate factor, 0 (lossless) to 51; at 18 hardly any loss is visible.
 
     Raises:
         TypeError, ValueError: frames of another kind, a suffix other than ``.mp4``, fps or crf out of range.
@@ -83,8 +84,8 @@ def write_video(path: str | os.PathLike[str], frames: Frames, fps: float = 16, *
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(100_000))
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p" if even else "yuv444p"
-        # One thread: x264's output then does not depend on the machine's core count. Nor does it repeat from process to
-        # process with its macroblock tree (five processes gave five files of the same frames, now one).
+        # One thread and no macroblock tree, since with more x264's output depends on the number of cores, and with the
+        # tree it differs from process to process.
         stream.options = {"crf": str(crf), "threads": "1", "x264-params": "mbtree=0"}
         for image in array:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -99,23 +100,23 @@ def contact_sheet(
     margin: int = 2,
     scale: int = 1,
 ) -> Image:
-    """Draws one row per video with ``columns`` evenly spaced frames, the first and the last among them.
+    """Draws one row per video with ``columns`` evenly spaced frames, including the first and the last.
 
     Args:
-        videos: uint8 clips of one height and width, any lengths (see :func:`as_frames`).
+        videos: uint8 clips of the same height and width and of any lengths (see :func:`as_frames`).
         columns: frames per row, >= 1; a shorter clip repeats frames.
         labels: one text per row, drawn above it; ``None`` for no text.
-        margin: pixels between frames.
-        scale: whole factor by which frames are enlarged (nearest neighbour).
+        margin: pixels between frames, >= 0.
+        scale: integer factor by which frames are enlarged (nearest neighbor), >= 1.
 
     Raises:
         TypeError, ValueError: no videos, differing sizes, another number of labels than of videos, a bad number.
     """
     from PIL import Image, ImageDraw
 
-    for name, value, least in (("columns", columns, 1), ("margin", margin, 0), ("scale", scale, 1)):
-        if value < least:
-            raise ValueError(f"{name}: got {value}, expected >= {least}")
+    for name, value, bound in (("columns", columns, 1), ("margin", margin, 0), ("scale", scale, 1)):
+        if value < bound:
+            raise ValueError(f"{name}: got {value}, expected at least {bound}")
     rows = [as_frames(f"videos[{i}]", video) for i, video in enumerate(videos)]
     if not rows:
         raise ValueError("videos: got none, expected at least one")
@@ -128,12 +129,12 @@ def contact_sheet(
     pitch = height + text + margin
     sheet = Image.new("RGB", (columns * (width + margin) + margin, len(rows) * pitch + margin), (24, 24, 24))
     draw = ImageDraw.Draw(sheet)
-    for r, row in enumerate(rows):
+    for r, frames in enumerate(rows):
         top = margin + r * pitch
         if labels is not None:
             draw.text((margin + 1, top), labels[r], fill=(230, 230, 230))
-        for c, t in enumerate(np.linspace(0, len(row) - 1, columns).round().astype(int)):
-            image = np.repeat(np.repeat(row[t], scale, axis=0), scale, axis=1)
+        for c, t in enumerate(np.linspace(0, len(frames) - 1, columns).round().astype(int)):
+            image = np.repeat(np.repeat(frames[t], scale, axis=0), scale, axis=1)
             sheet.paste(Image.fromarray(image), (margin + c * (width + margin), top + text))
     return sheet
 

@@ -3,8 +3,7 @@
 Every op takes ``backend="auto" | "reference" | "torch" | "triton"``; see :mod:`hpdm_kernels._backend`.
 """
 
-from hpdm_kernels.attention.cross import cross_attention
-from hpdm_kernels.attention.read import read_tokens
+from hpdm_kernels.attention.api import cross_attention, read_tokens
 from hpdm_kernels.context.api import footprint_size, fuse_context, fuse_projected, project_sources, sample_context
 from hpdm_kernels.patches.api import sample_patches
 from hpdm_kernels.tiles.accumulator import TileAccumulator

@@ -1,11 +1,11 @@
-"""Which implementation of an op runs, and in which precision its fp32 products are taken.
+"""Chooses the backend of an op and the precision of its fp32 products, and registers custom ops.
 
 Four backends (README, "Backends"):
 
-``reference``  the paper's formula in plain PyTorch: the oracle, and the model's "kernels off"
-``torch``      the better algorithm in portable PyTorch: the default on CPU
-``triton``     the same algorithm as fused kernels: the default on CUDA
-``auto``       picks between the last two and logs why, once per reason
+``reference``  the paper's formula in plain PyTorch; in fp64 the oracle of the tests
+``torch``      the optimized algorithm in portable PyTorch; the default on CPU
+``triton``     the same algorithm as fused kernels; the default on CUDA
+``auto``       picks ``triton`` or ``torch`` and logs why, once per reason
 
 An explicit backend never falls back to another one: it raises and says why.
 """
@@ -13,8 +13,10 @@ An explicit backend never falls back to another one: it raises and says why.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -22,8 +24,23 @@ from hpdm_kernels import _triton
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 PRECISIONS = ("ieee", "tf32x3", "tf32")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The floating-point dtypes that the kernels support."""
 
 logger = logging.getLogger("hpdm_kernels")
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _constant_when_compiling(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Same as ``torch.compiler.assume_constant_result``, without importing Dynamo.
+
+    ``torch.compile`` calls the function while tracing, and its result becomes a constant of the graph. PyTorch's
+    decorator sets the same attribute, but first imports ``torch._dynamo``, which is slower than importing this package.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
 
 
 @functools.cache
@@ -31,9 +48,9 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
-@torch.compiler.assume_constant_result
-def _log_choice(op: str, backend: str, why: str) -> None:
-    _log_once(f"{op}: backend='auto' chose {backend!r}: {why}")
+@_constant_when_compiling
+def _log_choice(op: str, backend: str, reason: str) -> None:
+    _log_once(f"{op}: backend='auto' chose {backend!r}: {reason}")
 
 
 def check_backend(backend: str) -> str:
@@ -43,19 +60,19 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def resolve(backend: str, op: str, tensor: torch.Tensor, triton_dtypes: Sequence[torch.dtype]) -> str:
+def resolve(backend: str, op: str, tensor: torch.Tensor, triton_dtypes: Sequence[torch.dtype] = TRITON_DTYPES) -> str:
     """The backend that will run ``op`` on tensors like ``tensor``: never ``"auto"``.
 
     Args:
         backend: one of :data:`BACKENDS`.
         op: the public name of the op, for messages.
-        tensor: decides by its device and dtype.
-        triton_dtypes: the dtypes that the op's kernels take on a GPU. The interpreter takes fp32 and
-            bytes alone, because its bf16 arithmetic is silently wrong.
+        tensor: an input of the op; its device and dtype decide.
+        triton_dtypes: the dtypes that the op's kernels support on a GPU. Triton's interpreter supports only fp32 and
+            uint8, because its bf16 results are silently wrong.
 
     Raises:
         ValueError: unknown backend.
-        RuntimeError: ``backend="triton"`` and the kernels cannot run on ``tensor`` here.
+        RuntimeError: ``backend="triton"``, but the kernels cannot run on ``tensor``.
     """
     check_backend(backend)
     if backend in ("reference", "torch"):
@@ -73,6 +90,7 @@ def resolve(backend: str, op: str, tensor: torch.Tensor, triton_dtypes: Sequence
 
 
 def _triton_obstacle(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
+    """The reason why the kernels cannot run on ``tensor``, or ``None`` if they can."""
     if not _triton.AVAILABLE:
         return f"triton is not importable ({_triton.IMPORT_ERROR})"
     if tensor.device.type == "cuda":
@@ -90,17 +108,18 @@ def _triton_obstacle(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str
     return f"no kernels for {tensor.device.type} devices"
 
 
-# Dynamo cannot trace a torch function that returns a string; it guards on the TF32 setting by itself.
-@torch.compiler.assume_constant_result
+# A constant of the graph, because Dynamo cannot trace a torch function that returns a string. When the setting changes,
+# Dynamo recompiles by itself.
+@_constant_when_compiling
 def _default_precision() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def resolve_precision(precision: str | None) -> str:
-    """How fp32 products are taken: ``"ieee"``, ``"tf32x3"`` or ``"tf32"``.
+    """How fp32 matrix products are computed: ``"ieee"``, ``"tf32x3"`` or ``"tf32"``.
 
     ``None`` follows :func:`torch.get_float32_matmul_precision`: ``highest`` means no TF32 (``"ieee"``), anything
-    else one TF32 pass. It has no meaning for 16-bit inputs, whose products are exact in fp32.
+    else one TF32 pass (``"tf32"``). 16-bit inputs ignore it, since their products are exact in fp32.
 
     Raises:
         ValueError: unknown precision.
@@ -112,6 +131,40 @@ def resolve_precision(precision: str | None) -> str:
     return precision
 
 
-def unmixed(x: torch.Tensor) -> torch.autocast:
-    """Context inside a registered op: it is one operation, whose insides automatic mixed precision must not cast."""
+def autocast_off(x: torch.Tensor) -> torch.autocast:
+    """Disables autocast inside a custom op on ``x``'s device: the op's inputs keep their dtype."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+PORTABLE: dict[Any, Callable[..., Any]] = {}
+"""Registered op (``torch.ops.hpdm.fuse_context_fwd``) -> a function of the same arguments in PyTorch's own operations.
+
+:mod:`hpdm.planning`, which counts FLOPs and memory, calls this function instead of the op to see its operations.
+"""
+
+
+def custom_op(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Registers a function as the op ``hpdm::name``, and its ``backend="torch"`` variant in :data:`PORTABLE`.
+
+    Args:
+        name: name of the op within ``torch.ops.hpdm``.
+        mutates_args: see :func:`torch.library.custom_op`.
+
+    Returns:
+        A decorator for a function with annotated arguments, one of them named ``backend``.
+    """
+
+    def register(fn: Callable[..., Any]) -> torch.library.CustomOpDef:
+        signature = inspect.signature(fn)
+
+        @functools.wraps(fn)
+        def portable(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.arguments["backend"] = "torch"
+            return fn(*bound.args, **bound.kwargs)
+
+        op = torch.library.custom_op(f"hpdm::{name}", fn, mutates_args=mutates_args)
+        PORTABLE[getattr(torch.ops.hpdm, name)] = portable
+        return op
+
+    return register

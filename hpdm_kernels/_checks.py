@@ -1,4 +1,7 @@
-"""Validation shared by the ops. Every message names the argument, what was got and what was expected."""
+"""Validation shared by the ops. Every message names the argument, the value it got and the value it expected.
+
+Boxes are validated in :mod:`hpdm_kernels.boxes`, arguments of a single op in that op's folder.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes that an op accepts unless its documentation says otherwise."""
+Triple = tuple[int, int, int]
+"""A size or a position on the three axes of a video: frames, height, width."""
 
 
 def check_tensor(
@@ -24,9 +30,10 @@ def check_tensor(
     Args:
         name: the argument's name, for messages.
         value: what the caller passed.
-        shape: expected shape; an ``int`` must match, a ``str`` (a letter of the design) is any size >= 1.
+        shape: expected shape; an ``int`` must match, a ``str`` names an axis of any size >= 1; ``None`` for any shape.
         dtypes: allowed dtypes, ``None`` for any.
-        like: ``(name, tensor)`` whose device (and dtype, unless ``same_dtype=False``) must match.
+        like: ``(name, tensor)`` whose device must match.
+        same_dtype: also require the dtype of ``like``.
 
     Raises:
         TypeError: not a tensor, or a dtype that is not allowed or differs from ``like``.
@@ -38,11 +45,11 @@ def check_tensor(
         raise TypeError(f"{name}: got dtype {value.dtype}, expected one of {', '.join(map(str, dtypes))}")
     if shape is not None:
         fits = value.ndim == len(shape) and all(
-            got >= 1 if isinstance(want, str) else got == want for got, want in zip(value.shape, shape)
+            size >= 1 if isinstance(expected, str) else size == expected for size, expected in zip(value.shape, shape)
         )
         if not fits:
-            want = ", ".join(map(str, shape))
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{want}] with every size >= 1")
+            sizes = ", ".join(map(str, shape))
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{sizes}] with every size >= 1")
     if like is not None:
         other_name, other = like
         if value.device != other.device:
@@ -52,7 +59,7 @@ def check_tensor(
     return value
 
 
-def check_triple(name: str, value: object, minimum: int = 1) -> tuple[int, int, int]:
+def check_triple(name: str, value: object, minimum: int = 1) -> Triple:
     """Checks a triple of ints (frames, height, width), each at least ``minimum``; returns it as a tuple.
 
     Raises:
@@ -69,9 +76,9 @@ def check_triple(name: str, value: object, minimum: int = 1) -> tuple[int, int, 
 
 
 def values_are_readable(tensor: Tensor) -> bool:
-    """Whether checking values costs nothing: a real CPU tensor, outside of tracing.
+    """Whether a tensor's values can be read cheaply: true for a real CPU tensor, unless it is being traced.
 
-    On CUDA a look at values would stop the stream and break CUDA graphs, so values are not checked there.
+    Values on CUDA are never checked: reading them would synchronize with the stream and break CUDA graphs.
     """
     return (
         tensor.device.type == "cpu"
@@ -80,26 +87,11 @@ def values_are_readable(tensor: Tensor) -> bool:
     )
 
 
-def check_boxes(name: str, boxes: object, rows: int | str, like: tuple[str, Tensor]) -> Tensor:
-    """Checks boxes ``[rows, 6]`` float32, fractions of the video: offset >= 0, scale > 0, offset + scale <= 1.
-
-    Raises:
-        TypeError, ValueError: as :func:`check_tensor`; ``ValueError`` too for a box outside the video (CPU only).
-    """
-    boxes = check_tensor(name, boxes, (rows, 6), dtypes=(torch.float32,), like=like, same_dtype=False)
-    if values_are_readable(boxes):
-        # In numpy, whose small operations cost a quarter of PyTorch's: this was a fifth of cutting one patch.
-        values = boxes.detach().numpy()
-        offset, scale = values[:, :3], values[:, 3:]
-        good = (scale > 0) & (offset >= -BOX_SLACK) & (offset + scale <= 1 + BOX_SLACK)
-        if not good.all():
-            row = int((~good.all(axis=1)).nonzero()[0][0])
-            raise ValueError(
-                f"{name}: row {row} is {boxes[row].tolist()}, expected (offset, scale) inside the whole video: "
-                "offset >= 0, scale > 0, offset + scale <= 1 on every axis"
-            )
-    return boxes
+def flatten_triples(values: Sequence[Sequence[int]]) -> list[int]:
+    """Concatenates triples into a flat list, because the schema of a registered op has no nested lists."""
+    return [n for triple in values for n in triple]
 
 
-# Boxes are built in fp32 by adding fractions, so their edges may overshoot by a few ulps.
-BOX_SLACK = 1e-5
+def triples(flat: Sequence[int]) -> list[Triple]:
+    """The inverse of :func:`flatten_triples`."""
+    return [(flat[i], flat[i + 1], flat[i + 2]) for i in range(0, len(flat), 3)]

@@ -1,7 +1,7 @@
-"""The one place that imports Triton, and the description of a kernel for ahead-of-time compilation.
+"""Imports Triton if it is installed, and defines what all kernels and their launchers share.
 
-Triton is optional at import time: without it the ``reference`` and ``torch`` backends still work. Whether kernels
-are interpreted on the CPU is decided when ``@triton.jit`` decorates, hence once per process, by ``TRITON_INTERPRET``.
+No other module imports Triton. Without it the ``reference`` and ``torch`` backends still work. ``@triton.jit`` reads
+``TRITON_INTERPRET`` when it decorates a kernel, so whether kernels are interpreted on the CPU is fixed per process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-# Products and sums may be contracted, Triton's own default, which newer versions want to be told.
+from torch import Tensor
+
+# Fused multiply-add is Triton's own default, but newer versions warn if it is not set.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 try:
@@ -29,15 +31,21 @@ INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def jit(fn: Any) -> Any:
-    """``triton.jit``, or the bare function where Triton is missing (it is then never launched)."""
+    """``triton.jit``; without Triton the undecorated function, which is then never launched."""
     return triton.jit(fn) if AVAILABLE else fn
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x`` if its last axis has stride 1, as the kernels require; else a contiguous copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel in one configuration, as ``triton.compile`` wants it without a GPU.
+    """One kernel in one configuration: what ``triton.compile`` needs to compile it without a GPU.
 
-    Each op module lists its own in ``aot_specs()``: every kernel, every entry of its table of block sizes, every dtype.
+    Each op family lists its specs in ``aot_specs()``: every kernel with every entry of its table of block sizes and
+    every dtype.
     """
 
     name: str
@@ -48,6 +56,7 @@ class KernelSpec:
     """Argument name to Triton type: ``"*fp32"``, ``"i32"``, ``"i64"``, ``"fp32"``; ``"constexpr"`` for constexprs."""
     constexprs: dict[str, Any] = field(default_factory=dict)
     """Values of the constexpr arguments."""
+
     num_warps: int = 4
     num_stages: int = 2
     aligned: tuple[str, ...] = ()

@@ -1,4 +1,8 @@
-"""Thin ``nn.Module`` wrappers: they hold parameters and a backend, the functions do the work."""
+"""Thin ``nn.Module`` wrappers of the public functions. A module holds the parameters and the name of a backend.
+
+Every module takes ``backend``, one of :data:`BACKENDS`, which changes neither parameters nor ``state_dict``. A model
+that passes a backend on can validate it with :func:`check_backend`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +12,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hpdm_kernels._backend import check_backend
-from hpdm_kernels.attention.cross import cross_attention
-from hpdm_kernels.attention.read import read_tokens
+from hpdm_kernels._backend import BACKENDS, check_backend
+from hpdm_kernels.attention.api import cross_attention, read_tokens
 from hpdm_kernels.context.api import fuse_context, fuse_projected, project_sources
 from hpdm_kernels.patches.api import sample_patches
 from hpdm_kernels.tiles.api import average_tiles
+
+__all__ = [
+    "BACKENDS",
+    "ContextFusion",
+    "CrossAttention",
+    "PatchSampler",
+    "SelfAttention",
+    "TileAverage",
+    "check_backend",
+]
 
 
 class ContextFusion(nn.Module):
@@ -21,7 +34,7 @@ class ContextFusion(nn.Module):
 
     Args:
         width: token width ``D``.
-        coordinates: feed the three absolute coordinates too; ``weight`` is ``[D, 2D+3]``, else ``[D, 2D]``.
+        coordinates: also feed the three absolute coordinates; ``weight`` is then ``[D, 2D + 3]``, else ``[D, 2D]``.
         backend: see :func:`hpdm_kernels.fuse_context`. It never changes the parameters.
     """
 
@@ -33,7 +46,7 @@ class ContextFusion(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in ``1/sqrt(fan in)`` as ``nn.Linear``; the coordinates' columns too: they are raw fractions."""
+        """Draws the weight uniformly between ``-1 / sqrt(fan_in)`` and ``1 / sqrt(fan_in)``; sets the bias to zero."""
         bound = 1 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.zeros_(self.bias)
@@ -53,7 +66,7 @@ class ContextFusion(nn.Module):
     ) -> Tensor:
         """``x [B, N, D]`` -> ``[B, N, D]``; the arguments are those of :func:`hpdm_kernels.fuse_context`.
 
-        With ``projected`` the sources come from :meth:`project`.
+        ``projected``: the sources are results of :meth:`project`.
         """
         fuse = fuse_projected if projected else fuse_context
         return fuse(
@@ -71,12 +84,12 @@ class ContextFusion(nn.Module):
         )
 
     def project(self, source: Tensor) -> Tensor:
-        """What patches sample of a source ``[B_k, N_k, D]``, worth keeping where many do: the same shape."""
+        """Projects a source ``[B_k, N_k, D]`` once for many patches: ``[B_k, N_k, D]``, see :meth:`forward`."""
         return project_sources((source,), self.weight, backend=self.backend)[0]
 
 
 class CrossAttention(nn.Module):
-    """Attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.attention.cross`.
+    """Attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.cross_attention`.
 
     Args:
         query_width: width of the queries' rows.
@@ -84,7 +97,7 @@ class CrossAttention(nn.Module):
         width: attention width ``h * d``.
         out_width: width of the result, or ``None`` to return the concatenated heads (width ``width``) as they are.
         head_width: ``d``; ``width`` must be a multiple of it.
-        backend: see :func:`hpdm_kernels.attention.cross`. It never changes the parameters.
+        backend: see :func:`hpdm_kernels.cross_attention`. It never changes the parameters.
 
     Raises:
         ValueError: ``width`` is no multiple of ``head_width``, or the backend is unknown.
@@ -120,30 +133,30 @@ class CrossAttention(nn.Module):
         """``queries [B, M, query_width]``, ``context [B, N, context_width]`` -> ``[B, M, out_width or width]``.
 
         Args:
-            queries: rows that read.
-            context: rows that are read; several tensors are read as if they were concatenated.
-            key_mask: ``[B, N]`` bool, true where the context may be read.
-            recompute: keys and values are computed again in backward instead of being kept, see
-                :func:`hpdm_kernels.attention.read`.
+            queries: rows that attend.
+            context: rows that are attended to; several tensors are read as if they were concatenated along N.
+            key_mask: ``[B, N]`` bool, true where the context may be attended to.
+            recompute: recompute keys and values in the backward pass instead of saving them, see
+                :func:`hpdm_kernels.read_tokens`.
         """
-        q = _split_heads(self.to_q(queries), self.heads)
+        q = _split_heads(self.to_q(queries), self.heads)  # [B, h, M, d]
         if recompute:
             weight = self.to_kv.weight
             out = read_tokens(q, context, weight, key_mask=key_mask, backend=self.backend)
         else:
-            whole = context if isinstance(context, Tensor) else torch.cat(list(context), dim=1)
-            k, v = (_split_heads(part, self.heads) for part in self.to_kv(whole).chunk(2, dim=-1))
-            out = cross_attention(q, k, v, key_mask=key_mask, backend=self.backend)
-        return self.to_out(_merge_heads(out))
+            rows = context if isinstance(context, Tensor) else torch.cat(list(context), dim=1)  # [B, N, context_width]
+            k, v = (_split_heads(t, self.heads) for t in self.to_kv(rows).chunk(2, dim=-1))  # [B, h, N, d]
+            out = cross_attention(q, k, v, key_mask=key_mask, backend=self.backend)  # [B, h, M, d]
+        return self.to_out(_merge_heads(out))  # [B, M, out_width or width]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused projection, over :func:`hpdm_kernels.attention.cross`.
+    """Multi-head self-attention with one fused projection, over :func:`hpdm_kernels.cross_attention`.
 
     Args:
         width: width of the rows, and ``h * d``.
         head_width: ``d``; ``width`` must be a multiple of it.
-        backend: see :func:`hpdm_kernels.attention.cross`.
+        backend: see :func:`hpdm_kernels.cross_attention`.
 
     Raises:
         ValueError: ``width`` is no multiple of ``head_width``, or the backend is unknown.
@@ -160,7 +173,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, M, width]`` -> ``[B, M, width]``."""
-        q, k, v = (_split_heads(part, self.heads) for part in self.to_qkv(x).chunk(3, dim=-1))
+        q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(x).chunk(3, dim=-1))  # [B, h, M, d]
         return self.to_out(_merge_heads(cross_attention(q, k, v, backend=self.backend)))
 
 
@@ -183,7 +196,7 @@ class PatchSampler(nn.Module):
 
 
 class TileAverage(nn.Module):
-    """:func:`hpdm_kernels.average_tiles` for a fixed cover of a video by tiles (paper section 4.4).
+    """:func:`hpdm_kernels.average_tiles` for fixed tiles that cover a video (paper section 4.4).
 
     Args:
         origins: ``[T, 3]`` int, first voxels of the tiles.
@@ -197,10 +210,10 @@ class TileAverage(nn.Module):
         super().__init__()
         self.backend = check_backend(backend)
         self.size = tuple(size)
-        self.origins = origins  # host data on purpose, hence no buffer: it must not follow the module to a GPU
+        self.origins = origins  # not a buffer, which would move to a GPU with the module: origins are read on the CPU
 
     def forward(self, tiles: Tensor, x: Tensor | None = None, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
-        """``tiles [B, T, C, f, h, w]``, ``x [B, C, F, H, W]`` -> ``alpha * x + beta * mean``."""
+        """``tiles [B, T, C, f, h, w]``, ``x [B, C, F, H, W]`` -> ``alpha * x + beta * mean``, ``[B, C, F, H, W]``."""
         return average_tiles(tiles, self.origins, self.size, x=x, alpha=alpha, beta=beta, backend=self.backend)
 
 

@@ -1,7 +1,7 @@
-"""The six ops as the paper writes them, in plain PyTorch: the oracle, and the model's "kernels off".
+"""The ops as the paper writes them, in plain PyTorch: the ``"reference"`` backend.
 
-Everything here is differentiable by autograd and takes any float dtype; called with float64 it is the truth that the
-other backends are measured against. Arguments are assumed valid: the public functions have checked them.
+All functions are differentiable by autograd and take any floating-point dtype. In float64 they are the oracle that the
+other backends are compared with. Arguments are not checked: the public functions have done that.
 """
 
 from __future__ import annotations
@@ -12,38 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def coordinate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Coordinates are fp32 unless the data is fp64: a 16-bit coordinate cannot tell neighbouring tokens apart."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def axis_positions(offset: Tensor, scale: Tensor, n: int) -> Tensor:
-    """Positions of ``n`` tokens along one axis, ``offset + scale * (i + 0.5) / n``: ``[B] -> [B, n]``."""
-    i = torch.arange(n, device=offset.device, dtype=offset.dtype)
-    return offset[:, None] + scale[:, None] * ((i + 0.5) / n)
-
-
-def token_coordinates(box: Tensor, grid: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Absolute coordinates (f, h, w) of a patch's tokens in the whole video: ``[B, 6] -> [B, N, 3]``, paper eq. 9."""
-    box = box.to(coordinate_dtype(dtype))
-    axes = [axis_positions(box[:, a], box[:, 3 + a], grid[a]) for a in range(3)]
-    f, h, w = grid
-    b = box.shape[0]
-    c = torch.stack(
-        (
-            axes[0][:, :, None, None].expand(b, f, h, w),
-            axes[1][:, None, :, None].expand(b, f, h, w),
-            axes[2][:, None, None, :].expand(b, f, h, w),
-        ),
-        dim=-1,
-    )
-    return c.reshape(b, f * h * w, 3).to(dtype)
-
-
-def relative_box(box: Tensor, parent: Tensor) -> Tensor:
-    """``box`` in units of ``parent`` (paper eq. 8): ``[B, 6], [B, 6] -> [B, 6]``."""
-    return torch.cat(((box[:, :3] - parent[:, :3]) / parent[:, 3:], box[:, 3:] / parent[:, 3:]), dim=1)
+from hpdm_kernels.boxes import coordinate_dtype, relative_box, token_coordinates, token_positions
 
 
 def sample_context(
@@ -56,18 +25,19 @@ def sample_context(
 ) -> Tensor:
     """Paper eq. 7: the mean over sources of 3-D ``grid_sample`` (trilinear, border): ``[B, N, D]``."""
     dtype = sources[0].dtype
-    # grid_sample has no 16-bit CPU kernel in 3-D, and 16-bit weights would be a strawman.
+    # 3-D grid_sample has no 16-bit CPU kernel, and 16-bit interpolation weights would lose accuracy.
     work = coordinate_dtype(dtype)
     total: Tensor | None = None
     for k, (source, source_box, (f, h, w)) in enumerate(zip(sources, source_boxes, source_grids)):
         if source_index is not None:
             source, source_box = source[source_index[:, k]], source_box[source_index[:, k]]
         b, _, d = source.shape
-        volume = source.to(work).reshape(b, f, h, w, d).permute(0, 4, 1, 2, 3)
-        where = token_coordinates(relative_box(box.to(work), source_box.to(work)), grid, work)
-        where = (2 * where - 1).flip(-1).reshape(b, *grid, 3)
-        sampled = F.grid_sample(volume, where, mode="bilinear", padding_mode="border", align_corners=False)
-        sampled = sampled.flatten(2).transpose(1, 2)
+        volume = source.to(work).reshape(b, f, h, w, d).permute(0, 4, 1, 2, 3)  # [B, D, F_k, H_k, W_k]
+        positions = token_coordinates(relative_box(box.to(work), source_box.to(work)), grid, work)  # [B, N, 3]
+        # grid_sample expects coordinates in the order w, h, f and in the range -1 to 1.
+        positions = (2 * positions - 1).flip(-1).reshape(b, *grid, 3)  # [B, F, H, W, 3]
+        sampled = F.grid_sample(volume, positions, mode="bilinear", padding_mode="border", align_corners=False)
+        sampled = sampled.flatten(2).transpose(1, 2)  # [B, N, D]
         total = sampled if total is None else total + sampled
     if total is None:
         raise ValueError("sources: got none, expected at least one")
@@ -85,15 +55,15 @@ def fuse_context(
     grid: Sequence[int],
     source_index: Tensor | None = None,
 ) -> Tensor:
-    """Paper eq. 9 and its projection: ``concat[x, ctx, c] @ W.T + b``, ``W`` is ``[D, 2D+3]`` or ``[D, 2D]``."""
-    parts = [x, sample_context(sources, source_boxes, box, source_grids, grid, source_index)]
-    if weight.shape[1] == 2 * x.shape[2] + 3:
-        parts.append(token_coordinates(box, grid, x.dtype))
-    return F.linear(torch.cat(parts, dim=-1), weight, bias)
+    """Paper eq. 9: ``concat[x, ctx, c] @ W.T + b``, ``[B, N, D]``; ``W`` is ``[D, 2D+3]``, or ``[D, 2D]`` without c."""
+    parts = [x, sample_context(sources, source_boxes, box, source_grids, grid, source_index)]  # [B, N, D] each
+    if weight.shape[1] > 2 * x.shape[2]:
+        parts.append(token_coordinates(box, grid, x.dtype))  # [B, N, 3]
+    return F.linear(torch.cat(parts, dim=-1), weight, bias)  # [B, N, D]
 
 
 def project_sources(sources: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, ...]:
-    """Every source through the columns of eq. 9's projection that belong to the context: ``[B_k, N_k, D]`` each."""
+    """Each source times the context columns of eq. 9's ``W``: ``[B_k, N_k, D] -> [B_k, N_k, D]``."""
     d = weight.shape[0]
     return tuple(F.linear(source, weight[:, d : 2 * d]) for source in sources)
 
@@ -109,30 +79,30 @@ def fuse_projected(
     grid: Sequence[int],
     source_index: Tensor | None = None,
 ) -> Tensor:
-    """:func:`fuse_context` with sources that were projected before they are sampled."""
+    """:func:`fuse_context` of projected sources, ``[B, N, D]``: sampling and projecting commute."""
     d = x.shape[2]
-    out = F.linear(x, weight[:, :d], bias)
+    out = F.linear(x, weight[:, :d], bias)  # [B, N, D]
     out = out + sample_context(projected, source_boxes, box, source_grids, grid, source_index)
-    if weight.shape[1] == 2 * d + 3:
+    if weight.shape[1] > 2 * d:
         out = out + F.linear(token_coordinates(box, grid, x.dtype), weight[:, 2 * d :])
     return out
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
-    """``softmax(q @ k.T * scale) @ v`` with the score matrix written out: ``[B,h,M,d], [B,h,N,d] -> [B,h,M,d]``.
+    """``softmax(q @ k.T * scale) @ v`` with the score matrix in memory: ``[B,h,M,d], [B,h,N,d] -> [B,h,M,d]``.
 
-    Keys where ``key_mask [B, N]`` is false have weight 0; a sample without any other gives zeros.
+    Keys where ``key_mask [B, N]`` is false have weight 0; a sample without any visible key gives zeros.
     """
-    scores = q @ k.transpose(-1, -2) * scale
+    scores = q @ k.transpose(-1, -2) * scale  # [B, h, M, N]
     if key_mask is None:
         return torch.softmax(scores, dim=-1) @ v
-    hidden = ~key_mask[:, None, None]
-    # The softmax of a row without keys is NaN, and so is its gradient unless zeros come after it.
+    hidden = ~key_mask[:, None, None]  # [B, 1, 1, N]
+    # The softmax of a row without visible keys is NaN; the second masked_fill makes its value and its gradient 0.
     return torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=-1).masked_fill(hidden, 0.0) @ v
 
 
 def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int]) -> Tensor:
-    """Slices, stacked: ``[B,C,F,H,W] -> [B,T,C,f,h,w]``."""
+    """One slice per row of ``origins [T, 3]``, stacked: ``[B,C,F,H,W] -> [B,T,C,f,h,w]``."""
     f, h, w = tile_size
     slices = [video[:, :, i : i + f, j : j + h, k : k + w] for i, j, k in origins.tolist()]
     return torch.stack(slices, dim=1)
@@ -141,7 +111,10 @@ def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int]) -> T
 def average_tiles(
     tiles: Tensor, origins: Tensor, size: Sequence[int], x: Tensor | None, alpha: float, beta: float
 ) -> Tensor:
-    """Accumulate and count with slices (MultiDiffusion): ``alpha * x + beta * mean``, ``[B,C,F,H,W]``."""
+    """Sums and counts tiles slice by slice (MultiDiffusion): ``alpha * x + beta * mean``, ``[B,C,F,H,W]``.
+
+    ``tiles`` is ``[B,T,C,f,h,w]``, ``origins`` ``[T, 3]``, ``x`` ``[B,C,F,H,W]``, and ``size`` is ``(F,H,W)``.
+    """
     b, _, c, f, h, w = tiles.shape
     work = coordinate_dtype(tiles.dtype)
     total = torch.zeros(b, c, *size, dtype=work, device=tiles.device)
@@ -153,11 +126,12 @@ def average_tiles(
     return (mean if x is None else mean + alpha * x.to(work)).to(tiles.dtype)
 
 
-# Pixel edges closer than this are the same edge: offsets i / resolution are not exact in fp32, copies should be.
 EDGE_SNAP = 2.0**-11
+"""Window edges this close to a whole pixel are moved onto it: ``i / resolution`` rounds, but copies must be exact."""
 
 
 def _snap(edge: Tensor) -> Tensor:
+    """Moves edges that are close to a whole pixel onto it. The numpy and Triton implementations repeat this formula."""
     whole = edge.round()
     return torch.where((edge - whole).abs() < EDGE_SNAP, whole, edge)
 
@@ -166,24 +140,26 @@ def area_weights(offset: Tensor, scale: Tensor, n: int, resolution: int) -> Tens
     """The area filter of one axis as a matrix ``[B, n, resolution]``; rows sum to 1.
 
     Output ``i`` is the mean of the signal (constant on each pixel) over a window of ``max(scale / n, 1 / resolution)``
-    centred at ``offset + scale * (i + 0.5) / n``. Downsampling is thus antialiased, upsampling is linear interpolation,
-    and at scale ``n / resolution`` on whole pixels it copies. What of a window lies outside the video falls on the
-    border pixel.
+    centered at ``offset + scale * (i + 0.5) / n``. Downsampling is thus antialiased, upsampling is linear
+    interpolation, and a box of scale ``n / resolution`` on whole pixels is copied. The part of a window outside the
+    video counts as the border pixel.
+
+    ``offset`` and ``scale`` are ``[B]``, fractions of the axis.
     """
-    centre = axis_positions(offset, scale, n) * resolution
-    half = (scale * resolution / n).clamp(min=1.0)[:, None] / 2
-    low, high = _snap(centre - half)[..., None], _snap(centre + half)[..., None]
-    edge = torch.arange(resolution, device=offset.device, dtype=offset.dtype)
+    center = token_positions(offset, scale, n) * resolution  # [B, n], in pixels
+    half = (scale * resolution / n).clamp(min=1.0)[:, None] / 2  # [B, 1]
+    low, high = _snap(center - half)[..., None], _snap(center + half)[..., None]  # [B, n, 1]
+    edge = torch.arange(resolution, device=offset.device, dtype=offset.dtype)  # [resolution]
     left = torch.where(edge == 0, -torch.inf, edge)
     right = torch.where(edge == resolution - 1, torch.inf, edge + 1)
-    overlap = (torch.minimum(high, right) - torch.maximum(low, left)).clamp(min=0)
+    overlap = (torch.minimum(high, right) - torch.maximum(low, left)).clamp(min=0)  # [B, n, resolution]
     return overlap / (high - low)
 
 
 def sample_patches(video: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
     """Paper eq. 6, ``downsample(crop(video; box); size)`` with an area filter: ``[B,C,F,H,W] -> [B,C,f,h,w]``.
 
-    uint8 video gives float32 patches of the same range.
+    A uint8 video gives float32 patches of the same range.
     """
     if video.dtype is torch.uint8:
         video = video.float()

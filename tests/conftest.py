@@ -1,6 +1,11 @@
-"""Runs before any test module: kernels are interpreted where there is no GPU, allocations are poisoned."""
+"""Runs before any test module: kernels are interpreted where there is no GPU, allocations are poisoned.
+
+The fixtures here are shared by several folders. What takes seconds to make is made once per process (``pytest -n`` has
+one set per worker) and must not be written to: copy it first.
+"""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +25,7 @@ def _poison():
 
 @pytest.fixture
 def generator() -> torch.Generator:
-    """Fresh inputs every run: the seed is drawn, and printed when a test fails."""
+    """Random inputs that differ in every run: the seed is drawn, and printed when a test fails."""
     seed = int(os.environ.get("HPDM_TEST_SEED", torch.seed() % 2**31))
     print(f"HPDM_TEST_SEED={seed}")
     return torch.Generator().manual_seed(seed)
@@ -29,3 +34,32 @@ def generator() -> torch.Generator:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def small_model():
+    """A model of :func:`tests.small.small_config`, none of whose weights is zero."""
+    from tests.small import random_model, small_config
+
+    return random_model(small_config())
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory) -> Path:
+    """A folder with three mp4 clips of each of two classes, 12 frames of 32x32 pixels, with captions."""
+    from hpdm.data.synthetic import render_synthetic
+
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    return render_synthetic(folder, clips=3, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"])
+
+
+@pytest.fixture(scope="session")
+def saved_run(clips, tmp_path_factory) -> Path:
+    """The folder of a finished training run of :func:`tests.small.train_options`."""
+    from hpdm.commands.train import train
+    from tests.small import train_options
+
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    with poisoned_allocations():
+        train(train_options(clips, folder))
+    return folder

@@ -1,14 +1,14 @@
-"""The least time an op can take: its bytes at the rate of a large copy, its FLOPs at that of a large product.
+"""The least time of an op: its bytes at the rate of a large copy, or its FLOPs at the rate of a large product.
 
-The rates are measured in the process that times the op (``harness.ceilings``). Products are set against the ceiling of
-their own arithmetic: one TF32 pass against TF32, three passes against a third of it, full fp32 against full fp32.
+The rates are measured in the process that times the op (``benchmarks/machine.py``). Products are compared with the
+ceiling of their own arithmetic: one TF32 pass with TF32, three passes with a third of that, full fp32 with full fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Arithmetic -> the measured ceiling and how many of its products one product costs.
+# Arithmetic -> (name of the measured ceiling, number of passes per product).
 _PRODUCTS = {
     "ieee": ("matmul_fp32_tflops", 1),
     "tf32x3": ("matmul_tf32_tflops", 3),
@@ -19,7 +19,7 @@ _PRODUCTS = {
 
 
 def matmul_ceiling(arithmetic: str, ceilings: Mapping[str, float]) -> float | None:
-    """TFLOP/s that products in ``arithmetic`` reach at best, ``None`` where that was not measured.
+    """The best TFLOP/s of products in ``arithmetic``, ``None`` if it was not measured.
 
     Raises:
         ValueError: unknown arithmetic.
@@ -33,7 +33,7 @@ def matmul_ceiling(arithmetic: str, ceilings: Mapping[str, float]) -> float | No
 def floor(
     bytes: int | None, flops: int | None, arithmetic: str, ceilings: Mapping[str, float]
 ) -> tuple[float | None, str | None]:
-    """Seconds, and which sets them, ``"bytes"`` or ``"flops"``; ``None`` where a ceiling that counts is missing."""
+    """Seconds, and which of ``"bytes"`` or ``"flops"`` decides them; ``None`` if a needed ceiling is missing."""
     times: dict[str, float] = {}
     if bytes:
         if "copy_gbs" not in ceilings:

@@ -1,4 +1,4 @@
-"""Merges the parts of a run into one result, as JSON and in Markdown. Works with whatever parts there are."""
+"""Merges the parts of a run, even if incomplete, into one result, as JSON and in Markdown."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ Part = Mapping[str, Any]
 
 
 def merge(suite: Suite, environment: Mapping[str, Any], date: str) -> dict[str, Any]:
-    """The result of all parts, ``pieces`` saying what each came to; those without a part are ``not run``.
+    """Merges the parts of all pieces; ``pieces`` has the state of each, ``not run`` for pieces without a part.
 
-    ``environment`` is ``harness.environment`` without ceilings: the best of those that the parts measured are added.
+    ``environment`` is that of ``machine.environment`` without ceilings; the best ceilings of all parts are added.
     """
     parts = [(piece, suite.part(piece)) for piece in suite.pieces]
-    there = [part for _, part in parts if part]
-    names = sorted({name for part in there for name in part["ceilings"]})
-    ceilings = {name: max(part["ceilings"][name] for part in there if name in part["ceilings"]) for name in names}
+    reported = [part for _, part in parts if part]
+    names = sorted({name for part in reported for name in part["ceilings"]})
+    ceilings = {name: max(part["ceilings"][name] for part in reported if name in part["ceilings"]) for name in names}
     return {
         "date": date,
         **environment,
         "machine": {**environment["machine"], **ceilings},
         "pieces": [_line(piece, part) for piece, part in parts],
-        "tests": [{**test, "piece": part["piece"]} for part in there for test in part["tests"]],
-        "rows": [row for part in there for row in part["rows"]],
+        "tests": [{**test, "piece": part["piece"]} for part in reported for test in part["tests"]],
+        "rows": [row for part in reported for row in part["rows"]],
     }
 
 
@@ -87,7 +87,7 @@ def _failures(result: Mapping[str, Any]) -> list[str]:
 
 
 def _roofline(result: Mapping[str, Any]) -> list[str]:
-    """Ours against the least time that bytes and FLOPs take at the measured rates."""
+    """Our times against the least time of their bytes and FLOPs at the measured rates."""
     rows = []
     for row in result["rows"]:
         if row.get("floor_s") and row["contender"].startswith("hpdm"):
@@ -109,12 +109,12 @@ def _ceilings(machine: Mapping[str, Any]) -> str:
         "copy_gbs": "copy {:.0f} GB/s", "matmul_fp32_tflops": "fp32 {:.0f} TFLOP/s",
         "matmul_tf32_tflops": "TF32 {:.0f} TFLOP/s", "matmul_bf16_tflops": "bf16 {:.0f} TFLOP/s",
     }  # fmt: skip
-    found = [text.format(machine[name]) for name, text in names.items() if name in machine]
-    return "ceilings: " + (", ".join(found) or "not measured, nothing was timed")
+    measured = [text.format(machine[name]) for name, text in names.items() if name in machine]
+    return "ceilings: " + (", ".join(measured) or "not measured, nothing was timed")
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """What ran, what failed, how far from the roofline, and the tables of the benchmarks."""
+    """Markdown with pieces, failures, distances from the roofline, and the tables of the benchmarks."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     missing = [piece["name"] for piece in result["pieces"] if piece["state"] == NOT_RUN]
@@ -124,5 +124,5 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [f"- not run: {', '.join(missing)}"] if missing else []
     lines += ["", *_pieces(result), *_failures(result), *_roofline(result)]
     text = "\n".join(lines) + "\n"
-    # Rows come with ceilings: the first one measures them.
+    # The tables need ceilings, which are measured together with the first row.
     return text + (f"\n## Benchmarks\n\n{tables.markdown(result)}\n" if result["rows"] else "")

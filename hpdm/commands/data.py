@@ -1,4 +1,4 @@
-"""``hpdm data``: the synthetic set, a look into videos, shards. Each command is a dataclass with a ``run`` method."""
+"""``hpdm data synthetic|inspect|shard|embed``: commands that make, check and pack sets of videos."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from hpdm.checks import at_least
 from hpdm.commands.embed import Embed
 from hpdm.data.clips import find_clips
 from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, Source, probe, read_clip, verify
-from hpdm.data.layout import find_videos
-from hpdm.data.shards import find_shards, read_shards, write_shards
+from hpdm.data.layout import Split, find_videos
+from hpdm.data.shard_writer import write_shards
+from hpdm.data.shards import find_shards, read_shards
 from hpdm.data.synthetic import RADIUS, render_synthetic
 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Render a labelled set of clips with known motion, in UCF-101's layout."""
+    """Render a labeled set of clips with known motion, in UCF-101's layout."""
 
     out: tyro.conf.Positional[Path]
     """Folder to create."""
@@ -35,14 +37,14 @@ class Synthetic:
     seed: int = 0
     """Equal seeds give equal clips."""
     classes: tuple[str, ...] = ()
-    """Class names out of RedDisc, GreenSquare, BlueTriangle, YellowRing, MagentaCross, CyanDiamond; none for all."""
+    """Class names among RedDisc, GreenSquare, BlueTriangle, YellowRing, MagentaCross, CyanDiamond; none for all."""
     radius: tuple[float, float] = RADIUS
-    """Half of an object's extent, from the smallest to the largest, as shares of the picture's shorter side."""
+    """Smallest and largest half extent of an object, as fractions of the picture's shorter side."""
     overwrite: bool = False
     """Write into a folder that is not empty."""
 
     def run(self) -> int:
-        """Renders; returns the exit status."""
+        """Renders the set and returns the exit status."""
         render_synthetic(
             self.out,
             clips=self.clips,
@@ -61,7 +63,7 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what video files hold, which decoder reads them and which would be skipped."""
+    """Show what video files contain, which decoder reads them and which would be skipped."""
 
     path: tyro.conf.Positional[Path]
     """A video, a folder in any layout that training reads, or shards: their folder or a quoted pattern."""
@@ -77,9 +79,8 @@ class Inspect:
     """Seconds for one read of one file."""
 
     def run(self) -> int:
-        """Prints a line per file and a summary; returns the exit status, 1 when a file would be skipped."""
-        if self.frames < 1 or self.stride < 1:
-            raise ValueError(f"frames, stride: got {self.frames}, {self.stride}, expected >= 1")
+        """Prints a line per file and a summary; the exit status is 1 when a file would be skipped."""
+        at_least(self, 1, "frames", "stride")
         names: list[str] = []
         if self.path.is_file() and find_shards(self.path) is None:
             clips: list[tuple[Source, str]] = [(str(self.path), "")]
@@ -96,6 +97,7 @@ class Inspect:
         return 1 if counts["skipped"] else 0
 
     def _line(self, source: Source) -> tuple[str, str]:
+        """The line to print for a file, without its name, and the outcome that the summary counts."""
         try:
             info = probe(source, timeout=self.timeout)
             clip = read_clip(source, [info.frames // 2], decoder=self.decoder, timeout=self.timeout)
@@ -114,21 +116,21 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Shard:
-    """Pack a folder of videos into tar shards (webdataset's layout), as they are, with labels and captions."""
+    """Pack a folder of videos, unchanged, into tar shards (webdataset's layout), with labels and captions."""
 
     src: tyro.conf.Positional[Path]
     """Folder in any layout that training reads."""
     out: tyro.conf.Positional[Path]
     """Folder to create."""
     clips_per_shard: int = 1000
-    """Clips of one shard; some hundred MB to a few GB of them suit most file systems."""
-    split: Literal["train", "test"] | None = None
-    """Pack one side of UCF-101's official split only."""
+    """Clips per shard; shards of a few hundred MB to a few GB suit most file systems."""
+    split: Split | None = None
+    """Pack only one side of UCF-101's official split."""
     fold: int = 1
     """Which official split, 1 to 3."""
 
     def run(self) -> int:
-        """Packs; returns the exit status."""
+        """Packs the shards, reads them back and returns the exit status."""
         if find_shards(self.src) is not None:
             raise ValueError(f"src: {self.src} holds shards already, expected a folder of videos")
         names, files = find_clips(self.src, split=self.split, fold=self.fold, captions=True)
@@ -147,3 +149,8 @@ DataCommand = (
     | Annotated[Shard, tyro.conf.subcommand("shard")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
 )
+
+
+def run(command: Synthetic | Inspect | Shard | Embed) -> int:
+    """The command ``hpdm data``; returns the exit status."""
+    return command.run()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from hpdm.training.checkpoint import export
+from hpdm import runs
+from hpdm.commands.common import Weights
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,13 @@ class ExportOptions:
     """Folder of the run, or of one of its checkpoints, written by any number of processes."""
     out: Path
     """File to write, ending in .safetensors."""
-    weights: Literal["ema", "model"] = "ema"
+    weights: Weights = "ema"
+    """Weights of the run: "ema" is their moving average, "model" those of the last step."""
 
-    def run(self) -> int:
-        """The command ``hpdm export``; returns the exit status."""
-        step = export(self.run_folder, self.out, self.weights)
-        print(f"{self.out}: {self.weights} weights of step {step}, {self.out.stat().st_size / 1e6:.1f} MB")
-        return 0
+
+def run(options: ExportOptions) -> int:
+    """The command ``hpdm export``; returns the exit status."""
+    step = runs.export(options.run_folder, options.out, options.weights)
+    size = options.out.stat().st_size / 1e6
+    print(f"{options.out}: {options.weights} weights of step {step}, {size:.1f} MB")
+    return 0

@@ -1,4 +1,4 @@
-"""What videos are asked for: a class or a prompt each, and what the sampler takes in their place."""
+"""The class or prompt of each video that ``hpdm sample`` writes, and the sampler's arguments for it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,36 @@ from torch import Tensor
 from hpdm.text import EmbeddingStore, TextEncoder, collate_text
 
 STEM_LENGTH = 48
-"""Characters of a prompt in a file's name, which systems bound in bytes, of which a character takes up to four."""
+"""Most characters of a prompt in a file's name. File systems limit names in bytes, and a character has up to four."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What one video is to show."""
+    """The class or the prompt of one video."""
 
     caption: str
-    """Name of a class, a prompt, or "video"."""
+    """Name of the class, the prompt, or "video" without either."""
     stem: str
-    """The caption as part of a file's name."""
+    """The caption in a form for file names."""
     label: int | None = None
+    """Number of the class; ``None`` for a prompt or a model without classes."""
     text: Tensor | None = None
-    """Embedding of the prompt ``[S, W]``."""
+    """Embedding of the prompt, ``[S, W]``."""
 
 
-def subjects_of_classes(asked: Sequence[str], names: Sequence[str], count: int) -> list[Subject]:
-    """The classes that were asked for in turn, all if none were; "video" for a run without classes.
+def subjects_of_classes(classes: Sequence[str], names: Sequence[str], count: int) -> list[Subject]:
+    """The subjects of ``count`` videos, by class.
+
+    Args:
+        classes: names or numbers of classes, taken in turn; all classes in turn if empty.
+        names: the run's classes; empty for a run without classes, whose videos all have the caption "video".
+        count: number of videos.
 
     Raises:
         ValueError: a class that the run does not have.
     """
     numbers = []
-    for name in asked:
+    for name in classes:
         if name in names:
             numbers.append(names.index(name))
         elif name.isdecimal() and int(name) < len(names):
@@ -54,19 +60,20 @@ def subjects_of_classes(asked: Sequence[str], names: Sequence[str], count: int) 
 
 
 def subjects_of_prompts(prompts: Sequence[str], texts: Sequence[Tensor], count: int) -> list[Subject]:
-    """The prompts in turn, with their embeddings."""
-    made = [Subject(prompt, stem_of(prompt), text=text) for prompt, text in zip(prompts, texts)]
-    return [made[i % len(made)] for i in range(count)]
+    """The subjects of ``count`` videos: the prompts in turn, with their embeddings."""
+    subjects = [Subject(prompt, stem_of(prompt), text=text) for prompt, text in zip(prompts, texts)]
+    return [subjects[i % len(subjects)] for i in range(count)]
 
 
 def embed_prompts(
     prompts: Sequence[str], width: int, encoder: str | None, embeddings: Path | None, device: torch.device
 ) -> list[Tensor]:
-    """Embeddings of the prompts, each ``[S_i, width]`` on the CPU: from an encoder, or from a store that has them.
+    """Embeddings of the prompts, each ``[S_i, width]`` on the CPU, from an encoder or from a store.
 
     Raises:
         ImportError, OSError, ValueError: as :class:`~hpdm.text.TextEncoder` and
-            :class:`~hpdm.text.EmbeddingStore`; another width; neither encoder nor store.
+            :class:`~hpdm.text.EmbeddingStore`; embeddings of another width;
+            neither encoder nor store.
     """
     if encoder is not None:
         loaded = TextEncoder(encoder, device=device)
@@ -80,7 +87,7 @@ def embed_prompts(
 
 
 def conditions(subjects: Sequence[Subject]) -> dict[str, Any]:
-    """Arguments for :class:`hpdm.patch.sampler.Sampler` that ask for one video of each."""
+    """Arguments for :class:`hpdm.patch.sampler.Sampler`, for one video of each subject."""
     labels = [subject.label for subject in subjects if subject.label is not None]
     texts = [subject.text for subject in subjects if subject.text is not None]
     if texts:
@@ -89,7 +96,7 @@ def conditions(subjects: Sequence[Subject]) -> dict[str, Any]:
 
 
 def stem_of(prompt: str) -> str:
-    """The words of a prompt for a file's name, cut behind a word: ``"A red disc!" -> "a-red-disc"``."""
+    """The words of a prompt for a file's name, cut after a whole word: ``"A red disc!" -> "a-red-disc"``."""
     stem = "-".join(re.findall(r"\w+", prompt.lower()))
     if len(stem) > STEM_LENGTH:
         stem = stem[: STEM_LENGTH + 1].rpartition("-")[0] or stem[:STEM_LENGTH]

@@ -1,1 +1,1 @@
-"""Clips out of folders and tar shards, decoded in processes of their own, in an order that resumes; a synthetic set."""
+"""Sets of clips: folders and tar shards, decoding, batches in a reproducible order, and a synthetic set."""

@@ -1,8 +1,8 @@
-"""The process that decodes: decord and PyAV behind a pipe, so that a hang or a crash costs a process, not a run.
+"""The process that decodes videos: a decoder that hangs or crashes ends this process, not the training process.
 
-Run as a script (``python -P _decode_worker.py``) by :mod:`hpdm.data.decode`; it imports nothing of this package, so it
-starts in the time that numpy and the codecs need. A message is an 8-byte length, that many bytes of JSON, and in a
-reply to ``read`` the frames, raw uint8 ``[F, H, W, 3]``.
+:mod:`hpdm.data.decode` runs it as a script (``python -P _decode_worker.py``) and talks to it over pipes. It imports
+nothing of this package, so that starting it costs no more than importing numpy and the codecs. A message is an 8-byte
+length, that many bytes of JSON, and in the reply to a ``read`` request the frames, raw uint8 ``[F, H, W, 3]``.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from typing import IO, Any
 import numpy as np
 
 LENGTH = struct.Struct("<Q")
-_GRACE_S = 10
-_INDEX_CACHE = 4096  # files whose index is remembered; an index is about 8 bytes a frame
+_GRACE_S = 10  # seconds beyond a request's timeout after which this process ends itself
+_INDEX_CACHE = 4096  # files whose index is kept; an index takes about 8 bytes per frame
 
 
 class Refused(Exception):
-    """A decoder that cannot read this file reliably; another one may."""
+    """This decoder cannot read the file, or not reliably; the other one may."""
 
 
 @dataclass
 class Index:
-    """What one pass over a file's packets tells: no frame but the first is decoded for it."""
+    """What is known of a file after one pass over its packets; only its first frame is decoded for it."""
 
-    stream: int  # the container's number of the stream
-    number: int  # its number among the container's video streams
+    stream: int  # index of the stream in the container
+    number: int  # its index among the container's video streams
     frames: int
     pts: list[int] | None  # sorted presentation times, None where the container does not give one for each frame
-    keyframes: list[tuple[int, int]]  # (pts, dts) of the keyframes, sorted
-    height: int
+    keyframes: list[tuple[int, int]]  # (presentation time, decoding time) of each, sorted
+    height: int  # of an upright frame
     width: int
-    rotation: int  # degrees counter-clockwise by which a decoded frame must be turned: 0, 90, 180 or 270
+    rotation: int  # degrees counterclockwise by which a decoded frame must be turned: 0, 90, 180 or 270
     fps: float
     codec: str
     video_streams: int
@@ -50,16 +50,20 @@ class Index:
 
 
 def locate(request: dict[str, Any]) -> str:
-    """What ffmpeg opens: a path, or its ``subfile`` protocol where the video is a range of bytes of a file.
+    """The name that ffmpeg opens: a path, or a URL of its ``subfile`` protocol for a range of bytes of a file.
 
-    Both decoders read the range in place, as a file of its own: nothing is copied, and a seek reads what it needs.
+    Both decoders then read the range in place as if it were a file; nothing is copied.
     """
     path = request["path"]
     return f"subfile,,start,{request['start']},end,{request['end']},,:{path}" if "start" in request else path
 
 
 def build_index(path: str) -> Index:
-    """Reads a file's packets, chooses its video stream as ffmpeg does, and decodes the first frame."""
+    """Chooses a file's video stream as ffmpeg does, reads its packets, and decodes the first frame.
+
+    Raises:
+        ValueError: no video stream, no frames, or none that can be decoded.
+    """
     import av
 
     with av.open(path) as container:
@@ -67,12 +71,12 @@ def build_index(path: str) -> Index:
         if stream is None:
             raise ValueError("holds no video stream")
         stream.codec_context.thread_count = 1
-        # Frames outside of an edit list are marked as discarded: they are in the file but not in the video.
+        # A frame that the container's edit list leaves out is marked as discarded: in the file, but not in the video.
         packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
         times = [packet.pts for packet in packets if packet.pts is not None]
         pts = sorted(times)
         codec, kind = stream.codec_context.codec.canonical_name, container.format.name.split(",")[0]
-        # AVI has no presentation times; those that ffmpeg infers are right for MPEG-4 part 2 and wrong for these two.
+        # AVI has no presentation times. Those that ffmpeg infers are right for MPEG-4 part 2 and wrong for these two.
         inferred_wrongly = kind == "avi" and codec in ("h264", "hevc")
         exact = len(pts) == len(packets) and len(set(pts)) == len(pts) and not inferred_wrongly
         rate = stream.average_rate or stream.guessed_rate or stream.base_rate
@@ -110,24 +114,31 @@ def build_index(path: str) -> Index:
 
 
 def read_decord(path: str, index: Index, indices: list[int]) -> np.ndarray:
-    """Reads frames with decord, where it provably sees the same stream and the same frames as the index."""
+    """Reads frames with decord, if it is known to see the same stream and the same frames as the index.
+
+    Returns:
+        uint8 ``[len(indices), H, W, 3]``.
+
+    Raises:
+        Refused: decord is missing, unreliable for this kind of file, or fails.
+    """
     try:
         import decord
-    except (ImportError, OSError) as error:  # there are platforms for which it is not built
+    except (ImportError, OSError) as error:  # it is not built for every platform
         raise Refused(f"decord cannot be imported: {_first_line(error)}") from None
     decord.logging.set_level(decord.logging.QUIET)
     if index.video_streams != 1:
         raise Refused(f"{index.video_streams} video streams, of which decord may pick another one")
     if index.rotation:
         raise Refused(f"frames are stored turned by {index.rotation} degrees")
-    # Decord 0.6 seeks to wrong frames, without a word, in every other combination that was tried.
+    # Decord 0.6 seeks to wrong frames, without an error, in all other combinations in tests/data/test_decode.py.
     if index.reordered and not (index.codec == "h264" and index.container in ("mov", "matroska")):
         raise Refused(f"decord finds wrong frames in {index.codec} with B-frames in {index.container}")
     if index.container not in ("mov", "matroska", "avi", "asf"):
         raise Refused(f"decord finds wrong frames in {index.container}")
     try:
         reader = decord.VideoReader(path, ctx=decord.cpu(0), num_threads=1)
-        # Beyond the true end get_batch can wait forever.
+        # get_batch can wait forever for a frame beyond the last one in the file.
         if len(reader) != index.frames:
             raise Refused(f"decord counts {len(reader)} frames, the container holds {index.frames}")
         frames = reader.get_batch(indices).asnumpy()
@@ -141,55 +152,76 @@ def read_decord(path: str, index: Index, indices: list[int]) -> np.ndarray:
 
 
 def read_pyav(path: str, index: Index, indices: list[int]) -> np.ndarray:
-    """Reads frames with PyAV, decoding from the keyframe before the window to its end."""
-    wanted = sorted(set(indices))
-    found = _decode_window(path, index, wanted, seek=True)
-    if found is None:
-        found = _decode_window(path, index, wanted, seek=False)
-    if found is None or len(found) < len(wanted):
-        missing = next(i for i in wanted if found is None or i not in found)
-        raise ValueError(f"frame {missing} of {index.frames} cannot be decoded")
-    return np.stack([found[i] for i in indices])
+    """Reads frames with PyAV, decoding from the keyframe before the first of them.
+
+    Returns:
+        uint8 ``[len(indices), H, W, 3]``.
+
+    Raises:
+        ValueError: a frame is damaged or cannot be decoded.
+    """
+    numbers = sorted(set(indices))
+    images = _decode_window(path, index, numbers, seek=True)
+    if images is None:
+        images = _decode_window(path, index, numbers, seek=False) or {}
+    missing = [i for i in numbers if i not in images]
+    if missing:
+        raise ValueError(f"frame {missing[0]} of {index.frames} cannot be decoded")
+    return np.stack([images[i] for i in indices])
 
 
-def _decode_window(path: str, index: Index, wanted: list[int], *, seek: bool) -> dict[int, np.ndarray] | None:
-    """Decodes the wanted frames; ``None`` where the seek did not land before the first of them."""
+def _decode_window(path: str, index: Index, numbers: list[int], *, seek: bool) -> dict[int, np.ndarray] | None:
+    """Decodes frames, each uint8 ``[H, W, 3]``, by their numbers.
+
+    Args:
+        path: as :func:`locate` gives it.
+        index: of that file.
+        numbers: the frames, sorted, without repeats.
+        seek: start at the keyframe before the first one, or at the start of the file.
+
+    Returns:
+        Those that can be decoded; ``None`` if the seek went past the first one, so that the result is unusable.
+    """
     import av
     from av.video.reformatter import VideoReformatter
 
-    # One converter for all frames: frame.to_ndarray would set up its own each time, 1 ms at 64 x 64.
-    convert = VideoReformatter()
+    # One converter for all frames: frame.to_ndarray would set up a new one each time, which costs more than converting.
+    converter = VideoReformatter()
     height, width = index.height, index.width
     if index.rotation in (90, 270):
         height, width = width, height
-    found: dict[int, np.ndarray] = {}
-    number = {pts: i for i, pts in enumerate(index.pts)} if index.pts is not None else None
+    images: dict[int, np.ndarray] = {}
+    number_of = {pts: i for i, pts in enumerate(index.pts)} if index.pts is not None else None
     with av.open(path) as container:
         stream = container.streams.video[index.number]
         stream.codec_context.thread_count = 1
         sought = False
         if seek and index.pts is not None:
-            before = bisect.bisect_right(index.keyframes, (index.pts[wanted[0]], sys.maxsize)) - 1
+            before = bisect.bisect_right(index.keyframes, (index.pts[numbers[0]], sys.maxsize)) - 1
             if before > 0:
-                # By dts: mp4 seeks in decoding order, and an earlier landing only costs time.
+                # By decoding time, as mp4 seeks; starting earlier than necessary costs only time.
                 container.seek(index.keyframes[before][1], stream=stream)
                 sought = True
         for count, frame in enumerate(container.decode(stream)):
-            position = count if number is None or frame.pts is None else number.get(frame.pts, -1)
-            if sought and count == 0 and (frame.pts is None or position < 0 or position > wanted[0]):
+            number = count if number_of is None or frame.pts is None else number_of.get(frame.pts, -1)
+            if sought and count == 0 and (frame.pts is None or number < 0 or number > numbers[0]):
                 return None
-            if position in wanted:
+            if number in numbers:
                 if frame.is_corrupt:
-                    raise ValueError(f"frame {position} of {index.frames} is damaged")
-                image = convert.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
-                found[position] = np.rot90(image, index.rotation // 90)
-            if len(found) == len(wanted):
+                    raise ValueError(f"frame {number} of {index.frames} is damaged")
+                image = converter.reformat(frame, width=width, height=height, format="rgb24").to_ndarray()
+                images[number] = np.rot90(image, index.rotation // 90)
+            if len(images) == len(numbers):
                 break
-    return found
+    return images
 
 
 def verify(path: str, index: Index) -> None:
-    """Decodes every frame, with the codec told to give up at damage rather than to conceal it."""
+    """Decodes every frame, with the codec set to fail at damage instead of concealing it.
+
+    Raises:
+        ValueError: damaged or missing frames.
+    """
     import av
 
     with av.open(path) as container:
@@ -206,11 +238,13 @@ def verify(path: str, index: Index) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    """The first line of an error's message, without the time and source line that decord puts before it."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", line)  # decord's time and place in its source
+    return re.sub(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ", "", line)
 
 
 def _quiet() -> None:
+    """Turns off what ffmpeg prints."""
     import av.logging
 
     av.logging.set_level(av.logging.PANIC)
@@ -234,38 +268,38 @@ def send(sink: IO[bytes], message: dict[str, Any], payload: np.ndarray | None = 
 
 
 class Server:
-    """Answers requests; remembers the indices of files that have not changed."""
+    """Answers requests, and keeps the indices of the files it has seen."""
 
     def __init__(self) -> None:
         self.indices: OrderedDict[tuple[str, int, int], Index] = OrderedDict()
 
     def index(self, request: dict[str, Any]) -> Index:
-        """The index of a video, by its place and its file's size and time of change."""
+        """The index of a video, built again when its file's size or time of modification has changed."""
         stat = os.stat(request["path"])
-        place = locate(request)
-        key = (place, stat.st_size, stat.st_mtime_ns)
+        url = locate(request)
+        key = (url, stat.st_size, stat.st_mtime_ns)
         if key not in self.indices:
-            self.indices[key] = build_index(place)
+            self.indices[key] = build_index(url)
             if len(self.indices) > _INDEX_CACHE:
                 self.indices.popitem(last=False)
         return self.indices[key]
 
     def answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Reply and frames for one request; errors become replies."""
+        """The reply to one request, and the frames that follow it; an error becomes a reply that names it."""
         try:
-            index, place = self.index(request), locate(request)
+            index, url = self.index(request), locate(request)
             if request["op"] == "probe":
                 names = ("frames", "height", "width", "fps", "codec", "video_streams", "stream")
                 return {"status": "ok", **{name: getattr(index, name) for name in names}}, None
             if request["op"] == "verify":
-                verify(place, index)
+                verify(url, index)
                 return {"status": "ok"}, None
             indices = request["indices"]
             outside = [i for i in indices if not 0 <= i < index.frames]
             if outside:
                 return {"status": "index", "error": f"frame {outside[0]} asked, the video has {index.frames}"}, None
             read = {"decord": read_decord, "pyav": read_pyav}[request["decoder"]]
-            frames = read(place, index, indices)
+            frames = read(url, index, indices)
             return {"status": "ok", "shape": frames.shape}, frames
         except Refused as refusal:
             return {"status": "refused", "error": str(refusal)}, None
@@ -275,10 +309,10 @@ class Server:
 
 def main() -> None:
     """Serves until the pipe ends."""
-    # Ctrl-C reaches every process of a terminal; a run that ends in order still reads clips.
+    # Ctrl-C reaches every process of the terminal, but the training process finishes its step and still needs clips.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     source = sys.stdin.buffer
-    # Replies own the real stdout; whatever a codec prints goes to stderr.
+    # Replies alone go to the original stdout; what a codec prints goes to stderr.
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
@@ -289,7 +323,7 @@ def main() -> None:
     send(sink, {"status": "ready"})
     server = Server()
     while (request := receive(source)) is not None:
-        # Whoever asked kills this process when it hangs; should the asker be gone, the alarm does.
+        # The process that asked kills this one when it hangs; if that process is gone, the alarm does.
         signal.alarm(math.ceil(request["timeout"]) + _GRACE_S)
         send(sink, *server.answer(request))
         signal.alarm(0)

@@ -1,20 +1,21 @@
-"""Reading videos: decord first, PyAV where decord cannot, each call guarded by a timeout.
+"""Reading videos with decord, or with PyAV where decord cannot, in a process of its own and under a timeout.
 
-**Which stream.** A container's best video stream as ffmpeg ranks them (PyAV's ``streams.best``). Decord may pick
+**Which stream.** A container's best video stream as ffmpeg ranks them (PyAV's ``streams.best``). Decord may choose
 another one, so a file with more than one video stream is read with PyAV.
 
-**Which frames.** Frame ``i`` is the i-th in order of presentation, counted from the packets that are really in the
-file, never from what its header claims: a cut-off file has the frames that are left. A file where decord counts
-differently, whose frames are stored turned (phones), or of a kind where decord's seeks go wrong (B-frames other than
-H.264's in mp4 and Matroska, MPEG program and transport streams) is read with PyAV, so both give the same frames. Only
-the window that is asked for is decoded, from the keyframe before it.
+**Which frames.** Frame ``i`` is the i-th in order of presentation, counted from the packets that are in the file and
+not from what its header claims: a file that was cut off has the frames that are left. Both decoders give the same
+frames, since PyAV reads every file on which decord is unreliable: one whose frames decord counts differently, one whose
+frames are stored rotated (as phones do), and kinds in which decord seeks to wrong frames (B-frames other than H.264's
+in mp4 and Matroska, MPEG program and transport streams). Only the requested window is decoded, from the keyframe
+before it.
 
-**Hangs and crashes.** Decoding runs in a worker process of its own, one for each process that reads, started at the
-first call. Past the timeout it is killed; a hang in decord is retried with PyAV, a hang in PyAV is an error that names
-the file. A worker that dies is started again and asked once more, since what ended it may have been the system and not
-the file; a second death counts as a failure of the decoder.
+**Hangs and crashes.** Each process that reads has a worker process that decodes, started at the first call. The worker
+is killed when it does not answer within the timeout; after a hang in decord PyAV reads the file, after a hang in PyAV
+an error names the file. A worker that dies is replaced and the request repeated once, since the operating system may
+have ended it; a second death counts as a failure of the decoder.
 
-**Videos inside other files.** A :class:`Member` is read in place, the same frames as from a file of its own.
+**Videos inside other files.** A :class:`Member` is read in place, and gives the same frames as a file of its own.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
+from hpdm.checks import check_choice
 from hpdm.data import _decode_worker
 
 log = logging.getLogger(__name__)
 
 Decoder = Literal["auto", "decord", "pyav"]
-DECODERS: tuple[Decoder, ...] = ("auto", "decord", "pyav")
 TIMEOUT_S = 30.0
-_START_TIMEOUT_S = 120.0  # imports on a busy machine with a cold disk
+_START_TIMEOUT_S = 120.0  # enough for the imports on a busy machine with a slow disk
 
 
 class DecodeError(RuntimeError):
@@ -50,7 +51,7 @@ class DecodeError(RuntimeError):
 
 
 class Member(NamedTuple):
-    """A video stored as it is inside another file, as in a tar: ``size`` bytes from byte ``offset`` of ``archive``."""
+    """A video stored uncompressed inside another file, such as a tar: ``size`` bytes from ``offset`` of ``archive``."""
 
     archive: str
     name: str  # for messages
@@ -66,21 +67,16 @@ Source = str | os.PathLike[str] | Member
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds.
-
-    ``frames`` counts the frames that are in the file; ``height`` and ``width`` are those of an upright frame;
-    ``stream`` is the container's index of the stream that is read, out of ``video_streams``; ``fps`` is 0 where the
-    container gives none.
-    """
+    """What a video file contains."""
 
     path: str
-    frames: int
-    height: int
+    frames: int  # that are in the file, whatever its header claims
+    height: int  # of an upright frame
     width: int
-    fps: float
+    fps: float  # average frames per second, 0 where the container gives none
     codec: str
     video_streams: int
-    stream: int
+    stream: int  # the container's index of the stream that is read
 
 
 class DecodedClip(NamedTuple):
@@ -91,7 +87,7 @@ class DecodedClip(NamedTuple):
 
 
 def probe(path: Source, *, timeout: float = TIMEOUT_S) -> VideoInfo:
-    """Says what a video file holds, from its packets and its first frame.
+    """Describes a video file, from its packets and its first frame.
 
     Args:
         path: the file, or a member of one.
@@ -136,8 +132,8 @@ def read_clip(
 
     Args:
         path: the file, or a member of one.
-        indices: frame numbers from 0, in any order, repeats allowed, at least one.
-        decoder: ``"auto"`` tries decord and then PyAV, logging why; a named one is used or the call fails.
+        indices: frame numbers from 0, at least one, in any order, with or without repeats.
+        decoder: ``"auto"`` tries decord and then PyAV, and logs why; ``"decord"`` and ``"pyav"`` try that one alone.
         timeout: seconds for each decoder, > 0.
 
     Returns:
@@ -150,14 +146,13 @@ def read_clip(
         DecodeError: not a video, a damaged one, or no answer within the timeout.
     """
     name, place = _locate(path, timeout)
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder: got {decoder!r}, expected one of {', '.join(DECODERS)}")
+    check_choice("decoder", decoder, Decoder)
     numbers = [int(i) for i in indices]
     if not numbers:
         raise ValueError("indices: got none, expected at least one frame number")
     request = {"op": "read", **place, "indices": numbers}
-    refused = _refused.get(name) if decoder == "auto" else None
-    if decoder != "pyav" and refused is None:
+    decord_error = _decord_errors.get(name) if decoder == "auto" else None
+    if decoder != "pyav" and decord_error is None:
         reply, frames = _worker.call({**request, "decoder": "decord"}, timeout)
         if frames is not None:
             return DecodedClip(frames, "decord")
@@ -165,29 +160,29 @@ def read_clip(
             raise IndexError(f"{name}: {reply['error']}")
         if decoder == "decord":
             raise DecodeError(f"{name}: {reply['error']}")
-        # A file that decord cannot read once is not offered to it again: a hang would cost the timeout each time.
-        refused = _refused[name] = str(reply["error"])
-        log.info("%s: read with PyAV, not decord: %s", name, refused)
+        # Decord is not tried on this file again: a hang would cost the timeout every time.
+        decord_error = _decord_errors[name] = str(reply["error"])
+        log.info("%s: read with PyAV, not decord: %s", name, decord_error)
     reply, frames = _worker.call({**request, "decoder": "pyav"}, timeout)
     if frames is not None:
         return DecodedClip(frames, "pyav")
     if reply["status"] == "index":
         raise IndexError(f"{name}: {reply['error']}")
-    also = f" (decord: {refused})" if refused and refused != reply["error"] else ""
+    also = f" (decord: {decord_error})" if decord_error and decord_error != reply["error"] else ""
     raise DecodeError(f"{name}: cannot be decoded: {reply['error']}{also}")
 
 
-_refused: dict[str, str] = {}
+_decord_errors: dict[str, str] = {}  # why decord cannot read a file, by its name
 
 
 def _locate(source: Source, timeout: float) -> tuple[str, dict[str, Any]]:
-    """The name for messages, and what tells the worker where the video is."""
+    """The name for messages, and the part of a request that tells the worker where the video is."""
     if not timeout > 0:
         raise ValueError(f"timeout: got {timeout}, expected seconds > 0")
     file = source.archive if isinstance(source, Member) else source
     if not Path(file).is_file():
         raise FileNotFoundError(f"path: {file} is not a file")
-    # The worker keeps the folder that it was started in, this process may change its own.
+    # Absolute, since this process may have changed its working directory after the worker was started.
     path = os.path.abspath(file)
     if not isinstance(source, Member):
         return path, {"path": path}
@@ -195,14 +190,17 @@ def _locate(source: Source, timeout: float) -> tuple[str, dict[str, Any]]:
 
 
 class _Worker:
-    """The worker process of this process: started when needed, killed when it does not answer."""
+    """The decoding process of this process: started at the first call, and replaced when it hangs or dies."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
 
     def call(self, request: dict[str, Any], timeout: float) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Reply and frames; a hang of the worker or its second death is a reply with an error."""
+        """Sends a request; returns the reply and, for a clip, uint8 frames ``[F, H, W, 3]``.
+
+        A worker that hangs, or dies twice over the same request, gives a reply of status ``"error"``.
+        """
         with self.lock:
             for attempt in range(2):
                 try:
@@ -218,12 +216,17 @@ class _Worker:
                     if attempt == 0:
                         log.warning("%s: %s; asked once more", request["path"], died)
                 except BaseException:
-                    self.stop()  # an interrupt between request and reply would leave the pipe out of step
+                    self.stop()  # else the next call would read the reply of this one as its own
                     raise
             return {"status": "error", "error": died}, None
 
     def start(self) -> None:
-        # -P keeps this package's folder off sys.path, where its module names would shadow others.
+        """Starts the process and waits until it is ready.
+
+        Raises:
+            RuntimeError: it did not start.
+        """
+        # -P keeps this package's folder out of sys.path, where its modules would hide others of the same name.
         command = [sys.executable, "-P", _decode_worker.__file__]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
@@ -238,6 +241,7 @@ class _Worker:
             raise RuntimeError(f"the decoding process did not start: {reply['error']}")
 
     def receive(self, deadline: float) -> tuple[dict[str, Any], np.ndarray | None]:
+        """Reads one reply, with its frames if it announces any; raises as :meth:`read`."""
         head = self.read(_decode_worker.LENGTH.size, deadline)
         reply = json.loads(bytes(self.read(_decode_worker.LENGTH.unpack(head)[0], deadline)))
         if "shape" not in reply:
@@ -247,12 +251,18 @@ class _Worker:
         return reply, frames
 
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        """What the worker reads from and writes to."""
+        """The worker's standard input and output."""
         if self.process is None or self.process.stdin is None or self.process.stdout is None:
             raise EOFError("the decoding process is not running")
         return self.process.stdin, self.process.stdout
 
     def read(self, size: int, deadline: float) -> bytearray:
+        """Reads ``size`` bytes.
+
+        Raises:
+            TimeoutError: they did not arrive by ``deadline``, a time of the monotonic clock in seconds.
+            EOFError: the worker ended.
+        """
         pipe = self._pipes()[1].fileno()
         data = bytearray(size)
         view = memoryview(data)
@@ -263,13 +273,14 @@ class _Worker:
             left = deadline - time.monotonic()
             if left <= 0 or not poller.poll(left * 1000):
                 raise TimeoutError
-            got = os.readv(pipe, [view[done:]])
-            if not got:
+            count = os.readv(pipe, [view[done:]])
+            if not count:
                 raise EOFError
-            done += got
+            done += count
         return data
 
     def stop(self) -> int | None:
+        """Kills the worker, if there is one, and returns its exit status."""
         process, self.process = self.process, None
         if process is None:
             return None
@@ -281,14 +292,14 @@ class _Worker:
         return code
 
     def forget(self) -> None:
-        """In a forked child: the worker stays the parent's, only this process's copies of the pipes are closed."""
+        """For a forked child: closes its copies of the pipes, and leaves the worker to the parent."""
         self.lock = threading.Lock()
         process, self.process = self.process, None
         if process is not None:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
-            process.returncode = 0  # not ours to wait for
+            process.returncode = 0  # so that Popen does not wait for a process that is not this one's child
 
 
 _worker = _Worker()

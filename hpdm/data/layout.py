@@ -1,6 +1,7 @@
-"""How a folder of videos becomes a list of files with labels and captions.
+"""From a folder of videos to a list of files with labels and captions.
 
-Class folders, UCF-101's split files, flat folders; captions beside the clips or in one file.
+The folder may hold class folders, with or without UCF-101's split files, or be flat; captions are in text files beside
+the clips or in one file for all.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from hpdm.data.decode import Member
 
+Split = Literal["train", "test"]
+"""A side of UCF-101's official splits."""
 SUFFIXES = frozenset((".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"))
 SPLIT_FOLDER = "ucfTrainTestlist"
 CAPTIONS_FILE = "captions.jsonl"
@@ -20,7 +24,7 @@ CAPTIONS_FILE = "captions.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class VideoFile:
-    """A clip of a set: where it is, its label (0 where there are no classes) and its caption (``""`` for none)."""
+    """A clip of a set: its source, its label (0 where there are no classes) and its caption (``""`` for none)."""
 
     source: str | Member
     label: int
@@ -28,14 +32,14 @@ class VideoFile:
 
     @property
     def path(self) -> str:
-        """Its name for messages: the file, or the shard and the member."""
+        """The source as text, for messages: the file, or the shard and the member."""
         return str(self.source)
 
 
 def find_videos(
     root: str | os.PathLike[str], split_file: str | os.PathLike[str] | None = None
 ) -> tuple[list[str], list[VideoFile]]:
-    """Class names (empty for a flat folder) and files of a set; see :class:`VideoDataset` for the layouts.
+    """Class names (empty for a flat folder) and files of a set; :class:`~hpdm.data.clips.VideoDataset` has the layouts.
 
     Raises:
         FileNotFoundError: no such folder, split file or listed clip.
@@ -69,15 +73,15 @@ def find_videos(
 
 
 def has_videos(root: str | os.PathLike[str]) -> bool:
-    """Whether a folder or the folders in it hold videos."""
+    """Whether there are videos in a folder or in the folders directly below it."""
     return bool(_videos_in(Path(root)) or _class_folders(Path(root)))
 
 
 def add_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> list[VideoFile]:
     """The files of a folder with their captions, ``""`` where there is none.
 
-    A caption is in ``root/captions.jsonl``, UTF-8 lines ``{"file": "relative/path.mp4", "caption": "..."}``, or else in
-    a UTF-8 text file of the clip's name beside it.
+    A caption comes from ``root/captions.jsonl``, UTF-8 lines ``{"file": "relative/path.mp4", "caption": "..."}``, or
+    else from a UTF-8 text file of the clip's name beside it.
 
     Raises:
         ValueError: a line in another format, a file that is not UTF-8.
@@ -95,7 +99,7 @@ def add_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> list[V
 
 
 def check_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> None:
-    """Every file must have a caption.
+    """Checks that every file has a caption.
 
     Raises:
         ValueError: some have none; the message counts them and names the first.
@@ -110,6 +114,7 @@ def check_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> None
 
 
 def _read_captions(path: Path) -> dict[str, str]:
+    """The captions of a ``captions.jsonl``, by the files' paths relative to its folder."""
     captions: dict[str, str] = {}
     for place, line in _lines(path):
         try:
@@ -137,7 +142,7 @@ def read_text(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not blank, each with its place for messages."""
+    """The lines of a text file that are not blank, each with ``path:line number`` for messages."""
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line.rstrip("\r")
@@ -146,7 +151,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 def _videos_in(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
         names = [e.name for e in entries if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file()]
-    # Names that start with a dot are files in the making and desktop debris.
+    # A name that starts with a dot is a file being written, or one that a desktop environment left.
     return [folder / name for name in sorted(names) if not name.startswith(".")]
 
 
@@ -160,7 +165,7 @@ def _split_folders(root: Path) -> list[Path]:
     return [root, root / SPLIT_FOLDER, root.parent / SPLIT_FOLDER]
 
 
-def find_split_file(root: Path, split: str, fold: int) -> Path:
+def find_split_file(root: Path, split: Split, fold: int) -> Path:
     """The official list of a split, in ``root``, in ``root/ucfTrainTestlist`` or beside ``root``.
 
     Raises:
@@ -170,8 +175,8 @@ def find_split_file(root: Path, split: str, fold: int) -> Path:
     for folder in _split_folders(root):
         if (folder / name).is_file():
             return folder / name
-    looked = ", ".join(str(folder) for folder in _split_folders(root))
-    raise FileNotFoundError(f"split: no {name} in {looked}")
+    searched = ", ".join(str(folder) for folder in _split_folders(root))
+    raise FileNotFoundError(f"split: no {name} in {searched}")
 
 
 def read_class_index(path: Path) -> list[str]:
@@ -207,10 +212,10 @@ def _read_split(root: Path, path: Path, names: list[str], folders: dict[str, lis
         video = root / listed
         if not video.is_file():
             # Copies of UCF-101 are often transcoded from avi to mp4.
-            other = by_stem.get((name, Path(clip).stem))
-            if other is None:
+            transcoded = by_stem.get((name, Path(clip).stem))
+            if transcoded is None:
                 raise FileNotFoundError(f"{place}: {video} does not exist, under no video suffix")
-            video = other
+            video = transcoded
         files.append(VideoFile(str(video), names.index(name)))
     if not files:
         raise ValueError(f"split_file: {path} lists no clips")

@@ -1,9 +1,9 @@
-"""A DataLoader's batches, with worker processes started again when one of them dies.
+"""Batches from a DataLoader whose worker processes are replaced when one of them dies.
 
-Clips are decoded in processes of their own (:mod:`hpdm.data.decode`), so a bad clip never ends a DataLoader worker:
-what does is the system, for lack of memory as a rule. PyTorch then raises an error wherever the main process happens to
-be, perhaps between two weights of an optimizer's step. Since a batch is a pure function of its keys, reading it again
-loses nothing, so a run of days goes on and its curve is the same.
+Videos are decoded outside of the DataLoader's workers (:mod:`hpdm.data.decode`), so a damaged video never ends a
+worker. The operating system may end one, usually for lack of memory. PyTorch then raises an error at any point of the
+main process, perhaps in the middle of an optimizer's step. A batch depends on its keys alone, so it can be read again,
+and a long run continues with the same loss curve.
 """
 
 from __future__ import annotations
@@ -18,81 +18,82 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
-from hpdm.data.clips import ClipKey
+from hpdm.data.order import ClipKey
 
 log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
 Keys = list[ClipKey]
 
-# The second: a batch that lay with the dead worker, when the thread that pins memory asks for it.
-_DEATH = re.compile(
+# What PyTorch says when a worker died. The second pattern: the pin-memory thread fails on a batch that the worker held.
+_WORKER_DIED = re.compile(
     r"DataLoader worker \(pid.*(exited unexpectedly|killed by signal)"
     r"|Caught (Connection\w*|BrokenPipe|EOF|FileNotFound)Error in pin memory thread"
 )
-_CAUGHT = re.compile(r"Caught \w+ in DataLoader worker process")
-_DEATHS = 3  # over one batch, before it is taken for more than bad luck
+_WORKER_RAISED = re.compile(r"Caught \w+ in DataLoader worker process")
+_MAX_DEATHS = 3  # in a row, over the same batch
 
 
 def load(make: Callable[[Iterable[Keys]], DataLoader[Batch]], keys: Iterable[Keys]) -> Iterator[Batch]:
-    """The batches of ``keys`` in order, whatever becomes of the processes that read them.
+    """Yields the batches of ``keys`` in order, and reads a batch again when the workers that had it die.
 
-    A death is noticed when the batch of that worker is due, within five seconds. With it all workers are replaced, and
-    with them their shares of the cache. While this iterator lives, PyTorch's own handler of ``SIGCHLD``, which raises
-    wherever the main process is, is off.
+    A death is noticed when that worker's batch is due, within the five seconds of PyTorch's own check. All workers are
+    then replaced, and their parts of the cache are lost. PyTorch's handler of ``SIGCHLD``, which raises at any point of
+    the main process, is switched off.
 
     Args:
         make: builds the loader, given its ``batch_sampler``.
-        keys: the batches to read, in order.
+        keys: the keys of each batch.
 
     Raises:
-        RuntimeError: the workers died three times over one batch.
+        RuntimeError: the workers died three times in a row over one batch.
         Exception: whatever reading a clip raises.
     """
-    rest, owed = iter(keys), deque[Keys]()  # owed: asked for and not yet here
+    remaining = iter(keys)
+    pending = deque[Keys]()  # requested from the loader and not delivered yet
 
-    def asked() -> Iterator[Keys]:
-        yield from tuple(owed)
-        for batch in rest:
-            owed.append(batch)
-            yield batch
+    def requests() -> Iterator[Keys]:
+        yield from tuple(pending)
+        for batch_keys in remaining:
+            pending.append(batch_keys)
+            yield batch_keys
 
-    batches, deaths = _started(make(asked())), 0
+    batches, deaths = _start(make(requests())), 0
     while True:
-        death = ""
         try:
             batch = next(batches)
         except StopIteration:
             return
         except Exception as error:
-            if not _DEATH.match(str(error)):
-                raise _as_raised(error) from None
+            if not _WORKER_DIED.match(str(error)):
+                raise _original(error) from None
             death = str(error).splitlines()[0].rstrip(".")
-        if not death:
+        else:
             deaths = 0
-            owed.popleft()
+            pending.popleft()
             yield batch
             continue
         deaths += 1
         reason = f"{death}; lack of memory is the usual cause: fewer workers or a smaller cache need less"
-        if deaths == _DEATHS:
+        if deaths == _MAX_DEATHS:
             raise RuntimeError(f"the processes that read clips died {deaths} times over one batch: {reason}")
         log.warning("the processes that read clips are started again: %s", reason)
-        del batches  # ends those that are left, before others take their place
-        batches = _started(make(asked()))
+        del batches  # ends the workers that are left, before their replacements start
+        batches = _start(make(requests()))
 
 
-def _as_raised(error: Exception) -> Exception:
-    """The error that a worker met, of which PyTorch makes one with the worker's traceback for a message."""
-    if not _CAUGHT.match(str(error)):
+def _original(error: Exception) -> Exception:
+    """The error that a worker raised; PyTorch raises one whose message is that worker's whole traceback."""
+    if not _WORKER_RAISED.match(str(error)):
         return error
     return type(error)(str(error).rstrip().splitlines()[-1].partition(": ")[2])
 
 
-def _started(loader: DataLoader[Batch]) -> Iterator[Batch]:
+def _start(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Starts the loader's workers, without the ``SIGCHLD`` handler that PyTorch installs for them."""
     handler = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     if loader.num_workers and threading.current_thread() is threading.main_thread():
-        torchs = getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if torchs or handler is None else handler)
+        from_torch = getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if from_torch or handler is None else handler)
     return batches

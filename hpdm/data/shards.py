@@ -1,31 +1,28 @@
-"""Tar shards in webdataset's layout, read at random: the place of every clip is indexed once, nothing is unpacked.
+"""Tar shards in webdataset's layout, with random access: an index says where each clip is, and nothing is unpacked.
 
 A shard is an uncompressed tar in which the files of one clip share a key, the name up to its first dot: ``key.mp4``,
 ``key.cls`` (the label, an integer) or ``key.json`` (with ``label``, ``class`` or ``caption``), ``key.txt`` (the
 caption). Class names come from ``classes.json`` (a list) or ``classInd.txt`` beside the shards, else from the members.
 
-The package webdataset itself is not used. It reads shards as streams: the order depends on the number of workers and on
-a shuffle buffer whose state is not saved, so a run does not resume at a step with the clips that it would have seen;
-random access (wids, gone since its version 1.0) reads whole members and takes a damaged header for the end of a shard.
-An index of byte ranges instead makes shards a set like a folder, under the same sampler, cache and handling of damage.
+The package webdataset itself is not used. It reads shards as streams, in an order that depends on the number of workers
+and on a shuffle buffer whose state is not saved, so that a resumed run would see other clips than an uninterrupted one.
+Its random access (wids, removed in version 1.0) reads whole members and takes a damaged header for the end of a shard.
+With an index of byte ranges, shards are read like a folder: in the same order, with the same cache and the same
+handling of damage. :mod:`hpdm.data.shard_writer` writes shards.
 """
 
 from __future__ import annotations
 
 import glob
-import io
 import json
 import logging
 import os
 import re
-import secrets
-import shutil
 import tarfile
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -37,24 +34,24 @@ log = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.json"
 _INDEX_VERSION = 1
-_MOST_CLASSES = 1_000_000  # a larger number in a .cls is no label
+_MAX_CLASSES = 1_000_000  # a larger number in a .cls is taken for an error
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # webdataset's key and extension
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A clip of a shard: where its bytes are and what the members of its key say."""
+    """A clip of a shard: where its bytes are, and what the other members of its key say about it."""
 
-    name: str
-    offset: int
-    size: int
+    name: str  # of the video's member
+    offset: int  # of the video's first byte in the shard
+    size: int  # of the video, in bytes
     label: int | None
     class_name: str | None
-    caption: str
+    caption: str  # "" for none
 
 
 def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
-    """The shards that ``root`` means, ``None`` where it is no set of shards.
+    """The shards that ``root`` stands for; ``None`` where it stands for no shards.
 
     Args:
         root: a folder that holds ``*.tar``, a tar, or a pattern of tars with braces (``shard-{000000..000009}.tar``,
@@ -62,7 +59,7 @@ def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
 
     Raises:
         FileNotFoundError: a pattern that nothing matches, or one with braces that names a missing shard.
-        ValueError: a pattern that matches something else than tars.
+        ValueError: a pattern that matches a file that is no tar.
     """
     if os.path.isdir(root):
         return sorted(path for path in Path(root).glob("[!.]*.tar") if path.is_file()) or None
@@ -90,6 +87,7 @@ def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
 
 
 def _expand_braces(pattern: str) -> list[str]:
+    """All names that a pattern with ``{first..last}`` or ``{a,b}`` stands for, as a shell expands it."""
     match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]
@@ -123,30 +121,31 @@ def read_shards(paths: Sequence[Path]) -> tuple[list[str], list[VideoFile]]:
 def index_shard(path: Path) -> list[Entry]:
     """The clips of one shard.
 
-    They are kept in ``shard.tar.index.json`` beside it, which counts as long as the shard's size and time of change are
-    those it was made for. Where the folder cannot be written to, the shard is read anew each time.
+    They are saved in ``shard.tar.index.json`` beside the shard, which is valid as long as the shard's size and time of
+    modification are the ones that it records. Where the folder is not writable, every call scans the shard.
 
     Raises:
         ValueError: as :func:`read_shards`.
     """
     stat = path.stat()
-    made_for = {"version": _INDEX_VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    shard_version = {"version": _INDEX_VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     index = path.with_name(f"{path.name}.index.json")
     try:
-        kept = json.loads(index.read_text(encoding="utf-8"))
-        if {key: kept[key] for key in made_for} == made_for:
-            return [Entry(**entry) for entry in kept["clips"]]
+        saved = json.loads(index.read_text(encoding="utf-8"))
+        if {key: saved[key] for key in shard_version} == shard_version:
+            return [Entry(**entry) for entry in saved["clips"]]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none there, or not one of ours: it is made anew
+        pass  # missing, damaged or of another format: it is written anew
     entries = _scan(path)
     try:
-        write_text(index, json.dumps({**made_for, "clips": [asdict(entry) for entry in entries]}))
+        write_text(index, json.dumps({**shard_version, "clips": [asdict(entry) for entry in entries]}))
     except OSError as error:
-        log.info("%s: the index is not kept: %s", path, error)
+        log.info("%s: the index is not saved: %s", path, error)
     return entries
 
 
 def _scan(path: Path) -> list[Entry]:
+    """Reads a shard from end to end and collects the members of each key."""
     place = "at its start"
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
@@ -161,7 +160,8 @@ def _scan(path: Path) -> list[Entry]:
                 if kind in samples.setdefault(key, {}):
                     raise ValueError(f"{path}: {member.name!r} is the second {kind} of its key, expected one")
                 samples[key][kind] = member
-            # tarfile takes a damaged header for the end, and a file that is over: the end is a block of zeros.
+            # tarfile stops without an error at a damaged header or at the end of a file that was cut off; the end of a
+            # complete tar is a block of zeros.
             with open(path, "rb") as file:
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -175,6 +175,8 @@ def _scan(path: Path) -> list[Entry]:
 
 
 def _entry(path: Path, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Entry:
+    """Builds the entry of one key from its members, by their kinds: "video", "cls", "json", "txt"."""
+
     def error(kind: str, what: str) -> ValueError:
         return ValueError(f"{path}: member {members[kind].name!r}: {what}")
 
@@ -194,15 +196,15 @@ def _entry(path: Path, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]
         if not isinstance(record, dict):
             raise error("json", "expected an object with 'label', 'class' or 'caption'")
     label, class_name, caption = (record.get(key) for key in ("label", "class", "caption"))
-    if label is not None and (type(label) is not int or not 0 <= label < _MOST_CLASSES):
-        raise error("json", f"label: got {label!r}, expected an integer from 0 to {_MOST_CLASSES - 1}")
+    if label is not None and (type(label) is not int or not 0 <= label < _MAX_CLASSES):
+        raise error("json", f"label: got {label!r}, expected an integer from 0 to {_MAX_CLASSES - 1}")
     for key, value in (("class", class_name), ("caption", caption)):
         if value is not None and not isinstance(value, str):
             raise error("json", f"{key}: got {value!r}, expected a text")
     if "cls" in members:
         number = text("cls")
-        if not re.fullmatch(r"\d+", number, re.ASCII) or int(number) >= _MOST_CLASSES:
-            raise error("cls", f"got {number!r}, expected an integer from 0 to {_MOST_CLASSES - 1}")
+        if not re.fullmatch(r"\d+", number, re.ASCII) or int(number) >= _MAX_CLASSES:
+            raise error("cls", f"got {number!r}, expected an integer from 0 to {_MAX_CLASSES - 1}")
         if label is not None and label != int(number):
             raise error("cls", f"got {number}, but the json says {label}")
         label = int(number)
@@ -212,16 +214,16 @@ def _entry(path: Path, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]
 
 
 def _listed_classes(paths: Sequence[Path]) -> list[str] | None:
-    """The class names that lie beside the shards."""
-    found: dict[Path, list[str]] = {}
+    """The class names in the files beside the shards; ``None`` where there are no such files."""
+    by_file: dict[Path, list[str]] = {}
     for folder in dict.fromkeys(path.parent for path in paths):
         if (folder / CLASSES_FILE).is_file():
-            found[folder / CLASSES_FILE] = _read_classes(folder / CLASSES_FILE)
+            by_file[folder / CLASSES_FILE] = _read_classes(folder / CLASSES_FILE)
         elif (folder / "classInd.txt").is_file():
-            found[folder / "classInd.txt"] = read_class_index(folder / "classInd.txt")
-    if not found:
+            by_file[folder / "classInd.txt"] = read_class_index(folder / "classInd.txt")
+    if not by_file:
         return None
-    (first, names), *others = found.items()
+    (first, names), *others = by_file.items()
     for file, other in others:
         if other != names:
             raise ValueError(f"root: {file} and {first} list different classes")
@@ -239,13 +241,13 @@ def _read_classes(path: Path) -> list[str]:
 
 
 def _labels(names: list[str] | None, entries: list[tuple[Path, Entry]]) -> tuple[list[str], list[int]]:
-    """All class names, and the label of each clip."""
-    unlabelled = [entry.label is None and entry.class_name is None for _, entry in entries]
-    if names is None and all(unlabelled):
+    """All class names and the label of each clip; no names and labels of 0 for a set without labels."""
+    unlabeled = [entry.label is None and entry.class_name is None for _, entry in entries]
+    if names is None and all(unlabeled):
         return [], [0] * len(entries)
-    if any(unlabelled):
-        path, entry = entries[unlabelled.index(True)]
-        raise ValueError(f"{path}/{entry.name}: no label ({sum(unlabelled)} of {len(entries)} clips have none)")
+    if any(unlabeled):
+        path, entry = entries[unlabeled.index(True)]
+        raise ValueError(f"{path}/{entry.name}: no label ({sum(unlabeled)} of {len(entries)} clips have none)")
     if names is None:
         names = _named_classes(entries)
     numbers = {name: label for label, name in enumerate(names)}
@@ -264,7 +266,7 @@ def _labels(names: list[str] | None, entries: list[tuple[Path, Entry]]) -> tuple
 
 
 def _named_classes(entries: list[tuple[Path, Entry]]) -> list[str]:
-    """Class names as the members give them; a label without a name is its number."""
+    """Class names from the members of the shards; a label without a name is named by its number."""
     if all(entry.label is None for _, entry in entries):
         return sorted({entry.class_name for _, entry in entries if entry.class_name is not None})
     names: dict[int, str] = {}
@@ -272,76 +274,3 @@ def _named_classes(entries: list[tuple[Path, Entry]]) -> list[str]:
         if entry.label is not None:
             names.setdefault(entry.label, str(entry.label) if entry.class_name is None else entry.class_name)
     return [names.get(label, str(label)) for label in range(max(names) + 1)]
-
-
-def write_shards(
-    out: str | os.PathLike[str],
-    root: str | os.PathLike[str],
-    class_names: Sequence[str],
-    files: Sequence[VideoFile],
-    clips_per_shard: int,
-) -> list[Path]:
-    """Packs the videos of a folder, as they are, into ``out/shard-000000.tar`` and so on; all of them or nothing.
-
-    A clip's key is its path in ``root`` without the suffix, dots in its name replaced by ``_``. Equal files in equal
-    order give equal shards.
-
-    Args:
-        out: folder to create, or an empty one.
-        root: the folder that the files lie in.
-        class_names: names for ``classes.json``, none for a set without labels.
-        files: clips with labels and captions (``""`` for none).
-        clips_per_shard: >= 1.
-
-    Returns:
-        The shards.
-
-    Raises:
-        ValueError: ``clips_per_shard`` below 1, or two files of one key.
-        FileExistsError: ``out`` is not empty.
-        FileNotFoundError: the folder of ``out`` does not exist.
-    """
-    if clips_per_shard < 1:
-        raise ValueError(f"clips_per_shard: got {clips_per_shard}, expected >= 1")
-    out, root = Path(out), Path(root)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out: {out} is not empty; choose another folder")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"out: folder {out.absolute().parent} does not exist")
-    keys = [_key(Path(file.path).relative_to(root)) for file in files]
-    key, count = Counter(keys).most_common(1)[0]
-    if count > 1:
-        same = [file.path for other, file in zip(keys, files) if other == key]
-        raise ValueError(f"root: {same[0]} and {same[1]} both have the key {key!r}, expected different names")
-    temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        shards = range(0, len(files), clips_per_shard)
-        for number, first in enumerate(tqdm(shards, desc="shards", unit="shard", delay=2, leave=False)):
-            with tarfile.open(temporary / f"shard-{number:06d}.tar", "w") as tar:
-                for i in range(first, min(first + clips_per_shard, len(files))):
-                    _add_clip(tar, keys[i], files[i], labelled=bool(class_names))
-        if class_names:
-            write_text(temporary / CLASSES_FILE, json.dumps(list(class_names), indent=1) + "\n")
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return [out / f"shard-{number:06d}.tar" for number in range(len(shards))]
-
-
-def _key(path: Path) -> str:
-    return (path.parent / path.stem.replace(".", "_")).as_posix()
-
-
-def _add_clip(tar: tarfile.TarFile, key: str, file: VideoFile, *, labelled: bool) -> None:
-    def add(suffix: str, size: int, content: IO[bytes]) -> None:
-        member = tarfile.TarInfo(f"{key}{suffix}")
-        member.size = size
-        tar.addfile(member, content)
-
-    with open(file.path, "rb") as video:
-        add(Path(file.path).suffix.lower(), os.fstat(video.fileno()).st_size, video)
-    for suffix, text in ((".cls", str(file.label) if labelled else ""), (".txt", file.caption)):
-        if text:
-            add(suffix, len(text.encode()), io.BytesIO(text.encode()))

@@ -1,8 +1,8 @@
-"""A labelled set of synthetic clips with known motion, rendered with numpy, in UCF-101's layout.
+"""A labeled set of synthetic clips with known motion, rendered with numpy, in UCF-101's layout.
 
 A clip shows one large textured object that moves in a straight line and bounces off the walls, over a dim, smooth
-background. The class is the object's shape and colour. The texture has a period of 1/16 of the picture, so it is
-plain to see at 64 x 64, marginal at 32 x 32 and gone at 16 x 16: each level of a pyramid has something to add.
+background. The class is the object's shape and color. The texture has a period of 1/16 of the picture, so that it is
+clear at 64 x 64, faint at 32 x 32 and gone at 16 x 16: each level of a pyramid adds detail.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,20 +23,20 @@ from hpdm.files import write_text
 from hpdm.video import write_video
 
 RADIUS = (0.36, 0.40)
-"""Half of an object's extent, from the smallest to the largest, as shares of the picture's shorter side."""
-_GROUP_CLIPS = 4  # clips of one group, which never straddles train and test, as in UCF-101
+"""Smallest and largest half extent of an object, as fractions of the picture's shorter side."""
+_GROUP_CLIPS = 4  # clips of a group; as in UCF-101, a group lies in train or in test as a whole
 
 
 class Clip(NamedTuple):
-    """One rendered clip. Pixels: x to the right, y down, the picture's corner at (0, 0)."""
+    """A rendered clip. Positions are in pixels, x to the right, y down, (0, 0) at the picture's upper left corner."""
 
     frames: np.ndarray  # uint8 [F, H, W, 3]
-    position: np.ndarray  # float64 [F, 2], the object's centre (x, y) in pixels
-    velocity: np.ndarray  # float64 [F, 2], pixels per frame at that frame; signs flip at walls
-    radius: float  # half of the object's extent in pixels
+    position: np.ndarray  # float64 [F, 2], the object's center (x, y)
+    velocity: np.ndarray  # float64 [F, 2], pixels per frame; a component changes its sign at a wall
+    radius: float  # half of the object's extent
 
 
-# Signed distances of shapes of half extent 1, negative inside; y points down.
+# Shapes of half extent 1: the signed distance of the point (x, y) to the outline, negative inside; y points down.
 def _disc(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.hypot(x, y) - 1
 
@@ -68,12 +68,12 @@ def _diamond(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (np.abs(x) + np.abs(y) - 1) / math.sqrt(2)
 
 
-# Textures in [-1, 1] from the phases of the two axes, 2 pi per period.
-def _upright(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+# Textures: a value in [-1, 1] from the phases (u, v) along x and y, in radians, 2 pi per period.
+def _vertical_stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.sin(u)
 
 
-def _level(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _horizontal_stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.sin(v)
 
 
@@ -81,38 +81,49 @@ def _checks(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.sin(u) * np.sin(v)
 
 
-def _slanted(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _slanted_stripes(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.sin(u + v)
 
 
 _Field = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _TEXTURE_WORDS: dict[_Field, str] = {
-    _upright: "upright stripes",
-    _level: "level stripes",
+    _vertical_stripes: "upright stripes",
+    _horizontal_stripes: "level stripes",
     _checks: "checks",
-    _slanted: "slanted stripes",
+    _slanted_stripes: "slanted stripes",
 }
 
 CLASSES: dict[str, tuple[_Field, _Field, tuple[int, int, int]]] = {
-    "RedDisc": (_disc, _upright, (235, 64, 52)),
+    "RedDisc": (_disc, _vertical_stripes, (235, 64, 52)),
     "GreenSquare": (_square, _checks, (64, 200, 72)),
-    "BlueTriangle": (_triangle, _level, (66, 110, 245)),
-    "YellowRing": (_ring, _slanted, (240, 205, 50)),
+    "BlueTriangle": (_triangle, _horizontal_stripes, (66, 110, 245)),
+    "YellowRing": (_ring, _slanted_stripes, (240, 205, 50)),
     "MagentaCross": (_cross, _checks, (225, 70, 205)),
-    "CyanDiamond": (_diamond, _slanted, (60, 205, 220)),
+    "CyanDiamond": (_diamond, _slanted_stripes, (60, 205, 220)),
 }
+"""Shape, texture and RGB color of each class."""
 
 
 def bounce(start: float, velocity: float, low: float, high: float, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Position and velocity after ``steps`` frames of straight motion reflected at both ends, in closed form."""
+    """Straight motion along one axis between two walls, at any number of frames after the start.
+
+    Args:
+        start: position at frame 0, between ``low`` and ``high``.
+        velocity: in pixels per frame at frame 0.
+        low, high: positions at which the motion is reflected.
+        steps: numbers of frames.
+
+    Returns:
+        Positions and velocities, shaped as ``steps``.
+    """
     span = high - low
-    travelled = (start - low + velocity * steps) % (2 * span)
-    back = travelled >= span
-    return low + np.where(back, 2 * span - travelled, travelled), np.where(back, -velocity, velocity)
+    distance = (start - low + velocity * steps) % (2 * span)  # along a path from low to high and back again
+    returning = distance >= span
+    return low + np.where(returning, 2 * span - distance, distance), np.where(returning, -velocity, velocity)
 
 
-# Eighths of a turn, starting to the right; y points down, so a growing angle turns clockwise.
+# Directions in steps of an eighth of a turn, from the right; y points down, so they follow each other clockwise.
 _HEADINGS = (
     "to the right",
     "down and to the right",
@@ -126,33 +137,34 @@ _HEADINGS = (
 
 
 def describe_clip(class_name: str, clip: Clip, *, rng: np.random.Generator) -> str:
-    """A caption: colour, shape, the direction of motion at the start, and at times the texture and a wall that is hit.
+    """A caption with color, shape and the direction of motion at the start, sometimes with texture and a bounce.
 
     Args:
-        class_name: the class that ``clip`` shows, a key of :data:`CLASSES`.
+        class_name: the class of ``clip``, a key of :data:`CLASSES`.
         clip: the rendered clip.
-        rng: picks among wordings, all of them true.
+        rng: chooses among wordings, all of which are true of the clip.
     """
 
     def pick(*wordings: str) -> str:
         return wordings[rng.integers(len(wordings))]
 
-    colour, shape = re.findall("[A-Z][a-z]+", class_name)
+    color, shape = re.findall("[A-Z][a-z]+", class_name)
     x, y = clip.velocity[0]
     heading = _HEADINGS[round(math.atan2(y, x) / (math.pi / 4)) % 8]
     texture = pick("", f" with {_TEXTURE_WORDS[CLASSES[class_name][1]]}")
     verb = pick("moving", "drifting", "gliding", "travelling")
-    hits = bool((clip.velocity != clip.velocity[0]).any())
-    ending = pick("", ", then bouncing off a wall") if hits else ""
-    return f"{pick('a', 'a video of a')} {colour.lower()} {shape.lower()}{texture} {verb} {heading}{ending}"
+    bounces = bool((clip.velocity != clip.velocity[0]).any())
+    ending = pick("", ", then bouncing off a wall") if bounces else ""
+    return f"{pick('a', 'a video of a')} {color.lower()} {shape.lower()}{texture} {verb} {heading}{ending}"
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A dim color of any hue whose brightness falls off along a random direction, float64 ``[H, W, 3]`` in 0..255."""
     hue, angle = rng.random(), rng.random() * 2 * math.pi
-    colour = np.array(colorsys.hsv_to_rgb(hue, 0.45, 0.28)) * 255
+    color = np.array(colorsys.hsv_to_rgb(hue, 0.45, 0.28)) * 255
     y, x = np.mgrid[0:height, 0:width]
     slope = math.cos(angle) * ((x + 0.5) / width - 0.5) + math.sin(angle) * ((y + 0.5) / height - 0.5)
-    return colour * (1 + 0.5 * slope[..., None])
+    return color * (1 + 0.5 * slope[..., None])
 
 
 def render_clip(
@@ -169,8 +181,9 @@ def render_clip(
         class_name: a key of :data:`CLASSES`.
         frames: number of frames, >= 1.
         size: (height, width) in pixels, each >= 8.
-        radius: range of half the object's extent, as shares of the picture's shorter side; above 0, at most 0.45.
-        rng: the source of size, start, direction, speed, texture phase and background.
+        radius: smallest and largest half extent of the object, as fractions of the picture's shorter side, above 0 and
+            at most 0.45.
+        rng: draws size, direction, speed, start, background and the texture's phases.
 
     Raises:
         ValueError: an unknown class, or a number below its minimum.
@@ -193,13 +206,13 @@ def render_clip(
     background = _background(rng, height, width)
     period, phase = unit / 16, rng.uniform(0, 2 * math.pi, size=2)
 
-    y, x = (grid + 0.5 for grid in np.mgrid[0:height, 0:width])
-    dx = x - position[:, 0, None, None]
+    y, x = (grid + 0.5 for grid in np.mgrid[0:height, 0:width])  # pixel centers, [H, W]
+    dx = x - position[:, 0, None, None]  # [F, H, W]
     dy = y - position[:, 1, None, None]
-    # Distance in pixels: coverage falls from 1 to 0 over one pixel across the edge.
+    # The distance is in pixels: the object covers a pixel fully, partly or not at all within one pixel of the outline.
     coverage = np.clip(0.5 - shape(dx / half, dy / half) * half, 0, 1)
     pattern = texture(dx * (2 * math.pi / period) + phase[0], dy * (2 * math.pi / period) + phase[1])
-    paint = np.array(rgb) * (0.8 + 0.2 * np.tanh(2 * pattern))[..., None]
+    paint = np.array(rgb) * (0.8 + 0.2 * np.tanh(2 * pattern))[..., None]  # [F, H, W, 3]
     image = background + coverage[..., None] * (paint - background)
     return Clip(np.clip(image.round(), 0, 255).astype(np.uint8), position, velocity, half)
 
@@ -217,83 +230,91 @@ def render_synthetic(
     crf: int = 12,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a labelled set of clips in UCF-101's layout and returns its folder.
+    """Writes a labeled set of clips in UCF-101's layout and returns its folder.
 
-    ``Class/v_Class_g01_c01.mp4``, the split files ``ucfTrainTestlist/{classInd,trainlist01,testlist01}.txt`` in the
-    official format (whole groups of up to four clips go to one side, about a quarter of them to test),
-    ``captions.jsonl`` (:func:`describe_clip`) and ``metadata.jsonl``: per clip its file, class, split, radius, and the
-    object's position and velocity per frame in pixels (x right, y down). A clip and its caption depend on (seed, class,
-    number) alone: more clips or fewer classes change none.
+    The folder gets ``Class/v_Class_g01_c01.mp4``, the split files ``ucfTrainTestlist/{classInd,trainlist01,
+    testlist01}.txt`` in the official format, ``captions.jsonl`` (see :func:`describe_clip`) and ``metadata.jsonl``: per
+    clip its file, class, label, split, frame rate, radius, and the object's position and velocity per frame in pixels.
+    Groups of up to four clips lie in one split as a whole, about a quarter of them in test. A clip and its caption
+    depend on (seed, class, number) alone: more clips or fewer classes change none.
 
     Args:
-        out: folder to create; it must not hold anything yet unless ``overwrite``.
+        out: folder to create; it must be empty unless ``overwrite``.
         clips: clips per class, >= 2.
-        frames, size, fps, crf: length, (height, width), rate and x264 quality of every clip.
+        frames, size, fps, crf: length, (height, width), frame rate and x264 quality of every clip.
         seed: >= 0.
-        classes: names out of :data:`CLASSES`, default all; labels follow this order.
+        classes: names among :data:`CLASSES`, all by default; labels follow their order.
         radius: as for :func:`render_clip`.
+        overwrite: write into a folder that is not empty.
 
     Raises:
         ValueError: a number below its minimum, unknown or repeated classes.
         FileExistsError: ``out`` is not empty and ``overwrite`` is off.
     """
     names = list(CLASSES) if classes is None else list(classes)
+    _check_set(names, clips, seed)
+    _check_numbers(frames, size, radius)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+        raise FileExistsError(f"out: {out} is not empty; choose another folder or pass overwrite")
+    (out / SPLIT_FOLDER).mkdir(parents=True, exist_ok=True)
+    group_size = min(_GROUP_CLIPS, max(1, clips // 4))
+    test_groups = max(1, round(math.ceil(clips / group_size) / 4))
+    records: list[dict[str, Any]] = []
+    captions: list[dict[str, str]] = []
+    for label, name in enumerate(names):
+        (out / name).mkdir(exist_ok=True)
+        for number in range(clips):
+            group, member = divmod(number, group_size)
+            file = f"{name}/v_{name}_g{group + 1:02d}_c{member + 1:02d}.mp4"
+            entropy = [seed, list(CLASSES).index(name), number]
+            clip = render_clip(name, frames=frames, size=size, radius=radius, rng=np.random.default_rng(entropy))
+            write_video(out / file, clip.frames, fps, crf=crf)
+            split = "test" if group < test_groups else "train"
+            records.append({"file": file, "class": name, "label": label, "split": split, "fps": fps, **_motion(clip)})
+            # Drawn from a generator of its own, so that the clip's pixels do not depend on the caption's draws.
+            caption = describe_clip(name, clip, rng=np.random.default_rng([*entropy, 1]))
+            captions.append({"file": file, "caption": caption})
+    _write_lists(out, names, records, captions)
+    return out
+
+
+def _check_set(names: Sequence[str], clips: int, seed: int) -> None:
+    """Raises ValueError for a set that :func:`render_synthetic` cannot make."""
     if not names or len(set(names)) < len(names) or not set(names) <= set(CLASSES):
         raise ValueError(f"classes: got {names}, expected one or more different of {', '.join(CLASSES)}")
     if clips < 2:
         raise ValueError(f"clips: got {clips}, expected >= 2, so that train and test both have one")
     if seed < 0:
         raise ValueError(f"seed: got {seed}, expected >= 0")
-    _check_numbers(frames, size, radius)
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
-        raise FileExistsError(f"out: {out} is not empty; choose another folder or pass overwrite")
-    (out / SPLIT_FOLDER).mkdir(parents=True, exist_ok=True)
 
-    per_group = min(_GROUP_CLIPS, max(1, clips // 4))
-    test_groups = max(1, round(math.ceil(clips / per_group) / 4))
-    train_lines: list[str] = []
-    test_lines: list[str] = []
-    records: list[str] = []
-    captions: list[str] = []
-    for label, name in enumerate(names):
-        (out / name).mkdir(exist_ok=True)
-        for number in range(clips):
-            group, member = divmod(number, per_group)
-            file = f"{name}/v_{name}_g{group + 1:02d}_c{member + 1:02d}.mp4"
-            entropy = [seed, list(CLASSES).index(name), number]
-            rng = np.random.default_rng(entropy)
-            clip = render_clip(name, frames=frames, size=size, radius=radius, rng=rng)
-            write_video(out / file, clip.frames, fps, crf=crf)
-            is_test = group < test_groups
-            (test_lines if is_test else train_lines).append(file if is_test else f"{file} {label + 1}")
-            record = {
-                "file": file,
-                "class": name,
-                "label": label,
-                "split": "test" if is_test else "train",
-                "fps": fps,
-                "radius": round(clip.radius, 4),
-                "position": clip.position.round(4).tolist(),
-                "velocity": clip.velocity.round(4).tolist(),
-            }
-            records.append(json.dumps(record))
-            # A stream of its own: the clip's draws stay what they are without captions.
-            caption = describe_clip(name, clip, rng=np.random.default_rng([*entropy, 1]))
-            captions.append(json.dumps({"file": file, "caption": caption}))
-    index = [f"{label + 1} {name}" for label, name in enumerate(names)]
-    for file, lines in (
-        (f"{SPLIT_FOLDER}/classInd.txt", index),
-        (f"{SPLIT_FOLDER}/trainlist01.txt", train_lines),
-        (f"{SPLIT_FOLDER}/testlist01.txt", test_lines),
-        ("metadata.jsonl", records),
-        (CAPTIONS_FILE, captions),
-    ):
+
+def _motion(clip: Clip) -> dict[str, Any]:
+    """The clip's part of its line in ``metadata.jsonl``."""
+    return {
+        "radius": round(clip.radius, 4),
+        "position": clip.position.round(4).tolist(),
+        "velocity": clip.velocity.round(4).tolist(),
+    }
+
+
+def _write_lists(
+    out: Path, names: Sequence[str], records: Sequence[dict[str, Any]], captions: Sequence[dict[str, str]]
+) -> None:
+    """Writes the split files, ``metadata.jsonl`` and ``captions.jsonl`` of a set."""
+    lists = {
+        f"{SPLIT_FOLDER}/classInd.txt": [f"{label + 1} {name}" for label, name in enumerate(names)],
+        f"{SPLIT_FOLDER}/trainlist01.txt": [f"{r['file']} {r['label'] + 1}" for r in records if r["split"] == "train"],
+        f"{SPLIT_FOLDER}/testlist01.txt": [r["file"] for r in records if r["split"] == "test"],
+        "metadata.jsonl": [json.dumps(record) for record in records],
+        CAPTIONS_FILE: [json.dumps(caption) for caption in captions],
+    }
+    for file, lines in lists.items():
         write_text(out / file, "\n".join(lines) + "\n")
-    return out
 
 
 def _check_numbers(frames: int, size: tuple[int, int], radius: tuple[float, float]) -> None:
+    """Raises ValueError for a number that :func:`render_clip` cannot use."""
     if frames < 1:
         raise ValueError(f"frames: got {frames}, expected >= 1")
     if len(size) != 2 or min(size) < 8:

@@ -1,1 +1,1 @@
-"""How good a run is: denoising error, FVD and Inception score, motion of the synthetic clips."""
+"""The quality of a run: denoising error, FVD and Inception score, motion of the synthetic clips."""

@@ -1,7 +1,7 @@
-"""The denoising error of a model on clips, per level and per noise level.
+"""The denoising error of a model on clips, per training loss (the level of a pyramid) and per noise level.
 
-The number is the training loss without its randomness: the same clips, boxes, times and noise whatever the model, so
-that two runs, or a run on its training and its held-out clips, can be compared.
+It is the training loss on fixed clips, times and noise, so that two runs, or the training and the held-out clips of one
+run, can be compared.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from hpdm import distributed
 from hpdm.data.clips import VideoDataset
-from hpdm.patch.model import HPDM
-from hpdm.patch.objective import denoising_error
+from hpdm.runs import Run
 from hpdm.text import EmbeddingStore
 from hpdm.training.batches import collate, noise_generator
 
 
 @torch.no_grad()
 def evaluate_denoising(
-    model: HPDM,
+    run: Run,
     dataset: VideoDataset,
     *,
     clips: int,
@@ -31,45 +31,46 @@ def evaluate_denoising(
     seed: int,
     embeddings: EmbeddingStore | None = None,
 ) -> dict[str, Any]:
-    """Mean squared error of v on clips spread evenly over a set. The same in every process; they share the clips out.
+    """Mean of every training loss on clips spread evenly over a set. A collective: ranks share the clips.
 
     Args:
-        model: in eval mode.
+        run: the model and its system.
         dataset: clips at the model's resolution, with the model's classes.
-        clips: clips to take, at most the set's.
-        bins: ranges of the diffusion time, from clean to noise.
-        batch: clips at a time. It takes part in the choice of the noise.
-        seed: of boxes, times and noise.
+        clips: number of clips; all of the set if it has fewer.
+        bins: number of equal ranges of the diffusion time, from clean to noise.
+        batch: clips at a time. The noise depends on it.
+        seed: seed of times and noise.
         embeddings: of the clips' captions, for a model with text.
 
     Returns:
-        ``clips``, ``times`` (the ranges) and ``error[level][range]``.
+        ``clips``, their number; ``times``, the ranges; ``losses``, their names; and ``error[loss][range]``. The same on
+        all ranks.
     """
-    config, device = model.config, model.latents.device
     count = min(clips, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
-    edges = [i / bins for i in range(bins + 1)]
-    times = list(pairwise(edges))
-    errors = {}
-    own = distributed.shard(range(0, count, batch))
-    for first in tqdm(own, unit="batch", dynamic_ncols=True, disable=not distributed.is_first()):
-        found = collate([dataset[i] for i in chosen[first : first + batch]], embeddings)
-        video = found["video"].to(device)
-        labels = found["labels"].to(device) if config.conditioning == "class" else None
-        text = {name: found[name].to(device) for name in ("text", "text_mask") if name in found}
-        of_times = []
+    times = list(pairwise(i / bins for i in range(bins + 1)))
+    names: list[str] = []
+    sums: dict[int, Tensor] = {}  # per batch, by the number of its first clip
+    batches = distributed.shard(range(0, count, batch))
+    for first in tqdm(batches, unit="batch", dynamic_ncols=True, disable=not distributed.is_first()):
+        clips_of_batch = collate([dataset[i] for i in chosen[first : first + batch]], embeddings)
+        inputs = clips_of_batch.inputs(run.config.conditioning, run.device)
+        columns = []
         for n, span in enumerate(times):
-            generator = noise_generator(seed, first * bins + n)
-            of_times.append(denoising_error(model, video, labels, generator, span, **text).double().sum(0).cpu())
-        errors[first] = torch.stack(of_times, dim=1)
-    total = torch.stack(distributed.gather(errors)).sum(0)
-    return {"clips": count, "times": times, "error": (total / count).tolist()}
+            losses = run.system.losses(run.model, inputs, noise_generator(seed, first * bins + n), times=span)
+            names = list(losses)
+            columns.append(torch.stack(list(losses.values()), dim=1).double().sum(0).cpu())  # [B, L] -> [L]
+        sums[first] = torch.stack(columns, dim=1)  # [L, bins]
+    total = torch.stack(distributed.gather(sums)).sum(0)  # [L, bins]
+    names = distributed.broadcast(names)  # rank 0 has at least one batch, others may have none
+    return {"clips": count, "times": times, "losses": names, "error": (total / count).tolist()}
 
 
 def denoising_table(result: dict[str, Any]) -> str:
-    """A row per level, a column per range of times and their mean."""
+    """A row per loss, a column per range of times and their mean."""
     heads = [f"t {low:.2f}-{high:.2f}" for low, high in result["times"]]
-    lines = ["level   " + "".join(f"{head:>14}" for head in (*heads, "mean"))]
-    for level, row in enumerate(result["error"]):
-        lines.append(f"{level:<8}" + "".join(f"{value:14.5f}" for value in (*row, sum(row) / len(row))))
+    lines = [f"{'':<12}" + "".join(f"{head:>14}" for head in (*heads, "mean"))]
+    for name, row in zip(result["losses"], result["error"]):
+        cells = (*row, sum(row) / len(row))
+        lines.append(f"{name.replace('_', ' '):<12}" + "".join(f"{value:14.5f}" for value in cells))
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Feature detectors in TorchScript files: the networks behind FVD and the Inception score. Nothing is downloaded.
 
-The contract is how StyleGAN-V's evaluation calls its exports (``src/metrics`` of its public code), which HPDM's authors
-share: the detector gets a batch of videos as uint8 ``[B, 3, F, H, W]``, RGB in 0..255 at their own resolution, on its
-device, under ``torch.no_grad``, and rescales and resizes by itself.
+Detectors are called as StyleGAN-V's evaluation calls its exports (``src/metrics`` of its public code), which HPDM's
+authors use too: the detector gets a batch of videos as uint8 ``[B, 3, F, H, W]``, RGB in 0..255 at their own
+resolution, on its device, under ``torch.no_grad``, and rescales and resizes them itself.
 
 ==========  =============================================  ===============================================
 kind        call                                           must return, floating point
@@ -68,7 +68,7 @@ class Detector:
             videos: uint8 ``[B, 3, F, H, W]``.
 
         Raises:
-            ValueError: the detector cannot be called as its kind is, or returns what its kind must not.
+            ValueError: the call of its kind fails, or returns something else than its kind must.
         """
         arguments = _ARGUMENTS[self.kind]
         try:
@@ -85,6 +85,7 @@ class Detector:
         return out.float().cpu()
 
     def _check(self, out: object, batch: int) -> None:
+        """Raises ValueError unless ``out`` is what the table above says; remembers its width."""
         what = f"detector: {self.path} returned"
         columns = str(self.width) if self.width else {"features": "W", "classes": "K"}[self.kind]
         expected = f"expected a floating-point tensor [{batch}, {columns}]"

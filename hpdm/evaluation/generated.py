@@ -1,7 +1,6 @@
-"""Generated clips for evaluation, one at a time: as a sampler makes them, or from a folder of files.
+"""Generated clips for evaluation, one at a time, from a sampler or from a folder of files.
 
-Each comes with its number. Several processes take turns, so that each gets some of the numbers; a clip depends on its
-number alone.
+Each comes with its number. Ranks share the numbers; a clip depends on its number alone.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from tqdm import tqdm
 from hpdm import distributed
 from hpdm.data.decode import probe, read_clip
 from hpdm.data.layout import find_videos
-from hpdm.patch.sampler import Sampler
+from hpdm.sampling import Sampler
 from hpdm.video import to_uint8
 
 
 def sample_clips(
     sampler: Sampler, first_seed: int, labels: Sequence[int] | None, count: int, batch: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Samples ``count`` videos, ``batch`` at a time, and gives them one by one: number and uint8 ``[3, F, H, W]``.
+    """Samples ``count`` videos, ``batch`` at a time, and yields them one by one: number and uint8 ``[3, F, H, W]``.
 
     Args:
-        sampler: the sampler.
-        first_seed: seed of the first video; the others count up.
+        sampler: of the model's system.
+        first_seed: seed of the first video; the next videos take the next seeds.
         labels: the class of each video; ``None`` for a model without classes.
         count: number of videos.
         batch: videos sampled at a time. A video depends on its own seed and class alone (up to rounding).
@@ -35,9 +34,9 @@ def sample_clips(
     batches = distributed.shard([range(first, min(first + batch, count)) for first in range(0, count, batch)])
     with _bar(sum(len(numbers) for numbers in batches)) as bar:
         for numbers in batches:
-            own = None if labels is None else torch.tensor([labels[n] for n in numbers])
+            classes = None if labels is None else torch.tensor([labels[n] for n in numbers])
             with distributed.single_process():
-                videos = to_uint8(sampler([first_seed + n for n in numbers], own)[-1])
+                videos = to_uint8(sampler([first_seed + n for n in numbers], classes)[-1])
             bar.update(len(numbers))
             yield from zip(numbers, videos)
 
@@ -84,16 +83,16 @@ def read_generated(files: Sequence[Path], frames: int, size: tuple[int, int]) ->
 
 
 def _read_frames(path: Path, frames: int, size: tuple[int, int]) -> Tensor:
+    """The first frames of a video, uint8 ``[3, frames, H, W]``."""
     info = probe(path)
-    got = (info.frames, info.height, info.width)
-    if got[0] < frames or got[1:] != size:
+    if info.frames < frames or (info.height, info.width) != size:
         raise ValueError(
-            f"generated: {path} has {got[0]} frames of {got[1]}x{got[2]}, expected at least {frames} of "
+            f"generated: {path} has {info.frames} frames of {info.height}x{info.width}, expected at least {frames} of "
             f"{size[0]}x{size[1]}"
         )
     return torch.from_numpy(read_clip(path, range(frames)).frames).permute(3, 0, 1, 2).contiguous()
 
 
 def _bar(total: int) -> tqdm:
-    """Progress of the first process; the others have as much to do."""
+    """A progress bar on rank 0, for its own videos."""
     return tqdm(total=total, unit="video", dynamic_ncols=True, disable=not distributed.is_first())

@@ -1,7 +1,6 @@
 """Distances and scores between sets of features: Frechet distance and Inception score, in fp64.
 
-What the features are of is not known here; :mod:`hpdm.evaluation.detector` makes them and
-:mod:`hpdm.evaluation.distribution` says of which clips.
+:mod:`hpdm.evaluation.detector` computes the features, :mod:`hpdm.evaluation.distribution` says of which clips.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import numpy as np
 
 
 class FeatureStatistics:
-    """Mean and covariance of feature vectors that come in batches; memory for one matrix ``[W, W]`` whatever the count.
+    """Mean and covariance of feature vectors that come in batches, in the memory of one matrix ``[W, W]``.
 
     Batches are merged by their own mean and scatter (Chan, Golub, LeVeque 1983), so that features far from zero lose no
     digits, as they do in ``mean(x x^T) - mean(x) mean(x)^T``.
@@ -23,7 +22,7 @@ class FeatureStatistics:
 
     @classmethod
     def of(cls, count: int, mean: np.ndarray, covariance: np.ndarray) -> FeatureStatistics:
-        """Statistics that were computed before, from :attr:`count`, :attr:`mean` and ``covariance(unbiased=False)``."""
+        """Statistics from their stored values :attr:`count`, :attr:`mean` and ``covariance(unbiased=False)``."""
         self = cls()
         self.count, self.mean, self._scatter = count, mean, covariance * count
         return self
@@ -34,7 +33,7 @@ class FeatureStatistics:
         return len(self.mean)
 
     def update(self, features: np.ndarray) -> None:
-        """Takes a batch ``[B, W]`` in.
+        """Adds a batch ``[B, W]``.
 
         Raises:
             ValueError: not two-dimensional, empty, of another width than the batches before, or not finite.
@@ -58,7 +57,7 @@ class FeatureStatistics:
         """``[W, W]``: the scatter over ``count - 1``, or over ``count``.
 
         Raises:
-            ValueError: under two vectors.
+            ValueError: fewer than two vectors.
         """
         if self.count < 2:
             raise ValueError(f"features: got {self.count} vector(s), expected at least 2 for a covariance")
@@ -70,16 +69,16 @@ def frechet_distance(
 ) -> float:
     """``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``, the squared 2-Wasserstein distance of two Gaussians.
 
-    The trace of the root is the sum of the singular values of ``C_a^(1/2) C_b^(1/2)``: the roots of the eigenvalues of
-    the symmetric product ``C_a^(1/2) C_b C_a^(1/2)``, without the root's loss of half the digits near zero. So singular
-    covariances, of fewer vectors than features, need neither complex numbers nor a small multiple of the identity.
+    The trace of the root is computed as the sum of the singular values of ``C_a^(1/2) C_b^(1/2)``. These are the roots
+    of the eigenvalues of ``C_a^(1/2) C_b C_a^(1/2)``, but taking roots of small eigenvalues would lose half of their
+    digits. Singular covariances, of fewer vectors than features, need no special treatment.
 
     Args:
         mean_a, mean_b: ``[W]``.
         covariance_a, covariance_b: ``[W, W]``, symmetric and positive semi-definite.
 
     Raises:
-        ValueError: shapes that do not match, values that are not finite, or a covariance that is none.
+        ValueError: shapes that do not match, values that are not finite, or an indefinite covariance.
     """
     width = len(mean_a)
     for name, array, shape in (
@@ -97,13 +96,13 @@ def frechet_distance(
 
 
 def _root(name: str, covariance: np.ndarray) -> np.ndarray:
-    """Symmetric root; eigenvalues that are rounding errors count as the zeros they stand for."""
+    """Symmetric root of ``[W, W]``; eigenvalues within rounding of zero count as zero."""
     values, vectors = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
     noise = len(values) * np.finfo(np.float64).eps * np.abs(values).max(initial=0.0)
-    # A sum of many outer products errs by more than its eigenvalues do.
+    # The rounding errors of a sum of many outer products are larger than those of its eigenvalues.
     if values.min(initial=0.0) < -1e4 * noise or not np.allclose(covariance, np.transpose(covariance), rtol=1e-6):
         raise ValueError(
-            f"{name}: smallest eigenvalue {values.min():.3g}, expected a symmetric matrix without negative"
+            f"{name}: smallest eigenvalue {values.min():.3g}, expected a symmetric matrix without negative ones"
         )
     return (vectors * np.sqrt(np.where(values > noise, values, 0.0))) @ vectors.T
 
@@ -117,7 +116,7 @@ def inception_score(probabilities: np.ndarray, splits: int = 10, shuffle: int | 
         shuffle: seed of numpy's ``RandomState`` that shuffles the rows first; ``None`` keeps their order.
 
     Raises:
-        ValueError: not two-dimensional, rows that are no probabilities, or more splits than rows.
+        ValueError: not two-dimensional, rows that are not probabilities, or more splits than rows.
     """
     rows = np.array(probabilities, dtype=np.float64)
     if rows.ndim != 2 or 0 in rows.shape:

@@ -1,8 +1,8 @@
-"""Generated clips of the synthetic set beside real ones: does what moves there move, look and bounce as rendered?
+"""Scores of generated clips of the synthetic set, next to real ones: do objects move, look and bounce as rendered?
 
-No detector is involved: :mod:`hpdm.evaluation.synthetic_score` takes every clip apart by the set's own formula. What
-speeds and sizes are right is read from the set's ``metadata.jsonl``; real clips are measured with the same eyes, so the
-error of the measurement itself stands in the column beside.
+No detector is involved: :mod:`hpdm.evaluation.synthetic_score` measures every clip by the formula that renders the set.
+Which speeds and sizes are right is read from the set's ``metadata.jsonl``. Real clips are measured in the same way, so
+that the table also shows the error of the measurement itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ METADATA = "metadata.jsonl"
 
 
 class SyntheticSet(NamedTuple):
-    """What ``metadata.jsonl`` says of a set, in pixels of the clips as read."""
+    """What ``metadata.jsonl`` says about a set. Pixels are those of the clips as read, unless stated otherwise."""
 
     records: dict[str, dict[str, Any]]  # by "Class/clip", without suffix
     scale: float  # pixels as read per pixel of the file
@@ -48,9 +48,9 @@ def read_synthetic_set(dataset: VideoDataset) -> SyntheticSet:
             f"data: {dataset.root} has no {METADATA}, expected a set that `hpdm data synthetic` rendered: only there "
             "the right motion is known"
         )
-    strangers = [name for name in dataset.class_names if name not in CLASSES]
-    if strangers:
-        raise ValueError(f"data: got class {strangers[0]!r}, expected some of {', '.join(CLASSES)}")
+    unknown = [name for name in dataset.class_names if name not in CLASSES]
+    if unknown:
+        raise ValueError(f"data: got class {unknown[0]!r}, expected some of {', '.join(CLASSES)}")
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         records = {Path(row["file"]).with_suffix("").as_posix(): row for row in rows}
@@ -72,67 +72,82 @@ def read_synthetic_set(dataset: VideoDataset) -> SyntheticSet:
 def evaluate_motion(
     dataset: VideoDataset, generated: Iterable[tuple[int, Tensor]], names: Sequence[str], *, real: int
 ) -> dict[str, Any]:
-    """Scores generated clips and, with the same measure, real ones. The same in every process.
+    """Scores generated clips and, in the same way, real ones. A collective: all ranks return the same.
 
     Args:
-        dataset: the synthetic set at the run's resolution; its windows give the real clips.
-        generated: this process's, taken one at a time: each its number and uint8 ``[3, F, H, W]``.
-        names: the class asked of each, by number.
-        real: real clips to take, spread evenly over the set, at most all.
+        dataset: the synthetic set at the run's resolution; its windows are the real clips.
+        generated: this rank's clips, read one at a time: each its number and uint8 ``[3, F, H, W]``.
+        names: the class that each clip should show, by its number.
+        real: number of real clips, spread evenly over the set; all of the set if it has fewer.
 
     Returns:
         ``real`` and ``generated`` (:func:`summarize`), ``position_error``: median and 95 % quantile of the distance in
-        pixels between found and true positions of the real clips, and ``clips``: every generated clip's score.
+        pixels between measured and true positions of the real clips, and ``clips``: every generated clip's score.
 
     Raises:
         ValueError: see :func:`read_synthetic_set`.
     """
     about = read_synthetic_set(dataset)
     steps, count = dataset.offsets(about.fps), min(real, len(dataset))
-    measured = {}
-    for number in distributed.shard(range(count)):
-        item = dataset[number * len(dataset) // count]
-        name = dataset.class_names[item["label"]]
-        score = score_clip(item["video"].permute(1, 2, 3, 0).numpy(), name, steps)
-        path = Path(item["path"])
-        record = about.records.get(f"{path.parent.name}/{path.stem}")
-        if record is None:
-            raise ValueError(f"data: {METADATA} of {dataset.root} has no line for {path.parent.name}/{path.name}")
-        numbers = item["start"] + steps
-        true = np.array(record["position"])[numbers % len(record["position"])] * about.scale
-        measured[number] = score, name, np.hypot(*(score.position - true).T)
-    scores, asked, errors = zip(*distributed.gather(measured))
-    made = distributed.gather(
+    real_scores, real_names, errors = zip(*distributed.gather({
+        number: _score_real(dataset, number * len(dataset) // count, about, steps)
+        for number in distributed.shard(range(count))
+    }))  # fmt: skip
+    scores = distributed.gather(
         {number: score_clip(clip.permute(1, 2, 3, 0).numpy(), names[number], steps) for number, clip in generated}
     )
     error = np.concatenate(errors)
     error = error[np.isfinite(error)]
-    rows = [{"asked": name} | {k: v for k, v in asdict(s).items() if k != "position"} for s, name in zip(made, names)]
+    clips = [
+        {"asked": name} | {key: value for key, value in asdict(score).items() if key != "position"}
+        for score, name in zip(scores, names)
+    ]
     return {
-        "real": summarize(scores, asked, about),
-        "generated": summarize(made, names, about),
+        "real": summarize(real_scores, real_names, about),
+        "generated": summarize(scores, names, about),
         "position_error": {"median": float(np.median(error)), "quantile_95": float(np.quantile(error, 0.95))},
-        "clips": rows,
+        "clips": clips,
     }
 
 
-def summarize(scores: Sequence[ClipScore], asked: Sequence[str], about: SyntheticSet) -> dict[str, float]:
-    """Few numbers for many clips; shares are of clips, 0..1, each clip against the class that was asked for.
+def _score_real(
+    dataset: VideoDataset, index: int, about: SyntheticSet, steps: np.ndarray
+) -> tuple[ClipScore, str, np.ndarray]:
+    """Score and class of a clip of the set, and the errors ``[F]`` of its measured positions in pixels."""
+    item = dataset[index]
+    name = dataset.class_names[item["label"]]
+    score = score_clip(item["video"].permute(1, 2, 3, 0).numpy(), name, steps)
+    path = Path(item["path"])
+    record = about.records.get(f"{path.parent.name}/{path.stem}")
+    if record is None:
+        raise ValueError(f"data: {METADATA} of {dataset.root} has no line for {path.parent.name}/{path.name}")
+    frames = item["start"] + steps
+    true = np.array(record["position"])[frames % len(record["position"])] * about.scale  # [F, 2]
+    return score, name, np.hypot(*(score.position - true).T)
 
-    The tolerances are what the measurement itself errs by on rendered clips (largest of 400 at 64 x 64: 0.09 pixels
-    per frame, 0.42 pixels of radius), and motion counts as right within one pixel at 64 x 64.
+
+def summarize(scores: Sequence[ClipScore], asked: Sequence[str], about: SyntheticSet) -> dict[str, float]:
+    """Summarizes the scores of many clips. Shares are fractions of the clips, 0..1.
+
+    The tolerances of speed and radius are just above the largest errors of the measurement on rendered clips; motion
+    counts as right within one pixel at 64 x 64.
+
+    Args:
+        scores: of the clips.
+        asked: the class that each clip should show, with which it is compared.
+        about: the set.
     """
     unit = about.unit / 64
     residual, speed, radius = (np.array([getattr(s, n) for s in scores]) for n in ("residual", "speed", "radius"))
-    found = np.array([s.found for s in scores])
-    steady = (found == 1) & (residual <= unit)
+    share_with_object = np.array([s.found for s in scores])
+    steady = (share_with_object == 1) & (residual <= unit)
     speed_right = _within(speed, about.speed, 0.1 * unit)
     radius_right = _within(radius, about.radius, 0.5 * unit)
     shape_right = np.array([s.shape == name for s, name in zip(scores, asked)])
-    colour_right = np.array([s.colour == name for s, name in zip(scores, asked)])
+    color_right = np.array([s.color == name for s, name in zip(scores, asked)])
     return {
         "clips": len(scores),
-        "object_found": float(found.mean()),
+        "object_found": float(share_with_object.mean()),
         "motion_residual": float(np.median(residual)),
         "motion_right": float((steady & speed_right).mean()),
         "speed": float(np.median(speed)),
@@ -141,10 +156,10 @@ def summarize(scores: Sequence[ClipScore], asked: Sequence[str], about: Syntheti
         "radius_right": float(radius_right.mean()),
         "shape_overlap": float(np.mean([s.overlap for s in scores])),
         "shape_right": float(shape_right.mean()),
-        "colour_error": float(np.mean([s.colour_error for s in scores])),
-        "colour_right": float(colour_right.mean()),
+        "color_error": float(np.mean([s.color_error for s in scores])),
+        "color_right": float(color_right.mean()),
         "texture": float(np.mean([s.texture for s in scores])),
-        "all_right": float((steady & speed_right & radius_right & shape_right & colour_right).mean()),
+        "all_right": float((steady & speed_right & radius_right & shape_right & color_right).mean()),
     }
 
 
@@ -163,15 +178,15 @@ _MEANING = {
     "radius_right": "share of clips with an object as large as in some clip of the set",
     "shape_overlap": "intersection over union with the asked class's shape, mean",
     "shape_right": "share of clips whose object resembles the asked class's shape most",
-    "colour_error": "levels of 255 from the asked class's colour, mean",
-    "colour_right": "share of clips whose object's colour is nearest to the asked class's",
+    "color_error": "levels of 255 from the asked class's color, mean",
+    "color_right": "share of clips whose object's color is nearest to the asked class's",
     "texture": "amplitude of the asked class's texture, 1 as rendered, mean",
-    "all_right": "share of clips with motion, radius, shape and colour right, whatever the texture",
+    "all_right": "share of clips with motion, radius, shape and color right, whatever the texture",
 }
 
 
 def motion_table(result: dict[str, Any]) -> str:
-    """A row per number: real, generated, what it is."""
+    """A row per number: its value on real and on generated clips, and its meaning."""
     lines = [f"{'':<16}{'real':>9}{'generated':>11}"]
     for key, meaning in _MEANING.items():
         cells = [result[side][key] for side in ("real", "generated")]

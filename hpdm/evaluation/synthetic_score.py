@@ -1,17 +1,17 @@
-"""How right clips of the synthetic set are, measured without a learnt detector: motion, shape, colour, texture.
+"""Scores for clips of the synthetic set, measured without a learned detector: motion, shape, color, texture.
 
-The set is rendered from a formula (:mod:`hpdm.data.synthetic`), so a clip can be taken apart by the same formula. Per
-frame:
+The set is rendered by a formula (:mod:`hpdm.data.synthetic`), which is fitted to each clip here. Per frame:
 
 1. *Background*, linear in x and y in every channel: least squares on the darkest two fifths of the pixels (an object
    covers at most about half of a picture and is brighter than any background), then on all pixels that agree with it.
-2. *Coverage*: what is not background, projected on the mean colour of what stands out most; 1 inside, 0 outside.
+2. *Coverage*: the difference from the background, projected on its mean over the pixels that differ most; 1 inside
+   the object, 0 outside.
 3. *Template*: a class's signed distance painted at (x, y, radius), fitted to the coverage by Gauss-Newton steps from
    the coverage's area and centroid. All six are fitted; their overlap with the coverage says which shape it is.
 
 Per clip: the best straight line bouncing off the walls (:func:`hpdm.data.synthetic.bounce`) through the positions.
 
-On rendered clips at 64 x 64 the position is found to 0.1 pixels in the median (`docs/evaluation.md`).
+``docs/evaluation.md`` gives the accuracy on rendered clips.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from hpdm.data.synthetic import CLASSES, bounce
 from hpdm.video import as_frames
 
 CONTRAST = 20.0
-"""Levels of 255 by which a frame's object must stand out from its background; less is no object."""
+"""Least contrast of an object with its background, in levels of 255; below it a frame has no object."""
 
-_STEPS = 4  # Gauss-Newton steps; with six the positions of rendered clips are no better
-_AGREES = 24.0  # levels of 255 between a pixel and the background that it belongs to
+_STEPS = 4  # Gauss-Newton steps; more do not improve the positions of rendered clips
+_AGREES = 24.0  # largest distance of a background pixel from the fitted background, in levels of 255
 TEXTURE_PERIODS = 16  # over the shorter side
-_FASTEST = 0.05  # share of the shorter side per frame: over twice as fast as rendered clips
+_FASTEST = 0.05  # share of the shorter side per frame: over twice the speed of rendered clips
 
 
 class Object(NamedTuple):
     """A class's template fitted to every frame of a clip. Pixels: x right, y down, the picture's corner at (0, 0)."""
 
-    position: np.ndarray  # float64 [F, 2]: (x, y) of the centre
+    position: np.ndarray  # float64 [F, 2]: (x, y) of the center
     radius: np.ndarray  # float64 [F]: half of the extent
     overlap: np.ndarray  # float64 [F]: intersection over union of template and coverage, 0..1
 
@@ -62,32 +62,33 @@ def coverage(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         frames: uint8 ``[F, H, W, 3]``.
 
     Returns:
-        Coverage ``[F, H, W]`` in [0, 1], the object's mean colour ``[F, 3]`` and its contrast ``[F]``, the distance of
-        that colour from the background's in levels of 255 (root mean square over channels). All float64.
+        Coverage ``[F, H, W]`` in [0, 1], the object's mean color ``[F, 3]`` and its contrast ``[F]``, the distance of
+        that color from the background's in levels of 255 (root mean square over channels). All float64.
     """
     pixels = frames.astype(np.float64)
     count, height, width = frames.shape[:3]
     y, x = np.mgrid[0:height, 0:width]
     plane = np.stack([np.ones(height * width), (x.ravel() + 0.5) / width - 0.5, (y.ravel() + 0.5) / height - 0.5], 1)
-    cover, colour, contrast = np.zeros((count, height, width)), np.zeros((count, 3)), np.zeros(count)
+    cover, color, contrast = np.zeros((count, height, width)), np.zeros((count, 3)), np.zeros(count)
     for n, image in enumerate(pixels.reshape(count, -1, 3)):
         brightness = image.max(axis=1)
-        chosen = brightness <= np.quantile(brightness, 0.4)
+        is_background = brightness <= np.quantile(brightness, 0.4)
         for _ in range(3):
-            background = plane @ np.linalg.lstsq(plane[chosen], image[chosen], rcond=None)[0]
+            background = plane @ np.linalg.lstsq(plane[is_background], image[is_background], rcond=None)[0]
             difference = image - background
             distance = np.sqrt((difference**2).mean(axis=1))
             agrees = distance < _AGREES
-            chosen = agrees if agrees.mean() > 0.2 else chosen
+            is_background = agrees if agrees.mean() > 0.2 else is_background
         inside = distance >= 0.4 * np.quantile(distance, 0.95)
         amplitude = difference[inside].mean(axis=0)
         contrast[n] = np.sqrt((amplitude**2).mean())
-        colour[n] = image[inside].mean(axis=0)
+        color[n] = image[inside].mean(axis=0)
         share = difference @ amplitude / max(float(amplitude @ amplitude), 1e-9)
-        # Texture makes 0.6 to 1.25 of the inside, full coverage all the same. With this slope rendered clips overlap
-        # their own template by 0.94 to 0.98; with the share itself by 0.72 to 0.88, and blurred clips by more.
+        # Texture varies the brightness inside an object, where the coverage is 1 nevertheless. So the share is mapped
+        # by a steep, clipped line: the share itself would overlap less with the right template, and more in blurred
+        # clips.
         cover[n] = np.clip(4 * share - 1.3, 0, 1).reshape(height, width)
-    return cover, colour, contrast
+    return cover, color, contrast
 
 
 def fit_template(cover: np.ndarray, name: str) -> Object:
@@ -100,13 +101,13 @@ def fit_template(cover: np.ndarray, name: str) -> Object:
     shape = CLASSES[name][0]
     height, width = cover.shape[1:]
     unit = min(height, width)
-    # float32: half the time, the same positions to 1e-3 pixels.
+    # float32 is faster and gives about the same positions.
     y, x = (grid + np.float32(0.5) for grid in np.mgrid[0:height, 0:width].astype(np.float32))
     low, high = np.array([0, 0, 0.1 * unit]), np.array([width, height, 0.6 * unit])
 
     def painted(at: np.ndarray) -> np.ndarray:
-        centre_x, centre_y, radius = (column[:, None, None].astype(np.float32) for column in at.T)
-        return np.clip(0.5 - shape((x - centre_x) / radius, (y - centre_y) / radius) * radius, 0, 1)
+        center_x, center_y, radius = (column[:, None, None].astype(np.float32) for column in at.T)
+        return np.clip(0.5 - shape((x - center_x) / radius, (y - center_y) / radius) * radius, 0, 1)
 
     cover = cover.astype(np.float32)
     area, centroid = _moments(name)
@@ -118,9 +119,9 @@ def fit_template(cover: np.ndarray, name: str) -> Object:
         now = painted(at)
         # Central differences over a pixel, the width of a painted edge.
         slopes = np.stack([(painted(at + h) - painted(at - h)).reshape(len(at), -1) for h in np.eye(3) / 2], axis=2)
-        left = slopes.transpose(0, 2, 1) @ slopes + 1e-3 * np.eye(3)
-        right = slopes.transpose(0, 2, 1) @ (cover - now).reshape(len(at), -1, 1)
-        at = np.clip(at + np.clip(np.linalg.solve(left, right)[..., 0], -2, 2), low, high)
+        normal_matrix = slopes.transpose(0, 2, 1) @ slopes + 1e-3 * np.eye(3)
+        gradient = slopes.transpose(0, 2, 1) @ (cover - now).reshape(len(at), -1, 1)
+        at = np.clip(at + np.clip(np.linalg.solve(normal_matrix, gradient)[..., 0], -2, 2), low, high)
     now = painted(at)
     overlap = np.minimum(now, cover).sum(axis=(1, 2)) / np.maximum(now, cover).sum(axis=(1, 2))
     return Object(at[:, :2], at[:, 2], overlap)
@@ -137,12 +138,12 @@ def _moments(name: str) -> tuple[float, np.ndarray]:
 def _bounced(
     start: np.ndarray, speed: np.ndarray, low: float, high: float, steps: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions, and the sign of the motion there against ``speed``: what :func:`bounce` gives, for many at once."""
+    """Positions, and +1 or -1 where the motion goes with or against ``speed``; :func:`bounce` with broadcasting."""
     return bounce(low, 1.0, low, high, start - low + speed * steps)
 
 
 def fit_motion(position: np.ndarray, steps: np.ndarray, radius: float, size: tuple[int, int]) -> Motion:
-    """Finds the straight, bouncing motion nearest to the positions, by grid search and Gauss-Newton steps per axis.
+    """Fits a straight, bouncing motion to the positions, by grid search and Gauss-Newton steps per axis.
 
     Args:
         position: float64 ``[F, 2]``, (x, y) in pixels.
@@ -153,62 +154,67 @@ def fit_motion(position: np.ndarray, steps: np.ndarray, radius: float, size: tup
     fastest = _FASTEST * min(size)
     squared, velocity = np.zeros(len(steps)), np.zeros(2)
     for axis, extent in enumerate((size[1], size[0])):
-        where = position[:, axis]
+        measured = position[:, axis]
         low, high = min(radius, extent / 2 - 0.5), max(extent - radius, extent / 2 + 0.5)
         starts = np.arange(low, high, 0.5)[:, None, None]
         speeds = np.linspace(-fastest, fastest, 81)[:, None]
-        error = ((_bounced(starts, speeds, low, high, steps)[0] - where) ** 2).sum(axis=-1)
+        error = ((_bounced(starts, speeds, low, high, steps)[0] - measured) ** 2).sum(axis=-1)
         first, second = np.unravel_index(error.argmin(), error.shape)
         best = error.min()
         at = np.array([starts[first, 0, 0], speeds[second, 0]])
         for _ in range(5):
             moved, sign = _bounced(at[0], at[1], low, high, steps)
             slopes = np.stack([sign, sign * steps], axis=1)
-            trial = at + np.linalg.lstsq(slopes, where - moved, rcond=None)[0]
-            after = ((_bounced(trial[0], trial[1], low, high, steps)[0] - where) ** 2).sum()
+            trial = at + np.linalg.lstsq(slopes, measured - moved, rcond=None)[0]
+            after = ((_bounced(trial[0], trial[1], low, high, steps)[0] - measured) ** 2).sum()
             if after >= best:
                 break
             at, best = trial, after
         moved, sign = _bounced(at[0], at[1], low, high, steps)
-        squared += (moved - where) ** 2
-        velocity[axis] = at[1] * sign[0]  # a start found beyond a wall is its mirror image, moving the other way
+        squared += (moved - measured) ** 2
+        velocity[axis] = at[1] * sign[0]  # a fitted start beyond a wall is a mirror image, which moves the other way
     return Motion(float(np.sqrt(squared.mean())), velocity)
 
 
-def texture_contrast(frames: np.ndarray, found: Object, name: str) -> float:
-    """How much of a class's texture an object carries: 1 as rendered, 0 for a plain or a wrongly textured surface.
+def texture_contrast(frames: np.ndarray, fit: Object, name: str) -> float:
+    """How much of a class's texture an object has: 1 as rendered, 0 for a plain or a wrongly textured surface.
 
-    Per frame, a regression of the brightness inside the template on the class's pattern at any phase; the pattern's
-    root mean square amplitude over that of a rendered clip, the mean over frames.
+    In each frame the brightness inside the template is regressed on the class's pattern at any phase. The result is
+    the pattern's root mean square amplitude over that of a rendered clip, averaged over frames.
+
+    Args:
+        frames: uint8 ``[F, H, W, 3]``.
+        fit: the class's template in every frame.
+        name: the class.
     """
     shape, texture, rgb = CLASSES[name]
     height, width = frames.shape[1:3]
     wave = 2 * np.pi / (min(height, width) / TEXTURE_PERIODS)
     y, x = (grid + 0.5 for grid in np.mgrid[0:height, 0:width])
     brightness = frames @ np.array(rgb, dtype=np.float64) / np.dot(rgb, rgb)
-    found_rms = []
-    for image, (centre_x, centre_y), radius in zip(brightness, found.position, found.radius):
-        dx, dy = x - centre_x, y - centre_y
+    amplitudes = []
+    for image, (center_x, center_y), radius in zip(brightness, fit.position, fit.radius):
+        dx, dy = x - center_x, y - center_y
         inside = shape(dx / radius, dy / radius) * radius < -1.5  # pixels from the edge
         pattern = _patterns(texture, dx[inside] * wave, dy[inside] * wave)
         if len(pattern) <= pattern.shape[1] + 1:
-            found_rms.append(0.0)
+            amplitudes.append(0.0)
             continue
         pattern -= pattern.mean(axis=0)
         part = pattern @ np.linalg.lstsq(pattern, image[inside] - image[inside].mean(), rcond=None)[0]
-        found_rms.append(float(np.sqrt((part**2).mean())))
-    return float(np.mean(found_rms)) / _rendered_rms(name)
+        amplitudes.append(float(np.sqrt((part**2).mean())))
+    return float(np.mean(amplitudes)) / _rendered_rms(name)
 
 
 def _patterns(texture: Callable[[np.ndarray, np.ndarray], np.ndarray], u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Spans the texture at any phase of either axis, ``[pixels, 4]``."""
+    """Four columns ``[pixels, 4]`` whose linear combinations are the texture at any phase of either axis."""
     quarter = np.pi / 2
     return np.stack([texture(u + a, v + b) for a in (0, quarter) for b in (0, quarter)], axis=1)
 
 
 @cache
 def _rendered_rms(name: str) -> float:
-    """Amplitude of the pattern that the regression finds in what ``render_clip`` paints."""
+    """Amplitude of the pattern that the regression of :func:`texture_contrast` finds in a rendered clip."""
     v, u = np.meshgrid(*[np.arange(64) * 2 * np.pi / 64] * 2, indexing="ij")
     texture = CLASSES[name][1]
     pattern = _patterns(texture, u.ravel(), v.ravel())
@@ -218,13 +224,13 @@ def _rendered_rms(name: str) -> float:
 
 @dataclass(frozen=True)
 class ClipScore:
-    """What one clip shows, against the class that it should show. Pixels are those of the clip."""
+    """The measurements of one clip, compared with the class that it should show. Pixels are those of the clip."""
 
     found: float
-    """Share of frames with an object; all below is of those frames alone."""
+    """Share of frames with an object; the fields below are measured on these frames, unless stated otherwise."""
     residual: float
-    """Pixels, root mean square distance from the best straight, bouncing motion; the picture's shorter side, so the
-    worst, with under three objects."""
+    """Pixels, root mean square distance from the best straight, bouncing motion. With an object in fewer than three
+    frames it is the picture's shorter side, the worst value."""
     speed: float
     """Pixels per frame of the file."""
     radius: float
@@ -233,10 +239,10 @@ class ClipScore:
     """Intersection over union with the class's own template, the mean over all frames (0 without an object)."""
     shape: str
     """The class whose template overlaps most; empty without objects."""
-    colour: str
-    """The class whose colour is nearest; empty without objects."""
-    colour_error: float
-    """Levels of 255 between the object's mean colour and its class's, root mean square over channels."""
+    color: str
+    """The class whose color is nearest; empty without objects."""
+    color_error: float
+    """Levels of 255 between the object's mean color and its class's, root mean square over channels."""
     texture: float
     """See :func:`texture_contrast`."""
     position: np.ndarray = field(repr=False)
@@ -244,12 +250,12 @@ class ClipScore:
 
 
 def score_clip(frames: np.ndarray, name: str, steps: np.ndarray | None = None) -> ClipScore:
-    """Takes one clip apart.
+    """Measures one clip.
 
     Args:
         frames: uint8 ``[F, H, W, 3]``.
         name: the class that it should show, a key of :data:`hpdm.data.synthetic.CLASSES`.
-        steps: the frames' numbers in the rendered file, ``[F]`` from 0; ``None`` for all in turn.
+        steps: the frames' numbers in the rendered file, ``[F]`` from 0; ``None`` for consecutive frames.
 
     Raises:
         TypeError, ValueError: frames of another kind (:func:`hpdm.video.as_frames`), an unknown class.
@@ -257,34 +263,35 @@ def score_clip(frames: np.ndarray, name: str, steps: np.ndarray | None = None) -
     frames = as_frames("frames", frames)
     if name not in CLASSES:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(CLASSES)}")
-    cover, colours, contrast = coverage(frames)
+    cover, colors, contrast = coverage(frames)
     seen = contrast >= CONTRAST
-    position, lost = np.full((len(frames), 2), np.nan), float(min(frames.shape[1:3]))
+    position, worst_residual = np.full((len(frames), 2), np.nan), float(min(frames.shape[1:3]))
     if not seen.any():
-        worst = float(np.sqrt((np.array(CLASSES[name][2]) ** 2).mean()))
-        return ClipScore(0.0, lost, 0.0, 0.0, 0.0, "", "", worst, 0.0, position)
+        worst_color = float(np.sqrt((np.array(CLASSES[name][2]) ** 2).mean()))
+        return ClipScore(0.0, worst_residual, 0.0, 0.0, 0.0, "", "", worst_color, 0.0, position)
     fits = {other: fit_template(cover[seen], other) for other in CLASSES}
     own = fits[name]
     position[seen] = own.position
     radius = float(np.median(own.radius))
     times = (np.arange(len(frames)) if steps is None else steps)[seen].astype(np.float64)
     motion = fit_motion(own.position, times, radius, frames.shape[1:3])
-    colour = colours[seen].mean(axis=0)
-    distance = {other: _levels_apart(colour, rgb) for other, (_, _, rgb) in CLASSES.items()}
+    color = colors[seen].mean(axis=0)
+    distance = {other: _levels_apart(color, rgb) for other, (_, _, rgb) in CLASSES.items()}
     return ClipScore(
         found=float(seen.mean()),
-        residual=motion.residual if seen.sum() >= 3 else lost,
+        residual=motion.residual if seen.sum() >= 3 else worst_residual,
         speed=motion.speed,
         radius=radius,
         overlap=float(own.overlap.sum() / len(frames)),
         shape=max(fits, key=lambda other: fits[other].overlap.mean()),
-        colour=min(distance, key=lambda other: distance[other]),
-        colour_error=distance[name],
+        color=min(distance, key=lambda other: distance[other]),
+        color_error=distance[name],
         texture=texture_contrast(frames[seen], own, name),
         position=position,
     )
 
 
-def _levels_apart(colour: np.ndarray, rgb: tuple[int, int, int]) -> float:
-    # Texture multiplies the class's colour by 0.8 on average.
-    return float(np.sqrt(((colour - 0.8 * np.array(rgb)) ** 2).mean()))
+def _levels_apart(color: np.ndarray, rgb: tuple[int, int, int]) -> float:
+    """Distance of an object's mean color from its class's, in levels of 255, root mean square over channels."""
+    # Texture multiplies the class's color by 0.8 on average.
+    return float(np.sqrt(((color - 0.8 * np.array(rgb)) ** 2).mean()))

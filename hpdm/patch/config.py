@@ -1,4 +1,4 @@
-"""What defines a model: sizes (paper Table 8), the pyramid, and the ablation switches of Table 3."""
+"""The config of a model: sizes (paper Table 8), the pyramid, and the ablation switches of Table 3."""
 
 from __future__ import annotations
 
@@ -6,31 +6,20 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-Triple = tuple[int, int, int]
+from hpdm.checks import Triple, at_least
 
 CONDITIONINGS = ("none", "class", "text")
 FUSIONS = ("deep", "shallow")
 
 
-def check_choice(name: str, value: str, kind: Any) -> Any:
-    """``value`` itself, if it is one of the strings of ``kind``, a ``Literal``.
-
-    Raises:
-        ValueError: it is another one; the message names ``name``.
-    """
-    if value not in get_args(kind):
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, get_args(kind)))}")
-    return value
-
-
 @dataclass(frozen=True)
 class HPDMConfig:
-    """A Hierarchical Patch Diffusion Model. Triples are (frames, height, width).
+    """Sizes, pyramid and switches of a Hierarchical Patch Diffusion Model. Triples are (frames, height, width).
 
     Raises:
-        ValueError: any combination that cannot be built; the message names the field.
+        ValueError: a combination that cannot be built; the message names the field.
     """
 
     patch: Triple = (16, 64, 64)
@@ -64,9 +53,8 @@ class HPDMConfig:
     conditioning_dropout: float = 0.1
     """Probability that a training sample is unconditional, for guidance (Table 8)."""
     self_conditioning: float = 0.0
-    """Probability that a training sample's latents start from those that a first pass ends with (RIN's latent
-    self-conditioning, there 0.9); 0 leaves it out, with its parameters. Each training step then takes one more forward
-    pass."""
+    """Probability that a training sample's latents start from the final ones of a first pass (RIN's latent
+    self-conditioning, there 0.9). Each training step then takes one more forward pass. 0 builds a model without it."""
     input_scale: float = 1.0
     """b_0: scale of the clean signal on level 0."""
     input_scale_decay: float = 0.7
@@ -79,15 +67,22 @@ class HPDMConfig:
     """Table 3's "no coordinates" when false."""
 
     def __post_init__(self) -> None:
+        self._check_triples()
+        at_least(self, 1, "levels", "channels", "width", "latents", "latent_width", "head_width", "latent_layers")
+        self._check_sizes()
+        self._check_choices()
+
+    def _check_triples(self) -> None:
+        """Checks the triples and makes tuples of sequences (JSON has lists)."""
         for name in ("patch", "ratio", "tokenizer"):
             value = tuple(getattr(self, name))
             if len(value) != 3 or not all(isinstance(n, int) and n >= 1 for n in value):
                 raise ValueError(f"{name}: got {value}, expected three ints >= 1 (frames, height, width)")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "levels_per_block", tuple(self.levels_per_block))
-        for name in ("levels", "channels", "width", "latents", "latent_width", "head_width", "latent_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+
+    def _check_sizes(self) -> None:
+        """Checks sizes that must fit each other."""
         if any(n not in (1, 2) for n in self.ratio):
             raise ValueError(f"ratio: got {self.ratio}, expected 1 or 2 on every axis")
         if any(r % p for r, p in zip(self.patch, self.tokenizer)):
@@ -101,16 +96,18 @@ class HPDMConfig:
             raise ValueError(
                 f"levels_per_block: got {lpb}, expected a rising sequence of 1..{self.levels} ending with {self.levels}"
             )
+
+    def _check_choices(self) -> None:
+        """Checks named variants, probabilities and scales."""
         if self.conditioning not in CONDITIONINGS:
             raise ValueError(f"conditioning: got {self.conditioning!r}, expected one of {CONDITIONINGS}")
-        if self.conditioning == "class" and self.classes < 1:
-            raise ValueError(f"classes: got {self.classes}, expected at least 1")
+        if self.conditioning == "class":
+            at_least(self, 1, "classes")
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion: got {self.fusion!r}, expected one of {FUSIONS}")
-        if not 0 <= self.conditioning_dropout <= 1:
-            raise ValueError(f"conditioning_dropout: got {self.conditioning_dropout}, expected a probability")
-        if not 0 <= self.self_conditioning <= 1:
-            raise ValueError(f"self_conditioning: got {self.self_conditioning}, expected a probability")
+        for name in ("conditioning_dropout", "self_conditioning"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a probability")
         if self.input_scale <= 0 or self.input_scale_decay <= 0:
             raise ValueError(
                 f"input_scale, input_scale_decay: got {self.input_scale}, {self.input_scale_decay}, expected both > 0"
@@ -146,6 +143,11 @@ class HPDMConfig:
         """b_l = b_0 * q^l."""
         return self.input_scale * self.input_scale_decay**level
 
+    @property
+    def signal_scales(self) -> tuple[float, ...]:
+        """b_l of every level."""
+        return tuple(self.signal_scale(level) for level in range(self.levels))
+
     def replace(self, **changes: Any) -> HPDMConfig:
         """A copy with some fields changed, validated again."""
         return dataclasses.replace(self, **changes)
@@ -157,8 +159,8 @@ class HPDMConfig:
     def with_pyramid(self, patch: Sequence[int], resolution: Sequence[int]) -> HPDMConfig:
         """The same network on another pyramid; the number of levels follows from the two sizes.
 
-        The load of the blocks is spread anew as in Table 8, linear in the block index (1/1/2/2/3/3, 1/2/2/3/3/4).
-        Tokens shrink on an axis where they do not divide the patch, as in time for single images.
+        ``levels_per_block`` grows linearly with the block index, as in Table 8 (1/1/2/2/3/3, 1/2/2/3/3/4). Where a
+        token does not divide the patch (in time, for images), it shrinks to their greatest common divisor.
 
         Raises:
             ValueError: ``resolution`` is not ``patch * ratio^l`` with ratio 1 or 2 per axis.
@@ -167,10 +169,12 @@ class HPDMConfig:
         blocks = len(self.levels_per_block)
         adaptive = self.levels_per_block[0] < self.levels or self.levels == 1
         linear = (*(1 + round(b * (levels - 1) / max(blocks - 1, 1)) for b in range(blocks - 1)), levels)
-        load = linear if adaptive else (levels,) * blocks
+        levels_per_block = linear if adaptive else (levels,) * blocks
         f, h, w = patch
         tokenizer = tuple(math.gcd(r, p) for r, p in zip(patch, self.tokenizer))
-        return self.replace(patch=(f, h, w), ratio=ratio, levels=levels, levels_per_block=load, tokenizer=tokenizer)
+        return self.replace(
+            patch=(f, h, w), ratio=ratio, levels=levels, levels_per_block=levels_per_block, tokenizer=tokenizer
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -197,17 +201,17 @@ def pyramid_of(patch: Sequence[int], resolution: Sequence[int]) -> tuple[int, Tr
     Raises:
         ValueError: ``resolution`` is not ``patch * ratio^l`` for one ``l`` and a ratio of 1 or 2 per axis.
     """
-    wrong = ValueError(
+    error = ValueError(
         f"resolution: got {tuple(resolution)}, expected patch = {tuple(patch)} times the same power of two on every "
         "axis that grows, e.g. " + str(tuple(4 * r for r in patch))
     )
     if len(patch) != 3 or len(resolution) != 3 or any(n < 1 for n in (*patch, *resolution)):
-        raise wrong
+        raise error
     growth = {big // small for small, big in zip(patch, resolution) if big != small}
     if any(big % small for small, big in zip(patch, resolution)) or len(growth) > 1:
-        raise wrong
+        raise error
     factor = growth.pop() if growth else 1
     if factor & (factor - 1):
-        raise wrong
+        raise error
     f, h, w = (2 if big != small else 1 for small, big in zip(patch, resolution))
     return factor.bit_length(), (f, h, w)

@@ -1,15 +1,15 @@
-"""The RIN block of HPDM (paper Fig. 11): latents read the tokens, think, and write back.
+"""The RIN block of HPDM (paper Fig. 11): latents read tokens, attend to each other ("think"), and tokens read latents.
 
-Sizes: tokens ``[B, N, D]``, latents ``[B, M, E]``, conditioning vector ``[B, c]``. ``B`` holds the levels of the
-pyramid folded in, each with its own latent stream.
+Sizes: tokens ``[B, N, D]``, latents ``[B, M, E]``, conditioning vector ``[B, c]``. The batch ``B`` includes the levels
+of the pyramid; each level has its own latents.
 
-Table 8 fixes the number of parameters (178 / 321 / 725 / 3,934 M at E = 256 / 512 / 1024 / 3072). A search over block
-variants leaves the one built here: MLP of ratio 4 inside each latent layer, no MLP after the read, no output projection
-in the read (its values are projected from D to E already, and the self-attention right after it mixes the heads), a
-token MLP of ratio 2 after the write, six adaLN modulations per latent layer and three on the token MLP.
+The paper does not give every detail of the block, but Table 8 gives the number of parameters (178 / 321 / 725 / 3,934 M
+at E = 256 / 512 / 1024 / 3072). This is the variant that matches it: an MLP of ratio 4 in each latent layer,
+no MLP after the read, no output projection in the read (its values are already projected from D to E, and the
+self-attention that follows mixes the heads), a token MLP of ratio 2 after the write, six adaLN modulations per latent
+layer and three on the token MLP.
 
-A block is three steps: latents read tokens, latents think, tokens read latents. Everything but the stream of tokens and
-the latents can be computed again in the backward pass instead of being kept, see :class:`Recompute`.
+All intermediate activations except tokens and latents can be recomputed in the backward pass, see :data:`Recompute`.
 """
 
 from __future__ import annotations
@@ -25,27 +25,30 @@ from hpdm.patch.config import HPDMConfig
 from hpdm_kernels.modules import ContextFusion, CrossAttention, SelfAttention
 
 Recompute = Literal["none", "selective", "block"]
-"""What the backward pass computes again instead of keeping it.
+"""What the backward pass computes again instead of keeping it (activation checkpointing).
 
 ``"none"``: nothing.
-``"selective"``: whatever has a row per token inside a block: projections, attention outputs, the hidden layer of the
-token MLP. Kept are the tokens between the steps of a block and all that has a row per latent.
+``"selective"``: per-token activations inside a block: projections, attention outputs, the hidden layer of the token
+MLP. Kept are the tokens between the steps of a block and all per-latent activations.
 ``"block"``: whole blocks, context fusion included. Kept are the tokens and latents between blocks.
 """
 
 CHUNK_ROWS, CHUNKS = 8192, 8
-"""Tokens that are recomputed at a time: about 8192 rows, more where that would be over 8 pieces."""
+"""The write is recomputed in chunks of about 8192 tokens; of more tokens where that would make more than 8 chunks."""
 
 
 def recomputed(fn: Callable[..., Any], *inputs: Any) -> Any:
-    """``fn(*inputs)``, of which the backward pass keeps the inputs alone. Nothing in the model is random."""
+    """``fn(*inputs)``, keeping only the inputs and calling ``fn`` again in the backward pass.
+
+    The state of the random generators is not restored: nothing in the model is random.
+    """
     if not torch.is_grad_enabled():
         return fn(*inputs)
     return checkpoint(fn, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Modulation(nn.Module):
-    """``count`` vectors of ``width`` from the conditioning vector; zero at the start (adaLN-Zero)."""
+    """``count`` vectors of ``width`` channels from the conditioning vector; zero at initialization (adaLN-Zero)."""
 
     def __init__(self, conditioning_width: int, width: int, count: int) -> None:
         super().__init__()
@@ -53,8 +56,8 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(conditioning_width, count * width)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """``c [B, c]``, after its activation -> ``count`` tensors ``[B, 1, width]``."""
-        return self.linear(c)[:, None].chunk(self.count, dim=-1)
+        """``c [B, c]``, already activated -> ``count`` tensors ``[B, 1, width]``."""
+        return self.linear(c)[:, None].chunk(self.count, dim=-1)  # count x [B, 1, width]
 
 
 def mlp(width: int, ratio: int) -> nn.Sequential:
@@ -63,9 +66,10 @@ def mlp(width: int, ratio: int) -> nn.Sequential:
 
 
 class SelfConditioning(nn.Module):
-    """Latents that start from what an earlier pass found: ``z + LN_0(MLP(stopgrad z_prev))`` (RIN, Jabri et al. 2023).
+    """Latent self-conditioning (RIN, Jabri et al. 2023): initial latents ``z + LN_0(MLP(stopgrad z_prev))``.
 
-    The scale of ``LN_0`` starts at zero, so a new model starts as if there were none.
+    ``z_prev`` are the final latents of an earlier pass. The scale of ``LN_0`` is zero at initialization, so a new model
+    behaves like one without self-conditioning.
     """
 
     def __init__(self, config: HPDMConfig) -> None:
@@ -76,11 +80,11 @@ class SelfConditioning(nn.Module):
 
     def forward(self, z: Tensor, previous: Tensor) -> Tensor:
         """``z [M, E]``, ``previous [B, M, E]`` (or sizes of 1 for B and M) -> ``[B, M, E]``."""
-        return z + self.norm(self.mlp(previous.detach()))
+        return z + self.norm(self.mlp(previous.detach()))  # [B, M, E]
 
 
 class LatentLayer(nn.Module):
-    """Self-attention and MLP on the latents, both modulated by the conditioning vector."""
+    """Self-attention and MLP on the latents, both modulated by the conditioning vector (adaLN)."""
 
     def __init__(self, config: HPDMConfig, kernels: str) -> None:
         super().__init__()
@@ -92,17 +96,17 @@ class LatentLayer(nn.Module):
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         """``z [B, M, E]``, ``c [B, c]`` -> ``[B, M, E]``."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        z = torch.addcmul(z, gate1, self.attention(torch.addcmul(shift1, self.norm(z), 1 + scale1)))
-        return torch.addcmul(z, gate2, self.mlp(torch.addcmul(shift2, self.norm(z), 1 + scale2)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # [B, 1, E] each
+        z = torch.addcmul(z, gate1, self.attention(torch.addcmul(shift1, self.norm(z), 1 + scale1)))  # [B, M, E]
+        return torch.addcmul(z, gate2, self.mlp(torch.addcmul(shift2, self.norm(z), 1 + scale2)))  # [B, M, E]
 
 
 class RINBlock(nn.Module):
-    """Fuse, read, think, write (paper Fig. 2 and 11).
+    """Read, think, write (paper Fig. 2 and 11), and the weights of the context fusion before them.
 
     Args:
         config: sizes.
-        levels: levels that this block serves; a block for level 0 alone has no fusion weights.
+        levels: the block serves levels ``0 .. levels - 1``; a block of level 0 alone has no fusion weights.
         kernels: backend of the ops.
         recompute: what the backward pass computes again inside the block; see :data:`Recompute`.
     """
@@ -133,39 +137,50 @@ class RINBlock(nn.Module):
         """Everything after the fusion.
 
         Args:
-            x: tokens ``[B, N, D]``, fused already.
+            x: tokens ``[B, N, D]``, already fused.
             z: latents ``[B, M, E]``.
-            c: conditioning vector ``[B, c]`` after its activation.
-            text: text tokens ``[B, S, D]`` that the latents read beside the video's, or ``None``.
+            c: conditioning vector ``[B, c]``, already activated.
+            text: text tokens ``[B, S, D]`` that the latents read along with the video's, or ``None``.
             text_mask: ``[B, S]`` bool, true where there is text; ``None``: everywhere.
 
         Returns:
             Tokens ``[B, N, D]`` and latents ``[B, M, E]``.
         """
         if self.recompute == "none":
-            z = self._think(self._read(x, z, text, text_mask), c)
-            return self._write(x, z, *self.token_modulation(c)), z
-        # With kernels on, the read recomputes what has a row per token by itself, and its attention not at all.
-        plain = self.read.backend == "reference"
-        given = (x, z, text, text_mask)
-        z = self._think(recomputed(self._read, *given) if plain else self._read(*given), c)
-        # A token's way through the write depends on no other token, so a few of them at a time are enough.
-        rows = max(CHUNK_ROWS // x.shape[0], -(-x.shape[1] // CHUNKS))
-        vectors = self.token_modulation(c)
-        written = [recomputed(self._write, piece, z, *vectors) for piece in x.split(rows, dim=1)]
-        return (written[0] if len(written) == 1 else torch.cat(written, dim=1)), z
+            z = self._think(self._read(x, z, text, text_mask), c)  # [B, M, E]
+            return self._write(x, z, *self.token_modulation(c)), z  # [B, N, D], [B, M, E]
+        # The kernels of the read recompute per-token activations themselves; the reference formulas need a checkpoint.
+        read = self._checkpointed_read if self.read.backend == "reference" else self._read
+        z = self._think(read(x, z, text, text_mask), c)  # [B, M, E]
+        return self._checkpointed_write(x, z, c), z  # [B, N, D], [B, M, E]
 
     def _read(self, x: Tensor, z: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        """Latents ``[B, M, E]`` attend to tokens ``[B, N, D]`` and text ``[B, S, D]``: new latents ``[B, M, E]``."""
         tokens = x if text is None else (x, text)
-        # All of the video may be read, and of a batch of texts what is not padding.
-        mask = None if text_mask is None else torch.cat((text_mask.new_ones(x.shape[:2]), text_mask), dim=1)
+        # Every token of the video may be read, and every token of a text that is not padding.
+        mask = None
+        if text_mask is not None:
+            mask = torch.cat((text_mask.new_ones(x.shape[:2]), text_mask), dim=1)  # [B, N + S]
         return z + self.read(self.read_norm(z), tokens, key_mask=mask, recompute=self.recompute != "none")
 
+    def _checkpointed_read(self, x: Tensor, z: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
+        """:meth:`_read`, computed again in the backward pass."""
+        return recomputed(self._read, x, z, text, text_mask)
+
     def _think(self, z: Tensor, c: Tensor) -> Tensor:
+        """Self-attention layers on the latents: ``z [B, M, E]``, ``c [B, c]`` -> ``[B, M, E]``."""
         for layer in self.layers:
             z = layer(z, c)
         return z
 
     def _write(self, x: Tensor, z: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        x = x + self.write(self.write_norm(x), z)
+        """Tokens ``[B, N, D]`` attend to latents ``[B, M, E]``, then a token MLP modulated by three ``[B, 1, D]``."""
+        x = x + self.write(self.write_norm(x), z)  # [B, N, D]
         return torch.addcmul(x, gate, self.token_mlp(torch.addcmul(shift, self.token_norm(x), 1 + scale)))
+
+    def _checkpointed_write(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
+        """:meth:`_write`, computed again in the backward pass, chunk by chunk: tokens do not depend on each other."""
+        size = max(CHUNK_ROWS // x.shape[0], -(-x.shape[1] // CHUNKS))
+        modulation = self.token_modulation(c)
+        written = [recomputed(self._write, chunk, z, *modulation) for chunk in x.split(size, dim=1)]
+        return written[0] if len(written) == 1 else torch.cat(written, dim=1)  # [B, N, D]

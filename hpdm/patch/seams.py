@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hpdm.patch.boxes import AXES, Tiling
+from hpdm.patch.tiling import Tiling
+from hpdm.sampling import AXES
 
 
 def seam_energy(video: Tensor, cover: Tiling) -> dict[str, float]:
-    """Gradient energy across the borders of tiles against that everywhere else, per axis that has borders.
+    """Gradient energy across the borders of tiles, divided by that elsewhere, for each axis with borders.
 
-    Per axis the mean of ``(x[i] - x[i - 1])^2`` over the ``i`` where a tile starts or ends, over its mean at all other
-    ``i``. About 1 where tiles do not show (a border is then a place like any other), above it where they do.
+    Per axis it is the mean of ``(x[i] - x[i-1])^2`` over the positions ``i`` where a tile starts or ends, divided by
+    its mean over all other positions. It is about 1 where borders do not show, and above 1 where they do.
 
     Args:
-        video: ``[C, F, H, W]`` floating point, covered by ``cover``.
-        cover: the tiles.
+        video: ``[C, F, H, W]`` floating point.
+        cover: the tiles that the video was sampled with.
 
     Raises:
-        ValueError: a video of another size.
+        ValueError: the video's size is not the cover's.
     """
     if tuple(video.shape[1:]) != tuple(cover.size):
         raise ValueError(f"video: got {tuple(video.shape[1:])}, expected the size of the cover, {tuple(cover.size)}")
@@ -27,10 +28,10 @@ def seam_energy(video: Tensor, cover: Tiling) -> dict[str, float]:
         size, patch, stride = cover.size[axis], cover.patch[axis], cover.stride[axis]
         starts = range(0, size - patch + 1, stride)
         borders = sorted({edge for start in starts for edge in (start, start + patch)} - {0, size})
-        inside = sorted(set(range(1, size)) - set(borders))
-        if not borders or not inside:
+        elsewhere = sorted(set(range(1, size)) - set(borders))
+        if not borders or not elsewhere:
             continue
-        energy = video.diff(dim=1 + axis).square().movedim(1 + axis, 0).flatten(1).mean(1)
-        across, elsewhere = (energy[[i - 1 for i in where]].mean() for where in (borders, inside))
-        energies[name] = float(across / elsewhere.clamp(min=1e-12))
+        energy = video.diff(dim=1 + axis).square().movedim(1 + axis, 0).flatten(1).mean(1)  # [size - 1], of i = 1 ...
+        at_borders, at_others = (energy[[i - 1 for i in positions]].mean() for positions in (borders, elsewhere))
+        energies[name] = float(at_borders / at_others.clamp(min=1e-12))
     return energies

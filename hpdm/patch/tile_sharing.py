@@ -1,54 +1,67 @@
-"""Sharing the tiles of a level out over the processes of ``torch.distributed``.
+"""Sharing the tiles of a level among the ranks of ``torch.distributed``.
 
-In every round each process takes the next batch of tiles, and all exchange what they made of them, in the order of the
-tiles. So each adds up the same tiles in the same order: the video does not depend on the number of processes, bit for
-bit, and none ever holds more than a round's tiles.
+In every round each rank computes one batch of tiles, and then all ranks gather the round's results in tile order. So
+every rank adds up the same tiles in the same order: the video does not depend on the number of ranks, bit for bit, and
+no rank holds more than the tiles of one round.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hpdm.distributed import world_size
+from hpdm.distributed import shard, world_size
+
+Results = tuple[Tensor, ...]
+"""What is computed of a batch of n tiles: tensors ``[B, n, ...]``."""
 
 
 def batches(tiles: int, size: int) -> list[slice]:
-    """``tiles`` in batches of ``size``, the last one shorter."""
+    """Splits ``tiles`` into batches of ``size``; the last one may be shorter."""
     return [slice(first, min(first + size, tiles)) for first in range(0, tiles, size)]
 
 
-def rounds(all_batches: list[slice]) -> int:
-    """How many times the processes exchange results."""
-    return math.ceil(len(all_batches) / world_size())
+def shared(
+    batches: Sequence[slice], compute: Callable[[slice], Results], like: Results
+) -> Iterator[tuple[slice, Results]]:
+    """Calls ``compute`` on this rank's batches, and yields every rank's ``(batch, results)`` in tile order.
 
-
-def exchange(all_batches: list[slice], turn: int, mine: Tensor | None, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """What every process made in round ``turn``: ``(batch, [B, n, ...])`` in the order of the tiles.
+    A collective: every rank makes the same call.
 
     Args:
-        all_batches: of all processes.
-        turn: number of the round.
-        mine: this process's result, ``None`` if it had no batch left.
-        like: an empty tensor ``[B, 0, ...]`` of the results' shape, dtype and device.
+        batches: all batches of the level, from :func:`batches`.
+        compute: called with one batch at a time, in order.
+        like: empty tensors ``[B, 0, ...]`` with the shapes, dtypes and device of the results.
     """
-    count = world_size()
-    taken = all_batches[turn * count : (turn + 1) * count]
-    if count == 1:
-        if mine is not None:
-            yield taken[0], mine
+    own_batches = shard(batches)
+    for turn in range(math.ceil(len(batches) / world_size())):
+        results = compute(own_batches[turn]) if turn < len(own_batches) else None
+        yield from _gathered(batches[turn * world_size() :][: world_size()], results, like)
+
+
+def _gathered(batches: Sequence[slice], results: Results | None, like: Results) -> Iterator[tuple[slice, Results]]:
+    """The results of one round: ``batches[r]`` is that of rank r; the last ranks may have none."""
+    if world_size() == 1:
+        assert results is not None  # a single rank has a batch in every round
+        yield batches[0], results
         return
-    longest = max(b.stop - b.start for b in taken)
-    shape = (like.shape[0], longest, *like.shape[2:])
-    # Processes without a batch and shorter batches are filled up: a collective wants equal shapes of all.
-    sent = like.new_zeros(shape)
-    if mine is not None:
-        sent[:, : mine.shape[1]] = mine
-    received = [torch.empty_like(sent) for _ in range(count)]
-    dist.all_gather(received, sent)
-    for batch, got in zip(taken, received):
-        yield batch, got[:, : batch.stop - batch.start]
+    longest = max(batch.stop - batch.start for batch in batches)
+    received = [
+        _all_gather(None if results is None else results[i], empty, longest) for i, empty in enumerate(like)
+    ]  # per result, per rank: [B, longest, ...]
+    for rank, batch in enumerate(batches):
+        yield batch, tuple(ranks[rank][:, : batch.stop - batch.start] for ranks in received)
+
+
+def _all_gather(result: Tensor | None, like: Tensor, longest: int) -> list[Tensor]:
+    """``[B, n, ...]`` of every rank, padded to ``[B, longest, ...]``: a collective needs equal shapes on all ranks."""
+    padded = like.new_zeros(like.shape[0], longest, *like.shape[2:])
+    if result is not None:
+        padded[:, : result.shape[1]] = result
+    received = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(received, padded)
+    return received

@@ -1,1 +1,1 @@
-"""What a model costs before it runs: memory, work, the largest batch, the paper's Table 1."""
+"""The cost of a model, predicted before it runs: memory, work, the largest batch, the paper's Table 1."""

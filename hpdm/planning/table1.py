@@ -1,4 +1,4 @@
-"""The paper's Table 1, memory and training speed by patch size, predicted next to what was published."""
+"""The paper's Table 1, memory and training speed by patch size, predicted, next to the published numbers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from hpdm.patch.config import HPDMConfig
-from hpdm.patch.rin import Recompute
-from hpdm.planning.training_cost import StepCost, training_step
+from hpdm.checks import Triple
+from hpdm.planning.training_cost import RECOMPUTE, StepCost, training_step
+from hpdm.system import System
 
-Triple = tuple[int, int, int]
-
-RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "block")
 RESOLUTIONS: tuple[Triple, ...] = ((64, 256, 256), (64, 512, 512))
 
 
@@ -31,11 +29,15 @@ class Cell:
     """``None`` where the paper ran out of memory."""
     published_videos_per_s: float | None
 
-    def config(self, base: HPDMConfig) -> HPDMConfig:
+    def config(self, base: Any) -> Any:
         """The model of this cell, with the widths of ``base``.
 
-        64x512^2 is not ``patch * ratio^l`` for one ratio per axis. The levels follow from height and width, which set
-        the memory; frames are taken to grow at every level too, which touches only the size of the footprints.
+        64x512^2 is not ``patch * ratio^l`` with one ratio per axis. The number of levels follows from height and width,
+        which determine the memory; the frames are assumed to grow at every level as well, which changes only the sizes
+        of the footprints.
+
+        Args:
+            base: a config of a model of patches, with ``with_pyramid`` and ``without_adaptive_computation``.
         """
         growth = self.resolution[1] // self.patch[1]
         config = base.with_pyramid(self.patch, tuple(n * growth for n in self.patch))
@@ -61,35 +63,38 @@ CELLS = _cells()
 """All ten, in the order of the paper."""
 
 
-def _predict(job: tuple[HPDMConfig, str, str]) -> StepCost:
-    config, kernels, recompute = job
-    return training_step(config, 1, kernels, recompute)
-
-
-def table1(base: HPDMConfig, jobs: int | None = None) -> list[dict[str, Any]]:
+def table1(system: System, base: Any, jobs: int | None = None) -> list[dict[str, Any]]:
     """The ten cells, predicted at batch 1 in fp32: the paper's formulas, and the kernels with each recompute setting.
 
     Args:
-        base: the widths; the paper does not say which of its models it ran.
-        jobs: processes at work at once, default one per core.
+        system: kind of the model.
+        base: a config, for the widths; the paper does not say which of its models it ran.
+        jobs: processes, default one per core.
 
     Returns:
-        One row per cell. ``kernels_gb`` is the row's smallest, ``recompute`` the setting that gives it;
-        ``tflop_per_video`` the work of the formulas without recomputation, ``kernels_tflop_per_video`` that of each
-        setting.
+        One row per cell. ``kernels_gb`` is the smallest memory over the recompute settings, and ``recompute`` the
+        setting that gives it. ``tflop_per_video`` is the work of the formulas without recomputation,
+        ``kernels_tflop_per_video`` that of the kernels with each setting.
     """
     settings = [("reference", "none"), *(("torch", recompute) for recompute in RECOMPUTE)]
-    orders = [(cell.config(base), *setting) for cell in CELLS for setting in settings]
-    # The many pieces of full resolution take longest: first, so that no process is left alone with them.
-    queue = sorted(range(len(orders)), key=lambda n: -orders[n][0].tokens)
+    steps = [(cell.config(base), *setting) for cell in CELLS for setting in settings]
+    # The longest predictions (full resolution) first, so that all processes end at about the same time.
+    longest_first = sorted(range(len(steps)), key=lambda n: -steps[n][0].tokens)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
-        done = dict(zip(queue, pool.map(_predict, [orders[n] for n in queue])))
-    costs = [done[n] for n in range(len(orders))]
+        results = pool.map(partial(_predict, system), [steps[n] for n in longest_first])
+        cost_of = dict(zip(longest_first, results))
+    costs = [cost_of[n] for n in range(len(steps))]
     return [_row(cell, costs[n * len(settings) : (n + 1) * len(settings)], base) for n, cell in enumerate(CELLS)]
 
 
-def _row(cell: Cell, costs: Sequence[StepCost], base: HPDMConfig) -> dict[str, Any]:
+def _predict(system: System, step: tuple[Any, str, str]) -> StepCost:
+    config, kernels, recompute = step
+    return training_step(system, config, 1, kernels, recompute)
+
+
+def _row(cell: Cell, costs: Sequence[StepCost], base: Any) -> dict[str, Any]:
+    """The row of a cell; ``costs`` are those of the formulas and of each recompute setting."""
     reference, *kernels = costs
     best = min(kernels, key=lambda cost: cost.peak_bytes)
     return {
@@ -112,23 +117,3 @@ def _row(cell: Cell, costs: Sequence[StepCost], base: HPDMConfig) -> dict[str, A
 def size(triple: Sequence[int]) -> str:
     """``64x256x256``."""
     return "x".join(map(str, triple))
-
-
-def table1_text(preset: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for a terminal."""
-    lines = [
-        f"Table 1 with {preset}: peak memory of one fp32 training step at batch 1 [GB]; work per video [TFLOP]",
-        f"{'':<48}{'':>10}{'':>10}  {'kernels on, recompute':^29} {'of':>10}  {'TFLOP, recompute':^26}",
-        f"{'method':<17}{'resolution':<12}{'patch':<12}{'adaptive':<9}{'published':>9}{'reference':>10}  "
-        f"{'none':>9}{'selective':>10}{'block':>9}  {'published':>9}  {'none':>8}{'selective':>10}{'block':>8}",
-    ]
-    for row in rows:
-        published, gb, work = row["published_gb"], row["kernels_gb_by_recompute"], row["kernels_tflop_per_video"]
-        share = "-" if published is None else f"{row['kernels_gb'] / published:.2f}x"
-        lines.append(
-            f"{row['method']:<17}{row['resolution']:<12}{row['patch']:<12}{'yes' if row['adaptive'] else 'no':<9}"
-            f"{'OOM' if published is None else f'{published:.1f}':>9}{row['reference_gb']:>10.1f}  "
-            f"{gb['none']:>9.1f}{gb['selective']:>10.1f}{gb['block']:>9.1f}  {share:>9}  "
-            f"{work['none']:>8.2f}{work['selective']:>10.2f}{work['block']:>8.2f}"
-        )
-    return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""The clips of a training step, cut into micro-batches that do not know how many processes there are.
+"""The clips of a training step, in micro-batches that do not depend on the number of ranks.
 
-A step takes ``batch`` clips of the data's order in micro-batches of ``micro``: the first ``batch / processes`` go to
-process 0, the next to process 1, and each process takes its own one micro-batch after another. Micro-batch ``j`` of
-step ``n`` has the same clips and the same noise whichever process it falls to, so the number of processes changes a run
-by the rounding of sums and no more.
+A step takes ``batch`` clips of the data's order in micro-batches of ``micro``: the first ``batch / world_size`` go to
+rank 0, the next to rank 1, and each rank takes its share one micro-batch after another. Micro-batch ``j`` of step ``n``
+has the same clips and the same noise on whichever rank it runs, so the number of ranks changes a run only by the
+rounding of sums.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from hpdm import distributed
-from hpdm.data.clips import ClipItem, ClipKey, ClipSampler, VideoDataset
+from hpdm.data.clips import ClipItem, VideoDataset
 from hpdm.data.loader import load
+from hpdm.data.order import ClipKey, ClipOrder
 from hpdm.text import EmbeddingStore, collate_text
 
 
@@ -27,6 +29,11 @@ class Batch(dict[str, Any]):
 
     With embeddings, also ``text`` float32 ``[B, S, W]`` and ``text_mask`` bool ``[B, S]``.
     """
+
+    def inputs(self, conditioning: str, device: torch.device) -> dict[str, Tensor]:
+        """The tensors that a model with this kind of conditioning takes, moved to ``device``."""
+        keys = {"none": ("video",), "class": ("video", "labels"), "text": ("video", "text", "text_mask")}
+        return {key: self[key].to(device, non_blocking=True) for key in keys[conditioning]}
 
 
 def collate(items: list[ClipItem], embeddings: EmbeddingStore | None = None) -> Batch:
@@ -42,32 +49,32 @@ def collate(items: list[ClipItem], embeddings: EmbeddingStore | None = None) -> 
 
 
 class MicroBatches(Sampler[list[ClipKey]]):
-    """This process's micro-batches, endless: all of step ``start``, then all of the next one, and so on.
+    """This rank's micro-batches, without end: those of step ``start``, then those of the next step, and so on.
 
     Args:
         clips: number of clips in the set.
-        batch: clips of a step, over all processes.
-        micro: clips of a micro-batch, a divisor of ``batch / processes``.
+        batch: clips of a step, over all ranks.
+        micro: clips of a micro-batch, a divisor of ``batch / world_size``.
         seed: of the data's order.
         start: the first step.
 
     Raises:
-        ValueError: ``batch`` cannot be cut so.
+        ValueError: ``batch`` is no multiple of ``world_size * micro``.
     """
 
     def __init__(self, clips: int, batch: int, micro: int, seed: int, start: int = 0) -> None:
-        self.rank, processes = (distributed.rank(), distributed.world_size())
-        if batch % (processes * micro):
+        self.rank, world_size = distributed.rank(), distributed.world_size()
+        if batch % (world_size * micro):
             raise ValueError(
-                f"batch: got {batch}, expected a multiple of {processes} process(es) times the micro-batch, {micro}"
+                f"batch: got {batch}, expected a multiple of {world_size} process(es) times the micro-batch, {micro}"
             )
         self.per_step = batch // micro
-        self.own = self.per_step // processes
+        self.own = self.per_step // world_size
         self.start = start
-        self.order = ClipSampler(clips, micro, seed)
+        self.order = ClipOrder(clips, micro, seed)
 
     def numbers(self, step: int) -> range:
-        """The numbers of this process's micro-batches of a step, counted over the whole run."""
+        """The numbers of this rank's micro-batches of a step, counted over the whole run."""
         first = step * self.per_step + self.rank * self.own
         return range(first, first + self.own)
 
@@ -99,10 +106,10 @@ def loader(
 
 
 def _outlive_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the training process ends its step first and needs its data."""
+    """Ignores SIGINT in a worker: Ctrl-C reaches all processes, and the training process needs data to end its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def noise_generator(seed: int, number: int) -> torch.Generator:
-    """The one source of randomness of micro-batch ``number``."""
+    """The only source of randomness for micro-batch ``number``."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)

@@ -1,4 +1,4 @@
-"""Where the numbers of a training run go: a file of JSON lines, TensorBoard, and the progress bar."""
+"""Logs of a training run: a file of JSON lines, TensorBoard, and the progress bar."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import Literal, Protocol
 
 from tqdm import tqdm
 
+from hpdm.files import write_text
+
 
 class Log(Protocol):
-    """Takes one row of numbers per logged step."""
+    """Receives one row of numbers per logged step; ``step`` is one of them."""
 
     def write(self, row: dict[str, float]) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonlLog:
-    """One JSON object per line in ``log.jsonl``; rows of steps after ``start`` are dropped on resume."""
+    """A file with one JSON object per line; rows of steps after ``start``, which a resumed run repeats, are dropped."""
 
     def __init__(self, path: Path, start: int) -> None:
         kept = ""
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = "".join(f"{line}\n" for line in lines if _step_of(line) <= start)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(kept, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, kept)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, float]) -> None:
-        """Appends a row and flushes it."""
+        """Appends a row and flushes it to the file."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
@@ -43,10 +43,11 @@ class JsonlLog:
 
 
 def _step_of(line: str) -> float:
+    """The step of a row; infinity for a line that is no row."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # the half-written last line of a killed process
+        return float("inf")  # the incomplete last line of a killed process
 
 
 class TensorBoardLog:
@@ -62,7 +63,7 @@ class TensorBoardLog:
         self.writer = SummaryWriter(path, purge_step=start + 1)
 
     def write(self, row: dict[str, float]) -> None:
-        """One scalar per entry."""
+        """Adds one scalar per entry."""
         for name, value in row.items():
             if name != "step":
                 self.writer.add_scalar(name, value, int(row["step"]))
@@ -73,14 +74,17 @@ class TensorBoardLog:
 
 
 class Reports:
-    """Rows of a run, each with the clips per second and the share of time spent waiting for data since the last.
+    """Writes a run's rows to its logs and shows its progress.
+
+    To each row it adds ``clips_per_s`` and ``data_share``, the share of time spent waiting for data, both since the
+    previous row.
 
     Args:
-        folder: of the run; ``None`` for a process that keeps quiet.
-        kind: ``"jsonl"``, or ``"tensorboard"`` for both.
-        start: step from which the run goes on.
-        steps: step at which it ends.
-        batch: clips of a step.
+        folder: the run's folder; ``None`` for a process that writes nothing.
+        kind: ``"jsonl"`` for that log alone, ``"tensorboard"`` for both.
+        start: step from which the run starts or resumes.
+        steps: last step of the run.
+        batch: clips per step.
     """
 
     def __init__(
@@ -94,8 +98,8 @@ class Reports:
         self.bar = tqdm(
             total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05, disable=folder is None
         )
-        self.batch, self.steps = batch, 0
-        self.waited, self.clock = 0.0, time.perf_counter()
+        self.batch, self.steps = batch, 0  # steps since the last row
+        self.waited, self.row_time = 0.0, time.perf_counter()  # seconds
 
     def __enter__(self) -> Reports:
         return self
@@ -107,24 +111,24 @@ class Reports:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in here is time spent waiting for data."""
+        """Counts the time in the block as time spent waiting for data."""
         before = time.perf_counter()
         yield
         self.waited += time.perf_counter() - before
 
     def step(self) -> None:
-        """A step is done."""
+        """Counts a step as done."""
         self.steps += 1
         self.bar.update()
 
     def write(self, row: dict[str, float]) -> None:
-        """A row of the step just done."""
+        """Writes a row of the step just done, which has ``step`` and ``loss``."""
         now = time.perf_counter()
         row = row | {
-            "clips_per_s": self.steps * self.batch / (now - self.clock),
-            "data_share": self.waited / (now - self.clock),
+            "clips_per_s": self.steps * self.batch / (now - self.row_time),
+            "data_share": self.waited / (now - self.row_time),
         }
         for log in self.logs:
             log.write(row)
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", clips_s=f"{row['clips_per_s']:.1f}", refresh=False)
-        self.steps, self.waited, self.clock = 0, 0.0, now
+        self.steps, self.waited, self.row_time = 0, 0.0, now

@@ -1,7 +1,7 @@
 """The optimizer of the paper (LAMB), its learning-rate schedule, and an exponential moving average of the weights.
 
-Both follow parameters that are sharded over processes (``DTensor``) as they follow whole ones: the arithmetic is on
-what this process holds, and only LAMB's norms are summed over the shards.
+Optimizer and moving average treat parameters that are sharded over ranks (``DTensor``) like whole ones: each rank
+updates its own shards, and only LAMB's norms are summed over the shards.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor
 
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What this process holds of each tensor: its shard of a ``DTensor``, else all of it. For use under no_grad."""
+    """This rank's part of each tensor: its shard of a ``DTensor``, else the whole tensor. Call it under ``no_grad``."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
 
-def _norms(held: list[Tensor], like: Sequence[Tensor]) -> Tensor:
-    """Norms of whole tensors, of which this process holds ``held``, sharded as ``like``: one reduction for all."""
-    norms = torch.stack(torch._foreach_norm(held))
+def _norms(local: list[Tensor], like: Sequence[Tensor]) -> Tensor:
+    """Norms of whole tensors from this rank's parts ``local``, sharded as ``like``; one reduction for all tensors."""
+    norms = torch.stack(torch._foreach_norm(local))
     if isinstance(like[0], DTensor):
         norms.square_()
         for axis, placement in enumerate(like[0].placements):
@@ -36,12 +36,12 @@ def _norms(held: list[Tensor], like: Sequence[Tensor]) -> Tensor:
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, Algorithm 2): Adam whose step is rescaled per tensor to the tensor's own norm.
 
-    Written here because PyTorch has none. Foreach operations: a handful of launches for all parameters, and two
-    reductions per group where parameters are sharded.
+    PyTorch has no LAMB. This one uses foreach operations: a handful of launches for all parameters, and two reductions
+    per group if parameters are sharded.
 
     Args:
-        params: parameters or groups of them, a group either whole or sharded alike. A group with ``adapt=False`` takes
-            plain Adam steps (biases and norms).
+        params: parameters or groups of them; within a group all are whole, or all are sharded alike. A group with
+            ``adapt=False`` takes plain Adam steps (biases and norms).
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
@@ -87,7 +87,7 @@ class Lamb(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(p)
             state["step"] += 1
         beta1, beta2 = group["betas"]
-        held = shards(params)
+        local = shards(params)
         grads = shards(p.grad for p in params if p.grad is not None)
         first = shards(self.state[p]["exp_avg"] for p in params)
         second = shards(self.state[p]["exp_avg_sq"] for p in params)
@@ -102,12 +102,12 @@ class Lamb(torch.optim.Optimizer):
         update = torch._foreach_div(first, [1 - beta1**n for n in counts])
         torch._foreach_div_(update, root)
         if group["weight_decay"]:
-            torch._foreach_add_(update, held, alpha=group["weight_decay"])
+            torch._foreach_add_(update, local, alpha=group["weight_decay"])
         if group["adapt"]:
-            weights, updates = _norms(held, params), _norms(list(update), params)
+            weights, updates = _norms(local, params), _norms(list(update), params)
             trust = torch.where((weights > 0) & (updates > 0), weights / updates, 1.0)
             torch._foreach_mul_(update, list(trust.unbind()))
-        torch._foreach_add_(held, update, alpha=-group["lr"])
+        torch._foreach_add_(local, update, alpha=-group["lr"])
 
 
 def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -127,23 +127,23 @@ def make_optimizer(model: nn.Module, name: str, lr: float, weight_decay: float) 
     raise ValueError(f"optimizer: got {name!r}, expected 'adamw' or 'lamb'")
 
 
-def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float = 0.0) -> float:
-    """Linear warm-up to ``peak`` over ``warmup`` steps, then a cosine to ``floor * peak`` at ``steps``."""
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to ``peak`` over ``warmup`` steps, then a cosine to 0 at ``steps``."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 class EMA:
-    """Exponential moving average of a model's parameters, sharded as these are.
+    """Exponential moving average of a model's parameters, sharded like them.
 
-    Follows the parameters as they are now: sharding a model comes first, its moving average second.
+    Shard the model before making its average.
 
     The decay is ``min(decay, (1 + n) / (10 + n))`` at update ``n``, so that the random start is forgotten quickly.
 
     Args:
-        model: whose parameters are followed.
+        model: whose parameters are averaged.
         decay: limit of the decay, in [0, 1).
 
     Raises:
@@ -159,7 +159,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """One step towards the model's present parameters."""
+        """Moves the average towards the model's current parameters."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         torch._foreach_lerp_(shards(self.shadow.values()), shards(model.parameters()), 1 - decay)

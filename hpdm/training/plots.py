@@ -1,4 +1,4 @@
-"""``python -m hpdm.training.plots RUN OUT.png``: the loss of every level over a run's steps (extra ``hpdm[plots]``)."""
+"""``python -m hpdm.training.plots RUN OUT.png``: plots a run's loss per pyramid level (extra ``hpdm[plots]``)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from hpdm.files import atomic_path
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
-    """The rows of ``log.jsonl``.
+    """The rows of ``log.jsonl`` in a run's folder.
 
     Raises:
-        FileNotFoundError: no log there.
+        FileNotFoundError: the run has no log.
         ValueError: an empty log.
     """
     path = run / "log.jsonl"
@@ -26,16 +26,21 @@ def read_log(run: Path) -> list[dict[str, float]]:
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """Mean over the last ``window`` values, fewer at the start."""
-    total, out = 0.0, []
+    """At each position, the mean of the last ``window`` values, of fewer at the start."""
+    total, means = 0.0, []
     for i, value in enumerate(values):
         total += value - (values[i - window] if i >= window else 0.0)
-        out.append(total / min(i + 1, window))
-    return out
+        means.append(total / min(i + 1, window))
+    return means
 
 
 def plot_losses(run: Path, out: Path, window: int = 20) -> None:
-    """Draws the loss curves: thin what was logged, thick its running mean over ``window`` rows."""
+    """Draws the logged losses of every level as a thin line, and as a thick one their mean over ``window`` rows.
+
+    Raises:
+        ImportError: ``matplotlib`` is not installed.
+        FileNotFoundError, ValueError: as :func:`read_log`.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Stopping between steps: Ctrl-C, or the SIGTERM of a cluster's scheduler, is a wish, not an accident."""
+"""Graceful shutdown: on SIGINT or SIGTERM, finish the step, save a checkpoint, exit."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ logger = logging.getLogger(__name__)
 
 
 class Stop:
-    """Within it, the first SIGINT or SIGTERM sets ``asked``; a second one interrupts at once.
+    """Within the block, the first SIGINT (Ctrl-C) or SIGTERM (a cluster's scheduler) sets ``requested``.
 
-    Python delivers signals to the main thread alone; elsewhere this does nothing.
+    A second signal raises KeyboardInterrupt at once. Python delivers signals only to the main thread; in any other
+    thread the block changes nothing.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> Stop:
-        self.main = threading.current_thread() is threading.main_thread()
-        if self.main:
-            self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        if self.in_main_thread:
+            self.previous = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.main:
-            for number, handler in self.before.items():
+        if self.in_main_thread:
+            for number, handler in self.previous.items():
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         logger.warning("%s: stopping after this step, once the checkpoint is written", signal.Signals(number).name)

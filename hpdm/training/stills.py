@@ -1,9 +1,8 @@
-"""Joint training on images and videos: a share of the clips of a step becomes still videos.
+"""Joint training on images and videos: some of the clips of a step are replaced by still videos.
 
-The paper's text-to-video models are trained on 4096 + 4096 (1K: 1024 + 1024) videos and images per step (Table 8), an
-image being repeated along time (section 5.2). **Reading:** images are frames of the clips themselves, so that no second
-set is needed; text and labels stay those of the clip. Nothing tells the network which samples are stills: at every
-level they are videos like the others.
+The paper trains its text-to-video models on 4096 videos and 4096 images per step (1024 and 1024 at 1K; Table 8), where
+an image is repeated along time (section 5.2). **Reading:** the images are frames of the clips themselves, with the
+clip's text or label, so that no set of images is needed. The network is not told which samples are stills.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ def still_images(video: Tensor, share: float, generator: torch.Generator) -> Ten
 
     Args:
         video: ``[B, C, F, H, W]``, any dtype and device.
-        share: share of the clips that become images, 0 to 1. Where ``share * B`` is no whole number it is rounded
-            up or down at random, so that the share is right on average even for one clip per device.
-        generator: CPU generator, from which nothing is drawn for a share of 0.
+        share: fraction of the clips that become stills, 0 to 1. Where ``share * B`` is no integer it is rounded up or
+            down at random, so that the share is right on average even for one clip per device.
+        generator: CPU generator; nothing is drawn from it for a share of 0.
 
     Returns:
-        The same shape; ``video`` itself for a share of 0.
+        ``[B, C, F, H, W]``; ``video`` itself for a share of 0, else a new tensor.
 
     Raises:
         ValueError: a share outside of 0..1.
@@ -32,10 +31,10 @@ def still_images(video: Tensor, share: float, generator: torch.Generator) -> Ten
     if share == 0:
         return video
     batch, _, frames = video.shape[:3]
-    # The sum is below `batch` + 1, but not always after rounding.
+    # The sum is below `batch` + 1 exactly, but rounding may make it equal: hence the `min`.
     count = min(batch, int(share * batch + float(torch.rand((), generator=generator))))
     rows = torch.randperm(batch, generator=generator)[:count].to(video.device)
-    chosen = torch.randint(frames, (count,), generator=generator).to(video.device)
+    numbers = torch.randint(frames, (count,), generator=generator).to(video.device)
     stills = video.clone()
-    stills[rows] = video[rows, :, chosen].unsqueeze(2).expand_as(stills[rows])
+    stills[rows] = video[rows, :, numbers].unsqueeze(2).expand_as(stills[rows])  # [count, C, F, H, W]
     return stills

@@ -1,4 +1,4 @@
-"""What compiled code contains: instructions in PTX and SASS, registers and stack in a ``cubin``, and who made it."""
+"""Reads compiled kernels: instructions in PTX and SASS, registers and stack in a ``cubin``; and tool versions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpdm_kernels import _triton
-from hpdm_kernels.aot.table import TARGETS
+from hpdm_kernels.aot.result import TARGETS
 
-# PTX to what the hardware calls it: which matrix units a kernel uses.
+# Matrix instructions of PTX and their names in SASS.
 _MATRIX_INSTRUCTIONS = {"tcgen05.mma": "UTCHMMA", "wgmma.mma_async": "HGMMA", "mma.sync": "HMMA"}
 _MATRIX_OPERANDS = re.compile(r"\b(?:wg)?mma(?:_async)?\.sync\.aligned\.m\d+n\d+k\d+(?:\.(?:row|col))*\.\w+\.(\w+)")
 _TCGEN05 = re.compile(r"\btcgen05\.mma\.\S*kind::(\w+)\s+\[[^]]*\],[^,]+,[^,]+,\s*(%\w+)")
@@ -26,7 +26,7 @@ _OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re
 
 @dataclass(frozen=True)
 class Code:
-    """The instructions of a kernel that decide its speed; the fields of `Result` that have these names."""
+    """Counts of the instructions that decide a kernel's speed; ``Result`` documents the fields."""
 
     matrix: str
     loads: int
@@ -53,12 +53,12 @@ def read_sass(sass: str) -> Code:
     """Counts instructions in SASS as ``nvdisasm -c`` prints it.
 
     Raises:
-        ValueError: no instruction in it.
+        ValueError: ``sass`` has no instructions.
     """
     opcodes = [opcode.split(".") for opcode in _OPCODE.findall(sass)]
     if not opcodes:
         raise ValueError(f"sass: got {sass[:80]!r}, expected lines such as '/*0000*/  LDG.E.128 R4, ... ;'")
-    # LD is a load through a generic address, which may be global; LDGSTS goes to shared memory past the registers.
+    # LD is a load through a generic address, which may be global; LDGSTS loads into shared memory past the registers.
     loads = [parts for parts in opcodes if parts[0] in ("LDG", "LD", "LDGSTS")]
     return Code(
         matrix=_joined(parts[0] for parts in opcodes if parts[0].endswith("MMA")),
@@ -69,17 +69,17 @@ def read_sass(sass: str) -> Code:
 
 
 def read_operands(ptx: str) -> str:
-    """What the matrix units multiply: ``TF32``, ``BF16``, ``F16``, several joined by ``+``, ``-`` without a product.
+    """Operand types of the matrix instructions: ``TF32``, ``BF16``, ``F16``, joined by ``+``; ``-`` if there are none.
 
     Blackwell's instruction says ``kind::f16`` for both 16-bit types; its descriptor, a constant, tells them apart.
     """
-    found = [operand.upper() for operand in _MATRIX_OPERANDS.findall(ptx)]
+    operands = [operand.upper() for operand in _MATRIX_OPERANDS.findall(ptx)]
     for kind, register in _TCGEN05.findall(ptx):
         constants = re.findall(rf"\bmov\.b32\s+{register},\s*(\d+);", ptx)
         types = {_TCGEN05_TYPES.get((kind, int(constant) >> 7 & 7)) for constant in constants}
         operand = types.pop() if len(types) == 1 else None
-        found.append(operand or f"kind::{kind}")
-    return _joined(found)
+        operands.append(operand or f"kind::{kind}")
+    return _joined(operands)
 
 
 def _joined(names: Iterable[str]) -> str:
@@ -94,22 +94,22 @@ def disassemble(cubin: bytes) -> str:
     """The SASS of a ``cubin``, by Triton's own ``nvdisasm``.
 
     Raises:
-        RuntimeError: it is missing or does not understand the file.
+        RuntimeError: ``nvdisasm`` is missing or cannot read the file.
     """
     if not _tool("nvdisasm").exists():
         raise RuntimeError(f"nvdisasm: not found at {_tool('nvdisasm')}")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        # Without the analysis of data flow, a quarter faster; only opcodes are read.
-        done = subprocess.run([_tool("nvdisasm"), "-c", "-ndf", file.name], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"nvdisasm: exit status {done.returncode}: {done.stderr.strip()[:200]}")
-    return done.stdout
+        # -ndf skips the data-flow analysis, which is slow and not needed to read opcodes.
+        process = subprocess.run([_tool("nvdisasm"), "-c", "-ndf", file.name], capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"nvdisasm: exit status {process.returncode}: {process.stderr.strip()[:200]}")
+    return process.stdout
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of Triton and of the tools that it brings, for the table's header."""
+    """Versions of Triton and of the tools that come with it, for the table's header."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     assemblers: dict[str, list[str]] = {}
@@ -125,10 +125,10 @@ def tool_versions() -> dict[str, str]:
 
 def _version(tool: str | Path) -> str:
     out = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"\bV(\d[\d.]*)", out)
-    if found is None:
+    version = re.search(r"\bV(\d[\d.]*)", out)
+    if version is None:
         raise RuntimeError(f"{tool} --version: got {out!r}, expected a version such as V13.1.80")
-    return found[1]
+    return version[1]
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The committed table of what the compilers made of every kernel: written, read back and compared."""
+"""Writes, reads and compares the committed table of compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,85 +6,21 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hpdm_kernels._triton import KernelSpec
-
-SHARED_MEMORY_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-"""Bytes of shared memory that one block may use; Triton does not check it when compiling ahead of time."""
-
-TARGETS = tuple(SHARED_MEMORY_LIMITS)
-
-
-REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
-"""What a multiprocessor of any target holds (CUDA C++ Programming Guide, "Technical Specifications per Compute
-Capability")."""
-
-RESERVED_SHARED_MEMORY = 1024
-"""Bytes that the driver takes per block; a multiprocessor has as much as one block may use, and these."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One kernel compiled for one target."""
-
-    kernel: str
-    target: str
-    op: str = ""
-    """The module that ships it: ``cross_attention``."""
-    config: str = ""
-    """Block sizes, warps and stages, as ``config_text`` writes them."""
-    registers: int | None = None
-    """Per thread."""
-    stack: int | None = None
-    """Bytes per thread; more than none means that registers were spilled."""
-    shared: int | None = None
-    """Bytes per block."""
-    matrix: str = "-"
-    """``HMMA`` (Ampere's), ``HGMMA`` (Hopper's), ``UTCHMMA`` (Blackwell's), several joined by ``+``, or ``-``."""
-    operands: str = "-"
-    """What they multiply: ``TF32``, ``BF16``, ``F16``."""
-    loads: int = 0
-    """Loads from global memory in the code, asynchronous copies included."""
-    wide_loads: int = 0
-    """Those of 16 bytes or more per thread."""
-    async_copies: int = 0
-    """Copies from global to shared memory that pass by the registers."""
-    read_from: str = "PTX"
-    """Where the instructions were counted: ``PTX`` or ``SASS``."""
-    seconds: float = 0.0
-    problem: str = ""
-    """Why this kernel must not be shipped, empty if it may."""
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks a multiprocessor holds at once, by registers, shared memory and warps."""
-        warps = int(self.config.rpartition(", ")[2].split(" x ")[0])
-        # Registers are given to a warp in units of 256, eight per thread.
-        registers_per_warp = -(-(self.registers or 0) // 8) * 256
-        shared = SHARED_MEMORY_LIMITS[self.target] + RESERVED_SHARED_MEMORY
-        return min(
-            BLOCKS,
-            WARPS // warps,
-            REGISTERS // registers_per_warp // warps,
-            shared // ((self.shared or 0) + RESERVED_SHARED_MEMORY),
-        )
+from hpdm_kernels.aot.digest import digest
+from hpdm_kernels.aot.result import SHARED_MEMORY_LIMITS, TARGETS, Result, config_text
 
 
 @dataclass(frozen=True)
 class Table:
-    """What ``docs/kernels.md`` says."""
+    """The content of ``docs/kernels.md``."""
 
     tools: Mapping[str, str]
     """Name to version: ``triton``, ``ptxas``, ``nvdisasm``."""
     results: Sequence[Result]
-
-
-def config_text(spec: KernelSpec) -> str:
-    """The entry of the table of block sizes: ``D64 M128 N64, 8 x 3`` is 8 warps and 3 stages."""
-    blocks = [f"{name.removeprefix('BLOCK_')}{n}" for name, n in spec.constexprs.items() if name.startswith("BLOCK_")]
-    return f"{' '.join(sorted(blocks)) or '-'}, {spec.num_warps} x {spec.num_stages}"
 
 
 _COLUMNS: dict[str, Callable[[Result], str]] = {
@@ -97,6 +33,7 @@ _COLUMNS: dict[str, Callable[[Result], str]] = {
     "async copies": lambda r: str(r.async_copies),
     "read from": lambda r: r.read_from,
     "blocks per SM": lambda r: str(r.blocks),
+    "digest": lambda r: r.digest,
 }
 
 _INTRODUCTION = """\
@@ -118,24 +55,29 @@ A cell holds one value if it is the same for all of them, else one per target, i
 | stack | bytes of local memory per thread: spilled registers. Must be 0 | |
 | shared | bytes of shared memory per block, without what the driver reserves. At most {limits} | bank conflicts |
 | matrix unit | which matrix instructions the code has: `HMMA` (sm_80's), `HGMMA` (sm_90's), `UTCHMMA` (sm_100's), \
-`-` none | its utilisation |
+`-` none | its utilization |
 | operands | what they multiply; always read from PTX, since the SASS of sm_100 does not show it | \
 the kernel's inputs: fp32 is rounded to TF32, or split into three products of TF32 (`tf32x3`) |
 | 16-byte loads | instructions that load at least 16 bytes per thread from global memory, of all that load from there, \
 asynchronous copies included | executed loads: code in loops counts once |
-| async copies | instructions that copy from global to shared memory past the registers (`LDGSTS`, TMA) | bytes |
+| async copies | instructions that copy from global to shared memory and bypass the registers (`LDGSTS`, TMA) | bytes |
 | read from | `SASS`, the machine code, disassembled; or `PTX`, the compiler's input, where that failed | |
 | blocks per SM | how many blocks a multiprocessor holds at once: 65,536 registers, 64 warps, 32 blocks, shared memory \
 as above and 1,024 bytes more per block | measured; tensor memory, which limits products on sm_100 too |
+| digest | of the code and configuration that were compiled; a row is evidence as long as this is today's | changed by \
+comments, names or moves between files |
 
-Pointers are taken as multiples of 16 bytes, sizes and strides as multiples of 16 where the op says so and as unknown
+Pointers are assumed to be multiples of 16 bytes, sizes and strides multiples of 16 where the op says so and unknown
 elsewhere. At launch Triton looks at the values: an integer argument that is 1 becomes a constant, a multiple of 16 is
-taken as such. Kernels that take the innermost stride as an argument therefore get better code than is listed here when
-their tensors are contiguous."""
+assumed to be one. Kernels that take the innermost stride as an argument therefore get better code than is listed here
+when their tensors are contiguous."""
 
 
 def render(table: Table, command: str) -> str:
-    """Markdown: how to read it, a summary per op and target, then one line per kernel and configuration."""
+    """The table in Markdown: how to read it, a summary per op family and target, one line per kernel configuration.
+
+    ``command`` is the command that writes the file.
+    """
     results = table.results
     parts = [
         _INTRODUCTION.format(
@@ -154,6 +96,7 @@ def render(table: Table, command: str) -> str:
 
 
 def _summary(results: Sequence[Result]) -> str:
+    """One line per op family and target."""
     lines = [
         "| op | target | kernels | most registers | most shared memory | on the matrix unit | with async copies | "
         "16-byte loads |",
@@ -161,32 +104,30 @@ def _summary(results: Sequence[Result]) -> str:
     ]
     for op in dict.fromkeys(r.op for r in results):
         for target in TARGETS:
-            of = [r for r in results if (r.op, r.target) == (op, target)]
-            if not of:
+            rows = [r for r in results if (r.op, r.target) == (op, target)]
+            if not rows:
                 continue
-            shared, wide, loads = (
-                max(r.shared or 0 for r in of),
-                sum(r.wide_loads for r in of),
-                sum(r.loads for r in of),
-            )
+            shared = max(r.shared or 0 for r in rows)
+            wide, loads = sum(r.wide_loads for r in rows), sum(r.loads for r in rows)
             lines.append(
-                f"| {op} | {target} | {len(of)} | {max(r.registers or 0 for r in of)} | {shared:,} B "
-                f"({shared / SHARED_MEMORY_LIMITS[target]:.0%} of the limit) | {sum(r.matrix != '-' for r in of)} | "
-                f"{sum(r.async_copies > 0 for r in of)} | {wide} of {loads} |"
+                f"| {op} | {target} | {len(rows)} | {max(r.registers or 0 for r in rows)} | {shared:,} B "
+                f"({shared / SHARED_MEMORY_LIMITS[target]:.0%} of the limit) | {sum(r.matrix != '-' for r in rows)} | "
+                f"{sum(r.async_copies > 0 for r in rows)} | {wide} of {loads} |"
             )
     return "\n".join(lines)
 
 
 def _lines(results: Sequence[Result]) -> str:
+    """One line per kernel; a cell has one value for all targets or one for each."""
     lines = [f"| kernel | configuration | {' | '.join(_COLUMNS)} |", "|---|---|" + "---|" * len(_COLUMNS)]
     for kernel in dict.fromkeys(r.kernel for r in results):
         by_target = {r.target: r for r in results if r.kernel == kernel}
-        of = [by_target[target] for target in TARGETS]
+        of_kernel = [by_target[target] for target in TARGETS]
         cells = []
         for text in _COLUMNS.values():
-            values = [text(r) for r in of]
+            values = [text(r) for r in of_kernel]
             cells.append(values[0] if len(set(values)) == 1 else " / ".join(values))
-        lines.append(f"| `{kernel}` | {of[0].config} | {' | '.join(cells)} |")
+        lines.append(f"| `{kernel}` | {of_kernel[0].config} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -227,45 +168,57 @@ def read(text: str) -> Table:
                     wide_loads=int(wide),
                     async_copies=int(row["async copies"]),
                     read_from=row["read from"],
+                    digest=row["digest"],
                 )
             )
     return Table(tools, results)
 
 
 def stale_rows(table: Table, specs: Iterable[KernelSpec]) -> list[str]:
-    """How the table's kernels and configurations differ from today's, empty if they do not."""
-    listed = {r.kernel: r.config for r in table.results}
-    today = {spec.name: config_text(spec) for spec in specs}
+    """Differences between the table's kernels, configurations and digests and the current ones, one line each."""
+    listed = {r.kernel: r for r in table.results}
+    today = {spec.name: spec for spec in specs}
     out = [f"{name}: not in the table" for name in today if name not in listed]
     out += [f"{name}: in the table, but there is no such kernel" for name in listed if name not in today]
-    for name, config in today.items():
-        if name in listed and listed[name] != config:
-            out.append(f"{name}: {listed[name]} in the table, now {config}")
+    for name, spec in today.items():
+        if name not in listed:
+            continue
+        if listed[name].config != config_text(spec):
+            out.append(f"{name}: {listed[name].config} in the table, now {config_text(spec)}")
+        elif listed[name].digest != digest(spec):
+            out.append(f"{name}: digest {listed[name].digest or 'none'} in the table, now {digest(spec)}")
     return out
 
 
-def lost_instructions(table: Table, results: Iterable[Result]) -> list[str]:
-    """Matrix units, operand types and asynchronous copies that the table has and ``results`` have not.
+def current_rows(table: Table, by_op: Mapping[str, Iterable[KernelSpec]]) -> list[Result]:
+    """The table's results that match the current code and configurations, with the current op families."""
+    today = {(spec.name, config_text(spec), digest(spec)): op for op, specs in by_op.items() for spec in specs}
+    keys = [(r.kernel, r.config, r.digest) for r in table.results]
+    return [replace(r, op=today[key]) for r, key in zip(table.results, keys) if key in today]
 
-    Counts and registers are left out: unrolling and scheduling move them, for better as often as for worse. Another
-    matrix unit, or copies through registers where there was a pipeline, is another kernel, and on Hopper a slow one.
+
+def lost_instructions(table: Table, results: Iterable[Result]) -> list[str]:
+    """Matrix units, operand types and asynchronous copies that ``results`` lost against the table, one line each.
+
+    Counts and registers are not compared: unrolling and scheduling change them in either direction. Losing a matrix
+    unit, or an asynchronous copy, makes a kernel slow, above all on Hopper.
     """
-    was = {(r.kernel, r.target): r for r in table.results}
+    previous = {(r.kernel, r.target): r for r in table.results}
     out = []
     for r in results:
-        old = was.get((r.kernel, r.target))
+        old = previous.get((r.kernel, r.target))
         if old is None:
             continue
-        for what, before, now in (("matrix unit", old.matrix, r.matrix), ("operands", old.operands, r.operands)):
+        for name, before, now in (("matrix unit", old.matrix, r.matrix), ("operands", old.operands, r.operands)):
             if not set(before.split("+")) - {"-"} <= set(now.split("+")):
-                out.append(f"{r.kernel} on {r.target}: {what} {before} in the table, now {now}")
+                out.append(f"{r.kernel} on {r.target}: {name} {before} in the table, now {now}")
         if old.async_copies and not r.async_copies:
             out.append(f"{r.kernel} on {r.target}: {old.async_copies} async copies in the table, now none")
     return out
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path``, which is either the old file or the whole new one at any time."""
+    """Writes ``text`` to ``path`` atomically: readers see either the old file or the complete new one."""
     temporary = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -1,1 +1,1 @@
-"""Cross-attention between latents and tokens (paper Fig. 11), and its fusion with the projection of the tokens."""
+"""Attention of a RIN block (paper Fig. 11): cross-attention, and the read of tokens with its projection."""

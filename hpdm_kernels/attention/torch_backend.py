@@ -1,10 +1,9 @@
-"""Attention in PyTorch that gives and takes the log-sum-exp, so that backward can go over a part of the keys at a time.
+"""Attention in PyTorch that returns and accepts the log-sum-exp, so that backward can process keys in chunks.
 
-The signatures are those of :mod:`hpdm_kernels.attention.triton_backend`: the log-sum-exp is in base 2, and -inf
-for queries without a key to read. On the CPU PyTorch's own fused kernels do it, the ones behind
-``F.scaled_dot_product_attention``: forward and backward take 47 and 142 ms at 768 queries, 4096 keys and 4 heads of 64
-on two cores, the formula written out 143 and 274 ms. Elsewhere the formula is written out, since PyTorch's fused
-attention for CUDA is several functions, none of which takes every dtype and repeats its gradients.
+The signatures are those of :mod:`hpdm_kernels.attention.triton_backend`. The log-sum-exp is in base 2, and -inf for
+queries whose keys are all hidden. On the CPU PyTorch's fused kernels do the work, the ones behind
+``F.scaled_dot_product_attention``: they are faster than the plain formula. Other devices use the plain formula, because
+none of PyTorch's fused attention functions for CUDA both takes every dtype and gives the same gradients in every run.
 """
 
 from __future__ import annotations
@@ -12,21 +11,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpdm_kernels.reference import coordinate_dtype
+from hpdm_kernels.boxes import coordinate_dtype
 
 LOG2E = 1.4426950408889634
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str, key_mask: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, scale: float, precision: str, key_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``out`` and the log-sum-exp ``[B, h, M]``, which is fp64 for fp64 and else fp32. ``precision`` is PyTorch's."""
+    """``out [B, h, M, d]`` and the log-sum-exp ``[B, h, M]``, which is fp64 for fp64 inputs and else fp32.
+
+    ``q`` is ``[B, h, M, d]``, ``k`` and ``v`` are ``[B, h, N, d]``, ``key_mask`` is ``[B, N]`` bool. ``precision`` is
+    not used: PyTorch's own setting governs its products.
+    """
     if q.device.type != "cpu":
         return formula_forward(q, k, v, scale, key_mask)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, attn_mask=_additive(key_mask, q.dtype), scale=scale
     )
-    if key_mask is not None:  # PyTorch says 0
+    if key_mask is not None:  # PyTorch returns 0 where all keys are hidden
         lse = lse.masked_fill(~key_mask.any(dim=1)[:, None, None], -torch.inf)
     return out, lse * LOG2E
 
@@ -40,9 +43,12 @@ def backward(
     lse: Tensor,
     scale: float,
     precision: str,
-    key_mask: Tensor | None,
+    key_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q``, ``k``, ``v``; those of some of the keys, if ``out`` and ``lse`` are of all of them."""
+    """Gradients ``dq [B, h, M, d]``, ``dk`` and ``dv`` ``[B, h, N, d]``, from ``grad [B, h, M, d]``, that of ``out``.
+
+    ``k`` and ``v`` may be a subset of the keys and values, as long as ``out`` and ``lse`` are the results for all keys.
+    """
     if q.device.type != "cpu":
         return formula_backward(grad, q, k, v, out, lse, scale, key_mask)
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -52,33 +58,35 @@ def backward(
 
 
 def formula_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """:func:`forward` with the scores written out."""
-    scores = _scores(q, k, scale, key_mask)
-    lse = scores.logsumexp(dim=-1)
+    """:func:`forward` by the plain formula, with the scores in memory."""
+    scores = _scores(q, k, scale, key_mask)  # [B, h, M, N]
+    lse = scores.logsumexp(dim=-1)  # [B, h, M]
     return torch.exp(scores - _finite(lse)[..., None]).to(v.dtype) @ v, lse * LOG2E
 
 
 def formula_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`backward` with the scores written out."""
-    p = torch.exp(_scores(q, k, scale, key_mask) - _finite(lse)[..., None] / LOG2E)
-    delta = (grad.to(p.dtype) * out.to(p.dtype)).sum(dim=-1, keepdim=True)
-    ds = (((grad @ v.mT) - delta) * p * scale).to(q.dtype)
+    """:func:`backward` by the plain formula, with the scores in memory."""
+    p = torch.exp(_scores(q, k, scale, key_mask) - _finite(lse)[..., None] / LOG2E)  # [B, h, M, N]
+    delta = (grad.to(p.dtype) * out.to(p.dtype)).sum(dim=-1, keepdim=True)  # [B, h, M, 1]
+    ds = (((grad @ v.mT) - delta) * p * scale).to(q.dtype)  # [B, h, M, N]
     return ds @ k, ds.mT @ q, p.to(grad.dtype).mT @ grad
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+    """Scaled scores ``[B, h, M, N]``, -inf where a key is hidden."""
     scores = (q @ k.mT).to(coordinate_dtype(q.dtype)) * scale
     return scores if key_mask is None else scores.masked_fill(~key_mask[:, None, None], -torch.inf)
 
 
 def _additive(key_mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask to be added to the scores, ``[B, 1, 1, N]``: 0, or -inf where a key is hidden."""
     if key_mask is None:
         return None
     return torch.zeros_like(key_mask, dtype=dtype).masked_fill(~key_mask, -torch.inf)[:, None, None]
 
 
 def _finite(lse: Tensor) -> Tensor:
-    """Where all scores are -inf any number will do: the weights are ``exp(-inf - lse) = 0``."""
+    """Replaces -inf, where all scores are -inf, by 0: the weights ``exp(-inf - lse)`` are then 0, not NaN."""
     return lse.masked_fill(lse == -torch.inf, 0.0)

@@ -1,13 +1,18 @@
-"""Kernels of :mod:`hpdm_kernels.attention.cross`, which launches them.
+"""The attention kernels, launched by :mod:`hpdm_kernels.attention.triton_backend`.
 
-Forward: one program holds ``BLOCK_M`` queries and walks over the keys with the online softmax, so the ``M x N`` scores
-never reach memory. Backward: two kernels take the scores again from the log-sum-exp; one holds queries and walks over
-keys (dQ), the other holds keys and walks over queries (dK, dV). Each output element has one writer: no atomics.
+Forward: a program keeps ``BLOCK_M`` queries and loops over the keys with the online softmax, so the ``M x N`` scores
+never reach memory. Backward: two kernels recompute the weights from the scores and the log-sum-exp. One keeps queries
+and loops over keys (dq), the other keeps keys and loops over queries (dk, dv). One program writes each output element:
+there are no atomics.
 
-A walk may be cut into ranges, one program each, whose partial results are fp32. Those of the forward are weighed by
-their log-sum-exps in the combine kernel; those of the backward are added up. Both happen in a fixed order.
+The loop may be split into ranges, one program each ("splits"), with fp32 partial results. The combine kernel merges
+those of the forward by their log-sum-exps; those of the backward are added. Both happen in a fixed order.
 
-A mask may hide keys. A query whose scores are all -inf, hidden or not, gets zeros, as in PyTorch's attention.
+A mask may hide keys. A query whose scores are all -inf, hidden or not, gives zeros, as in PyTorch's attention.
+
+In the comments on arguments, ``[B, h, M, d]*`` is a tensor whose strides of ``B``, ``h`` and ``M`` are arguments, too,
+and whose last axis is contiguous; tensors without ``*`` are contiguous. The backward kernels are long because a kernel
+cannot group its arguments in structures.
 """
 
 # Kernels' arguments have Triton's types, not Python's.
@@ -29,7 +34,10 @@ def _load_rows(
     BLOCK_D: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """Rows ``start ... start + ROWS - 1`` of a ``[size, WIDTH]`` matrix as ``[ROWS, BLOCK_D]``, zero outside of it."""
+    """Loads rows ``start`` to ``start + ROWS - 1`` of a ``[size, WIDTH]`` matrix as ``[ROWS, BLOCK_D]``, zero outside.
+
+    Rows are ``stride`` elements apart. ``EVEN``: all of these rows are inside the matrix.
+    """
     rows = start + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + cols[None, :]
@@ -54,7 +62,10 @@ def _store_rows(
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Stores ``tile`` as rows ``row0 + start * stride ...`` of a contiguous matrix of ``WIDTH`` columns."""
+    """Stores ``tile [ROWS, BLOCK_D]`` into a contiguous matrix of ``WIDTH`` columns at ``ptr``.
+
+    Row ``i`` of the tile becomes row ``row0 + (start + i) * stride`` of the matrix, if ``start + i < size``.
+    """
     rows = start + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_D)
     ptrs = ptr + (row0 + rows.to(tl.int64) * stride)[:, None] * WIDTH + cols[None, :]
@@ -63,19 +74,39 @@ def _store_rows(
 
 @jit
 def _load_lse(ptrs, inside):
-    """Log-sum-exps; of a query whose scores are all -inf, +inf: its weights ``exp2(s - lse)`` are then 0, not NaN."""
+    """Loads log-sum-exps, with +inf in place of -inf.
+
+    If all scores of a query are -inf, so is its log-sum-exp. With +inf its weights ``exp2(s - lse)`` are 0, not NaN.
+    """
     lse = tl.load(ptrs, mask=inside, other=0.0)
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
 @jit
+def _locate(size, ROWS: tl.constexpr, batch, heads):
+    """What this program works on: ``(start, group, sample, head, split)``.
+
+    ``start`` is the first of its ``ROWS`` rows, of ``size`` in all. In the program id blocks of rows vary fastest, then
+    heads, samples and splits. ``group`` is the index of (split, sample, head).
+    """
+    blocks = tl.cdiv(size, ROWS)
+    pid = tl.program_id(0)
+    start = pid % blocks * ROWS
+    group = (pid // blocks).to(tl.int64)
+    head = group % heads
+    sample = group // heads % batch
+    split = (group // heads // batch).to(tl.int32)
+    return start, group, sample, head, split
+
+
+@jit
 def cross_attention_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q_ptr,  # [B, h, M, d]*
+    k_ptr,  # [B, h, N, d]*
+    v_ptr,  # [B, h, N, d]*
     bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
-    out_ptr,  # [splits, B, M, h, d]
-    lse_ptr,  # [splits, B, h, M], base 2
+    out_ptr,  # [splits, B, M, h, d], written
+    lse_ptr,  # [splits, B, h, M], base 2, written
     stride_q_b,
     stride_q_h,
     stride_q_m,
@@ -99,13 +130,9 @@ def cross_attention_fwd_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(queries, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = pid % blocks * BLOCK_M
-    group = (pid // blocks).to(tl.int64)
-    head = group % heads
-    sample = group // heads % batch
-    first = (group // heads // batch).to(tl.int32) * keys_per_split
+    """Attention of a block of queries of one head to one split of the keys."""
+    start_m, group, sample, head, split = _locate(queries, BLOCK_M, batch, heads)
+    first = split * keys_per_split
 
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
@@ -125,7 +152,7 @@ def cross_attention_fwd_kernel(
         elif not EVEN:
             s = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
-        # A row whose scores so far are all -inf has weight 0, not exp2(-inf + inf).
+        # If all scores of a row so far are -inf, its weights must be 0, not exp2(-inf + inf).
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(top - base)
@@ -134,7 +161,7 @@ def cross_attention_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
-    # group counts (split, sample, head); the row of (split, sample, m, head) in out:
+    # The row of (split, sample, m, head) in out is row0 + m * heads.
     row0 = group // heads * queries * heads + head
     out = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
     _store_rows(out_ptr, out, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
@@ -144,10 +171,10 @@ def cross_attention_fwd_kernel(
 
 @jit
 def cross_attention_combine_kernel(
-    part_ptr,  # [splits, B, M, h, d]
+    part_ptr,  # [splits, B, M, h, d] fp32
     part_lse_ptr,  # [splits, B, h, M]
-    out_ptr,  # [B, M, h, d]
-    lse_ptr,  # [B, h, M]
+    out_ptr,  # [B, M, h, d], written
+    lse_ptr,  # [B, h, M], written
     batch,
     heads,
     queries,
@@ -156,6 +183,7 @@ def cross_attention_combine_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
+    """Combines the splits of a block of queries of one head."""
     blocks = tl.cdiv(queries, BLOCK_M)
     pid = tl.program_id(0)
     group = (pid // blocks).to(tl.int64)
@@ -165,7 +193,7 @@ def cross_attention_combine_kernel(
     sample = group // heads
     head = group % heads
 
-    # One pass: the running maximum of the parts' log-sum-exps plays the part of the running maximum of scores.
+    # One pass, like the online softmax over keys, with the log-sum-exps of the splits in place of scores.
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -188,15 +216,15 @@ def cross_attention_combine_kernel(
 
 @jit
 def cross_attention_bwd_q_kernel(
-    grad_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    grad_ptr,  # [B, h, M, d]*, gradient of out
+    q_ptr,  # [B, h, M, d]*
+    k_ptr,  # [B, h, N, d]*
+    v_ptr,  # [B, h, N, d]*
     bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
-    out_ptr,
+    out_ptr,  # [B, h, M, d]*
     lse_ptr,  # [B, h, M]
-    delta_ptr,  # [B, h, M], written: rowsum(grad * out)
-    grad_q_ptr,  # [splits, B, M, h, d], written
+    delta_ptr,  # [B, h, M], written: sum over d of grad * out
+    dq_ptr,  # [splits, B, M, h, d], written
     stride_g_b,
     stride_g_h,
     stride_g_m,
@@ -227,26 +255,21 @@ def cross_attention_bwd_q_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(queries, BLOCK_M)
-    pid = tl.program_id(0)
-    start_m = pid % blocks * BLOCK_M
-    group = (pid // blocks).to(tl.int64)
-    head = group % heads
-    sample = group // heads % batch
-    split = (group // heads // batch).to(tl.int32)
+    """Gradient dq of a block of queries of one head, from one split of the keys."""
+    start_m, group, sample, head, split = _locate(queries, BLOCK_M, batch, heads)
     first = split * keys_per_split
 
     rows = start_m + tl.arange(0, BLOCK_M)
     inside = rows < queries
-    row_of = (sample * heads + head) * queries + rows
+    lse_rows = (sample * heads + head) * queries + rows
     grad_ptr += sample * stride_g_b + head * stride_g_h
     grad = _load_rows(grad_ptr, stride_g_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
     out_ptr += sample * stride_o_b + head * stride_o_h
     out = _load_rows(out_ptr, stride_o_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
     if split == 0:
-        tl.store(delta_ptr + row_of, delta, mask=inside)
-    lse = _load_lse(lse_ptr + row_of, inside)
+        tl.store(delta_ptr + lse_rows, delta, mask=inside)
+    lse = _load_lse(lse_ptr + lse_rows, inside)
     q_ptr += sample * stride_q_b + head * stride_q_h
     q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
     k_ptr += sample * stride_k_b + head * stride_k_h
@@ -265,25 +288,25 @@ def cross_attention_bwd_q_kernel(
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if bias_ptr is None and not EVEN:
-            # Absent keys are rows of zeros, but exp2(-lse) times -delta need not be finite.
+            # Keys beyond the last one are loaded as zeros, but exp2(-lse) times -delta need not be finite.
             ds = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], ds, 0.0)
         acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
     row0 = group // heads * queries * heads + head
-    _store_rows(grad_q_ptr, acc * scale, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+    _store_rows(dq_ptr, acc * scale, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
 
 
 @jit
 def cross_attention_bwd_kv_kernel(
-    grad_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    grad_ptr,  # [B, h, M, d]*, gradient of out
+    q_ptr,  # [B, h, M, d]*
+    k_ptr,  # [B, h, N, d]*
+    v_ptr,  # [B, h, N, d]*
     bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
     lse_ptr,  # [B, h, M]
-    delta_ptr,  # [B, h, M]
-    grad_k_ptr,  # [splits, B, N, h, d], written
-    grad_v_ptr,  # [splits, B, N, h, d], written
+    delta_ptr,  # [B, h, M], from cross_attention_bwd_q_kernel
+    dk_ptr,  # [splits, B, N, h, d], written
+    dv_ptr,  # [splits, B, N, h, d], written
     stride_g_b,
     stride_g_h,
     stride_g_m,
@@ -311,13 +334,9 @@ def cross_attention_bwd_kv_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    blocks = tl.cdiv(keys, BLOCK_N)
-    pid = tl.program_id(0)
-    start_n = pid % blocks * BLOCK_N
-    group = (pid // blocks).to(tl.int64)
-    head = group % heads
-    sample = group // heads % batch
-    first = (group // heads // batch).to(tl.int32) * queries_per_split
+    """Gradients dk and dv of a block of keys and values of one head, from one split of the queries."""
+    start_n, group, sample, head, split = _locate(keys, BLOCK_N, batch, heads)
+    first = split * queries_per_split
 
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
@@ -331,8 +350,8 @@ def cross_attention_bwd_kv_kernel(
         bias_ptr += sample * stride_bias_b
         bias = tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))
 
-    grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start_m in range(first, tl.minimum(first + queries_per_split, queries), BLOCK_M):
         rows = start_m + tl.arange(0, BLOCK_M)
         inside = rows < queries
@@ -340,21 +359,21 @@ def cross_attention_bwd_kv_kernel(
         grad = _load_rows(grad_ptr, stride_g_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
         lse = _load_lse(lse_ptr + rows, inside)
         delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
-        # Transposed scores: keys are rows, so both accumulators are left operands' rows.
+        # Scores are transposed, [N, M], so that their rows are keys, like the rows of dk and dv.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
         if bias_ptr is not None:
             s += bias[:, None]
         p = tl.exp2(s - lse[None, :])
         if not EVEN:
-            # Absent queries are rows of zeros, but an infinite key or value would make NaN of them.
+            # Queries beyond the last one are loaded as zeros, but infinite keys or values would make them NaN.
             p = tl.where(inside[None, :], p, 0.0)
-        grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if not EVEN:
             ds = tl.where(inside[None, :], ds, 0.0)
-        grad_k = tl.dot(ds.to(q.dtype), q, grad_k, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     row0 = group // heads * keys * heads + head
-    _store_rows(grad_k_ptr, grad_k * scale, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
-    _store_rows(grad_v_ptr, grad_v, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
+    _store_rows(dk_ptr, dk * scale, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
+    _store_rows(dv_ptr, dv, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)

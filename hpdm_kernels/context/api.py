@@ -1,37 +1,37 @@
-"""Multi-level context (paper eq. 7-9): what the coarser levels know about a patch, and its fusion into the patch.
+"""Multi-level context (paper eq. 7-9): samples the coarser levels at a patch's tokens and fuses them into the patch.
 
-    ctx = 1/K sum_k trilinear(a_k, box relative to box_k)                 sample_context
-    out = concat[x, ctx, c] @ W.T + b = x @ Wx.T + ctx @ Wc.T + c @ Wcoord.T + b      fuse_context
+    ctx = 1/K sum_k trilinear(a_k, box relative to box_k)                                           sample_context
+    out = concat[x, ctx, c] @ W.T + b = x @ Wx.T + ctx @ Wc.T + c @ Wcoord.T + b                    fuse_context
 
-with ``x [B, N, D]``, sources ``a_k [B_k, N_k, D]``, ``c`` the absolute coordinates of the tokens. Averaging,
-interpolating and projecting commute, so the context product is taken before interpolating and on the *footprint* alone,
-the few tokens of ``a_k`` that the patch touches (at ratio 2, ``n / 2 + 2`` of a parent's ``n`` per axis). Nothing is
-concatenated and no context is written: the forward reads x, the footprints and W and writes out.
+with ``x [B, N, D]``, sources ``a_k [B_k, N_k, D]`` and ``c [B, N, 3]``, the absolute coordinates of the tokens. The
+*footprint* of a patch in ``a_k`` is the tokens of ``a_k`` that its interpolation reads: at ratio 2, ``n / 2 + 2`` of a
+parent's ``n`` per axis. Averaging, interpolating and projecting commute, so the product with Wc is computed before
+interpolating, for the footprints only. The concatenation and the context never reach memory: the forward reads x, the
+footprints and W, and writes out.
 
-Where many patches read the same sources (the tiles of a level, at every step of a sampler), the product is taken once
-for whole sources, ``p_k = a_k @ Wc.T`` (``project_sources``), and every patch pays for interpolation alone
+Often many patches read the same sources: the tiles of a level, at every step of a sampler. Then the product is computed
+once for whole sources, ``p_k = a_k @ Wc.T`` (``project_sources``), and each patch only interpolates
 (``fuse_projected``).
 
-``context_ops`` registers the ops, ``context_torch`` has the portable implementation, ``context_triton`` the kernels,
-``context_geometry`` the positions, ``context_checks`` the validation.
+``ops`` registers the ops, ``torch_backend`` and ``triton_backend`` implement them, ``geometry`` computes positions,
+``checks`` validates arguments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from hpdm_kernels import _backend, _checks, reference
-from hpdm_kernels.context import ops as context_ops
-from hpdm_kernels.context.checks import as_tuple, check_context, flatten_triples
+from hpdm_kernels import reference
+from hpdm_kernels._backend import resolve, resolve_precision
+from hpdm_kernels._checks import check_tensor
+from hpdm_kernels.context import ops
+from hpdm_kernels.context.checks import check_context, check_sources, check_weight
 from hpdm_kernels.context.geometry import footprint_size
-from hpdm_kernels.context.triton_backend import aot_specs
 
-__all__ = ["aot_specs", "footprint_size", "fuse_context", "fuse_projected", "project_sources", "sample_context"]
-
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = ["footprint_size", "fuse_context", "fuse_projected", "project_sources", "sample_context"]
 
 
 def sample_context(
@@ -50,46 +50,40 @@ def sample_context(
     Sampling is ``F.grid_sample(..., align_corners=False, padding_mode="border")`` of each source at the patch's tokens.
 
     Args:
-        sources: K >= 1 tensors ``[B_k, N_k, D]``, float16/bfloat16/float32/float64; tokens run over frames, height,
-            width, the last fastest.
-        source_boxes: K tensors ``[B_k, 6]`` float32, a row is (offset f, h, w, scale f, h, w), fractions of the video.
+        sources: K >= 1 tensors ``[B_k, N_k, D]``, float16/bfloat16/float32/float64; tokens are ordered by frame, height
+            and width, width fastest.
+        source_boxes: K tensors ``[B_k, 6]`` float32; a row is (offset f, h, w, scale f, h, w), in fractions of the
+            video.
         box: the patch's boxes, ``[B, 6]`` float32. Each lies inside its sources' boxes (within 1e-5).
         source_grids: K triples (F_k, H_k, W_k) with ``F_k * H_k * W_k == N_k``.
-        grid: tokens of the patch per axis, (F, H, W), any numbers.
-        source_index: ``[B, K]`` int32 or int64, the row of source k that serves sample b. ``None``: row b, with
-            ``B_k == B``. Lets cached tiles be sampled without a copy.
-        footprints: K triples, an upper bound of the source tokens that a patch touches per axis, see
-            :func:`footprint_size`. ``None``: read from the boxes on the CPU; the whole source grid on CUDA and under
-            ``torch.compile``, where values cannot be looked at; that is right but slower. On CUDA a bound that is
-            too small cannot be detected and samples the wrong place.
+        grid: tokens of the patch per axis, (F, H, W), of any size.
+        source_index: ``[B, K]`` int32 or int64, the row of source k that sample b reads, so that cached tiles are
+            sampled without a copy. ``None``: sample b reads row b, and ``B_k == B``.
+        footprints: K triples, upper bounds of the source tokens that a patch touches per axis, see
+            :func:`footprint_size`. ``None``: computed from the boxes on the CPU. On CUDA and under ``torch.compile``
+            the boxes cannot be read, and ``None`` means the whole source grid, which is correct but slower. A bound
+            that is too small is not detected there and gives wrong samples.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Returns:
         ``[B, F * H * W, D]``, dtype of the sources. Differentiable with respect to the sources; boxes get no gradient.
 
     Raises:
-        TypeError: a dtype that does not fit, or not a tensor or triple.
-        ValueError: shapes or devices that do not fit; on the CPU a box outside the video or outside its source's box,
-            a row number outside the source, a footprint that is too small.
+        TypeError: a wrong dtype, or not a tensor or triple.
+        ValueError: wrong shapes or devices; on the CPU also a box outside the video or outside its source's box, a row
+            index outside the source, or a footprint that is too small.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
     """
-    sources, source_boxes = (
-        as_tuple("sources", sources),
-        as_tuple("source_boxes", source_boxes),
-    )
-    if not sources:
-        raise ValueError("sources: got none, expected at least one tensor [B_k, N_k, D]")
-    first = _checks.check_tensor("sources[0]", sources[0], ("B_0", "N_0", "D"))
-    source_grids, grid, footprints = check_context(
-        sources, source_boxes, box, source_grids, grid, source_index, footprints, ("sources[0]", first), "B"
-    )
-    chosen = _backend.resolve(backend, "sample_context", first, TRITON_DTYPES)
+    sources = check_sources("sources", sources)
+    first = check_tensor("sources[0]", sources[0], ("B_0", "N_0", "D"))
+    geometry = check_context(
+        "sources", sources, ("sources[0]", first), "B", source_boxes=source_boxes, box=box,
+        source_grids=source_grids, grid=grid, source_index=source_index, footprints=footprints,
+    )  # fmt: skip
+    chosen = resolve(backend, "sample_context", first)
     if chosen == "reference":
         return reference.sample_context(sources, source_boxes, box, source_grids, grid, source_index)
-    return context_ops.sample_fwd(
-        sources, source_boxes, box, source_index, flatten_triples(source_grids), list(grid),
-        flatten_triples(footprints), chosen,
-    )  # fmt: skip
+    return ops.sample_fwd(sources, *geometry.flat(), chosen)
 
 
 def fuse_context(
@@ -122,8 +116,8 @@ def fuse_context(
         grid: (F, H, W) with product ``N``.
         source_index: ``[B, K]`` int32 or int64 or ``None``, as for :func:`sample_context`.
         footprints: K triples or ``None``, as for :func:`sample_context`.
-        precision: of fp32 products of the kernels, ``"ieee"``, ``"tf32x3"``, ``"tf32"``; ``None`` follows
-            :func:`torch.get_float32_matmul_precision`. The other backends always follow torch's settings.
+        precision: how the kernels compute fp32 products: ``"ieee"``, ``"tf32x3"``, ``"tf32"``; ``None`` follows
+            :func:`torch.get_float32_matmul_precision`. The other backends always follow PyTorch's setting.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -131,21 +125,22 @@ def fuse_context(
         get no gradient. Only inputs are saved for the backward.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`sample_context`; ``ValueError`` too for an unknown precision.
+        TypeError, ValueError, RuntimeError: as :func:`sample_context`; also ``ValueError`` for an unknown precision.
     """
     return _fuse(
-        "fuse_context", x, sources, source_boxes, box, weight, bias, source_grids, grid, source_index, footprints,
-        precision, backend,
+        "sources", x, sources, weight, bias, precision, backend, source_boxes=source_boxes, box=box,
+        source_grids=source_grids, grid=grid, source_index=source_index, footprints=footprints,
     )  # fmt: skip
 
 
 def project_sources(
     sources: Sequence[Tensor], weight: Tensor, *, precision: str | None = None, backend: str = "auto"
 ) -> tuple[Tensor, ...]:
-    """Sources through the context columns of a fusion weight, ``a_k @ weight[:, D:2D].T``, for :func:`fuse_projected`.
+    """Multiplies sources by a fusion weight's context columns, ``a_k @ weight[:, D:2D].T``, for :func:`fuse_projected`.
 
-    The product that :func:`fuse_context` takes for the footprints of each patch anew, taken once for whole sources: it
-    pays where the tokens of all footprints are more than the sources have, as in a sampler with cached levels.
+    :func:`fuse_context` computes this product, a part of paper eq. 9, for the footprints of every patch. Here it is
+    computed once for whole sources. That is faster if all footprints together have more tokens than the sources, as in
+    a sampler with cached levels.
 
     Args:
         sources: K >= 1 tensors ``[B_k, N_k, D]``, float16/bfloat16/float32/float64.
@@ -158,18 +153,17 @@ def project_sources(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`fuse_context`.
     """
-    precision = _backend.resolve_precision(precision)
-    sources = as_tuple("sources", sources)
-    if not sources:
-        raise ValueError("sources: got none, expected at least one tensor [B_k, N_k, D]")
-    first = _checks.check_tensor("sources[0]", sources[0], ("B_0", "N_0", "D"))
+    precision = resolve_precision(precision)
+    sources = check_sources("sources", sources)
+    first = check_tensor("sources[0]", sources[0], ("B_0", "N_0", "D"))
+    like, d = ("sources[0]", first), first.shape[2]
     for k, source in enumerate(sources):
-        _checks.check_tensor(f"sources[{k}]", source, (f"B_{k}", f"N_{k}", first.shape[2]), like=("sources[0]", first))
-    weight = _check_weight(weight, first.shape[2], ("sources[0]", first))
-    chosen = _backend.resolve(backend, "project_sources", first, TRITON_DTYPES)
+        check_tensor(f"sources[{k}]", source, (f"B_{k}", f"N_{k}", d), like=like)
+    weight = check_weight(weight, d, like)
+    chosen = resolve(backend, "project_sources", first)
     if chosen == "reference":
         return reference.project_sources(sources, weight)
-    return tuple(context_ops.project_fwd(source, weight, precision, chosen) for source in sources)
+    return tuple(ops.project_fwd(source, weight, precision, chosen) for source in sources)
 
 
 def fuse_projected(
@@ -187,13 +181,13 @@ def fuse_projected(
     precision: str | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """:func:`fuse_context` of sources that :func:`project_sources` projected: the context costs interpolation alone.
+    """:func:`fuse_context` (paper eq. 9) of sources that :func:`project_sources` has projected; only interpolates them.
 
-    ``fuse_projected(x, project_sources(a, weight), ...)`` is ``fuse_context(x, a, ...)`` up to rounding.
+    ``fuse_projected(x, project_sources(a, weight), ...)`` equals ``fuse_context(x, a, ...)`` up to rounding.
 
     Args:
-        projected: K >= 1 tensors ``[B_k, N_k, D]``, what :func:`project_sources` made with the same ``weight``.
-        weight: as for :func:`fuse_context`; of its context columns nothing is read here, and their gradient is zero.
+        projected: K >= 1 tensors ``[B_k, N_k, D]``, the results of :func:`project_sources` with the same ``weight``.
+        weight: as for :func:`fuse_context`; its context columns are not read here, and their gradient is zero.
         x, source_boxes, box, bias, source_grids, grid, source_index, footprints, precision, backend: as for
             :func:`fuse_context`.
 
@@ -204,49 +198,41 @@ def fuse_projected(
         TypeError, ValueError, RuntimeError: as :func:`fuse_context`.
     """
     return _fuse(
-        "fuse_projected", x, projected, source_boxes, box, weight, bias, source_grids, grid, source_index, footprints,
-        precision, backend,
+        "projected", x, projected, weight, bias, precision, backend, source_boxes=source_boxes, box=box,
+        source_grids=source_grids, grid=grid, source_index=source_index, footprints=footprints,
     )  # fmt: skip
 
 
 def _fuse(
-    op: str,
+    name: str,
     x: Tensor,
     sources: Sequence[Tensor],
-    source_boxes: Sequence[Tensor],
-    box: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    source_grids: Sequence[Sequence[int]],
-    grid: Sequence[int],
-    source_index: Tensor | None,
-    footprints: Sequence[Sequence[int]] | None,
     precision: str | None,
     backend: str,
+    **geometry_arguments: Any,
 ) -> Tensor:
-    precision = _backend.resolve_precision(precision)
-    names = ("sources", "source_boxes") if op == "fuse_context" else ("projected", "source_boxes")
-    sources, source_boxes = (as_tuple(name, value) for name, value in zip(names, (sources, source_boxes)))
-    x = _checks.check_tensor("x", x, ("B", "N", "D"))
+    """Checks the arguments and fuses; ``name`` is what the caller calls the sources, ``"sources"`` or ``"projected"``.
+
+    ``geometry_arguments`` are those of :func:`check_context`.
+    """
+    projected = name == "projected"
+    precision = resolve_precision(precision)
+    sources = check_sources(name, sources)
+    x = check_tensor("x", x, ("B", "N", "D"))
     b, n, d = x.shape
-    source_grids, grid, footprints = check_context(
-        sources, source_boxes, box, source_grids, grid, source_index, footprints, ("x", x), b, names[0]
-    )
-    if grid[0] * grid[1] * grid[2] != n:
-        raise ValueError(f"grid: got {grid} with product {grid[0] * grid[1] * grid[2]}, expected {n} tokens as in x")
-    weight = _check_weight(weight, d, ("x", x))
+    geometry = check_context(name, sources, ("x", x), b, **geometry_arguments)
+    f, h, w = geometry.grid
+    if f * h * w != n:
+        raise ValueError(f"grid: got {geometry.grid} with product {f * h * w}, expected {n} tokens as in x")
+    weight = check_weight(weight, d, ("x", x))
     if bias is not None:
-        bias = _checks.check_tensor("bias", bias, (d,), like=("x", x))
-    chosen = _backend.resolve(backend, op, x, TRITON_DTYPES)
+        bias = check_tensor("bias", bias, (d,), like=("x", x))
+    chosen = resolve(backend, "fuse_projected" if projected else "fuse_context", x)
     if chosen == "reference":
-        formula = reference.fuse_context if op == "fuse_context" else reference.fuse_projected
+        formula = reference.fuse_projected if projected else reference.fuse_context
+        source_boxes, box, source_index, source_grids, grid, _ = geometry
         return formula(x, sources, source_boxes, box, weight, bias, source_grids, grid, source_index)
-    return context_ops.fuse_fwd(
-        x, sources, source_boxes, box, weight, bias, source_index, flatten_triples(source_grids), list(grid),
-        flatten_triples(footprints), op == "fuse_projected", precision, chosen,
-    )  # fmt: skip
-
-
-def _check_weight(weight: Tensor, d: int, like: tuple[str, Tensor]) -> Tensor:
-    columns = 2 * d if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == 2 * d else 2 * d + 3
-    return _checks.check_tensor("weight", weight, (d, columns), like=like)
+    source_boxes, box, *index_and_shapes = geometry.flat()
+    return ops.fuse_fwd(x, sources, source_boxes, box, weight, bias, *index_and_shapes, projected, precision, chosen)

@@ -1,31 +1,45 @@
-"""The registered ops behind ``context``: schema, shapes for tracing, and gradients.
+"""The registered ops of the context: schema, shapes for tracing, gradients, and products for FLOP counters.
 
-Nested lists are flat here, because a schema has none. ``projected`` says that sources come through the context columns
-of the weight already (a cache of :func:`hpdm_kernels.project_sources`), so that no context product is left to take.
+A schema has no nested lists, so triples are flat and the six fields of a :class:`Geometry` are separate arguments. Both
+backends receive them as one :class:`Geometry`. The argument names are part of the schema.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from hpdm_kernels import _backend
-from hpdm_kernels.context import torch_backend as context_torch
-from hpdm_kernels.context import triton_backend as context_triton
+from hpdm_kernels._backend import autocast_off, custom_op
+from hpdm_kernels._checks import triples
+from hpdm_kernels.context import torch_backend, triton_backend
+from hpdm_kernels.context.geometry import Geometry
+from hpdm_kernels.context.weight import FusionWeight
 
 
-def _triples(flat: Sequence[int]) -> list[Sequence[int]]:
-    return [flat[i : i + 3] for i in range(0, len(flat), 3)]
+def _implementation(backend: str) -> ModuleType:
+    return triton_backend if backend == "triton" else torch_backend
 
 
-# ---- sampling: mean over sources of trilinear samples ----
+def _empty_gradients(tensors: Sequence[Tensor | None], needs_grad: Sequence[bool]) -> list[Tensor]:
+    """What a backward op returns while tracing: an empty contiguous gradient for each tensor that needs one."""
+    return [t.new_empty(t.shape) for t, needed in zip(tensors, needs_grad) if needed and t is not None]
 
 
-@torch.library.custom_op("hpdm::sample_context_fwd", mutates_args=())
+def _spread(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Tensor | None]:
+    """One entry per tensor: its gradient, as returned by a backward op, if it needs one, else ``None``."""
+    remaining = iter(gradients)
+    return [next(remaining) if needed else None for needed in needs_grad]
+
+
+# ---- sampling: mean over sources of trilinear samples (eq. 7) ----
+
+
+@custom_op("sample_context_fwd")
 def sample_fwd(
     sources: Sequence[Tensor],
     source_boxes: Sequence[Tensor],
@@ -36,17 +50,21 @@ def sample_fwd(
     footprints: Sequence[int],
     backend: str,
 ) -> Tensor:
-    forward = context_triton.sample_forward if backend == "triton" else context_torch.sample_forward
-    with _backend.unmixed(box):
-        return forward(sources, source_boxes, box, source_index, _triples(source_grids), grid, _triples(footprints))
+    """Mean over the sources of trilinear samples, ``[B, N, D]`` (eq. 7)."""
+    geometry = Geometry.from_flat(source_boxes, box, source_index, source_grids, grid, footprints)
+    with autocast_off(box):
+        return _implementation(backend).sample_forward(sources, geometry)
 
 
 @sample_fwd.register_fake
-def _(sources: Any, source_boxes: Any, box: Tensor, index: Any, grids: Any, grid: Sequence[int], *rest: Any) -> Tensor:
+def _(
+    sources: Sequence[Tensor], source_boxes: Any, box: Tensor, source_index: Any, source_grids: Any,
+    grid: Sequence[int], footprints: Any, backend: Any,
+) -> Tensor:  # fmt: skip
     return sources[0].new_empty(box.shape[0], grid[0] * grid[1] * grid[2], sources[0].shape[2])
 
 
-@torch.library.custom_op("hpdm::sample_context_bwd", mutates_args=())
+@custom_op("sample_context_bwd")
 def sample_bwd(
     grad: Tensor,
     sources: Sequence[Tensor],
@@ -59,41 +77,41 @@ def sample_bwd(
     wanted: Sequence[bool],
     backend: str,
 ) -> list[Tensor]:
-    backward = context_triton.sample_backward if backend == "triton" else context_torch.sample_backward
-    with _backend.unmixed(box):
-        return backward(
-            grad, sources, source_boxes, box, source_index, _triples(source_grids), grid, _triples(footprints), wanted
-        )
+    """Gradients ``[B_k, N_k, D]`` of the sources selected by ``wanted``, from ``grad [B, N, D]``."""
+    geometry = Geometry.from_flat(source_boxes, box, source_index, source_grids, grid, footprints)
+    with autocast_off(box):
+        return _implementation(backend).sample_backward(grad, sources, geometry, wanted)
 
 
 @sample_bwd.register_fake
-def _(grad: Tensor, sources: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    wanted = rest[-2]
-    return [s.new_empty(s.shape) for s, want in zip(sources, wanted) if want]
+def _(
+    grad: Any, sources: Sequence[Tensor], source_boxes: Any, box: Any, source_index: Any, source_grids: Any, grid: Any,
+    footprints: Any, wanted: Sequence[bool], backend: Any,
+) -> list[Tensor]:  # fmt: skip
+    return _empty_gradients(sources, wanted)
 
 
-def _sample_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    sources, source_boxes, box, source_index, *ctx.rest = inputs
-    ctx.count = len(sources)
+def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    sources, source_boxes, box, source_index, *ctx.shapes, ctx.backend = inputs
+    ctx.num_sources = len(sources)
     ctx.save_for_backward(box, source_index, *sources, *source_boxes)
 
 
-def _sample_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_sample(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     box, source_index, *tensors = ctx.saved_tensors
-    sources, source_boxes = tensors[: ctx.count], tensors[ctx.count :]
-    *geometry, backend = ctx.rest
-    wanted = list(ctx.needs_input_grad[0])
-    grads = iter(sample_bwd(grad, sources, source_boxes, box, source_index, *geometry, wanted, backend))
-    return [next(grads) if want else None for want in wanted], [None] * ctx.count, *[None] * 6
+    sources, source_boxes = tensors[: ctx.num_sources], tensors[ctx.num_sources :]
+    needs_grad = list(ctx.needs_input_grad[0])
+    gradients = sample_bwd(grad, sources, source_boxes, box, source_index, *ctx.shapes, needs_grad, ctx.backend)
+    return _spread(gradients, needs_grad), [None] * ctx.num_sources, *[None] * 6
 
 
-sample_fwd.register_autograd(_sample_autograd, setup_context=_sample_setup)
+sample_fwd.register_autograd(_backward_sample, setup_context=_setup_sample)
 
 
-# ---- fusion: x @ Wx.T + context @ Wc.T + coordinates + bias ----
+# ---- fusion: x @ Wx.T + context @ Wc.T + coordinates @ Wcoord.T + bias (eq. 9) ----
 
 
-@torch.library.custom_op("hpdm::fuse_context_fwd", mutates_args=())
+@custom_op("fuse_context_fwd")
 def fuse_fwd(
     x: Tensor,
     sources: Sequence[Tensor],
@@ -109,19 +127,20 @@ def fuse_fwd(
     precision: str,
     backend: str,
 ) -> Tensor:
-    args = (x, sources, source_boxes, box, weight, bias, source_index, _triples(source_grids), grid)
-    with _backend.unmixed(x):
-        if backend == "triton":
-            return context_triton.fuse_forward(*args, _triples(footprints), precision, projected)
-        return context_torch.fuse_forward(*args, _triples(footprints), projected)
+    """``[B, N, D]`` (eq. 9). ``projected``: the sources are already multiplied by the weight's context columns."""
+    geometry = Geometry.from_flat(source_boxes, box, source_index, source_grids, grid, footprints)
+    with autocast_off(x):
+        return _implementation(backend).fuse_forward(
+            x, sources, geometry, FusionWeight.split(weight), bias, projected, precision
+        )
 
 
 @fuse_fwd.register_fake
-def _(x: Tensor, *rest: Any) -> Tensor:
+def _(x: Tensor, *arguments: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("hpdm::fuse_context_bwd", mutates_args=())
+@custom_op("fuse_context_bwd")
 def fuse_bwd(
     grad: Tensor,
     x: Tensor,
@@ -139,124 +158,133 @@ def fuse_bwd(
     precision: str,
     backend: str,
 ) -> list[Tensor]:
-    args = (grad, x, sources, source_boxes, box, weight, bias, source_index, _triples(source_grids), grid)
-    with _backend.unmixed(x):
-        if backend == "triton":
-            return context_triton.fuse_backward(*args, _triples(footprints), wanted, precision, projected)
-        return context_torch.fuse_backward(*args, _triples(footprints), wanted, projected)
+    """Gradients of those of ``x, weight, bias, *sources`` that ``wanted`` selects, in this order."""
+    geometry = Geometry.from_flat(source_boxes, box, source_index, source_grids, grid, footprints)
+    with autocast_off(x):
+        return _implementation(backend).fuse_backward(
+            grad, x, sources, geometry, FusionWeight.split(weight), wanted, projected, precision
+        )
 
 
 @fuse_bwd.register_fake
 def _(
-    grad: Tensor, x: Tensor, sources: Sequence[Tensor], source_boxes: Any, box: Any, weight: Tensor,
-    bias: Tensor | None, *rest: Any,
+    grad: Any, x: Tensor, sources: Sequence[Tensor], source_boxes: Any, box: Any, weight: Tensor, bias: Tensor | None,
+    source_index: Any, source_grids: Any, grid: Any, footprints: Any, wanted: Sequence[bool], projected: Any,
+    precision: Any, backend: Any,
 ) -> list[Tensor]:  # fmt: skip
-    wanted = rest[-4]
-    return [t.new_empty(t.shape) for t, want in zip((x, weight, bias, *sources), wanted) if want and t is not None]
+    return _empty_gradients((x, weight, bias, *sources), wanted)
 
 
-def _fuse_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, sources, source_boxes, box, weight, bias, source_index, *ctx.rest = inputs
-    ctx.count = len(sources)
+def _setup_fuse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, sources, source_boxes, box, weight, bias, source_index, *ctx.shapes, projected, precision, backend = inputs
+    ctx.num_sources, ctx.options = len(sources), (projected, precision, backend)
     ctx.save_for_backward(x, box, weight, bias, source_index, *sources, *source_boxes)
 
 
-def _fuse_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward_fuse(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, box, weight, bias, source_index, *tensors = ctx.saved_tensors
-    sources, source_boxes = tensors[: ctx.count], tensors[ctx.count :]
-    *geometry, projected, precision, backend = ctx.rest
-    needs = ctx.needs_input_grad
-    wanted = [needs[0], needs[4], bias is not None and needs[5], *needs[1]]
-    args = (grad, x, sources, source_boxes, box, weight, bias, source_index, *geometry)
-    grads = iter(fuse_bwd(*args, wanted, projected, precision, backend))
-    of_x, of_weight, of_bias, *of_sources = (next(grads) if want else None for want in wanted)
-    return of_x, of_sources, [None] * ctx.count, None, of_weight, of_bias, *[None] * 7
+    sources, source_boxes = tensors[: ctx.num_sources], tensors[ctx.num_sources :]
+    need_x, need_sources, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+    needs_grad = [need_x, need_weight, bias is not None and need_bias, *need_sources]
+    gradients = fuse_bwd(
+        grad, x, sources, source_boxes, box, weight, bias, source_index, *ctx.shapes, needs_grad, *ctx.options
+    )
+    grad_x, grad_weight, grad_bias, *grad_sources = _spread(gradients, needs_grad)
+    return grad_x, grad_sources, [None] * ctx.num_sources, None, grad_weight, grad_bias, *[None] * 7
 
 
-fuse_fwd.register_autograd(_fuse_autograd, setup_context=_fuse_setup)
+fuse_fwd.register_autograd(_backward_fuse, setup_context=_setup_fuse)
 
 
-# ---- projection: a whole source through the context columns ----
+# ---- projection: a whole source times the weight's context columns ----
 
 
-@torch.library.custom_op("hpdm::project_source_fwd", mutates_args=())
+@custom_op("project_source_fwd")
 def project_fwd(source: Tensor, weight: Tensor, precision: str, backend: str) -> Tensor:
+    """``source @ Wc.T``: ``[B_k, N_k, D] -> [B_k, N_k, D]``."""
     rows = source.reshape(-1, source.shape[2])
-    with _backend.unmixed(source):
-        if backend == "triton":
-            return context_triton.project(rows, weight, precision).view(source.shape)
-        return context_torch.project(rows, weight).view(source.shape)
+    with autocast_off(source):
+        return _implementation(backend).project(rows, FusionWeight.split(weight), precision).view(source.shape)
 
 
 @project_fwd.register_fake
-def _(source: Tensor, *rest: Any) -> Tensor:
+def _(source: Tensor, weight: Any, precision: Any, backend: Any) -> Tensor:
     return source.new_empty(source.shape)
 
 
-@torch.library.custom_op("hpdm::project_source_bwd", mutates_args=())
+@custom_op("project_source_bwd")
 def project_bwd(
     grad: Tensor, source: Tensor, weight: Tensor, wanted: Sequence[bool], precision: str, backend: str
 ) -> list[Tensor]:
-    rows, grads = source.reshape(-1, source.shape[2]), grad.reshape(-1, grad.shape[2])
-    with _backend.unmixed(source):
-        if backend == "triton":
-            found = context_triton.project_backward(grads, rows, weight, wanted, precision)
-        else:
-            found = context_torch.project_backward(grads, rows, weight, wanted)
-    return [found[0].view(source.shape), *found[1:]] if wanted[0] else found
+    """Gradients of those of ``source, weight`` that ``wanted`` selects, in this order."""
+    grad_rows, rows = (t.reshape(-1, t.shape[2]) for t in (grad, source))
+    with autocast_off(source):
+        gradients = _implementation(backend).project_backward(
+            grad_rows, rows, FusionWeight.split(weight), wanted, precision
+        )
+    return [gradients[0].view(source.shape), *gradients[1:]] if wanted[0] else gradients
 
 
 @project_bwd.register_fake
-def _(grad: Tensor, source: Tensor, weight: Tensor, wanted: Sequence[bool], *rest: Any) -> list[Tensor]:
-    return [t.new_empty(t.shape) for t, want in zip((source, weight), wanted) if want]
+def _(
+    grad: Any, source: Tensor, weight: Tensor, wanted: Sequence[bool], precision: Any, backend: Any
+) -> list[Tensor]:  # fmt: skip
+    return _empty_gradients((source, weight), wanted)
 
 
-def _project_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    source, weight, *ctx.rest = inputs
+def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    source, weight, *ctx.options = inputs
     ctx.save_for_backward(source, weight)
 
 
-def _project_autograd(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    wanted = list(ctx.needs_input_grad[:2])
-    grads = iter(project_bwd(grad, *ctx.saved_tensors, wanted, *ctx.rest))
-    return *(next(grads) if want else None for want in wanted), None, None
+def _backward_project(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needs_grad = list(ctx.needs_input_grad[:2])
+    gradients = project_bwd(grad, *ctx.saved_tensors, needs_grad, *ctx.options)
+    return *_spread(gradients, needs_grad), None, None
 
 
-project_fwd.register_autograd(_project_autograd, setup_context=_project_setup)
+project_fwd.register_autograd(_backward_project, setup_context=_setup_project)
 
 
-# ---- products, for PyTorch's FLOP counter; interpolation, like all that is elementwise, counts nothing there ----
+# ---- products, for PyTorch's FLOP counter ----
+# The counter passes shapes in place of tensors. It counts only products, so interpolation counts as zero.
 
 
 def _footprint_rows(batch: int, footprints: Sequence[int]) -> list[int]:
-    return [batch * f * h * w for f, h, w in _triples(footprints)]
+    """Number of tokens of all samples' footprints, for each source."""
+    return [batch * f * h * w for f, h, w in triples(footprints)]
 
 
 @register_flop_formula(torch.ops.hpdm.fuse_context_fwd)
-def _fuse_flops(x: Any, sources: Any, boxes: Any, box: Any, weight: Any, *rest: Any, **kwargs: Any) -> int:
-    footprints, projected = rest[4], rest[5]
+def _fuse_flops(
+    x: Any, sources: Any, source_boxes: Any, box: Any, weight: Any, bias: Any, source_index: Any, source_grids: Any,
+    grid: Any, footprints: Any, projected: bool, *arguments: Any, **kwargs: Any,
+) -> int:  # fmt: skip
     b, n, d = x
     return 2 * d * d * (b * n + (0 if projected else sum(_footprint_rows(b, footprints))))
 
 
 @register_flop_formula(torch.ops.hpdm.fuse_context_bwd)
-def _fuse_bwd_flops(
-    grad: Any, x: Any, sources: Any, boxes: Any, box: Any, weight: Any, *rest: Any, **kwargs: Any
-) -> int:
-    footprints, (want_x, want_weight, _, *want_sources), projected = rest[4:7]
+def _fuse_backward_flops(
+    grad: Any, x: Any, sources: Any, source_boxes: Any, box: Any, weight: Any, bias: Any, source_index: Any,
+    source_grids: Any, grid: Any, footprints: Any, wanted: Any, projected: bool, *arguments: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    need_x, need_weight, _, *need_sources = wanted
     b, n, d = x
-    rows = b * n * (want_x + want_weight)
+    rows = b * n * (need_x + need_weight)
     if not projected:
-        rows += sum(p * (want_weight + want) for p, want in zip(_footprint_rows(b, footprints), want_sources))
+        rows += sum(p * (need_weight + need) for p, need in zip(_footprint_rows(b, footprints), need_sources))
     return 2 * d * d * rows
 
 
 @register_flop_formula(torch.ops.hpdm.project_source_fwd)
-def _project_flops(source: Any, *rest: Any, **kwargs: Any) -> int:
+def _project_flops(source: Any, *arguments: Any, **kwargs: Any) -> int:
     b, n, d = source
     return 2 * b * n * d * d
 
 
 @register_flop_formula(torch.ops.hpdm.project_source_bwd)
-def _project_bwd_flops(grad: Any, source: Any, weight: Any, wanted: Any, *rest: Any, **kwargs: Any) -> int:
+def _project_backward_flops(
+    grad: Any, source: Any, weight: Any, wanted: Any, *arguments: Any, **kwargs: Any
+) -> int:  # fmt: skip
     return sum(wanted) * _project_flops(source)

@@ -1,18 +1,30 @@
-"""Kernels of the context ops; ``context_triton`` launches them, ``context_geometry`` has the mathematics.
+"""Kernels of the context ops; ``triton_backend`` launches them, ``geometry`` explains the formulas.
 
-Three small tables, written once per call by ``_context_geometry_kernel`` on the device, carry what depends on boxes
-and sizes:
+Once per call ``_context_geometry_kernel`` writes three small tables on the device, which hold everything that depends
+on boxes and sizes:
 
-    place   [B, K, 10] int32   start f, h, w; footprint f, h, w; source grid f, h, w; row of the source
-    where   [B, K, 6]  fp32    position of token 0 in the footprint f, h, w; step f, h, w
-    values  [B, K, 4]  int64   address of the footprint's first token; elements from one token to the next f, h, w
+    footprint_table  [B, K, 10] int32   start f, h, w; footprint f, h, w; source grid f, h, w; row of the source
+    position_table   [B, K, 6]  fp32    position of token 0 in the footprint f, h, w; step f, h, w
+    address_table    [B, K, 4]  int64   address of the footprint's first token; elements to the next token f, h, w
 
-So the number of sources is a loop bound, not a specialisation, the host never waits, and footprints are read where they
-lie: in the source itself, in a cache of projections, or in a buffer of their own. Everything is gathered: there are no
-atomics, and every sum has a fixed order.
+So the number of sources is a loop bound and not a constant of the kernel, the host never synchronizes, and footprints
+are read in place: from the source itself, from cached projections, or from a separate buffer. All kernels gather: there
+are no atomics, and every sum has a fixed order.
 
-Launched for real, an integer argument that is 1 becomes a constant of the kernel, which has no methods: sizes and
-strides are converted by ``* 1.0`` and ``tl.cast``, never by ``.to``.
+Pointer arguments, besides the tables, unless a kernel's docstring says otherwise:
+
+    box         [B, 6] fp32     the patches' boxes
+    x, out      [B, N, D]       tokens of the patches; N = n_f * n_h * n_w
+    grad        [B, N, D]       gradient of such tokens, contiguous
+    weight      [D, D]          the fusion weight's columns for x; output i is row i
+    coordinate  [D, 3]          the fusion weight's columns for the coordinates; unused without HAS_COORDINATES
+    bias        [D]             unused without HAS_BIAS
+
+K is the number of sources and k one of them. In names, n is the patch's tokens per axis, m the source's, p the
+footprint's.
+
+Triton turns integer arguments equal to 1 into Python ints, which have no ``.to``. So sizes and strides are converted by
+``* 1.0`` and ``tl.cast``.
 """
 
 from __future__ import annotations
@@ -22,13 +34,15 @@ from hpdm_kernels._triton import jit, tl
 
 @jit
 def _context_geometry_kernel(  # type: ignore[no-untyped-def]
-    box_ptr, source_box_ptr, index_ptr, place_ptr, where_ptr, values_ptr,
+    box_ptr, source_box_ptr, index_ptr, footprint_table_ptr, position_table_ptr, address_table_ptr,
     k, K, n_f, n_h, n_w, m_f, m_h, m_w, p_f, p_h, p_w, address, stride_row, stride_token, itemsize,
     HAS_INDEX: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One sample of source k per program: rows of the tables. fp64 leaves one rounding to fp32.
+    """Writes the tables' rows of source ``k``, one sample per program, in fp64, so that only storing rounds.
 
-    At ``address`` lie whole rows of the source (``WHOLE``), or the footprints of the samples, one after the other.
+    ``address`` is that of the source ``[B_k, N_k, D]`` (``WHOLE``), or of the samples' footprints ``[B, P, D]``.
+    ``source_box [B_k, 6]`` fp32 holds the source's boxes, ``index [B, K]`` the row that each sample reads (unused
+    without HAS_INDEX).
     """
     b = tl.program_id(0)
     row = tl.load(index_ptr + b * K + k).to(tl.int32) if HAS_INDEX else b
@@ -46,42 +60,42 @@ def _context_geometry_kernel(  # type: ignore[no-untyped-def]
     scale = tl.load(box + 3, mask=real, other=1.0).to(tl.float64) / source_scale
     first = (offset + scale * 0.5 / n) * m - 0.5
     start = tl.minimum(tl.maximum(tl.floor(first), 0.0), (grid - size).to(tl.float64))
-    where = where_ptr + (b * K + k) * 6 + axis
-    tl.store(where, (first - start).to(tl.float32), mask=real)
-    tl.store(where + 3, (scale * m / n).to(tl.float32), mask=real)
-    place = place_ptr + (b * K + k) * 10 + axis
-    tl.store(place, start.to(tl.int32), mask=real)
-    tl.store(place + 3, size, mask=real)
-    tl.store(place + 6, grid, mask=real)
-    tl.store(place_ptr + (b * K + k) * 10 + 9, row)
+    position = position_table_ptr + (b * K + k) * 6 + axis
+    tl.store(position, (first - start).to(tl.float32), mask=real)
+    tl.store(position + 3, (scale * m / n).to(tl.float32), mask=real)
+    footprint = footprint_table_ptr + (b * K + k) * 10 + axis
+    tl.store(footprint, start.to(tl.int32), mask=real)
+    tl.store(footprint + 3, size, mask=real)
+    tl.store(footprint + 6, grid, mask=real)
+    tl.store(footprint_table_ptr + (b * K + k) * 10 + 9, row)
     line = m_w if WHOLE else p_w
     frame = m_h * m_w if WHOLE else p_h * p_w
     stride = tl.where(axis == 0, frame, tl.where(axis == 1, line, 1)).to(tl.int64) * stride_token
     skipped = tl.cast(row if WHOLE else b, tl.int64) * stride_row
     if WHOLE:
         skipped += tl.sum(tl.where(real, start.to(tl.int64) * stride, 0), axis=0)
-    values = values_ptr + (b * K + k) * 4
-    tl.store(values, address + skipped * itemsize)
-    tl.store(values + 1 + axis, stride, mask=real)
+    addresses = address_table_ptr + (b * K + k) * 4
+    tl.store(addresses, address + skipped * itemsize)
+    tl.store(addresses + 1 + axis, stride, mask=real)
 
 
 @jit
 def _context_gather_kernel(  # type: ignore[no-untyped-def]
-    source_ptr, out_ptr, place_ptr, k, K, P, D, stride_source_b, stride_source_n,
+    source_ptr, out_ptr, footprint_table_ptr, k, K, P, D, stride_source_b, stride_source_n,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Copies a block of one sample's footprint tokens: ``[B_k, N_k, D] -> [B, P, D]``."""
+    """Copies a block of one sample's footprint tokens: ``source [B_k, N_k, D] -> out [B, P, D]``, contiguous."""
     b = tl.program_id(1)
     j = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    place = place_ptr + (b * K + k) * 10
-    p_h, p_w = tl.load(place + 4), tl.load(place + 5)
-    f = tl.load(place) + j // (p_h * p_w)
-    h = tl.load(place + 1) + j // p_w % p_h
-    w = tl.load(place + 2) + j % p_w
-    token = (f * tl.load(place + 7) + h) * tl.load(place + 8) + w
+    footprint = footprint_table_ptr + (b * K + k) * 10
+    p_h, p_w = tl.load(footprint + 4), tl.load(footprint + 5)
+    f = tl.load(footprint) + j // (p_h * p_w)
+    h = tl.load(footprint + 1) + j // p_w % p_h
+    w = tl.load(footprint + 2) + j % p_w
+    token = (f * tl.load(footprint + 7) + h) * tl.load(footprint + 8) + w
     mask = (j < P)[:, None] & (d < D)[None, :]
-    source = source_ptr + tl.load(place + 9).to(tl.int64) * stride_source_b + token.to(tl.int64) * stride_source_n
+    source = source_ptr + tl.load(footprint + 9).to(tl.int64) * stride_source_b + token.to(tl.int64) * stride_source_n
     value = tl.load(source[:, None] + d[None, :], mask=mask, other=0.0)
     out = out_ptr + (b.to(tl.int64) * P + j) * D
     tl.store(out[:, None] + d[None, :], value, mask=mask)
@@ -89,24 +103,27 @@ def _context_gather_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _context_scatter_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, out_ptr, place_ptr, k, K, B, N, P, D,
+    grad_ptr, out_ptr, footprint_table_ptr, k, K, B, N, P, D,
     HAS_INDEX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Transpose of the gather, by source token: sums the samples, in their order, whose footprint holds it."""
+    """Transpose of the gather, ``grad [B, P, D] -> out [B_k, N_k, D]``, a block of one row's source tokens per program.
+
+    Each token sums, in order, over the samples whose footprint contains it. Both tensors are contiguous.
+    """
     row = tl.program_id(1)
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_h, m_w = tl.load(place_ptr + k * 10 + 7), tl.load(place_ptr + k * 10 + 8)
+    m_h, m_w = tl.load(footprint_table_ptr + k * 10 + 7), tl.load(footprint_table_ptr + k * 10 + 8)
     f, h, w = t // (m_h * m_w), t // m_w % m_h, t % m_w
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     first_sample = 0 if HAS_INDEX else row
     for i in range(B if HAS_INDEX else 1):
         b = first_sample + i
-        place = place_ptr + (b * K + k) * 10
-        # A sample that another row serves has no footprint here.
-        p_f = tl.where(tl.load(place + 9) == row, tl.load(place + 3), 0)
-        p_h, p_w = tl.load(place + 4), tl.load(place + 5)
-        j_f, j_h, j_w = f - tl.load(place), h - tl.load(place + 1), w - tl.load(place + 2)
+        footprint = footprint_table_ptr + (b * K + k) * 10
+        # A sample that reads another row of the source has no footprint in this row.
+        p_f = tl.where(tl.load(footprint + 9) == row, tl.load(footprint + 3), 0)
+        p_h, p_w = tl.load(footprint + 4), tl.load(footprint + 5)
+        j_f, j_h, j_w = f - tl.load(footprint), h - tl.load(footprint + 1), w - tl.load(footprint + 2)
         inside = (j_f >= 0) & (j_f < p_f) & (j_h >= 0) & (j_h < p_h) & (j_w >= 0) & (j_w < p_w) & (t < N)
         grad = grad_ptr + ((b * P).to(tl.int64) + (j_f * p_h + j_h) * p_w + j_w) * D
         acc += tl.load(grad[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
@@ -115,32 +132,36 @@ def _context_scatter_kernel(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _position(where, place, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-def]
-    """Where tokens ``i`` of one axis lie in the footprint; the clamp is the border padding."""
-    u = tl.load(where + AXIS) + i.to(tl.float32) * tl.load(where + 3 + AXIS)
-    return tl.minimum(tl.maximum(u, 0.0), (tl.load(place + 3 + AXIS) - 1).to(tl.float32))
+def _token_position(position, footprint, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-def]
+    """Positions of tokens ``i`` of one axis in the footprint; the clamp is the border padding.
+
+    ``position`` and ``footprint`` point to the rows of the tables for one sample and source.
+    """
+    u = tl.load(position + AXIS) + i.to(tl.float32) * tl.load(position + 3 + AXIS)
+    return tl.minimum(tl.maximum(u, 0.0), (tl.load(footprint + 3 + AXIS) - 1).to(tl.float32))
 
 
 @jit
-def _axis_taps(where, place, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-def]
+def _axis_taps(position, footprint, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-def]
     """Lower footprint token, upper footprint token and weight of the upper one, for tokens ``i`` of one axis."""
-    u = _position(where, place, AXIS, i)
+    u = _token_position(position, footprint, AXIS, i)
     low = u.to(tl.int32)
-    return low, tl.minimum(low + 1, tl.load(place + 3 + AXIS) - 1), u - low.to(tl.float32)
+    return low, tl.minimum(low + 1, tl.load(footprint + 3 + AXIS) - 1), u - low.to(tl.float32)
 
 
 @jit
 def _context_tile(  # type: ignore[no-untyped-def]
-    where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+    position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
     b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
     HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Mean over sources of trilinear samples, plus coordinates and bias: fp32 ``[BLOCK_W, BLOCK_L, BLOCK_D]``.
 
-    Lines of tokens along the width: the source tokens that a line needs are each summed over the frame and height taps
-    once, and go to all tokens of the line by their hat weights. At relative scale 1/2 eight tokens need at most six
-    sums, 24 rows read, where their corners are 64. The loop over those sums is no constant: unrolled, registers spill.
+    Works on lines of tokens along the width. For each width position that a line needs, source tokens are summed over
+    the frame and height taps once; every token of the line then adds this sum with its hat weight. At relative scale
+    1/2 eight tokens need at most six sums, which read 24 rows, while their corners are 64 rows. The loop over these
+    sums must not be unrolled, or registers spill.
     """
     line = first_line + tl.arange(0, BLOCK_L)
     w = first_w + tl.arange(0, BLOCK_W)
@@ -150,18 +171,20 @@ def _context_tile(  # type: ignore[no-untyped-def]
     share = 1.0 / (K * 1.0)
     acc = tl.zeros((BLOCK_W, BLOCK_L, BLOCK_D), dtype=tl.float32)
     for k in range(K):
-        where, place, values = where_ptr + (b * K + k) * 6, place_ptr + (b * K + k) * 10, values_ptr + (b * K + k) * 4
-        origin = tl.load(values).to(tl.pointer_type(out_ptr.dtype.element_ty))
-        stride_f, stride_h, stride_w = tl.load(values + 1), tl.load(values + 2), tl.load(values + 3)
+        position, footprint = position_table_ptr + (b * K + k) * 6, footprint_table_ptr + (b * K + k) * 10
+        addresses = address_table_ptr + (b * K + k) * 4
+        origin = tl.load(addresses).to(tl.pointer_type(out_ptr.dtype.element_ty))
+        stride_f, stride_h, stride_w = tl.load(addresses + 1), tl.load(addresses + 2), tl.load(addresses + 3)
         if ALIGNED:
-            # Of what comes from memory the compiler knows nothing: told this, it loads 16 bytes at a time.
+            # Tells the compiler that these numbers, which are read from memory, are multiples of 16: it then loads 16
+            # bytes at a time.
             origin, stride_f = tl.multiple_of(origin, 16), tl.multiple_of(stride_f, 16)
             stride_h, stride_w = tl.multiple_of(stride_h, 16), tl.multiple_of(stride_w, 16)
-        f_0, f_1, t_f = _axis_taps(where, place, 0, f)
-        h_0, h_1, t_h = _axis_taps(where, place, 1, h)
-        low, _, _ = _axis_taps(where, place, 2, first_w)
-        _, high, _ = _axis_taps(where, place, 2, tl.minimum(first_w + BLOCK_W, n_w) - 1)
-        u = _position(where, place, 2, w)
+        f_0, f_1, t_f = _axis_taps(position, footprint, 0, f)
+        h_0, h_1, t_h = _axis_taps(position, footprint, 1, h)
+        low, _, _ = _axis_taps(position, footprint, 2, first_w)
+        _, high, _ = _axis_taps(position, footprint, 2, tl.minimum(first_w + BLOCK_W, n_w) - 1)
+        u = _token_position(position, footprint, 2, w)
         for j in range(low, high + 1):
             value = tl.zeros((1, BLOCK_L, BLOCK_D), dtype=tl.float32)
             for tap in tl.static_range(4):
@@ -185,17 +208,18 @@ def _context_tile(  # type: ignore[no-untyped-def]
 
 @jit
 def _add_context_kernel(  # type: ignore[no-untyped-def]
-    where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr, K, D, n_f, n_h, n_w,
+    position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+    K, D, n_f, n_h, n_w,
     ONTO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Writes one tile of one sample's context, or adds it, coordinates and bias to what is there (``ONTO``)."""
+    """Writes a block of one sample's context, coordinates and bias to ``out``; ``ONTO``: adds it to ``out``."""
     b = tl.program_id(1)
     blocks_w = tl.cdiv(n_w, BLOCK_W)
     first_line, first_w = tl.program_id(0) // blocks_w * BLOCK_L, tl.program_id(0) % blocks_w * BLOCK_W
     first_d = tl.program_id(2) * BLOCK_D
     acc = _context_tile(
-        where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+        position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
         b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
         HAS_BIAS, HAS_COORDINATES, ALIGNED, BLOCK_W, BLOCK_L, BLOCK_D,
     )  # fmt: skip
@@ -212,22 +236,23 @@ def _add_context_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+    x_ptr, weight_ptr, position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr,
+    out_ptr,
     K, D, n_f, n_h, n_w, stride_x_b, stride_x_n, stride_weight,
     HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``x @ weight.T`` on top of context, coordinates and bias; one tile of one sample per program.
+    """``out = x @ weight.T`` plus context, coordinates and bias; one block of one sample per program.
 
-    The sum starts from the context: added at the end, both would be in registers at once.
+    The accumulator starts with the context. Adding the context at the end would keep both in registers at once.
     """
     b = tl.program_id(1)
-    # Neighbouring programs share tokens: their rows of x and of the sources are then still in L2.
+    # Neighboring programs share tokens, so that their rows of x and of the sources are still in the L2 cache.
     blocks_d, blocks_w = tl.cdiv(D, BLOCK_D), tl.cdiv(n_w, BLOCK_W)
     block, first_d = tl.program_id(0) // blocks_d, tl.program_id(0) % blocks_d * BLOCK_D
     first_line, first_w = block // blocks_w * BLOCK_L, block % blocks_w * BLOCK_W
     acc = _context_tile(
-        where_ptr, place_ptr, values_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+        position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
         b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
         HAS_BIAS, HAS_COORDINATES, True, BLOCK_W, BLOCK_L, BLOCK_D,
     )  # fmt: skip
@@ -252,22 +277,22 @@ def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _context_contract_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, out_ptr, where_ptr, k, K, rows, per_sample, n, p, width, AXIS: tl.constexpr, MEAN: tl.constexpr,
+    grad_ptr, out_ptr, position_table_ptr, k, K, rows, per_sample, n, p, width, AXIS: tl.constexpr, MEAN: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Transposed interpolation along one axis, ``[outer, n, width] -> [outer, p, width]``, rows flattened to outer * p.
+    """Transposed interpolation along one axis, ``grad [outer, n, width] -> out [outer, p, width]``, both contiguous.
 
-    Footprint token j receives from the tokens whose position lies within one of it: a closed-form range. On the border
-    tokens everything beyond arrives as well.
+    A program works on a block of the ``outer * p`` rows of the result. Footprint token ``j`` sums over the tokens whose
+    positions are less than one away, a range in closed form; a border token also over all tokens beyond it.
     """
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     real = r < rows
     outer, j = r // p, r % p
-    where = where_ptr + ((outer // per_sample) * K + k) * 6 + AXIS
-    first = tl.load(where, mask=real, other=0.0)
-    step = tl.load(where + 3, mask=real, other=1.0)
-    # One more on either side, for rounding; what does not belong there gets weight 0.
+    position = position_table_ptr + ((outer // per_sample) * K + k) * 6 + AXIS
+    first = tl.load(position, mask=real, other=0.0)
+    step = tl.load(position + 3, mask=real, other=1.0)
+    # One more token on either side, because of rounding; tokens outside the range get weight 0.
     low = tl.where(j == 0, 0, tl.minimum(tl.maximum(tl.ceil((j - 1 - first) / step) - 1.0, 0.0), n).to(tl.int32))
     high = tl.floor((j + 1 - first) / step) + 1.0
     high = tl.where(j == p - 1, n - 1, tl.minimum(tl.maximum(high, -1.0), n - 1).to(tl.int32))
@@ -291,18 +316,18 @@ def _context_contract_kernel(  # type: ignore[no-untyped-def]
 def _coordinate_sums_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, box_ptr, out_ptr, N, D, n_f, n_h, n_w, chunk, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Sums over a chunk of one sample's tokens of grad and of grad times each coordinate: ``out [B, chunks, 4, D]``."""
+    """``out [B, chunks, 4, D]`` fp32: sums of grad over a chunk of tokens, weighted by the coordinates, and by 1."""
     b = tl.program_id(1)
-    piece = tl.program_id(0)
+    chunk_id = tl.program_id(0)
     d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     box = box_ptr + b * 6
     o_f, o_h, o_w = tl.load(box), tl.load(box + 1), tl.load(box + 2)
     s_f, s_h, s_w = tl.load(box + 3), tl.load(box + 4), tl.load(box + 5)
     zero = tl.zeros((BLOCK_D,), dtype=tl.float32)
     by_f, by_h, by_w, total = zero, zero, zero, zero
-    for begin in range(piece * chunk, tl.minimum((piece + 1) * chunk, N), BLOCK_T):
+    for begin in range(chunk_id * chunk, tl.minimum((chunk_id + 1) * chunk, N), BLOCK_T):
         t = begin + tl.arange(0, BLOCK_T)
-        mask = ((t < N) & (t < (piece + 1) * chunk))[:, None] & (d < D)[None, :]
+        mask = ((t < N) & (t < (chunk_id + 1) * chunk))[:, None] & (d < D)[None, :]
         grad = grad_ptr + (b.to(tl.int64) * N + t) * D
         value = tl.load(grad[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
         c_f = o_f + s_f * (((t // (n_h * n_w)).to(tl.float32) + 0.5) / (n_f * 1.0))
@@ -312,7 +337,7 @@ def _coordinate_sums_kernel(  # type: ignore[no-untyped-def]
         by_h += tl.sum(c_h[:, None] * value, axis=0)
         by_w += tl.sum(c_w[:, None] * value, axis=0)
         total += tl.sum(value, axis=0)
-    out = out_ptr + (b.to(tl.int64) * tl.num_programs(0) + piece) * 4 * D + d
+    out = out_ptr + (b.to(tl.int64) * tl.num_programs(0) + chunk_id) * 4 * D + d
     tl.store(out, by_f, mask=d < D)
     tl.store(out + D, by_h, mask=d < D)
     tl.store(out + 2 * D, by_w, mask=d < D)
@@ -324,7 +349,7 @@ def _context_matmul_kernel(  # type: ignore[no-untyped-def]
     a_ptr, b_ptr, out_ptr, M, N, K, stride_a_m, stride_a_k, stride_b_k, stride_b_n, stride_out_m,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``a @ b`` with any strides: for the precisions that PyTorch's own product cannot be asked for."""
+    """``out [M, N] = a [M, K] @ b [K, N]``, any strides of a and b, in precisions that PyTorch does not offer."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

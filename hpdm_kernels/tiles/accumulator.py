@@ -1,68 +1,24 @@
-"""The average of overlapping tiles, taken a chunk of tiles at a time: what is held is the video and one chunk.
+"""Averages overlapping tiles that arrive in chunks; needs memory for the video and one chunk only.
 
-A sampler makes tiles a batch at a time; at 50 % overlap on three axes all of them together are eight videos. Here every
-chunk is added to running sums when it comes, and ``step`` divides by the counts, which are products of three small
-numbers, and takes the sampler's linear step. Every voxel adds its tiles one by one in the order of the tiles, so the
-result does not depend on the chunks, bit for bit. On a GPU that is one launch per chunk and one per step.
+A sampler computes tiles in batches, and with 50 % overlap on three axes all tiles together are as large as eight
+videos. Here each chunk is added to running sums when it arrives. ``step`` divides by the counts, each a product of
+three small numbers, and takes the sampler's linear step. Every voxel adds its tiles one by one in the order of the
+tiles, so the chunks do not change the result, bit for bit. On a GPU there is one launch per chunk and one per step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hpdm_kernels._backend import check_backend, resolve
 from hpdm_kernels._checks import check_tensor, check_triple
-from hpdm_kernels.reference import coordinate_dtype
-from hpdm_kernels.tiles import torch_backend as tiles_torch
+from hpdm_kernels.boxes import coordinate_dtype
+from hpdm_kernels.tiles import ops
 from hpdm_kernels.tiles.geometry import read_origins
 from hpdm_kernels.tiles.huge_pages import new_empty
-from hpdm_kernels.tiles.triton_backend import TRITON_DTYPES, launch_add, launch_step
-
-
-@torch.library.custom_op("hpdm::add_tiles", mutates_args=("sums",))
-def _add_op(sums: Tensor, tiles: Tensor, origins: Tensor, first: int, backend: str) -> None:
-    """Adds tiles ``first`` and following; what ``sums`` holds before the first tile does not matter."""
-    plan = read_origins(origins, tiles.shape[3:], sums.shape[2:], cover=True)
-    if backend == "reference":
-        if first == 0:
-            sums.zero_()
-        f, h, w = tiles.shape[3:]
-        for tile, (i, j, k) in zip(tiles.unbind(1), plan.origins[first:]):
-            sums[:, :, i : i + f, j : j + h, k : k + w] += tile
-    else:
-        add = launch_add if backend == "triton" else tiles_torch.add
-        add(sums, tiles, plan, first)
-
-
-@_add_op.register_fake
-def _(*given: Any) -> None:
-    return None
-
-
-@torch.library.custom_op("hpdm::step_tiles", mutates_args=("sums",))
-def _step_op(
-    sums: Tensor,
-    origins: Tensor,
-    tile_size: Sequence[int],
-    dtype: torch.dtype,
-    x: Tensor | None,
-    alpha: float,
-    beta: float,
-    backend: str,
-) -> Tensor:
-    """``alpha * x + beta * sums / counts`` in ``dtype``; ``sums`` is used up."""
-    plan = read_origins(origins, tile_size, sums.shape[2:], cover=True)
-    step = launch_step if backend == "triton" else tiles_torch.step
-    return step(sums, plan, dtype, x, alpha, beta)
-
-
-@_step_op.register_fake
-def _(sums: Tensor, origins: Tensor, tile_size: Sequence[int], dtype: torch.dtype, *rest: Any) -> Tensor:
-    return sums.new_empty(sums.shape, dtype=dtype)
 
 
 class TileAccumulator:
@@ -76,7 +32,7 @@ class TileAccumulator:
                 sums.add(denoise(x, origins[batch : batch + n]))
             x = sums.step(x, alpha, beta)
 
-    The sums are kept in fp32 (fp64 for fp64) in one buffer ``[B, C, F, H, W]``, which the next step uses again. There
+    The sums are fp32 (fp64 for fp64 tiles), in one buffer ``[B, C, F, H, W]`` that is reused for the next step. There
     is no gradient.
 
     Args:
@@ -103,17 +59,17 @@ class TileAccumulator:
         self.backend = check_backend(backend)
         self._chosen = backend
         self._sums: Tensor | None = None
-        self._like: Tensor | None = None  # no elements; batch, channels, dtype and device of this step's tiles
+        self._like: Tensor | None = None  # [B, C, 0] of the dtype and device of this step's tiles
         self.added = 0
-        """How many tiles of this step were added."""
+        """Number of tiles added in this step."""
 
     @property
     def tiles(self) -> int:
-        """How many tiles a step takes."""
+        """Number of tiles per step."""
         return self.origins.shape[0]
 
     def reset(self) -> None:
-        """Forgets the tiles added since the last step."""
+        """Discards the tiles added since the last step."""
         self._like, self.added = None, 0
 
     def add(self, tiles: Tensor, first: int | None = None) -> None:
@@ -122,7 +78,7 @@ class TileAccumulator:
         Args:
             tiles: ``[B, n, C, f, h, w]``, fp16, bf16, fp32 or fp64, any strides: the tiles of the next ``n`` rows of
                 ``origins``. ``B``, ``C``, dtype and device are the same for all chunks of a step.
-            first: the row of ``origins`` of the first of them, if that is to be checked.
+            first: the row of ``origins`` of the chunk's first tile, to check the order; ``None``: not checked.
 
         Raises:
             TypeError: a wrong type or dtype.
@@ -148,20 +104,21 @@ class TileAccumulator:
             raise ValueError("tiles: got tiles that require a gradient, expected none (average_tiles has one)")
         if self._like is None:
             self._start(tiles)
-        _add_op(self._sums, tiles, self.origins, self.added, self._chosen)
+        ops.add_tiles(self._sums, tiles, self.origins, self.added, self._chosen)
         self.added += tiles.shape[1]
 
     def _start(self, tiles: Tensor) -> None:
-        self._chosen = resolve(self.backend, "TileAccumulator", tiles, TRITON_DTYPES)
+        """Chooses the backend for a new step and allocates its sums, unless the last step's buffer fits."""
+        self._chosen = resolve(self.backend, "TileAccumulator", tiles)
         shape, dtype = (tiles.shape[0], tiles.shape[2], *self.size), coordinate_dtype(tiles.dtype)
         old = self._sums
         if old is None or (old.shape, old.dtype, old.device) != (shape, dtype, tiles.device):
-            self._sums = None  # freed before the new one is made
+            self._sums = None  # freed before the new buffer is allocated
             self._sums = new_empty(tiles, *shape, dtype=dtype)
         self._like = tiles.new_empty(tiles.shape[0], tiles.shape[2], 0)
 
     def step(self, x: Tensor | None = None, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
-        """``alpha * x + beta * mean``, the mean over the tiles that cover each voxel; the next chunk starts a new step.
+        """``alpha * x + beta * mean``, the mean over the tiles that cover each voxel. Ends the step.
 
         Args:
             x: ``[B, C, F, H, W]`` like the tiles, or ``None``.
@@ -184,7 +141,7 @@ class TileAccumulator:
                 raise ValueError("x: got a tensor that requires a gradient, expected none (average_tiles has one)")
         elif alpha != 0.0:
             raise ValueError(f"alpha: got {alpha} without x, expected 0.0 or a tensor x to multiply")
-        out = _step_op(
+        out = ops.step_tiles(
             self._sums, self.origins, self.tile_size, self._like.dtype, x, float(alpha), float(beta), self._chosen
         )
         self.reset()

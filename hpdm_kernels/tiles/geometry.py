@@ -1,4 +1,4 @@
-"""Origins of tiles, read once on the host: which tiles cover which pixels of each axis."""
+"""Computes which tiles cover which pixels, from the tiles' origins, which are read once on the host."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ AXES = ("frames", "height", "width")
 
 @dataclass(frozen=True)
 class Cells:
-    """Evenly spaced cells of one length, each covered by the same parts of as many tiles."""
+    """Evenly spaced cells of equal length, all covered by the same number of tiles and at the same offsets within them.
+
+    A cell is a range of coordinates between two neighboring starts or ends of tiles.
+    """
 
     start: int
+    """First coordinate of the first cell."""
     length: int
     step: int
+    """Distance from the start of a cell to that of the next."""
     count: int
+    """Number of cells."""
     first: int
     """The first tile that covers the first cell."""
     tile_step: int
-    """Tiles from one cell's first tile to the next one's."""
+    """Difference between the first tiles of neighboring cells."""
     offsets: tuple[int, ...]
-    """Where the cell begins inside of each of its tiles, in the order of the tiles."""
+    """First coordinate of a cell within each of the tiles that cover it, in the order of the tiles."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +40,37 @@ class Axis:
     """One axis of a product grid of tiles."""
 
     size: int
+    """Size of the video along this axis."""
     tile: int
+    """Size of a tile along this axis."""
     origins: tuple[int, ...]
+    """First coordinates of the tiles, ascending."""
 
     def cells(self) -> list[tuple[int, int, range]]:
-        """The axis cut where a tile starts or ends: ``(start, stop, indices of the tiles that cover it)``."""
+        """The axis cut wherever a tile starts or ends: ``(start, stop, indices of the tiles that cover the cell)``."""
         edges = sorted({0, self.size, *self.origins, *(o + self.tile for o in self.origins)})
         return [
             (a, b, range(sum(o + self.tile <= a for o in self.origins), sum(o <= a for o in self.origins)))
             for a, b in itertools.pairwise(edges)
         ]
 
-    def alike(self) -> list[Cells]:
-        """All cells, those together that one strided view can name: three sets at 50 % overlap, however many tiles."""
+    def cell_sets(self) -> list[Cells]:
+        """All cells, grouped into sets that one strided view can address.
+
+        The number of sets does not grow with the number of tiles: at 50 % overlap there are three.
+        """
         kinds: dict[tuple[int, tuple[int, ...]], list[tuple[int, int]]] = {}
         for start, stop, cover in self.cells():
             offsets = tuple(start - self.origins[t] for t in cover)
             kinds.setdefault((stop - start, offsets), []).append((start, cover.start))
         sets = []
-        for (length, offsets), places in kinds.items():
+        for (length, offsets), starts in kinds.items():
             at = 0
-            while at < len(places):
-                (start, first), following = places[at], places[at + 1 : at + 2]
+            while at < len(starts):
+                (start, first), following = starts[at], starts[at + 1 : at + 2]
                 step, tile_step = (following[0][0] - start, following[0][1] - first) if following else (length, 1)
                 count = 1
-                while places[at + count : at + count + 1] == [(start + count * step, first + count * tile_step)]:
+                while starts[at + count : at + count + 1] == [(start + count * step, first + count * tile_step)]:
                     count += 1
                 sets.append(Cells(start, length, step, count, first, tile_step, offsets))
                 at += count
@@ -82,18 +94,26 @@ class Axis:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """Origins, read once: every tile's origin, and the axes where they form a product grid (else why not)."""
+class TilePlan:
+    """The tiles of a video, as read from a tensor of origins."""
 
     origins: tuple[tuple[int, int, int], ...]
+    """First pixel (frame, row, column) of every tile."""
     axes: tuple[Axis, Axis, Axis] | None
+    """The three axes if the tiles form a product grid, else ``None``."""
     obstacle: str | None
+    """The reason why the tiles cannot be averaged, ``None`` if they can."""
 
     def box(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """(start, stop) per axis of the least box around tiles ``first`` to ``stop - 1`` of a product grid."""
+        """(start, stop) per axis of the smallest box around tiles ``first`` to ``stop - 1`` of a product grid.
+
+        Raises:
+            ValueError: the tiles are no product grid.
+        """
         if self.axes is None:
             raise ValueError("plan: got origins that are no product grid, expected one with axes")
         low, high = self.origins[first], self.origins[stop - 1]
+        # Tiles are in row-major order: after the first axis on which the two differ, the box covers whole axes.
         box, whole = [], False
         for axis, a, b in zip(self.axes, low, high):
             box.append((axis.origins[0], axis.origins[-1] + axis.tile) if whole else (a, b + axis.tile))
@@ -102,7 +122,8 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=64)
-def _parse(data: bytes, tile: tuple[int, int, int], size: tuple[int, int, int]) -> Plan:
+def _parse(data: bytes, tile: tuple[int, int, int], size: tuple[int, int, int]) -> TilePlan:
+    """The plan of the origins in ``data``, int64 ``[T, 3]``; see :func:`read_origins`."""
     flat = memoryview(data).cast("q").tolist()
     origins = tuple(zip(flat[0::3], flat[1::3], flat[2::3]))
     for t, origin in enumerate(origins):
@@ -113,7 +134,7 @@ def _parse(data: bytes, tile: tuple[int, int, int], size: tuple[int, int, int]) 
     per_axis = [tuple(sorted(set(column))) for column in zip(*origins)]
     if tuple(itertools.product(*per_axis)) != origins:
         grid = " x ".join(str(len(values)) for values in per_axis)
-        return Plan(
+        return TilePlan(
             origins,
             None,
             f"{len(origins)} tiles in this order are not a product grid in row-major order (there are {grid} distinct "
@@ -123,12 +144,18 @@ def _parse(data: bytes, tile: tuple[int, int, int], size: tuple[int, int, int]) 
     for name, axis in zip(AXES, axes):
         for start, stop, cover in axis.cells():
             if not cover:
-                return Plan(origins, axes, f"no tile covers {name} {start} to {stop - 1}")  # type: ignore[arg-type]
-    return Plan(origins, axes, None)  # type: ignore[arg-type]
+                return TilePlan(origins, axes, f"no tile covers {name} {start} to {stop - 1}")  # type: ignore[arg-type]
+    return TilePlan(origins, axes, None)  # type: ignore[arg-type]
 
 
-def read_origins(origins: Tensor, tile: Sequence[int], size: Sequence[int], cover: bool = False) -> Plan:
-    """Reads ``origins`` (on the host: no wait unless they are on a GPU), from a cache when they were seen before.
+def read_origins(origins: Tensor, tile: Sequence[int], size: Sequence[int], cover: bool = False) -> TilePlan:
+    """Reads ``origins [T, 3]`` on the host and caches the plan. Synchronizes if ``origins`` is on a GPU.
+
+    Args:
+        origins: first pixel of each tile, integers.
+        tile: (frames, height, width) of a tile.
+        size: (frames, height, width) of the video.
+        cover: also require the tiles to form a product grid that covers the whole video.
 
     Raises:
         ValueError: a tile outside of the video; with ``cover`` also tiles that are no product grid or leave gaps.

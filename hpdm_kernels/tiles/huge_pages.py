@@ -1,9 +1,8 @@
-"""Fresh host memory for large results, on huge pages.
+"""Allocates large results in host memory on huge pages.
 
-What glibc maps anew for a large tensor is faulted in 4 KB at a time, which takes longer than writing it: 36 ms for the
-113 MB of a 64x288x512 video, 249 ms for its 3375 half-overlapping tiles, against 7 and 46 ms on huge pages (2 cores of
-an AMD EPYC, written with ``zero_``). PyTorch asks for huge pages only with ``THP_MEM_ALLOC_ENABLE=1``, and then for
-every tensor; here it is asked for the results of tiles alone.
+glibc maps new memory for a large tensor. Its page faults, one per 4 KB, take longer than writing the tensor; huge pages
+avoid most of them. PyTorch requests huge pages only with ``THP_MEM_ALLOC_ENABLE=1``, and then for every tensor; this
+module requests them only for the results of tile ops.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# From here on glibc gives an allocation a mapping of its own (DEFAULT_MMAP_THRESHOLD_MAX), which goes back to the
-# system when it is freed: the advice touches nobody else's memory.
+# glibc gives allocations of at least this size their own mapping (DEFAULT_MMAP_THRESHOLD_MAX) and returns it to the
+# system when it is freed, so the advice affects no other memory.
 OWN_MAPPING = 32 << 20
 
 
 @functools.cache
 def _madvise() -> Callable[[int, int, int], int] | None:
-    """The C library's ``madvise``, where there are transparent huge pages (Linux)."""
+    """The C library's ``madvise`` on systems with transparent huge pages (Linux), else ``None``."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     madvise = ctypes.CDLL(None).madvise
@@ -32,11 +31,11 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def new_empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """``like.new_empty(shape, dtype=dtype)``; a large one in host memory lies on huge pages, if there are some."""
+    """``like.new_empty(shape, dtype=dtype)``; large tensors in host memory are on huge pages if the system has them."""
     out = like.new_empty(shape, dtype=dtype)
     madvise = _madvise()
     if madvise and out.device.type == "cpu" and out.nbytes >= OWN_MAPPING:
         start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        # Advice: a system that does not take it says so and gives ordinary pages.
+        # The return value is ignored: if the system cannot follow the advice, it gives ordinary pages.
         madvise(start, out.data_ptr() + out.nbytes - start, mmap.MADV_HUGEPAGE)
     return out

@@ -1,13 +1,11 @@
-"""The GPU suite without a GPU: order, budgets, resuming, merging, the roofline, and the runner without pytest.
+"""The GPU suite without a GPU: order, budgets, going on after crashes, merging, and the command.
 
-Clock and processes are made up: a piece is a list of what it reports and how long it takes.
+Clock and processes are made up: a process is a list of what it reports and how long it takes.
 """
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,10 +15,12 @@ import torch
 
 from benchmarks import harness
 from benchmarks.gpu import __main__ as command_line
-from benchmarks.gpu import roofline, summary, test_ops
+from benchmarks.gpu import ops, summary, test_cases
 from benchmarks.gpu import suite as suite_module
+from benchmarks.gpu.cases import FILES, cases_of
 from benchmarks.gpu.pieces import CHECKS, Piece, all_pieces, timings
-from benchmarks.gpu.suite import Suite, command, read
+from benchmarks.gpu.progress import Progress, read
+from benchmarks.gpu.suite import Suite
 
 ROOT = Path(__file__).parents[2]
 CEILINGS = {
@@ -41,10 +41,12 @@ class FakeClock:
 
 @dataclasses.dataclass
 class Script:
-    """What a made-up piece does."""
+    """What one process of a made-up piece does."""
 
     seconds: float
     outcomes: tuple[str, ...] = ("passed",)
+    running: str | None = None
+    """The test during which the process dies."""
     rows: tuple[dict, ...] = ()
     status: int = 0
     done: bool = True
@@ -56,16 +58,22 @@ class FakeProcess:
         self.script, self.partial, self.clock, self.log, self.name = script, partial, clock, log, name
         self.end = clock.now() + script.seconds
         log.append(("start", name, clock.now()))
+        self.before = Progress(partial)
         if script.reports:
             self.report(done=False)
 
     def report(self, done):
+        """Adds this process's results to those of the processes before it."""
+        first = len(self.before.tests)
         tests = [
-            {"id": f"{self.name}::{n}", "outcome": outcome, "message": "boom" if outcome == "failed" else "",
+            {"id": f"{self.name}::{first + n}", "outcome": outcome, "message": "boom" if outcome == "failed" else "",
              "error_of_budget": 0.25 * (n + 1), "repeats": True}
             for n, outcome in enumerate(self.script.outcomes)
         ]  # fmt: skip
-        part = {"done": done, "tests": tests, "rows": list(self.script.rows), "ceilings": CEILINGS}
+        part = {
+            "done": done, "running": self.script.running, "tests": self.before.tests + tests,
+            "rows": self.before.rows + list(self.script.rows), "ceilings": CEILINGS,
+        }  # fmt: skip
         self.partial.write_text(json.dumps(part))
 
     def poll(self):
@@ -83,14 +91,19 @@ class FakeProcess:
 
 
 class Machine:
-    """Made-up pieces on a made-up machine; ``log`` says what was started and killed, and when."""
+    """Made-up pieces on a made-up machine; ``log`` says what was started and killed, and when.
+
+    A list of scripts is that of the processes of a piece, one after another.
+    """
 
     def __init__(self, folder, scripts):
         self.folder, self.scripts = folder, scripts
         self.clock, self.log, self.lines = FakeClock(), [], []
 
     def start(self, piece, partial):
-        return FakeProcess(self.scripts[piece.name], partial, self.clock, self.log, piece.name)
+        script = self.scripts[piece.name]
+        script = script.pop(0) if isinstance(script, list) else script
+        return FakeProcess(script, partial, self.clock, self.log, piece.name)
 
     def suite(self, pieces, **options):
         options = {"limit": 540.0, "jobs": 2, **options}
@@ -149,7 +162,7 @@ def test_complete_pieces_are_not_run_again(tmp_path):
         tmp_path,
         {
             "good": Script(5), "bad": Script(5, ("passed", "failed")), "slow": Script(90),
-            "gone": Script(5, done=False, status=-9),
+            "gone": Script(5, (), done=False, status=-9),
         },
     )  # fmt: skip
     first.suite(pieces).run()
@@ -157,9 +170,11 @@ def test_complete_pieces_are_not_run_again(tmp_path):
     second.suite(pieces).run()
     assert list(second.times("start")) == ["slow", "gone"], "a test that failed is a result, a stopped piece is none"
     assert "good: complete already" in second.lines
+    assert len(read(tmp_path / "slow.json")["tests"]) == 2, "it went on behind the test that it had run"
     third = Machine(tmp_path, {name: Script(5) for name in ("good", "bad", "slow", "gone")})
     third.suite(pieces, again=True).run()
     assert len(third.times("start")) == 4
+    assert len(read(tmp_path / "slow.json")["tests"]) == 1, "asked for, it begins again"
 
 
 def test_killed_in_between_it_ends_its_processes_and_goes_on_later(tmp_path):
@@ -184,6 +199,55 @@ def test_killed_in_between_it_ends_its_processes_and_goes_on_later(tmp_path):
     assert not list(tmp_path.glob("*.running")), "nothing half done is left"
 
 
+def test_a_lost_cuda_context_costs_one_test(tmp_path):
+    """The process ends after the test that failed; a new one has the rest, with the rows of the first."""
+    scripts = [Script(20, ("passed", "failed"), rows=(row(),), done=False, status=3), Script(10, ("passed",) * 3)]
+    machine = Machine(tmp_path, {"a": scripts, "b": Script(5)})
+    suite = machine.suite([piece("a"), piece("b", alone=True)])
+    suite.run()
+    part = suite.part(piece("a"))
+    assert part["state"] == "complete"
+    assert [test["outcome"] for test in part["tests"]] == ["passed", "failed", "passed", "passed", "passed"]
+    assert len(part["rows"]) == 1
+    assert part["message"] == "went on in a new process"
+    assert "a: lost its process in a::1, a new one goes on with the rest" in machine.lines
+    assert 30 <= machine.times("start")["b"] < 31, "timings wait for all of it"
+
+
+def test_a_process_that_dies_costs_the_test_under_way(tmp_path):
+    scripts = [Script(20, running="a::1", done=False, status=-11), Script(10)]
+    machine = Machine(tmp_path, {"a": scripts})
+    suite = machine.suite([piece("a")])
+    suite.run()
+    part = suite.part(piece("a"))
+    assert part["state"] == "complete"
+    assert [test["outcome"] for test in part["tests"]] == ["passed", "failed", "passed"]
+    assert part["tests"][1]["message"] == "the process ended with status -11; output of a"
+    assert summary.verdict(summary.merge(suite, ENVIRONMENT, "today")) == 1
+
+
+def test_a_process_without_any_result_is_not_started_again(tmp_path):
+    scripts = [Script(5, running="a::0", outcomes=(), done=False, status=-11), Script(5, (), done=False, status=1)]
+    machine = Machine(tmp_path, {"a": scripts})
+    suite = machine.suite([piece("a")])
+    suite.run()
+    part = suite.part(piece("a"))
+    assert part["state"] == "crashed"
+    assert part["message"] == "exit status 1; output of a; went on in a new process"
+    assert len(part["tests"]) == 1
+
+
+def test_new_processes_share_the_budget_of_their_piece(tmp_path):
+    crash = Script(35, ("failed",), done=False, status=3)
+    machine = Machine(tmp_path, {"a": [crash] * 9})
+    suite = machine.suite([piece("a", 100)])
+    suite.run()
+    part = suite.part(piece("a"))
+    assert part["state"] == "stopped"
+    assert len(part["tests"]) == 3
+    assert 100 <= machine.times("kill")["a"] < 101
+
+
 def test_a_part_cut_short_on_disk_counts_as_missing(tmp_path):
     (tmp_path / "a.json").write_text('{"state": "comp')
     machine = Machine(tmp_path, {"a": Script(5)})
@@ -206,7 +270,7 @@ def test_a_crash_is_reported_and_missing_pieces_are_named(tmp_path):
     machine = Machine(
         tmp_path,
         {
-            "checks": Script(5, ("passed", "failed", "skipped")), "crash": Script(5, done=False, status=-11),
+            "checks": Script(5, ("passed", "failed", "skipped")), "crash": Script(5, (), done=False, status=-11),
             "silent": Script(5, reports=False, status=2), "timed": Script(30, rows=timed), "table": Script(5),
         },
     )  # fmt: skip
@@ -264,126 +328,20 @@ def test_a_real_process_is_killed_with_all_that_it_started(tmp_path, monkeypatch
     assert time.monotonic() < until, "what it started lives on"
 
 
-# ---- the roofline ----
-
-
-def test_floors():
-    gigabyte, teraflop = 10**9, 10**12
-    assert roofline.floor(4 * gigabyte, None, "ieee", CEILINGS) == (pytest.approx(1e-3), "bytes")
-    for arithmetic, seconds in (("ieee", 1 / 50), ("tf32", 1 / 400), ("tf32x3", 3 / 400), ("bf16", 1 / 800)):
-        assert roofline.floor(gigabyte, teraflop, arithmetic, CEILINGS) == (pytest.approx(seconds), "flops")
-    assert roofline.floor(None, None, "ieee", CEILINGS) == (None, None)
-    cpu = {"copy_gbs": 10.0, "matmul_fp32_tflops": 0.1}
-    assert roofline.floor(gigabyte, teraflop, "tf32", cpu) == (None, None), "no ceiling of that arithmetic"
-    with pytest.raises(ValueError, match="arithmetic: got 'fp8'"):
-        roofline.floor(1, 1, "fp8", CEILINGS)
-
-
-def test_rows_get_the_floor_of_their_own_arithmetic():
-    for arithmetic, share in (("ieee", 1.0), ("tf32", 1 / 8), ("tf32x3", 3 / 8)):
-        made = row(median=0.02, flops=10**12, arithmetic=arithmetic)
-        assert made["share"] == pytest.approx(share)
-        assert made["floor_by"] == "flops"
-
-
-# ---- comparisons with a made-up device timer ----
-
-
-class FakeTimer:
-    """Every call of contender n, in the order of their timers, takes n + 1 milliseconds."""
-
-    made = 0
-
-    def __init__(self, device):
-        self.each = 1e-3 * (FakeTimer.made + 1)
-        FakeTimer.made += 1
-        self.calls = 0
-
-    def sample(self, call):
-        call()
-        self.calls += 1
-
-    def seconds(self):
-        return [self.each] * self.calls
-
-
-@pytest.fixture
-def fake_timer():
-    FakeTimer.made = 0
-    return FakeTimer
-
-
-def product(a, b):
-    return a @ b
-
-
-def options(**more):
-    return {
-        "group": "product", "shape": "8x8", "direction": "fwd+bwd", "reference": "plain", "flops": 1024, "seconds": 0.1
-    } | more  # fmt: skip
-
-
-def test_compare_by_a_fake_timer(fake_timer):
-    a, b = torch.randn(8, 8), torch.randn(8, 8)
-    seen = []
-
-    def spy(a, b):
-        seen.append(torch.get_float32_matmul_precision())
-        return a @ b
-
-    rows = harness.compare(
-        {"plain": product, "hpdm": product, "peer": spy}, (a, b), timer=fake_timer,
-        **options(arithmetic={"peer": "tf32"}, peers=["peer"]),
-    )  # fmt: skip
-    assert [r.median_s for r in rows] == [pytest.approx(1e-3 * n) for n in (1, 2, 3)]
-    assert [r.speedup_vs_reference for r in rows] == [pytest.approx(1 / n) for n in (1, 2, 3)]
-    assert [r.arithmetic for r in rows] == ["ieee", "ieee", "tf32"]
-    assert set(seen) == {"high"}, "the peer ran with TF32 products"
-    assert torch.get_float32_matmul_precision() == "highest", "and nobody else"
-
-
-def test_one_wrong_contender_does_not_stop_the_others(fake_timer):
-    def wrong(a, b):
-        return a @ b + 1
-
-    def broken(a, b):
-        raise RuntimeError("no kernel image\nmore")
-
-    contenders = {"plain": product, "wrong": wrong, "broken": broken, "absent": broken, "hpdm": product}
-    inputs = (torch.randn(8, 8), torch.randn(8, 8))
-    with pytest.raises(harness.Wrong, match="wrong: AssertionError") as caught:
-        harness.compare(contenders, inputs, timer=fake_timer, **options(peers=["absent"]))
-    assert "broken: RuntimeError: no kernel image" in str(caught.value)
-    assert "absent" not in str(caught.value), "peers need not run"
-    by_name = {r.contender: r for r in caught.value.rows}
-    assert by_name["hpdm"].median_s
-    assert by_name["plain"].median_s
-    assert all(by_name[n].error and by_name[n].median_s is None for n in ("wrong", "broken", "absent"))
-
-
-def test_no_seconds_means_validation_alone(fake_timer):
-    inputs = (torch.randn(8, 8), torch.randn(8, 8))
-    assert harness.compare({"plain": product}, inputs, timer=fake_timer, **options(seconds=0)) == []
-    with pytest.raises(harness.Wrong):
-        harness.compare(
-            {"plain": product, "hpdm": lambda a, b: a @ b * 2}, inputs, timer=fake_timer, **options(seconds=0)
-        )
-    assert fake_timer.made == 0
-
-
 # ---- the pieces and the command ----
 
 
 def test_every_check_is_in_exactly_one_piece():
-    run = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:xdist", "-p", "no:cacheprovider"]
-    out = subprocess.run([*run, "benchmarks/gpu"], cwd=ROOT, capture_output=True, text=True)
-    tests = [line for line in out.stdout.splitlines() if "::" in line]
-    assert len(tests) > 100, out.stdout + out.stderr
-    words = {c.file: [p.select for p in CHECKS if p.file == c.file] for c in CHECKS}
-    for test in tests:
-        file, name = test.removeprefix("benchmarks/").split("::", 1)
-        chosen = [word for word in words[file] if word in name]
-        assert len(chosen) == 1, f"{test} is in {len(chosen)} pieces"
+    names = [(file, case.name) for file in FILES for _, case in cases_of(file)]
+    assert len(names) > 200
+    assert len(set(names)) == len(names)
+    for file, name in names:
+        pieces = [p.name for p in CHECKS if p.file == f"gpu/{file}.py" and p.select in name]
+        assert len(pieces) == 1, f"{file}, {name} is in the pieces {pieces}"
+
+
+def test_pytest_has_every_case():
+    assert len(test_cases.CASES) == sum(1 for file in FILES for _ in cases_of(file))
 
 
 def test_order_and_names_of_the_pieces():
@@ -400,12 +358,11 @@ def test_order_and_names_of_the_pieces():
 
 def test_every_registered_op_has_arguments_for_opcheck():
     made = torch.Generator().manual_seed(0)
-    ops = test_ops.registered_ops()
-    assert len(ops) >= 10
-    for op, backend in test_ops.cases():
+    assert len(ops.registered_ops()) >= 10
+    for op, backend in ops.ops_and_backends():
         schema = getattr(torch.ops.hpdm, op).default._schema
         if not (op.startswith("cross_attention") and op.endswith("bwd")):
-            assert len(test_ops.arguments(op, backend, made, torch.device("cpu"))) == len(schema.arguments), op
+            assert len(ops.arguments(op, backend, made, torch.device("cpu"))) == len(schema.arguments), op
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
@@ -421,6 +378,17 @@ def test_without_a_gpu_every_piece_says_so(capsys):
     assert "no piece nonsense" in capsys.readouterr().err
 
 
+def test_without_pytest_the_checks_are_left(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command_line, "obstacle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(command_line, "sources_id", lambda: "0")
+    monkeypatch.setattr(command_line.importlib.util, "find_spec", lambda name: None)
+    assert command_line.main(["--list", "--results", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == len(CHECKS)
+    assert "has no pytest, which timings need; left out: prepare attention fp32" in printed.err
+
+
 def test_the_sources_name_the_run(tmp_path):
     (tmp_path / "hpdm_kernels").mkdir()
     file = tmp_path / "hpdm_kernels" / "op.py"
@@ -429,61 +397,3 @@ def test_the_sources_name_the_run(tmp_path):
     assert command_line.sources_id(tmp_path) == before
     file.write_text("a = 2\n")
     assert command_line.sources_id(tmp_path) != before
-
-
-SMALL_FILE = """
-import pytest
-
-@pytest.fixture
-def ten():
-    made = [10]
-    yield made
-    made.clear()
-
-@pytest.mark.parametrize("b", [1, 2])
-@pytest.mark.parametrize(("a", "c"), [(1, 1), pytest.param(2, 3, id="other")])
-def test_sums(ten, device, request, a, b, c):
-    request.node.user_properties.append(("error_of_budget", 0.5))
-    assert a + b + ten[0] < 14
-
-@pytest.mark.skipif(True, reason="not here")
-def test_skipped(ten):
-    raise RuntimeError
-
-def test_raises(tmp_path):
-    (tmp_path / "x").write_text("y")
-    with pytest.raises(ValueError, match="no"):
-        raise ValueError("no")
-
-def test_unknown_fixture(capsys):
-    pass
-"""
-
-
-@pytest.mark.parametrize("more", [["--without-pytest"], []], ids=["without pytest", "with pytest"])
-def test_the_runner(more, tmp_path):
-    """The same outcomes with pytest and without: names, parameters, skips; unknown fixtures are pytest's alone."""
-    folder = tmp_path / "benchmarks"
-    folder.mkdir()
-    for name in ("conftest.py", "__init__.py"):
-        (folder / name).write_text((ROOT / "benchmarks" / name).read_text())
-    (folder / "test_small.py").write_text(SMALL_FILE)
-    # The package's other modules come from the repository.
-    (folder / "__init__.py").write_text(f"__path__.append({str(ROOT / 'benchmarks')!r})\n")
-    results = tmp_path / "results.json"
-    line = command(Piece("small", "test_small.py", 60, ""), results)
-    run = subprocess.run(
-        [*line, *more], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    report = read(results)
-    assert report, run.stdout + run.stderr
-    assert report["done"]
-    outcomes = {test["id"].split("::")[1]: test["outcome"] for test in report["tests"]}
-    assert outcomes == {
-        "test_sums[1-1-1]": "passed", "test_sums[1-1-2]": "passed", "test_sums[other-1]": "passed",
-        "test_sums[other-2]": "failed", "test_skipped": "skipped", "test_raises": "passed",
-        "test_unknown_fixture": "failed" if more else "passed",
-    }  # fmt: skip
-    assert report["tests"][0]["error_of_budget"] == 0.5
-    assert run.returncode == 1

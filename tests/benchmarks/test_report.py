@@ -396,9 +396,14 @@ def test_at_most_twelve_panels_a_picture(tmp_path):
 
 def test_panels_hold_what_the_tables_say():
     rows = [*many(1), row("hpdm torch, slow", 3.0, group="op 0"), row("peer", None, group="op 0", error="no")]
-    ((group, ((label, found),)),) = charts.speedup_panels(result(rows=rows))
-    assert (group, label, found.mine["median_s"], found.peer["contender"]) == ("op 0", "small, fwd", 1.0, "peer")
-    assert (found.speedup(found.mine), found.speedup(found.peer)) == (4.0, 2.0)
+    ((group, ((label, comparison),)),) = charts.speedup_panels(result(rows=rows))
+    assert (group, label, comparison.ours["median_s"], comparison.peer["contender"]) == (
+        "op 0",
+        "small, fwd",
+        1.0,
+        "peer",
+    )
+    assert (comparison.speedup(comparison.ours), comparison.speedup(comparison.peer)) == (4.0, 2.0)
     ((_, points),) = charts.roofline_panels(result(rows=rows))
     assert [p["contender"] for p in points] == ["reference", "peer", "hpdm torch"]
     (panel,) = charts.token_panels(result(rows=growth("hpdm torch", (1.0, 2.0, 4.0), (1e6, 2e6, 4e6))), "median_s")
@@ -411,7 +416,7 @@ def test_panels_hold_what_the_tables_say():
 
 def test_ours_stands_out():
     names = ["reference", "peer", "hpdm torch", "hpdm triton", "another peer"]
-    paint = charts.colours(names, ["reference"])
+    paint = charts.colors(names, ["reference"])
     assert len(set(paint.values())) == 5
     assert {paint["hpdm torch"], paint["hpdm triton"]} <= set(charts.OURS)
     assert paint["reference"] == charts.REFERENCE

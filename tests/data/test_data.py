@@ -12,18 +12,22 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from hpdm import distributed
 from hpdm.commands.data import Inspect, Synthetic
 from hpdm.data import clips as data_module
 from hpdm.data import decode
-from hpdm.data.clips import ClipKey, ClipSampler, ShortClipError, VideoDataset, resize_and_crop
+from hpdm.data.clips import ShortClipError, VideoDataset
 from hpdm.data.decode import DecodeError, read_clip
 from hpdm.data.layout import find_videos
+from hpdm.data.order import ClipKey, ClipOrder
+from hpdm.data.resize import resize_and_crop
 from hpdm.data.synthetic import render_synthetic
+from hpdm.training.batches import MicroBatches
 from hpdm.video import write_video
 
 
 def numbered(frames, height=16, width=16):
-    """Frame t is grey of brightness 4 t + 16, so a window's start can be read off."""
+    """Frame t is gray of brightness 4 t + 16, so a window's start can be read off."""
     return torch.arange(frames, dtype=torch.uint8).mul(4).add(16).view(1, -1, 1, 1).expand(3, -1, height, width)
 
 
@@ -223,12 +227,12 @@ def test_all_starts_are_drawn(flat):
 @pytest.mark.parametrize(("context", "workers"), [(None, 0), ("fork", 2), ("spawn", 1)])
 def test_batches_do_not_depend_on_the_number_of_processes(flat, context, workers):
     data = VideoDataset(flat, frames=4, size=(8, 12), cache_bytes=3000)
-    sampler = ClipSampler(len(data), 3, seed=1, start=2)
+    sampler = MicroBatches(len(data), 3, 3, seed=1, start=2)
     loader = iter(DataLoader(data, batch_sampler=sampler, num_workers=workers, multiprocessing_context=context))
     plain = VideoDataset(flat, frames=4, size=(8, 12))
     for step in range(2, 6):
         batch = next(loader)
-        items = [plain[key] for key in sampler.keys(step)]
+        items = [plain[key] for key in sampler.order.keys(step)]
         assert torch.equal(batch["video"], torch.stack([item["video"] for item in items]))
         assert batch["start"].tolist() == [item["start"] for item in items]
         assert batch["path"] == [item["path"] for item in items]
@@ -241,15 +245,15 @@ def test_cache_is_bounded_and_changes_nothing(flat):
         items = [data[key] for data in (plain, small, large)]
         assert torch.equal(items[0]["video"], items[1]["video"])
         assert torch.equal(items[0]["video"], items[2]["video"])
-    assert (len(plain._cache), len(small._cache), len(large._cache)) == (0, 1, 4)
-    assert small._cached_bytes == sum(v.numel() for v, _ in small._cache.values()) <= one_clip
-    assert pickle.loads(pickle.dumps(large))._cache == {}
+    assert [len(data._cache.clips) for data in (plain, small, large)] == [0, 1, 4]
+    assert small._cache.used == sum(v.numel() for v, _ in small._cache.clips.values()) <= one_clip
+    assert pickle.loads(pickle.dumps(large))._cache.clips == {}
     before = large[1]["video"].clone()
     large[1]["video"].zero_()
     assert torch.equal(large[1]["video"], before), "an item never shares memory with the cache"
 
 
-def test_resize_keeps_the_aspect_and_crops_the_centre(generator):
+def test_resize_keeps_the_aspect_and_crops_the_center(generator):
     frames = torch.randint(0, 256, (2, 20, 41, 3), generator=generator, dtype=torch.uint8)
     assert resize_and_crop(frames, (20, 41)) is not None
     assert torch.equal(resize_and_crop(frames, (20, 41)), frames)
@@ -412,34 +416,41 @@ def test_bad_split_files_name_the_line(synthetic, tmp_path):
         find_videos(root)
 
 
+@pytest.mark.parametrize("per_rank", [1, 2])
 @pytest.mark.parametrize("world", [1, 3])
-def test_sampler_covers_every_epoch_once_and_resumes(world):
-    length, batch, seed = 10, 4, int(torch.seed() % 2**31)
-    samplers = [ClipSampler(length, batch, seed, rank=rank, world=world) for rank in range(world)]
-    keys = [key for step in range(15) for sampler in samplers for key in sampler.keys(step)]
-    for epoch in range(15 * batch * world // length):
+def test_every_epoch_covers_the_set_once_and_training_resumes(monkeypatch, world, per_rank):
+    length, micro, seed = 10, 4, int(torch.seed() % 2**31)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+
+    def batches(rank, start=0):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        return iter(MicroBatches(length, world * per_rank * micro, micro, seed, start))
+
+    ranks, steps = [batches(rank) for rank in range(world)], 15
+    taken = [[[next(rank) for _ in range(per_rank)] for rank in ranks] for _ in range(steps)]
+    keys = [key for step in taken for rank in step for batch in rank for key in batch]
+    for epoch in range(len(keys) // length):
         chunk = keys[epoch * length : (epoch + 1) * length]
         assert sorted(key.clip for key in chunk) == list(range(length))
         assert {key.epoch for key in chunk} == {epoch}
     assert [key.clip for key in keys[:length]] != [key.clip for key in keys[length : 2 * length]]
-    resumed = iter(ClipSampler(length, batch, seed, start=9, rank=world - 1, world=world))
-    assert [next(resumed) for _ in range(3)] == [samplers[-1].keys(step) for step in (9, 10, 11)]
+    resumed = batches(world - 1, start=9)
+    assert [[next(resumed) for _ in range(per_rank)] for _ in range(3)] == [step[-1] for step in taken[9:12]]
 
 
-def test_sampler_takes_batches_larger_than_the_set():
-    keys = ClipSampler(3, 8, 0).keys(0)
+def test_an_order_takes_batches_larger_than_the_set():
+    keys = ClipOrder(3, 8, 0).keys(0)
     assert [key.epoch for key in keys] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-def test_sampler_names_the_bad_argument():
+def test_an_order_names_the_bad_argument():
     for options, match in [
         ({"length": 0}, "length: got 0"),
         ({"batch": 0}, "batch: got 0"),
-        ({"start": -1}, "start: got -1"),
-        ({"rank": 2, "world": 2}, "rank: got 2"),
+        ({"seed": -1}, "seed: got -1"),
     ]:
         with pytest.raises(ValueError, match=match):
-            ClipSampler(**{"length": 4, "batch": 2, **options})
+            ClipOrder(**{"length": 4, "batch": 2, **options})
 
 
 def test_commands(tmp_path, capsys):
@@ -456,7 +467,7 @@ def test_commands(tmp_path, capsys):
     assert Inspect(root).run() == 1
     assert "1 skipped" in capsys.readouterr().out
     assert Inspect(root / "RedDisc" / "bad.mp4").run() == 1
-    with pytest.raises(ValueError, match="frames, stride"):
+    with pytest.raises(ValueError, match="frames: got 0, expected at least 1"):
         Inspect(root, frames=0).run()
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hpdm.data import _decode_worker, decode
-from hpdm.data.clips import ClipSampler, VideoDataset
+from hpdm.data import decode
+from hpdm.data.clips import VideoDataset
 from hpdm.data.loader import load
+from hpdm.data.order import ClipOrder
+from hpdm.training.batches import MicroBatches
 from hpdm.video import write_video
 
 
@@ -26,25 +28,9 @@ def flat(tmp_path, generator):
     return root
 
 
-@pytest.fixture
-def patched(tmp_path, monkeypatch):
-    """Makes new decoding processes run ``body`` in the worker's module (named ``worker``) before they serve."""
-    monkeypatch.setattr(decode, "_worker", decode._Worker())
-    monkeypatch.setattr(decode, "_refused", {})
-
-    def patch(body):
-        script = tmp_path / "patched_worker.py"
-        script.write_text(
-            "import importlib.util, os, signal, sys, time\n"
-            f"spec = importlib.util.spec_from_file_location('worker', {_decode_worker.__file__!r})\n"
-            "worker = sys.modules['worker'] = importlib.util.module_from_spec(spec)\n"
-            "spec.loader.exec_module(worker)\n"
-            f"real = worker.Server.answer\n{body}\nworker.Server.answer = answer\nworker.main()\n"
-        )
-        monkeypatch.setattr(decode._decode_worker, "__file__", str(script))
-
-    yield patch
-    decode._worker.stop()
+def answering(code):
+    """Code for ``patch_worker``: ``code`` defines ``answer``, which takes the place of ``real``."""
+    return f"real = worker.Server.answer\n{code}\nworker.Server.answer = answer"
 
 
 @pytest.fixture
@@ -57,7 +43,7 @@ def spoken():
 
 
 def read(data, workers, steps=4):
-    loader = DataLoader(data, batch_sampler=ClipSampler(4, 3, seed=1), num_workers=workers)
+    loader = DataLoader(data, batch_sampler=MicroBatches(4, 3, 3, seed=1), num_workers=workers)
     return [batch for batch, _ in zip(loader, range(steps))]
 
 
@@ -69,16 +55,17 @@ def same(batches, others):
 
 
 @pytest.mark.parametrize("op", ["probe", "read"])
-def test_a_decoding_process_that_is_killed_costs_nothing(flat, tmp_path, patched, caplog, op):
+def test_a_decoding_process_that_is_killed_costs_nothing(flat, tmp_path, patch_worker, caplog, op):
     expected = read(VideoDataset(flat, frames=4, size=16), 0)
-    decode._worker.stop()
-    patched(
-        f"once = {str(tmp_path / 'once')!r}\n"
-        f"def answer(self, request):\n"
-        f"    if request['op'] == {op!r} and request['path'].endswith('2.mp4') and not os.path.exists(once):\n"
-        f"        open(once, 'w').close()\n"
-        f"        os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"    return real(self, request)"
+    patch_worker(
+        answering(
+            f"once = {str(tmp_path / 'once')!r}\n"
+            f"def answer(self, request):\n"
+            f"    if request['op'] == {op!r} and request['path'].endswith('2.mp4') and not os.path.exists(once):\n"
+            f"        open(once, 'w').close()\n"
+            f"        os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"    return real(self, request)"
+        )
     )
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING, "hpdm.data.decode"):
         warnings.simplefilter("error")
@@ -99,20 +86,21 @@ def test_a_decoding_process_that_is_killed_costs_nothing(flat, tmp_path, patched
     ids=["dies", "hangs"],
 )
 def test_a_clip_on_which_decoding_dies_or_hangs_is_named_and_replaced(
-    flat, patched, spoken, capfd, workers, act, reason
+    flat, patch_worker, spoken, capfd, workers, act, reason
 ):
     expected = VideoDataset(flat, frames=4, size=16)
-    decode._worker.stop()
-    patched(
-        f"def answer(self, request):\n"
-        f"    if request['path'].endswith('2.mp4'):\n        {act}\n"
-        f"    return real(self, request)"
+    patch_worker(
+        answering(
+            f"def answer(self, request):\n"
+            f"    if request['path'].endswith('2.mp4'):\n        {act}\n"
+            f"    return real(self, request)"
+        )
     )
     batches = read(VideoDataset(flat, frames=4, size=16, timeout=2), workers)
     said = capfd.readouterr().err
     assert f"clip skipped: {flat / '2.mp4'}: {reason}" in said
     assert not any(name in said for name in ("0.mp4", "1.mp4", "3.mp4"))
-    paths = [[key.clip for key in ClipSampler(4, 3, seed=1).keys(step)] for step in range(4)]
+    paths = [[key.clip for key in ClipOrder(4, 3, seed=1).keys(step)] for step in range(4)]
     assert [batch["path"] for batch in batches] == [
         [str(flat / f"{3 if clip == 2 else clip}.mp4") for clip in clips] for clips in paths
     ]
@@ -133,19 +121,19 @@ def make(data, workers, keys):
 
 
 def test_loading_is_the_same_for_any_number_of_workers(flat):
-    data, keys = VideoDataset(flat, frames=4, size=16), [ClipSampler(4, 3).keys(step) for step in range(5)]
+    data, keys = VideoDataset(flat, frames=4, size=16), [ClipOrder(4, 3).keys(step) for step in range(5)]
     expected = list(load(functools.partial(make, data, 0), keys))
     assert len(expected) == 5
     for workers in (1, 2):
         same(list(load(functools.partial(make, data, workers), keys)), expected)
-    resumed = load(functools.partial(make, data, 2), ClipSampler(4, 3, start=2))
+    resumed = load(functools.partial(make, data, 2), MicroBatches(4, 3, 3, seed=0, start=2))
     same([next(resumed) for _ in range(3)], expected[2:])
     resumed.close()
 
 
 def test_workers_that_are_killed_are_started_again(flat, caplog):
     data = VideoDataset(flat, frames=4, size=16)
-    sampler = ClipSampler(4, 3, seed=2)
+    sampler = MicroBatches(4, 3, 3, seed=2)
     before = set(multiprocessing.active_children())
     batches = load(functools.partial(make, data, 2), sampler)
     got = [next(batches)]

@@ -47,30 +47,6 @@ def encode(path, videos, codec="libx264", pix_fmt="yuv420p", options=None, **con
     return path
 
 
-@pytest.fixture
-def worker(monkeypatch):
-    """A worker of this test's own."""
-    fresh = decode._Worker()
-    monkeypatch.setattr(decode, "_worker", fresh)
-    monkeypatch.setattr(decode, "_refused", {})
-    yield fresh
-    fresh.stop()
-
-
-def patched(tmp_path, monkeypatch, body):
-    """Makes new workers run with ``body`` executed in the worker's module (named ``worker``) before it serves."""
-    script = tmp_path / "patched_worker.py"
-    script.write_text(
-        "import importlib.util, sys\n"
-        f"spec = importlib.util.spec_from_file_location('worker', {_decode_worker.__file__!r})\n"
-        "worker = sys.modules['worker'] = importlib.util.module_from_spec(spec)\n"
-        "spec.loader.exec_module(worker)\n"
-        f"{body}\n"
-        "worker.main()\n"
-    )
-    monkeypatch.setattr(decode._decode_worker, "__file__", str(script))
-
-
 SHORT_GOP = {"crf": "8", "g": "6", "keyint_min": "6", "bf": "2", "sc_threshold": "0"}
 
 
@@ -287,8 +263,8 @@ def test_damage_inside_is_found(tmp_path, generator):
         read_clip(path, range(20), decoder="pyav")
 
 
-def test_a_hang_in_decord_is_stopped_and_read_with_pyav(tmp_path, monkeypatch, worker, caplog):
-    patched(tmp_path, monkeypatch, "import time; worker.read_decord = lambda *_: time.sleep(600)")
+def test_a_hang_in_decord_is_stopped_and_read_with_pyav(tmp_path, worker, caplog, patch_worker):
+    patch_worker("worker.read_decord = lambda *_: time.sleep(600)")
     path = encode(tmp_path / "a.mp4", [numbered(4)])
     probe(path)
     first = worker.process
@@ -304,38 +280,38 @@ def test_a_hang_in_decord_is_stopped_and_read_with_pyav(tmp_path, monkeypatch, w
     assert time.monotonic() - start < 15, "decord is not tried again on this file"
 
 
-def test_a_hang_everywhere_names_the_file(tmp_path, monkeypatch, worker):
-    patched(tmp_path, monkeypatch, "import time; worker.read_decord = worker.read_pyav = lambda *_: time.sleep(600)")
+def test_a_hang_everywhere_names_the_file(tmp_path, worker, patch_worker):
+    patch_worker("worker.read_decord = worker.read_pyav = lambda *_: time.sleep(600)")
     path = encode(tmp_path / "a.mp4", [numbered(4)])
     with pytest.raises(DecodeError, match=r"a\.mp4: cannot be decoded: no answer within 0.5 s"):
         read_clip(path, [2], timeout=0.5)
     assert worker.process is None
 
 
-def test_a_crash_names_the_file_and_the_next_call_works(tmp_path, monkeypatch, worker):
+def test_a_crash_names_the_file_and_the_next_call_works(tmp_path, patch_worker):
     good = encode(tmp_path / "good.mp4", [numbered(4)])
     bad = encode(tmp_path / "bad.mp4", [numbered(4)])
     body = (
-        "import os\nreal = worker.read_pyav\n"
+        "real = worker.read_pyav\n"
         "def crash(path, *rest):\n    os.abort() if 'bad' in path else None\n    return real(path, *rest)\n"
         "worker.read_decord = worker.read_pyav = crash"
     )
-    patched(tmp_path, monkeypatch, body)
+    patch_worker(body)
     with pytest.raises(DecodeError, match=r"bad\.mp4: cannot be decoded: the decoding process died \(exit status -6\)"):
         read_clip(bad, [0])
     assert number_of(read_clip(good, [3]).frames[0], 4) == 3
 
 
-def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch, worker):
+def test_a_worker_that_cannot_start_says_why(tmp_path, patch_worker):
     path = encode(tmp_path / "a.mp4", [numbered(2)])
-    patched(tmp_path, monkeypatch, "def fail(): raise ImportError('no codec here')\nworker._quiet = fail")
+    patch_worker("def fail(): raise ImportError('no codec here')\nworker._quiet = fail")
     with pytest.raises(RuntimeError, match="did not start: ImportError: no codec here"):
         probe(path)
 
 
-def test_a_hung_worker_ends_without_its_parent(tmp_path, monkeypatch, worker):
+def test_a_hung_worker_ends_without_its_parent(tmp_path, worker, patch_worker):
     """The parent may be killed while a decoder hangs; the alarm is what is left."""
-    patched(tmp_path, monkeypatch, "import time; worker._GRACE_S = 0; worker.read_pyav = lambda *_: time.sleep(600)")
+    patch_worker("worker._GRACE_S = 0; worker.read_pyav = lambda *_: time.sleep(600)")
     path = encode(tmp_path / "a.mp4", [numbered(2)])
     probe(path)
     process = worker.process
@@ -344,9 +320,9 @@ def test_a_hung_worker_ends_without_its_parent(tmp_path, monkeypatch, worker):
     assert process.wait(timeout=20) == -signal.SIGALRM
 
 
-def test_without_decord_everything_is_read_with_pyav(tmp_path, monkeypatch, worker):
+def test_without_decord_everything_is_read_with_pyav(tmp_path, patch_worker):
     path = encode(tmp_path / "a.mp4", [numbered(4)])
-    patched(tmp_path, monkeypatch, "sys.modules['decord'] = None")
+    patch_worker("sys.modules['decord'] = None")
     assert read_clip(path, [1]).decoder == "pyav"
     with pytest.raises(DecodeError, match=r"a\.mp4: decord cannot be imported"):
         read_clip(path, [1], decoder="decord")

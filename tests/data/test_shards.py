@@ -13,10 +13,13 @@ from torch.utils.data import DataLoader
 
 from hpdm.commands.data import Inspect, Shard
 from hpdm.data import shards as shards_module
-from hpdm.data.clips import ClipKey, ClipSampler, VideoDataset, find_clips
+from hpdm.data.clips import VideoDataset, find_clips
 from hpdm.data.decode import DecodeError, Member, probe, read_clip, verify
-from hpdm.data.shards import find_shards, index_shard, read_shards, write_shards
+from hpdm.data.order import ClipKey
+from hpdm.data.shard_writer import write_shards
+from hpdm.data.shards import find_shards, index_shard, read_shards
 from hpdm.data.synthetic import render_synthetic
+from hpdm.training.batches import MicroBatches
 
 
 @pytest.fixture(scope="module")
@@ -267,8 +270,8 @@ def test_the_index_is_kept_and_follows_the_shard(copy, video, monkeypatch):
     monkeypatch.setattr(shards_module, "_scan", lambda path: pytest.fail("read although its index is there"))
     assert index_shard(path) == first
     monkeypatch.undo()
-    for spoilt in ("", "{}", "[]", '{"version": 1', json.dumps({**json.loads(kept.read_text()), "version": 0})):
-        kept.write_text(spoilt)
+    for damaged in ("", "{}", "[]", '{"version": 1', json.dumps({**json.loads(kept.read_text()), "version": 0})):
+        kept.write_text(damaged)
         assert index_shard(path) == first
         assert json.loads(kept.read_text())["clips"][0]["name"] == first[0].name
     tar(path, [("new.mp4", video), ("new.cls", "1")])
@@ -297,12 +300,12 @@ def test_batches_do_not_depend_on_workers_and_resume_anywhere(folder, packed, ki
         batch
         for first, count in ((0, 2), (2, 3))
         for batch, _ in zip(
-            DataLoader(data, batch_sampler=ClipSampler(8, 7, 2, start=first), num_workers=workers), range(count)
+            DataLoader(data, batch_sampler=MicroBatches(8, 7, 7, 2, first), num_workers=workers), range(count)
         )
     ]
-    sampler = ClipSampler(8, 7, 2)
+    order = MicroBatches(8, 7, 7, 2).order
     for step, batch in enumerate(steps):
-        items = [alone[key] for key in sampler.keys(step)]
+        items = [alone[key] for key in order.keys(step)]
         assert torch.equal(batch["video"], torch.stack([item["video"] for item in items]))
         for name in ("label", "start"):
             assert batch[name].tolist() == [item[name] for item in items]

@@ -49,12 +49,12 @@ def test_object_is_where_the_record_says(name):
     # Dim background: what is bright is the object.
     weight = np.clip(clip.frames.max(axis=3).astype(float) - 110, 0, None)
     y, x = np.mgrid[0 : size[0], 0 : size[1]] + 0.5
-    centre = np.stack([(weight * x).sum((1, 2)), (weight * y).sum((1, 2))], axis=1) / weight.sum((1, 2))[:, None]
+    center = np.stack([(weight * x).sum((1, 2)), (weight * y).sum((1, 2))], axis=1) / weight.sum((1, 2))[:, None]
     # A triangle's centroid lies below the middle of its extent, by the same amount in every frame.
-    offset = (centre - clip.position).mean(0)
+    offset = (center - clip.position).mean(0)
     assert abs(offset[0]) < 0.5
     assert abs(offset[1]) < (0.5 if name != "BlueTriangle" else 0.4 * clip.radius)
-    assert np.abs(centre - clip.position - offset).max() < 0.6
+    assert np.abs(center - clip.position - offset).max() < 0.6
     assert (clip.position - clip.radius > -1e-9).all()
     assert (clip.position + clip.radius < np.array(size[::-1]) + 1e-9).all()
     moved, straight = np.diff(clip.position, axis=0), clip.velocity[1:] == clip.velocity[:-1]
@@ -70,7 +70,7 @@ def test_texture_is_plain_at_64_and_gone_at_16(name):
     channel = rgb.index(max(rgb))
 
     def contrast(pixels):
-        """Spread of the object's main colour inside a disc around its centre (for a ring: inside its band)."""
+        """Spread of the object's main color inside a disc around its center (for a ring: inside its band)."""
         ratio = pixels.shape[-1] / 64
         y, x = torch.meshgrid(*[torch.arange(pixels.shape[-1]) + 0.5] * 2, indexing="ij")
         spreads = []
@@ -152,9 +152,9 @@ def test_captions_say_what_is_to_be_seen(tmp_path):
     assert len(set(captions.values())) > len(captions) / 2
     for record in records:
         caption = captions[record["file"]]
-        colour, shape, texture = CLASS_WORDS[record["class"]]
-        assert f"{colour} {shape} " in caption
-        assert not any(f" {other} " in caption for other, *_ in CLASS_WORDS.values() if other != colour)
+        color, shape, texture = CLASS_WORDS[record["class"]]
+        assert f"{color} {shape} " in caption
+        assert not any(f" {other} " in caption for other, *_ in CLASS_WORDS.values() if other != color)
         assert "with" not in caption or f" with {texture} " in caption
         # Said along an axis when the motion is within an eighth of a turn of it, to either side of the diagonals.
         x, y = np.array(record["velocity"][0]) / np.hypot(*record["velocity"][0])

@@ -10,14 +10,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from hpdm import HPDM, cli, presets, text
+from hpdm import cli, text
 from hpdm.commands.embed import Embed
 from hpdm.commands.sample import SampleOptions, sample
 from hpdm.patch.objective import denoising_error
-from hpdm.patch.sampler import SamplerOptions
+from hpdm.sampling import SamplerOptions
 from hpdm.text import EmbeddingInfo, EmbeddingStore, TextEncoder, collate_text, embed_captions
-from hpdm.training.checkpoint import save_checkpoint, save_run_config
-from hpdm.training.optim import EMA
+from tests.small import random_model, save_as_run, small_config
 
 CAPTIONS = ["a red disc", "a blue triangle drifting up and to the left", "a ring"]
 INFO = EmbeddingInfo("tiny-t5", 24, 32, "fp32")
@@ -256,16 +255,8 @@ def test_the_command_embeds_a_set_and_prompts(encoder_folder, tmp_path, capsys):
 
 @pytest.fixture
 def words_model():
-    torch.manual_seed(0)
-    config = presets.tiny().replace(
-        patch=(2, 6, 8), tokenizer=(1, 3, 4), levels=4, levels_per_block=(1, 2, 2, 3, 3, 4), width=16, latents=4,
-        latent_width=16, head_width=16, conditioning_width=16, conditioning="text", text_width=24,
-    )  # fmt: skip
-    model = HPDM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model, torch.randint(256, (3, 3, *config.resolution), dtype=torch.uint8)
+    config = small_config(conditioning="text", text_width=24)
+    return random_model(config), torch.randint(256, (3, 3, *config.resolution), dtype=torch.uint8)
 
 
 def error(model, video, text, mask=None, **options):
@@ -298,8 +289,7 @@ def test_captions_to_a_model_to_videos_of_prompts(encoder, encoder_folder, words
         assert p.grad.abs().max() > 0, name
     optimizer.step()
     assert error(model, video, batch, mask, dropout=0.5, images=0.5).mean() < before
-    save_run_config(tmp_path / "run", model.config, [], {})
-    save_checkpoint(tmp_path / "run", 1, model, EMA(model, 0.9), optimizer)
+    save_as_run(model, tmp_path / "run")
     pictures = []
     for source in ({"encoder": str(encoder_folder)}, {"embeddings": tmp_path}):
         options = SampleOptions(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hpdm.files import atomic_path, write_text
+from hpdm.files import atomic_folder, atomic_path, write_text
 from hpdm.video import as_frames, contact_sheet, write_contact_sheet, write_video
 
 
@@ -122,6 +122,25 @@ def test_interrupted_write_leaves_no_debris(tmp_path):
     assert os.listdir(tmp_path) == []
     write_text(tmp_path / "a.txt", "whole")
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+def test_a_folder_is_complete_or_absent(tmp_path):
+    def interrupted():
+        with atomic_folder(tmp_path / "a") as temporary:
+            (temporary / "x.txt").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert os.listdir(tmp_path) == []
+    with atomic_folder(tmp_path / "a") as temporary:
+        (temporary / "x.txt").write_text("whole")
+    with pytest.raises(OSError), atomic_folder(tmp_path / "a"):
+        pass
+    with pytest.raises(FileNotFoundError, match="missing does not exist"), atomic_folder(tmp_path / "missing/b"):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "x.txt"]
+    assert (tmp_path / "a" / "x.txt").read_text() == "whole"
 
 
 def test_contact_sheet_places_evenly_spaced_frames(generator):

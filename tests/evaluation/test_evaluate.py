@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,18 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from hpdm import HPDM, presets
-from hpdm.commands.evaluate import EvaluateOptions, evaluate
+from hpdm.commands.evaluate import EvaluateOptions, evaluate, run
 from hpdm.data.clips import VideoDataset
 from hpdm.data.synthetic import render_clip, render_synthetic
 from hpdm.evaluation import distribution as distribution_eval
 from hpdm.evaluation.detector import Detector
-from hpdm.evaluation.distribution import draw_labels, evaluate_distribution, real_statistics
+from hpdm.evaluation.distribution import RealFeatures, draw_labels, evaluate_distribution
 from hpdm.evaluation.metrics import frechet_distance, inception_score
-from hpdm.patch.sampler import SamplerOptions
+from hpdm.evaluation.real_statistics import real_statistics
+from hpdm.sampling import SamplerOptions
 from hpdm.text import EmbeddingInfo, EmbeddingStore
-from hpdm.training.checkpoint import save_checkpoint, save_run_config
-from hpdm.training.optim import EMA, make_optimizer
 from hpdm.video import write_video
+from tests.processes import run_ranks
+from tests.small import save_as_run, small_config
 
 CLASSES = ["GreenSquare", "RedDisc"]
 SAMPLER = SamplerOptions(steps=1, overlap="none")
@@ -56,11 +54,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     render_synthetic(root / "set", clips=6, frames=10, size=(32, 32), classes=CLASSES[::-1])
     torch.manual_seed(0)
-    config = presets.tiny().with_pyramid((2, 8, 8), (8, 32, 32))
-    config = config.replace(classes=2, width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16)
-    model = HPDM(config)
-    save_run_config(root / "run", config, CLASSES[::-1], {"stride": 1, "short": "error"})
-    save_checkpoint(root / "run", 1, model, EMA(model, 0.9), make_optimizer(model, "adamw", 1e-3, 0.0))
+    model = HPDM(small_config(classes=2))
+    save_as_run(model, root / "run", CLASSES[::-1], {"stride": 1, "short": "error"})
     torch.jit.script(Features().eval()).save(str(root / "i3d.pt"))
     torch.jit.script(Classes().eval()).save(str(root / "c3d.pt"))
     return root
@@ -84,7 +79,7 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
     videos = torch.randint(256, (21, 3, 8, 32, 32), dtype=torch.uint8)
     real = real_statistics(dataset, detector, count=None, batch=5)
     found = evaluate_distribution(
-        enumerate(videos), frames=4, batch=4, detector=detector, real=real, classifier=classifier
+        enumerate(videos), frames=4, batch=4, real=RealFeatures(detector, real), classifier=classifier
     )
     first = videos[:, :, :4]
     made = detector(first).double().numpy()
@@ -95,20 +90,19 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
     expected = inception_score(classifier(first).numpy(), 10, shuffle=42)
     assert (found["is"]["mean"], found["is"]["std"]) == pytest.approx(expected, rel=1e-6)
     same = evaluate_distribution(
-        ((i, dataset[i]["video"]) for i in range(len(dataset))), frames=4, batch=12, detector=detector, real=real
+        ((i, dataset[i]["video"]) for i in range(len(dataset))), frames=4, batch=12, real=RealFeatures(detector, real)
     )
     assert same["fvd"]["value"] < 1e-9 * found["fvd"]["value"]
 
 
 def test_fvd_grows_with_noise(folder):
     detector, dataset = Detector(folder / "i3d.pt", "features"), windows(folder)
-    real = real_statistics(dataset, detector, count=None, batch=12)
+    real = RealFeatures(detector, real_statistics(dataset, detector, count=None, batch=12))
     clips = torch.stack([dataset[i]["video"] for i in range(len(dataset))]).float()
     noise = torch.randn_like(clips)
     spoilt = ((clips + sigma * noise).clamp(0, 255).to(torch.uint8) for sigma in (5, 20, 80))
     values = [
-        evaluate_distribution(enumerate(videos), frames=4, batch=12, detector=detector, real=real)["fvd"]["value"]
-        for videos in spoilt
+        evaluate_distribution(enumerate(videos), frames=4, batch=12, real=real)["fvd"]["value"] for videos in spoilt
     ]
     assert values[0] < values[1] < values[2]
 
@@ -174,7 +168,7 @@ def test_the_command_reports_all_that_the_number_depends_on(folder, tmp_path, ca
     command = options(folder, metrics=("fvd", "is"), samples=11, split="train", detector=folder / "i3d.pt",
                       classifier=folder / "c3d.pt", json=tmp_path / "out.json", statistics=tmp_path,
                       seed=5)  # fmt: skip
-    assert command.run() == 0
+    assert run(command) == 0
     result = json.loads((tmp_path / "out.json").read_text())["distribution"]
     assert (result["generated"], result["protocol"], result["split"], result["frames"]) == (11, "paper", "train", 4)
     printed = capsys.readouterr().out
@@ -199,13 +193,8 @@ def test_processes_share_the_clips(folder, tmp_path):
                  "--detector", command.detector, "--classifier", command.classifier, "--steps", 1, "--overlap", "none",
                  "--frames", 4, "--json", tmp_path / "two.json", "--statistics", tmp_path / "kept"]  # fmt: skip
     arguments += [part for name, value in common.items() for part in (f"--{name}", value)]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "hpdm",
-         *map(str, arguments)],
-        check=True, timeout=300, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"},
-    )  # fmt: skip
-    assert done.stdout.count("Inception score") == 1
+    printed = run_ranks(["-m", "hpdm", *arguments], 2, TRITON_INTERPRET="0")
+    assert [text.count("Inception score") for text in printed] == [1, 0]
     assert json.loads((tmp_path / "two.json").read_text()) == alone
     assert len(list((tmp_path / "kept").iterdir())) == 1
 
@@ -214,15 +203,15 @@ def test_too_few_videos_for_the_features_are_told(folder, caplog):
     detector = Detector(folder / "i3d.pt", "features")
     videos = torch.randint(256, (3, 3, 4, 32, 32), dtype=torch.uint8)
     with caplog.at_level(logging.WARNING, logger=distribution_eval.__name__):
-        real = real_statistics(windows(folder), detector, count=2, batch=5)
-        evaluate_distribution(enumerate(videos), frames=4, batch=2, detector=detector, real=real)
+        real = RealFeatures(detector, real_statistics(windows(folder), detector, count=2, batch=5))
+        evaluate_distribution(enumerate(videos), frames=4, batch=2, real=real)
     assert "2 real videos give a covariance of rank 1 for 3 features" in caplog.text
     assert "3 generated videos give a covariance of rank 2 for 3 features" in caplog.text
 
 
 def test_motion_of_sampled_clips_stands_beside_that_of_real_ones(folder, capsys):
     command = options(folder, metrics=("motion",), samples=2, split="test")
-    assert command.run() == 0
+    assert run(command) == 0
     printed = capsys.readouterr().out
     assert "motion residual" in printed
     result = evaluate(command)["motion"]
@@ -261,23 +250,22 @@ def test_denoising_of_a_run_with_text_depends_on_its_captions(folder, tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    save_run_config(tmp_path / "run", config, CLASSES[::-1], {"stride": 1, "short": "error"})
-    save_checkpoint(tmp_path / "run", 1, model, EMA(model, 0.9), make_optimizer(model, "adamw", 1e-3, 0.0))
+    save_as_run(model, tmp_path / "run", CLASSES[::-1], {"stride": 1, "short": "error"})
     captions = [file.caption for file in VideoDataset(folder / "set", frames=4, size=32, captions=True).files]
     errors = []
     for n in range(2):
         store = EmbeddingStore.create(tmp_path / str(n), EmbeddingInfo("random", 8, 4, "fp32"))
         texts = list(dict.fromkeys(captions))
         store.add(texts, [torch.randn(3, 8) * 5 for _ in texts])
-        run = options(folder, run_folder=tmp_path / "run", clips=2, bins=1, embeddings=tmp_path / str(n))
-        errors.append(evaluate(run)["error"])
+        command = options(folder, run_folder=tmp_path / "run", clips=2, bins=1, embeddings=tmp_path / str(n))
+        errors.append(evaluate(command)["error"])
     assert errors[0] != errors[1]
     with pytest.raises(ValueError, match="embeddings: got none, expected the folder that `hpdm data embed` wrote"):
-        evaluate(replace(run, embeddings=None))
+        evaluate(replace(command, embeddings=None))
     with pytest.raises(ValueError, match="run: it is conditioned on text, expected --generated"):
-        evaluate(replace(run, metrics=("motion",)))
+        evaluate(replace(command, metrics=("motion",)))
     with pytest.raises(ValueError, match=r"embeddings: got .*, expected none for conditioning='class'"):
-        evaluate(replace(run, run_folder=folder / "run"))
+        evaluate(replace(command, run_folder=folder / "run"))
 
 
 @pytest.mark.parametrize(

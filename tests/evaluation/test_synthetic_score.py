@@ -38,9 +38,9 @@ def test_rendered_clips_are_read_to_a_fraction_of_a_pixel(name):
     assert score.residual < 0.45
     assert score.speed == pytest.approx(np.hypot(*clip.velocity[0]), abs=0.14)
     assert score.radius == pytest.approx(clip.radius, abs=0.5)
-    assert (score.shape, score.colour, score.found) == (name, name, 1.0)
+    assert (score.shape, score.color, score.found) == (name, name, 1.0)
     assert score.overlap > 0.9
-    assert score.colour_error < 6
+    assert score.color_error < 6
     assert score.texture == pytest.approx(1, abs=0.23)
 
 
@@ -95,8 +95,8 @@ def shake(frames, pixels):
 @pytest.mark.parametrize(
     ("spoil", "unit", "amounts", "worse"),
     [
-        (noise, "sigma", (0, 30, 90), {"overlap": -1, "colour_error": 1, "residual": 1, "texture": -1}),
-        (blur, "sigma", (0, 2, 6), {"overlap": -1, "colour_error": 1, "residual": 1, "texture": -1}),
+        (noise, "sigma", (0, 30, 90), {"overlap": -1, "color_error": 1, "residual": 1, "texture": -1}),
+        (blur, "sigma", (0, 2, 6), {"overlap": -1, "color_error": 1, "residual": 1, "texture": -1}),
         (shake, "pixels", (0, 1, 3), {"residual": 1}),
     ],
 )
@@ -131,17 +131,17 @@ def test_another_class_is_recognised_as_what_it_is(clips):
     names = list(CLASSES)
     for name, other in zip(names, names[1:] + names[:1]):
         score = score_clip(clips[name].frames, other)
-        assert (score.shape, score.colour) == (name, name)
+        assert (score.shape, score.color) == (name, name)
         assert score.overlap < 0.9
-        assert score.colour_error > 25
+        assert score.color_error > 25
 
 
 def test_coverage_of_a_painted_square_is_its_area():
     frames = np.full((1, 64, 64, 3), 30, np.uint8)
     frames[0, 10:40, 20:50] = (200, 90, 60)
-    cover, colour, contrast = coverage(frames)
+    cover, color, contrast = coverage(frames)
     assert cover.sum() == pytest.approx(900, abs=1)
-    assert colour[0] == pytest.approx([200, 90, 60], abs=1)
+    assert color[0] == pytest.approx([200, 90, 60], abs=1)
     assert contrast[0] > 90
     found = fit_template(cover, "GreenSquare")
     assert found.position[0] == pytest.approx([35, 25], abs=0.05)
@@ -169,7 +169,7 @@ def test_real_clips_of_a_set_are_right_and_swapped_classes_are_not(folder):
     assert result["real"]["all_right"] == 1
     assert result["position_error"]["median"] < 0.3
     swapped = evaluate_motion(data, enumerate(made), names[::-1], real=4)["generated"]
-    assert (swapped["shape_right"], swapped["colour_right"], swapped["all_right"]) == (0, 0, 0)
+    assert (swapped["shape_right"], swapped["color_right"], swapped["all_right"]) == (0, 0, 0)
     still = [clip[:, :1].expand_as(clip) for clip in made]
     frozen = evaluate_motion(data, enumerate(still), names, real=4)["generated"]
     assert (frozen["speed_right"], frozen["motion_right"], frozen["all_right"]) == (0, 0, 0)

@@ -1,6 +1,8 @@
-"""Which backend runs, and what is said when it cannot."""
+"""Which backend runs, what is said when it cannot, and what importing the package costs."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,3 +95,27 @@ def test_resolving_does_not_break_graphs() -> None:
 
     x = torch.zeros(3)
     assert torch.equal(torch.compile(f, fullgraph=True, backend="eager")(x), f(x))
+
+
+def test_importing_the_package_does_not_import_the_compiler() -> None:
+    """Dynamo and its imports take longer to load than this package, and only ``torch.compile`` needs them."""
+    code = "import sys, torch, hpdm_kernels, hpdm_kernels.modules; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch._dynamo", "torch._inductor", "sympy"} & set(run.stdout.split())
+
+
+def test_constants_are_marked_as_pytorch_marks_them() -> None:
+    ours, theirs = _backend._constant_when_compiling(lambda: 0), torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(ours) == vars(theirs) != {}
+
+
+def test_portable_ops_run_in_pytorch_whatever_the_backend() -> None:
+    @_backend.custom_op("test_backend_double")
+    def double(x: torch.Tensor, backend: str) -> torch.Tensor:
+        assert backend == "torch"
+        return 2 * x
+
+    portable = _backend.PORTABLE.pop(torch.ops.hpdm.test_backend_double)
+    assert double(torch.ones(2), "torch").tolist() == [2, 2]
+    assert portable(torch.ones(2), "triton").tolist() == [2, 2]
+    assert portable(torch.ones(2), backend="triton").tolist() == [2, 2]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpdm_kernels._checks import check_boxes, check_tensor, check_triple, values_are_readable
+from hpdm_kernels._checks import check_tensor, check_triple, values_are_readable
+from hpdm_kernels.boxes import check_boxes
 
 X = torch.zeros(2, 5, 8)
 

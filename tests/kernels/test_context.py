@@ -1,4 +1,4 @@
-"""Context: sampling and fusion against the fp64 formulas, gradients, what a registered op owes."""
+"""Context: sampling and fusion against the fp64 formulas, gradients, and what registered ops must provide."""
 
 import math
 import unittest.mock
@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from benchmarks import harness
-from hpdm_kernels import reference
-from hpdm_kernels.context import ops as context_ops
-from hpdm_kernels.context import torch_backend as context_torch
-from hpdm_kernels.context.api import fuse_context, fuse_projected, project_sources, sample_context
-from hpdm_kernels.testing import assert_within_budget, random_boxes, value_and_grads
+from hpdm_kernels import fuse_context, fuse_projected, project_sources, reference, sample_context
+from hpdm_kernels._backend import PORTABLE
+from hpdm_kernels.context import ops, torch_backend
+from hpdm_kernels.testing import check_op, random_boxes, value_and_grads
 
 BACKENDS = ("torch", "triton")
 
@@ -82,19 +81,10 @@ class Problem:
         return ((self.sample, self.sources), (self.fuse, self.fuse_inputs), (self.cached, self.fuse_inputs))
 
 
-def check(problem, backend, grad=None, calls=None, **options):
+def check(problem, backend, grad=None, calls=None, repeat=False, **options):
     grad = problem.grad if grad is None else grad
     for make, inputs in calls or problem.calls():
-        wide = [t if t is None else t.double() for t in inputs]
-        oracle = value_and_grads(make("reference"), wide, grad.double())
-        plain = value_and_grads(make("reference"), inputs, grad)
-        actual = value_and_grads(make(backend, **options), inputs, grad)
-        name = make.__name__
-        assert_within_budget(name, actual[0], plain[0], oracle[0])
-        for i, (got, near, true) in enumerate(zip(actual[1], plain[1], oracle[1], strict=True)):
-            assert (got is None) == (true is None)
-            if true is not None:
-                assert_within_budget(f"{name}, gradient {i}", got, near, true)
+        check_op(make(backend, **options), make("reference"), inputs, grad, repeat=repeat)
 
 
 WHOLE = (1.0, 1.0, 1.0)
@@ -211,14 +201,11 @@ def test_projecting_first_is_the_same_formula(generator):
 def test_same_bits_twice(backend, generator):
     plain, shared = (Problem(generator, **CASES["ratio 1 in time"]) for _ in range(2))
     for problem in (plain, shared.share_rows(generator)):
-        for make, inputs in problem.calls():
-            first, second = (value_and_grads(make(backend), inputs, problem.grad) for _ in range(2))
-            assert torch.equal(first[0], second[0])
-            assert all(a is b is None or torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+        check(problem, backend, repeat=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_only_wanted_gradients(backend, generator):
+def test_one_gradient_alone(backend, generator):
     problem = Problem(generator, **{**CASES["pyramid"], "batch": 1})
     for make, inputs in problem.calls():
         everything = value_and_grads(make(backend), inputs, problem.grad)[1]
@@ -269,10 +256,27 @@ def test_projected_sources_have_the_gradients_of_interpolation_alone(backend, ge
             backend=chosen,
         )  # fmt: skip
 
-    make.__name__ = "fuse_projected"
     check(problem, backend, calls=[(make, problem.fuse_inputs)])
     d = problem.x.shape[2]
     assert not value_and_grads(make(backend), problem.fuse_inputs, problem.grad)[1][1][:, d : 2 * d].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_gradient_where_the_context_needs_none(backend, generator):
+    """Projected sources without gradients, no coordinates and no bias: no source's interpolation is transposed."""
+    problem = Problem(generator, **CASES["nothing extra"])
+
+    def make(chosen):
+        def call(weight):
+            x, *projected = (t.to(weight.dtype) for t in (problem.x, *problem.sources))
+            return fuse_projected(
+                x, projected, problem.source_boxes, problem.box, weight, None, problem.source_grids, problem.grid,
+                backend=chosen,
+            )  # fmt: skip
+
+        return call
+
+    check(problem, backend, calls=[(make, [problem.weight])])
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -291,7 +295,7 @@ def test_forward_takes_the_output_and_the_projected_footprints(projected, genera
     one_frame = (10 + 16) * 10 * d
     tables = 2**16
     rows = batch * (math.prod(grid) + sum(map(math.prod, footprints)))
-    with unittest.mock.patch.object(context_torch, "SCRATCH", one_frame):
+    with unittest.mock.patch.object(torch_backend, "FORWARD_SCRATCH", one_frame):
         run()
         assert harness.peak_extra_bytes(run, torch.device("cpu")) <= 4 * (rows * d + one_frame) + tables
 
@@ -318,20 +322,20 @@ def test_opcheck(backend, shared, generator):
         problem.share_rows(generator)
     grad = problem.grad
     args, fuse_args = op_arguments(problem, backend, False), op_arguments(problem, backend, True)
-    torch.library.opcheck(context_ops.sample_bwd, (grad, *args[:-1], [True, False], args[-1]))
+    torch.library.opcheck(ops.sample_bwd, (grad, *args[:-1], [True, False], args[-1]))
     cached_args = op_arguments(problem, backend, True, projected=True)
     for fusion in (fuse_args, cached_args):
         wanted = [True, True, True, False, True]
-        torch.library.opcheck(context_ops.fuse_bwd, (grad, *fusion[:-3], wanted, *fusion[-3:]))
+        torch.library.opcheck(ops.fuse_bwd, (grad, *fusion[:-3], wanted, *fusion[-3:]))
     project_args = (problem.sources[0], problem.weight)
     for wanted in ([True, True], [False, True]):
-        torch.library.opcheck(context_ops.project_bwd, (problem.sources[0], *project_args, wanted, "ieee", backend))
+        torch.library.opcheck(ops.project_bwd, (problem.sources[0], *project_args, wanted, "ieee", backend))
     for tensor in (problem.x, problem.weight, problem.bias, *problem.sources):
         tensor.requires_grad_()
-    torch.library.opcheck(context_ops.sample_fwd, args)
-    torch.library.opcheck(context_ops.fuse_fwd, fuse_args)
-    torch.library.opcheck(context_ops.fuse_fwd, cached_args)
-    torch.library.opcheck(context_ops.project_fwd, (*project_args, "ieee", backend))
+    torch.library.opcheck(ops.sample_fwd, args)
+    torch.library.opcheck(ops.fuse_fwd, fuse_args)
+    torch.library.opcheck(ops.fuse_fwd, cached_args)
+    torch.library.opcheck(ops.project_fwd, (*project_args, "ieee", backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -370,21 +374,49 @@ def test_mixed_precision_stops_at_the_op(backend, generator):
             assert torch.equal(got, true)
 
 
+def all_ops(problem, backend):
+    """Every registered op of the context with arguments, the backward ones for some gradients."""
+    sample_args, fuse_args = op_arguments(problem, backend, False), op_arguments(problem, backend, True)
+    project_args = (problem.sources[0], problem.weight, "ieee", backend)
+    some_sources = [k == 1 for k in range(len(problem.sources))]
+    registered = torch.ops.hpdm
+    return [
+        (registered.sample_context_fwd, sample_args),
+        (registered.sample_context_bwd, (problem.grad, *sample_args[:-1], some_sources, backend)),
+        (registered.fuse_context_fwd, fuse_args),
+        (
+            registered.fuse_context_bwd,
+            (problem.grad, *fuse_args[:-3], [True, True, False, *some_sources], *fuse_args[-3:]),
+        ),
+        (registered.project_source_fwd, project_args),
+        (registered.project_source_bwd, (problem.sources[0], *project_args[:2], [True, True], *project_args[2:])),
+    ]
+
+
+def test_portable_functions_do_what_the_ops_do(generator):
+    problem = Problem(generator, **CASES["pyramid"])
+    for (op, arguments), (_, of_kernels) in zip(all_ops(problem, "torch"), all_ops(problem, "triton")):
+        got, want = PORTABLE[op](*of_kernels), op(*arguments)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("projected", [False, True])
 def test_flop_formulas_count_the_products(projected, generator):
     """What the op declares is what a counter finds in the portable implementation, which it cannot see into."""
     problem = Problem(generator, **CASES["odd"])
     *args, _, _, _ = op_arguments(problem, "torch", True, projected)
-    triples = [args[i] for i in (7, 9)]
-    plain = (*args[:7], problem.source_grids, args[8], problem.source_grids)
-    assert triples[0] == triples[1] == [n for g in problem.source_grids for n in g]
+    registered = torch.ops.hpdm
     for wanted in ([True] * 6, [False, True, False, False, False, False], [True, False, True, False, True, False]):
+        calls = [
+            (registered.fuse_context_fwd, (*args, projected, "ieee", "torch")),
+            (registered.fuse_context_bwd, (problem.grad, *args, wanted, projected, "ieee", "torch")),
+        ]
         with torch.utils.flop_counter.FlopCounterMode(display=False) as declared:
-            context_ops.fuse_fwd(*args, projected, "ieee", "torch")
-            context_ops.fuse_bwd(problem.grad, *args, wanted, projected, "ieee", "torch")
+            for op, arguments in calls:
+                op(*arguments)
         with torch.utils.flop_counter.FlopCounterMode(display=False) as found:
-            context_torch.fuse_forward(*plain, projected)
-            context_torch.fuse_backward(problem.grad, *plain, wanted, projected)
+            for op, arguments in calls:
+                PORTABLE[op](*arguments)
         products = sum(n for op, n in found.get_flop_counts()["Global"].items() if op is torch.ops.aten.mm)
         coordinates = 2 * problem.x.shape[2] * math.prod(problem.grid[:2]) * len(problem.box) * 2 * wanted[1]
         assert declared.get_total_flops() == products - coordinates

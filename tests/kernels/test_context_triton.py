@@ -1,4 +1,4 @@
-"""What the kernels of the context do beside the formulas: tiles, caches read in place, no needless product, memory."""
+"""The context's kernels beyond the formulas: edges of tiles, caches read in place, no needless product, memory."""
 
 import gc
 import math
@@ -9,16 +9,18 @@ import torch
 
 from benchmarks import harness
 from hpdm_kernels import _triton, footprint_size, reference
-from hpdm_kernels.context import triton_backend as context_triton
+from hpdm_kernels.context import block_sizes, triton_backend
+from hpdm_kernels.context.geometry import Geometry
+from hpdm_kernels.context.weight import FusionWeight
 from hpdm_kernels.testing import assert_within_budget, random_boxes
 
 pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="compiled kernels are checked by benchmarks/gpu")
 
 PRECISION = "ieee"
 SCALE = (0.5, 0.4, 0.6)
-SMALL = context_triton.ContextTile(2, 2, 16, 16)
+SMALL = block_sizes.ContextTile(2, 2, 16, 16)
 CASES = {
-    # Several tiles per axis, with a rest on each; sources finer, coarser and as fine as the patch.
+    # Several tiles per axis, none of them whole numbers; sources finer and coarser than the patch.
     "odd": {"grid": (2, 3, 5), "source_grids": [(3, 4, 7), (1, 2, 2)], "width": 20},
     "one token": {"grid": (1, 1, 1), "source_grids": [(1, 1, 1)], "width": 1},
     "one line": {"grid": (1, 1, 5), "source_grids": [(2, 1, 5)], "width": 32},
@@ -30,7 +32,7 @@ CASES = {
 def tile(request):
     """The interpreter's tiles hold everything here, the GPU's do not: with small ones their edges are tested, too."""
     with unittest.mock.patch.object(
-        context_triton, "_INTERPRETED_TILE", request.param or context_triton._INTERPRETED_TILE
+        block_sizes, "INTERPRETED_CONTEXT", request.param or block_sizes.INTERPRETED_CONTEXT
     ):
         yield
 
@@ -53,18 +55,15 @@ class Problem:
         self.weight, self.bias = normal(width, 2 * width + 3) / width**0.5, normal(width)
         self.grid, self.source_grids = grid, source_grids
 
-    @property
-    def geometry(self):
-        return (self.index, self.source_grids, self.grid)
-
     def footprints(self):
         return [tuple(map(footprint_size, SCALE, self.grid, grid)) for grid in self.source_grids]
 
-    def fuse(self, sizes=None, precision=PRECISION, projected=False, bias=True):
-        return context_triton.fuse_forward(
-            self.x, self.sources, self.boxes, self.box, self.weight, self.bias if bias else None,
-            *self.geometry, sizes or self.source_grids, precision, projected,
-        )  # fmt: skip
+    def fuse(self, footprints=None, precision=PRECISION, projected=False):
+        geometry = Geometry(
+            self.boxes, self.box, self.index, self.source_grids, self.grid, footprints or self.source_grids
+        )
+        weight = FusionWeight.split(self.weight)
+        return triton_backend.fuse_forward(self.x, self.sources, geometry, weight, self.bias, projected, precision)
 
     def expect(self, projected=False, dtype=torch.float64):
         formula = reference.fuse_projected if projected else reference.fuse_context
@@ -100,8 +99,8 @@ def test_caches_are_read_in_place(projected, rows, generator):
 def test_a_projected_cache_is_neither_copied_nor_multiplied(generator):
     problem = Problem(generator, (2, 2, 4), [(4, 4, 4)], 32, rows=3)
     with (
-        unittest.mock.patch.object(context_triton, "_gather", side_effect=AssertionError("copied")),
-        unittest.mock.patch.object(context_triton, "_matmul", wraps=context_triton._matmul) as products,
+        unittest.mock.patch.object(triton_backend, "_gather", side_effect=AssertionError("copied")),
+        unittest.mock.patch.object(triton_backend, "_matmul", wraps=triton_backend._matmul) as products,
     ):
         problem.check(problem.fuse(projected=True), projected=True)
     assert products.call_count == 1
@@ -113,8 +112,8 @@ def test_no_source_token_is_multiplied_twice(rows, footprints, generator):
     problem = Problem(generator, (4, 4, 4), [(6, 6, 6)], 16, batch=3, rows=rows)
     sizes = problem.footprints()
     with (
-        unittest.mock.patch.object(context_triton, "_gather", wraps=context_triton._gather) as gather,
-        unittest.mock.patch.object(context_triton, "_matmul", wraps=context_triton._matmul) as products,
+        unittest.mock.patch.object(triton_backend, "_gather", wraps=triton_backend._gather) as gather,
+        unittest.mock.patch.object(triton_backend, "_matmul", wraps=triton_backend._matmul) as products,
     ):
         problem.check(problem.fuse(sizes))
     assert gather.call_count == footprints
@@ -125,28 +124,27 @@ def test_no_source_token_is_multiplied_twice(rows, footprints, generator):
 
 @pytest.mark.parametrize("with_coordinates", [False, True])
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
-def test_project(wanted, precision, with_coordinates, generator):
+@pytest.mark.parametrize("needs_grad", [(True, True), (True, False), (False, True)])
+def test_project(needs_grad, precision, with_coordinates, generator):
     rows, d = 70, 20
     source, grad = torch.randn(rows, d, generator=generator), torch.randn(rows, d, generator=generator)
-    weight = torch.randn(d, 2 * d + 3 * with_coordinates, generator=generator)
-    context = weight[:, d : 2 * d]
-    got = context_triton.project(source, weight, precision)
+    whole = torch.randn(d, 2 * d + 3 * with_coordinates, generator=generator)
+    weight, context = FusionWeight.split(whole), whole[:, d : 2 * d]
+    got = triton_backend.project(source, weight, precision)
     assert_within_budget("projected", got, source @ context.t(), source.double() @ context.double().t())
-    of_weight = torch.zeros_like(weight)
-    of_weight[:, d : 2 * d] = grad.t() @ source
-    oracle = of_weight.double()
-    oracle[:, d : 2 * d] = grad.double().t() @ source.double()
-    plain = [grad @ context, of_weight]
-    true = [grad.double() @ context.double(), oracle]
-    found = context_triton.project_backward(grad, source, weight, wanted, precision)
-    chosen = [i for i, want in enumerate(wanted) if want]
-    assert len(found) == len(chosen)
-    for i, one in zip(chosen, found):
-        assert_within_budget(f"gradient {i}", one, plain[i], true[i])
-    if wanted[1]:
-        assert not found[-1][:, :d].any()
-        assert not found[-1][:, 2 * d :].any()
+    plain_weight = torch.zeros_like(whole)
+    plain_weight[:, d : 2 * d] = grad.t() @ source
+    true_weight = plain_weight.double()
+    true_weight[:, d : 2 * d] = grad.double().t() @ source.double()
+    plain, true = [grad @ context, plain_weight], [grad.double() @ context.double(), true_weight]
+    gradients = triton_backend.project_backward(grad, source, weight, needs_grad, precision)
+    chosen = [i for i, needed in enumerate(needs_grad) if needed]
+    assert len(gradients) == len(chosen)
+    for i, gradient in zip(chosen, gradients):
+        assert_within_budget(f"gradient {i}", gradient, plain[i], true[i])
+    if needs_grad[1]:
+        assert not gradients[-1][:, :d].any()
+        assert not gradients[-1][:, 2 * d :].any()
 
 
 @pytest.mark.parametrize("projected", [False, True])
@@ -155,7 +153,7 @@ def test_forward_holds_the_output_and_the_projections(projected, generator):
     problem = Problem(generator, grid, [grid] * 2, d, batch)
     sizes = problem.footprints()
     problem.check(problem.fuse(sizes, projected=projected), projected)
-    gather = context_triton._gather
+    gather = triton_backend._gather
 
     def gather_alone(*args):
         # The interpreter keeps its views of the arguments until they are collected.
@@ -163,7 +161,7 @@ def test_forward_holds_the_output_and_the_projections(projected, generator):
         gc.collect()
         return out
 
-    with unittest.mock.patch.object(context_triton, "_gather", gather_alone):
+    with unittest.mock.patch.object(triton_backend, "_gather", gather_alone):
         peak = harness.peak_extra_bytes(lambda: problem.fuse(sizes, projected=projected), torch.device("cpu"))
     projections = 0 if projected else batch * sum(map(math.prod, sizes))
     packed, tables = d, 2**14

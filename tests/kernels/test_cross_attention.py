@@ -13,7 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm_kernels import cross_attention, reference
-from hpdm_kernels.attention import triton_backend as cross_attention_triton
+from hpdm_kernels._backend import PORTABLE
+from hpdm_kernels._triton import dense_rows
+from hpdm_kernels.attention.triton_backend import _grid_split
 from hpdm_kernels.testing import max_error, value_and_grads
 
 BACKENDS = ("torch", "triton")
@@ -160,7 +162,7 @@ def test_strides(layout, backend, generator, device):
 def test_fused_projections_are_read_in_place(generator):
     fused = torch.randn(2, 7, 3 * 4 * 24, generator=generator)
     for x in fused.view(2, 7, 3, 4, 24).permute(2, 0, 3, 1, 4):
-        assert cross_attention_triton._unit_stride(x) is x
+        assert dense_rows(x) is x
 
 
 def test_heads_merge_without_a_copy(generator, device):
@@ -354,10 +356,10 @@ def test_some_gradients(needed, backend, generator, device):
 def test_splits_cover_the_walk(device):
     for programs in (1, 2, 3, 7, 100):
         for steps in (1, 2, 3, 5, 64, 1000):
-            splits, per_split = cross_attention_triton._grid_split(device, programs, steps)
+            splits, per_split = _grid_split(device, programs, steps)
             assert (splits - 1) * per_split < steps <= splits * per_split
-    assert cross_attention_triton._grid_split(device, 1, 1000)[0] > 1
-    assert cross_attention_triton._grid_split(device, 10**6, 1000)[0] == 1
+    assert _grid_split(device, 1, 1000)[0] > 1
+    assert _grid_split(device, 10**6, 1000)[0] == 1
 
 
 def test_saves_inputs_output_and_log_sum_exp_alone(generator, device):
@@ -378,6 +380,17 @@ def test_flops_are_counted_in_both_directions(generator, device):
     with FlopCounterMode(display=False) as backward:
         out.backward(grad)
     assert backward.get_total_flops() == 5 * product
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_portable_functions_give_what_the_ops_give(masked, generator, device):
+    q, k, v, grad = (t.to(device) for t in make((2, 2, 5, 9, 16), generator))
+    options = (0.25, "ieee", make_mask(2, 9, generator).to(device) if masked else None)
+    fwd, bwd = torch.ops.hpdm.cross_attention_fwd, torch.ops.hpdm.cross_attention_bwd
+    out, lse = fwd(q, k, v, *options)
+    torch.testing.assert_close(PORTABLE[fwd](q, k, v, *options), (out, lse))
+    arguments = (grad, q, k, v, out, lse, *options)
+    torch.testing.assert_close(PORTABLE[bwd](*arguments), bwd(*arguments))
 
 
 @pytest.mark.parametrize("m", [5, 130], ids=["whole walks", "split walks"])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from hpdm_kernels import reference, sample_patches
-from hpdm_kernels.testing import assert_within_budget, random_boxes, value_and_grads
+from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes, value_and_grads
 
 BACKENDS = ("torch", "triton")
 
@@ -35,11 +35,7 @@ def check(backend, video, box, size, grad):
     def run(chosen):
         return lambda v: sample_patches(v, box, size, backend=chosen)
 
-    oracle = value_and_grads(run("reference"), (video.double(),), grad.double())
-    plain = value_and_grads(run("reference"), (video,), grad)
-    actual = value_and_grads(run(backend), (video,), grad)
-    assert_within_budget("patches", actual[0], plain[0], oracle[0])
-    assert_within_budget("gradient of video", actual[1][0], plain[1][0], oracle[1][0])
+    check_op(run(backend), run("reference"), (video,), grad, names=("video",))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -155,7 +151,7 @@ def test_uint8(generator, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
 def test_large_footprints_are_cut(dtype, generator, device, monkeypatch):
-    monkeypatch.setattr("hpdm_kernels.patches.api.CPU_PIECE", 100)
+    monkeypatch.setattr("hpdm_kernels.patches.torch_backend.CPU_PIECE", 100)
     for name in ("shrink", "uneven", "stretch", "window"):
         video, box, size, _ = inputs(name, generator, device)
         video = (video * 60 + 128).clamp(0, 255).to(dtype)

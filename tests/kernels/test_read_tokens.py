@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpdm_kernels import cross_attention
+from hpdm_kernels import cross_attention, read_tokens
 from hpdm_kernels.attention import torch_backend as cross_attention_torch
-from hpdm_kernels.attention.read import _pieces, read_tokens
+from hpdm_kernels.attention.read import token_chunks
 from hpdm_kernels.testing import assert_within_budget, max_error, value_and_grads
 
 BACKENDS = ("torch", "triton")
@@ -170,7 +170,7 @@ def test_is_the_projection_and_cross_attention(backend, generator, device):
 def test_pieces_cover_everything_in_order():
     for batch, lengths, rows in ((1, (1,), 1), (5, (6,), 13), (4, (130,), 50), (3, (9, 5, 1), 4), (7, (3, 2), 100)):
         seen = []
-        for samples, ranges in _pieces(batch, lengths, rows):
+        for samples, ranges in token_chunks(batch, lengths, rows):
             first = (samples.stop - samples.start) * sum(lengths)
             assert first <= rows or samples.stop - samples.start == 1
             for piece in ranges:

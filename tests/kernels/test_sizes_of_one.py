@@ -18,7 +18,7 @@ import json
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from hpdm_kernels.aot.compile import collect, op_modules
+from hpdm_kernels.aot.collect import collect, op_modules
 
 specs = {}
 for spec in collect(op_modules()):

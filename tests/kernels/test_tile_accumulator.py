@@ -135,12 +135,12 @@ def test_boxes():
             assert all(a <= o and o + n <= b for (a, b), o, n in zip(box, origin, (3, 3, 5)))
 
 
-def test_alike_cells_cover_the_axis_once():
+def test_sets_of_cells_cover_the_axis_once():
     for tile, size, origins in COVERS.values():
         plan = read_origins(origins, tile, size)
         for axis in plan.axes:
             found = {}
-            for cells in axis.alike():
+            for cells in axis.cell_sets():
                 for n in range(cells.count):
                     start, first = cells.start + n * cells.step, cells.first + n * cells.tile_step
                     cover = range(first, first + len(cells.offsets))

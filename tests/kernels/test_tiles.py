@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpdm_kernels import average_tiles, extract_tiles, reference
-from hpdm_kernels.testing import assert_within_budget, value_and_grads
+from hpdm_kernels.testing import assert_within_budget, check_op, value_and_grads
 from hpdm_kernels.tiles.geometry import Axis, read_origins
 
 BACKENDS = ("torch", "triton")
@@ -40,23 +40,15 @@ def check_average(backend, tiles, x, grad, origins, size, alpha=0.7, beta=-1.3):
     def run(chosen):
         return lambda t, x: average_tiles(t, origins, size, x=x, alpha=alpha, beta=beta, backend=chosen)
 
-    oracle = value_and_grads(run("reference"), (tiles.double(), x.double()), grad.double())
-    plain = value_and_grads(run("reference"), (tiles, x), grad)
-    actual = value_and_grads(run(backend), (tiles, x), grad)
-    assert_within_budget("average", actual[0], plain[0], oracle[0])
-    for name, got, want, truth in zip(("tiles", "x"), actual[1], plain[1], oracle[1]):
-        assert_within_budget(f"gradient of {name}", got, want, truth)
+    check_op(run(backend), run("reference"), (tiles, x), grad, names=("tiles", "x"))
 
 
 def check_extract(backend, video, grad, origins, tile):
     def run(chosen):
         return lambda v: extract_tiles(v, origins, tile, backend=chosen)
 
-    oracle = value_and_grads(run("reference"), (video.double(),), grad.double())
-    plain = value_and_grads(run("reference"), (video,), grad)
-    actual = value_and_grads(run(backend), (video,), grad)
-    assert torch.equal(actual[0], plain[0])
-    assert_within_budget("gradient of video", actual[1][0], plain[1][0], oracle[1][0])
+    assert torch.equal(run(backend)(video), run("reference")(video))
+    check_op(run(backend), run("reference"), (video,), grad, names=("video",))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -129,7 +121,7 @@ def test_strided_inputs(backend, generator, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pieces_smaller_than_cells(backend, generator, device, monkeypatch):
-    """The portable average cuts cells that are too large for the cache."""
+    """The average in PyTorch cuts cells that are too large for the cache."""
     monkeypatch.setattr("hpdm_kernels.tiles.torch_backend.CPU_PIECE", 1)
     tiles, x, grad, origins, _, size = inputs("half", generator, device)
     check_average(backend, tiles, x, grad, origins, size)

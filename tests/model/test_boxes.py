@@ -1,10 +1,12 @@
-"""Boxes, patches and covers."""
+"""Boxes, patches and tilings."""
 
 import pytest
 import torch
 
 from hpdm import presets
-from hpdm.patch.boxes import extract_patches, parse_overlap, sample_boxes, tiling
+from hpdm.patch.boxes import extract_patches, sample_boxes
+from hpdm.patch.tiling import level_tiling
+from hpdm.sampling import SamplerOptions, parse_overlap
 
 CONFIGS = ["tiny", "hpdm_s", "hpdm_t2v", "hpdm_t2v_1k"]
 
@@ -66,21 +68,22 @@ def test_patches_refuse_float_video_and_other_sizes(generator):
 
 def test_tile_counts_are_the_papers():
     config = presets.hpdm_t2v()
-    assert tiling(config, 3, (True, True, True)).tiles == 3375
-    assert tiling(config, 3, (False, False, False)).tiles == 512
-    assert tiling(config, 0, (True, True, True)).tiles == 1
-    assert tiling(presets.hpdm_t2v_1k(), 3, (True, True, True)).counts == (1, 15, 15)
+    half, none = SamplerOptions(overlap="fhw"), SamplerOptions(overlap="none")
+    assert level_tiling(config, half, 3).tiles == 3375
+    assert level_tiling(config, none, 3).tiles == 512
+    assert level_tiling(config, half, 0).tiles == 1
+    assert level_tiling(presets.hpdm_t2v_1k(), half, 3).counts == (1, 15, 15)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("overlap", ["none", "hw", "f", "fhw"])
 def test_every_tile_has_ancestors_on_every_level(name, overlap):
     config = presets.get(name)
-    flags = parse_overlap(overlap)
+    options = SamplerOptions(overlap=overlap)
     for level in range(1, config.levels):
-        boxes = tiling(config, level, flags).boxes
+        boxes = level_tiling(config, options, level).boxes
         for below in range(level):
-            cover = tiling(config, below, flags)
+            cover = level_tiling(config, options, below)
             parent = cover.boxes[cover.containing(boxes)]
             assert (boxes[:, :3] >= parent[:, :3] - 1e-5).all()
             assert ((boxes[:, :3] + boxes[:, 3:]) <= parent[:, :3] + parent[:, 3:] + 1e-5).all()
@@ -90,14 +93,14 @@ def test_a_box_that_no_tile_contains_is_refused():
     config = presets.tiny()
     straddling = torch.tensor([[0.375, 0.0, 0.0, 0.25, 0.25, 0.25]])
     with pytest.raises(ValueError, match="no tile contains row 0"):
-        tiling(config, 1, (False, False, False)).containing(straddling)
+        level_tiling(config, SamplerOptions(overlap="none"), 1).containing(straddling)
 
 
 def test_odd_patches_cannot_overlap_by_half():
     config = presets.tiny().replace(patch=(4, 15, 16), tokenizer=(1, 5, 4))
     with pytest.raises(ValueError, match="axis 'h' with patch size 15"):
-        tiling(config, 1, (False, True, False))
-    assert tiling(config, 1, (False, True, False), tiles_per_patch=5).counts == (2, 6, 2)
+        level_tiling(config, SamplerOptions(overlap="h"), 1)
+    assert level_tiling(config, SamplerOptions(overlap="h", tiles_per_patch=5), 1).counts == (2, 6, 2)
 
 
 @pytest.mark.parametrize("overlap", ["", "x", "ww", "fhwf", "hx"])

@@ -8,6 +8,7 @@ import torch
 import hpdm
 from hpdm import HPDMConfig, presets
 from hpdm.patch.config import pyramid_of
+from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS
 
 
 def count(config: HPDMConfig) -> int:
@@ -15,9 +16,9 @@ def count(config: HPDMConfig) -> int:
         return sum(p.numel() for p in hpdm.HPDM(config).parameters())
 
 
-@pytest.mark.parametrize("name", sorted(presets.PUBLISHED_PARAMETERS))
+@pytest.mark.parametrize("name", sorted(PUBLISHED_PARAMETERS))
 def test_parameters_within_one_percent_of_table_8(name):
-    published = presets.PUBLISHED_PARAMETERS[name]
+    published = PUBLISHED_PARAMETERS[name]
     assert abs(count(presets.get(name)) / published - 1) < 0.01
 
 
@@ -25,7 +26,7 @@ def test_tiny_is_tiny():
     assert count(presets.tiny()) < 1.8e6
 
 
-@pytest.mark.parametrize("name", sorted(presets.PRESETS))
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets_have_the_published_pyramids(name):
     config = presets.get(name)
     published = {
@@ -47,7 +48,7 @@ def test_unknown_preset_is_named():
 
 
 def test_configs_survive_json():
-    for name in presets.PRESETS:
+    for name in PRESETS:
         config = presets.get(name)
         assert HPDMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -42,7 +42,7 @@ def make(config, kernels, state=None, dtype=torch.float32):
     torch.manual_seed(0)
     model = HPDM(config, kernels)
     if state is None:
-        with torch.no_grad():  # away from the zero initialisation, behind which differences would hide
+        with torch.no_grad():  # where weights start at zero, differences would not show
             for p in model.parameters():
                 p.add_(torch.randn_like(p) * 0.05)
     else:
@@ -112,6 +112,6 @@ def test_a_training_run(backend):
         return torch.tensor(losses)
 
     off, on = run("reference"), run(backend)
-    # On the same draws it has learnt, so the comparison means something.
+    # On the same draws it has learned, so the comparison means something.
     assert off[-DRAWS:].mean() < 0.95 * off[:DRAWS].mean()
     assert ((on - off).abs() / off).max() < DRIFT

@@ -3,26 +3,11 @@
 import pytest
 import torch
 
-from hpdm import HPDM, presets
+from hpdm import HPDM
 from hpdm.patch import rin
 from hpdm.patch.boxes import sample_boxes
 from hpdm_kernels.testing import assert_within_budget
-
-
-def small(**changes):
-    return presets.tiny().replace(
-        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, **changes
-    )
-
-
-def awake(config, kernels="torch", seed=0, recompute="none"):
-    """A model whose zero-initialised parts are not zero, so that everything can influence the output."""
-    torch.manual_seed(seed)
-    model = HPDM(config, kernels, recompute)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model
+from tests.small import random_model, small_config
 
 
 def inputs(config, generator, batch=2):
@@ -33,14 +18,14 @@ def inputs(config, generator, batch=2):
 
 
 def test_shapes_of_one_patch_per_level(generator):
-    config = small()
+    config = small_config()
     x, boxes, t, labels = inputs(config, generator)
     assert HPDM(config)(x, boxes, t, labels).shape == x.shape
 
 
 def test_information_flows_from_coarse_to_fine_alone(generator):
-    config = small()
-    model = awake(config)
+    config = small_config()
+    model = random_model(config)
     x, boxes, t, labels = inputs(config, generator)
     before = model(x, boxes, t, labels)
     for level in range(3):
@@ -54,8 +39,8 @@ def test_information_flows_from_coarse_to_fine_alone(generator):
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_gradients_flow_to_the_levels_below_unless_detached(detach, generator):
-    config = small(detach_context=detach)
-    model = awake(config)
+    config = small_config(detach_context=detach)
+    model = random_model(config)
     x, boxes, t, labels = inputs(config, generator)
     x.requires_grad_(True)
     model(x, boxes, t, labels)[:, 2].square().sum().backward()
@@ -64,25 +49,25 @@ def test_gradients_flow_to_the_levels_below_unless_detached(detach, generator):
 
 
 def test_adaptive_computation_skips_early_blocks(generator):
-    config = small(fusion="shallow")  # no context, through which level 0 would carry early blocks to the others
-    model = awake(config)
+    config = small_config(fusion="shallow")  # no context, through which level 0 would carry early blocks to the others
+    model = random_model(config)
     assert [block.levels for block in model.blocks] == [1, 1, 2, 2, 3, 3]
     x, boxes, t, labels = inputs(config, generator)
     before = model(x, boxes, t, labels)
     for b, reached in ((0, [0]), (2, [0, 1]), (4, [0, 1, 2])):
-        changed = awake(config)
+        changed = random_model(config)
         with torch.no_grad():
             for p in changed.blocks[b].parameters():
                 p.add_(0.5)
         after = changed(x, boxes, t, labels)
         assert [n for n in range(3) if not torch.equal(after[:, n], before[:, n])] == reached
-    full = HPDM(small().without_adaptive_computation())
+    full = HPDM(small_config().without_adaptive_computation())
     assert all(block.fusion is not None and block.levels == 3 for block in full.blocks)
 
 
 def test_shallow_fusion_sees_the_previous_level_alone(generator):
-    config = small(fusion="shallow")
-    model = awake(config)
+    config = small_config(fusion="shallow")
+    model = random_model(config)
     assert all(block.fusion is None for block in model.blocks)
     x, boxes, t, labels = inputs(config, generator)
     before = model(x, boxes, t, labels)
@@ -94,7 +79,7 @@ def test_shallow_fusion_sees_the_previous_level_alone(generator):
 
 
 def test_without_coordinates_the_position_of_all_patches_does_not_matter(generator):
-    x, boxes, t, labels = inputs(small(), generator)
+    x, boxes, t, labels = inputs(small_config(), generator)
     # Levels 1 and 2 moved together: their boxes relative to each other stay, relative to level 0 they change.
     boxes = torch.tensor([[[0, 0, 0, 1, 1, 1], [0, 0, 0, 0.5, 0.5, 0.5], [0.25, 0, 0, 0.25, 0.25, 0.25]]]).repeat(
         2, 1, 1
@@ -104,7 +89,7 @@ def test_without_coordinates_the_position_of_all_patches_does_not_matter(generat
     x = x.clone()
     x[:, 0] = x[:, 0].mean(dim=-1, keepdim=True)  # level 0 looks the same everywhere along w ...
     for coordinates in (True, False):
-        model = awake(small(coordinates=coordinates))
+        model = random_model(small_config(coordinates=coordinates))
         with torch.no_grad():
             model.position_w.zero_()  # ... and so do its tokens
         same = torch.allclose(model(x, boxes, t, labels)[:, 2], model(x, moved, t, labels)[:, 2], atol=1e-5)
@@ -112,8 +97,8 @@ def test_without_coordinates_the_position_of_all_patches_does_not_matter(generat
 
 
 def test_class_noise_and_level_reach_the_output(generator):
-    config = small()
-    model = awake(config)
+    config = small_config()
+    model = random_model(config)
     x, boxes, t, labels = inputs(config, generator)
     before = model(x, boxes, t, labels)
     assert not torch.allclose(model(x, boxes, t, (labels + 1) % config.classes), before, atol=1e-4)
@@ -132,8 +117,8 @@ def text_inputs(config, generator, lengths):
 @pytest.mark.parametrize("recompute", ["none", "selective", "block"])
 @pytest.mark.parametrize("kernels", ["reference", "torch"])
 def test_text_reaches_every_level_and_its_padding_none(kernels, recompute, generator):
-    config = small(conditioning="text", text_width=8)
-    model = awake(config, kernels, recompute=recompute).double()
+    config = small_config(conditioning="text", text_width=8)
+    model = random_model(config, kernels, recompute=recompute).double()
     x, boxes, t, text, mask = text_inputs(config, generator, (5, 2, 0))
     x, t, text = x.double(), t.double(), text.double()
     before = model(x, boxes, t, text=text, text_mask=mask)
@@ -152,8 +137,8 @@ def test_text_reaches_every_level_and_its_padding_none(kernels, recompute, gener
 
 
 def test_absent_text_is_one_learned_token(generator):
-    config = small(conditioning="text", text_width=8)
-    model = awake(config).double()
+    config = small_config(conditioning="text", text_width=8)
+    model = random_model(config).double()
     x, boxes, t, text, _ = text_inputs(config, generator, (4, 4))
     x, t, text = x.double(), t.double(), text.double()
     without = model(x, boxes, t)
@@ -168,8 +153,8 @@ def test_absent_text_is_one_learned_token(generator):
 
 
 def test_gradients_of_text_stop_at_the_mask(generator):
-    config = small(conditioning="text", text_width=8)
-    model = awake(config)
+    config = small_config(conditioning="text", text_width=8)
+    model = random_model(config)
     x, boxes, t, text, mask = text_inputs(config, generator, (4, 2))
     text.requires_grad_(True)
     model(x, boxes, t, text=text, text_mask=mask).square().sum().backward()
@@ -177,26 +162,38 @@ def test_gradients_of_text_stop_at_the_mask(generator):
 
 
 def test_image_mode(generator):
-    config = small().with_pyramid((1, 8, 8), (1, 32, 32))
+    config = small_config().with_pyramid((1, 8, 8), (1, 32, 32))
     x, boxes, t, labels = inputs(config, generator)
     assert HPDM(config)(x, boxes, t, labels).shape == (2, 3, 3, 1, 8, 8)
 
 
 def test_the_flag_changes_no_parameter():
-    config = small()
+    config = small_config()
     states = [HPDM(config, kernels).state_dict() for kernels in ("auto", "reference", "torch", "triton")]
     shapes = [{name: tuple(p.shape) for name, p in state.items()} for state in states]
     assert all(s == shapes[0] for s in shapes)
 
 
+def test_blocks_are_sharded_after_their_fusions():
+    """Each block's fusion is wrapped before the block, and keeps its weights between the levels."""
+    model = HPDM(small_config())
+    modules = model.sharded_modules()
+    assert model.compiled_modules() == list(model.blocks)
+    assert [module for module, reshard in modules if reshard] == list(model.blocks)
+    kept = [module for module, reshard in modules if not reshard]
+    assert kept == [block.fusion for block in model.blocks if block.fusion is not None]
+    order = {id(module): i for i, (module, _) in enumerate(modules)}
+    assert all(order[id(b.fusion)] == order[id(b)] - 1 for b in model.blocks if b.fusion is not None)
+
+
 def test_a_fresh_model_predicts_zero_velocity(generator):
-    config = small()
+    config = small_config()
     x, boxes, t, labels = inputs(config, generator)
     assert (HPDM(config)(x, boxes, t, labels) == 0).all()
 
 
 def test_bad_inputs_are_named(generator):
-    config = small()
+    config = small_config()
     model = HPDM(config)
     x, boxes, t, labels = inputs(config, generator)
     with pytest.raises(ValueError, match=r"x: got shape"):
@@ -210,8 +207,8 @@ def test_bad_inputs_are_named(generator):
     with pytest.raises(ValueError, match=r"text: got a tensor"):
         model(x, boxes, t, labels, text=torch.zeros(2, 3, 1024))
     with pytest.raises(ValueError, match=r"labels: got a tensor, expected None"):
-        HPDM(small(conditioning="none"))(x, boxes, t, labels)
-    words = HPDM(small(conditioning="text"))
+        HPDM(small_config(conditioning="none"))(x, boxes, t, labels)
+    words = HPDM(small_config(conditioning="text"))
     with pytest.raises(ValueError, match=r"labels: got a tensor, expected None for conditioning='text'"):
         words(x, boxes, t, labels)
     with pytest.raises(ValueError, match=r"text: got shape \(2, 3, 7\), expected \(2, 3, 1024\)"):
@@ -224,14 +221,16 @@ def test_bad_inputs_are_named(generator):
         words(x, boxes, t, text=torch.zeros(2, 3, 1024), text_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match=r"text_mask: got a tensor, expected None where text is None"):
         words(x, boxes, t, text_mask=torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"t: got shape \(1,\), expected \(2,\)"):
+        model.forward_level(x[:, 0], 0, boxes[:, 0], t[:1, 0], None, labels)
     with pytest.raises(ValueError, match=r"context: got NoneType on level 1"):
         model.forward_level(x[:, 1], 1, boxes[:, 1], t[:, 1], None, labels)
     with pytest.raises(ValueError, match=r"backend: got 'cuda'"):
         HPDM(config, kernels="cuda")
 
 
-def value_and_gradients(model, given):
-    out = model(*given)
+def value_and_gradients(model, arguments):
+    out = model(*arguments)
     out.square().mean().backward()
     return out.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
@@ -243,36 +242,38 @@ def value_and_gradients(model, given):
 @pytest.mark.parametrize("recompute", ["selective", "block"])
 def test_recomputing_changes_no_value(recompute, kernels, changes, generator):
     """Nor a gradient of the formulas; with kernels on the read sums its gradients in another order."""
-    config = small(**changes)
-    given = inputs(config, generator)
-    kept, again = (value_and_gradients(awake(config, kernels, recompute=r), given) for r in ("none", recompute))
-    assert torch.equal(kept[0], again[0])
+    config = small_config(**changes)
+    arguments = inputs(config, generator)
+    kept, recomputed = (
+        value_and_gradients(random_model(config, kernels, recompute=r), arguments) for r in ("none", recompute)
+    )
+    assert torch.equal(kept[0], recomputed[0])
     if kernels == "reference":
-        assert torch.equal(kept[1], again[1])
-    wide = [g.double() if i in (0, 2) else g for i, g in enumerate(given)]
-    oracle = value_and_gradients(awake(config).double(), wide)
-    assert_within_budget("gradients", again[1], kept[1], oracle[1])
+        assert torch.equal(kept[1], recomputed[1])
+    wide = [g.double() if i in (0, 2) else g for i, g in enumerate(arguments)]
+    oracle = value_and_gradients(random_model(config).double(), wide)
+    assert_within_budget("gradients", recomputed[1], kept[1], oracle[1])
 
 
 @pytest.mark.parametrize("recompute", ["selective", "block"])
 def test_recomputing_in_pieces_changes_only_rounding(recompute, monkeypatch, generator):
     monkeypatch.setattr(rin, "CHUNK_ROWS", 10)
     monkeypatch.setattr(rin, "CHUNKS", 3)
-    config = small(conditioning="text", text_width=8)
+    config = small_config(conditioning="text", text_width=8)
     x, boxes, t, _ = inputs(config, generator)
-    given = (x, boxes, t, None, torch.randn(2, 5, 8, generator=generator))
-    wide = [g if g is None else g.double() for g in given]
+    arguments = (x, boxes, t, None, torch.randn(2, 5, 8, generator=generator))
+    wide = [g if g is None else g.double() for g in arguments]
     wide[1] = boxes
-    oracle = value_and_gradients(awake(config).double(), wide)
-    kept, again = (value_and_gradients(awake(config, recompute=r), given) for r in ("none", recompute))
-    for name, got, near, true in zip(("output", "gradients"), again, kept, oracle):
+    oracle = value_and_gradients(random_model(config).double(), wide)
+    kept, recomputed = (value_and_gradients(random_model(config, recompute=r), arguments) for r in ("none", recompute))
+    for name, got, near, true in zip(("output", "gradients"), recomputed, kept, oracle):
         assert_within_budget(name, got, near, true)
 
 
 def test_recomputing_keeps_less(generator):
     """Bytes that the forward pass leaves for the backward pass, each storage once."""
-    config = small()
-    given = inputs(config, generator)
+    config = small_config()
+    arguments = inputs(config, generator)
     kept = {}
     for recompute in ("none", "selective", "block"):
         storages = {}
@@ -281,9 +282,9 @@ def test_recomputing_keeps_less(generator):
             storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
 
-        model = awake(config, recompute=recompute)
+        model = random_model(config, recompute=recompute)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = model(*given)
+            out = model(*arguments)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept[recompute] = sum(size for pointer, size in storages.items() if pointer not in weights)
         out.sum().backward()
@@ -292,11 +293,11 @@ def test_recomputing_keeps_less(generator):
 
 @pytest.mark.parametrize("recompute", ["selective", "block"])
 def test_recomputing_compiles_as_one_graph(recompute, generator):
-    config = small(levels_per_block=(1, 3))  # compiling takes time for every block
-    given = inputs(config, generator)
-    eager = value_and_gradients(awake(config, recompute=recompute), given)
-    model = awake(config, recompute=recompute)
-    out = torch.compile(model, fullgraph=True, backend="aot_eager")(*given)
+    config = small_config(levels_per_block=(1, 3))  # compiling takes time for every block
+    arguments = inputs(config, generator)
+    eager = value_and_gradients(random_model(config, recompute=recompute), arguments)
+    model = random_model(config, recompute=recompute)
+    out = torch.compile(model, fullgraph=True, backend="aot_eager")(*arguments)
     out.square().mean().backward()
     gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(out.detach(), eager[0])
@@ -305,4 +306,4 @@ def test_recomputing_compiles_as_one_graph(recompute, generator):
 
 def test_unknown_recompute_setting_is_named():
     with pytest.raises(ValueError, match=r"^recompute: got 'all', expected one of 'none', 'selective', 'block'$"):
-        HPDM(small(), recompute="all")
+        HPDM(small_config(), recompute="all")

@@ -13,13 +13,13 @@ PLAIN = paper.Contender("reference", "reference")
 
 
 def test_memory_batch_and_time_of_a_step():
-    cost = training_step(SMALL, 1, "reference")
+    cost = training_step(paper.PATCH_DIFFUSION, SMALL, 1, "reference")
     added = cost.peak_bytes - cost.static_bytes
-    found = paper.measure(SMALL, PLAIN, CPU, cap=4 * added)
-    assert found.peak_bytes == pytest.approx(added, rel=0.1)
-    assert 3 <= found.batch <= 6
-    assert len(found.samples) == paper.ROUNDS
-    assert min(found.samples) > 0
+    measured = paper.measure(SMALL, PLAIN, CPU, cap=4 * added)
+    assert measured.peak_bytes == pytest.approx(added, rel=0.1)
+    assert 3 <= measured.batch <= 6
+    assert len(measured.samples) == paper.ROUNDS
+    assert min(measured.samples) > 0
 
 
 def test_one_clip_may_be_too_much():

@@ -1,26 +1,34 @@
 """``hpdm plan``: counted parameters, the sampler's own calls, the command and Table 1."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpdm import presets
-from hpdm.commands.plan import PlanCommand, parameters_by_part
+from hpdm import presets, systems
+from hpdm.commands.plan import PlanCommand, run
 from hpdm.patch.model import HPDM
-from hpdm.patch.sampler import Sampler, SamplerOptions
+from hpdm.patch.sampler import Sampler
+from hpdm.patch.sampling_cost import patch_flops, sampling_plan
 from hpdm.planning import table1
-from hpdm.planning.sampling_cost import patch_flops, sampling_plan
+from hpdm.planning.parameters import parameters_by_part
 from hpdm.planning.training_cost import training_step
+from hpdm.sampling import SamplerOptions
+from hpdm.system import System
+
+PATCH = systems.get("patch")
 
 
-@pytest.mark.parametrize("name", presets.PUBLISHED_PARAMETERS)
+@pytest.mark.parametrize("name", PATCH.published_parameters)
 def test_parameters_by_part(name: str) -> None:
-    counts = parameters_by_part(presets.get(name))
+    counts = parameters_by_part(PATCH, presets.get(name))
     assert all(count > 0 for count in counts.values())
-    assert sum(counts.values()) == pytest.approx(presets.PUBLISHED_PARAMETERS[name], rel=0.01)
+    assert sum(counts.values()) == pytest.approx(PATCH.published_parameters[name], rel=0.01)
 
 
 def test_sampling_plan_of_the_paper() -> None:
@@ -89,7 +97,7 @@ def test_cells_of_table_1() -> None:
 )
 def test_table_1_needs_little_memory(cell: table1.Cell) -> None:
     """At most 0.6 of the published memory in all nine cells; full 64x512^2, which ran out of it, within 80 GB."""
-    cost = training_step(cell.config(presets.hpdm_m()), 1, "torch", "block")
+    cost = training_step(PATCH, cell.config(presets.hpdm_m()), 1, "torch", "block")
     assert cost.peak_bytes / 1e9 <= (80 if cell.published_gb is None else 0.6 * cell.published_gb)
     # Weights, gradients, two moments and the moving average in fp32 are always there.
     assert cost.peak_bytes / 1e9 > 5 * 4 * 0.321
@@ -98,7 +106,7 @@ def test_table_1_needs_little_memory(cell: table1.Cell) -> None:
 def test_the_command_predicts_table_1(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setattr(table1, "CELLS", (table1.CELLS[5], table1.CELLS[9]))
     file = tmp_path / "table1.json"
-    assert PlanCommand(preset="tiny", table1=True, json=file).run() == 0
+    assert run(PlanCommand(preset="tiny", table1=True, json=file)) == 0
     rows = json.loads(file.read_text())
     assert [(row["method"], row["resolution"], row["patch"], row["adaptive"]) for row in rows] == [
         ("full resolution", "64x512x512", "64x512x512", False), ("HPDM", "64x512x512", "16x64x64", True)
@@ -118,7 +126,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = PlanCommand(
         preset="tiny", batch=2, kernels="triton", recompute="block", memory_gb=0.05, measure=True, json=file
     )
-    assert command.run() == 0
+    assert run(command) == 0
     result = json.loads(file.read_text())
     (cost,) = result["training"]
     assert (cost["kernels"], cost["recompute"], cost["batch"]) == ("torch", "block", 2)
@@ -142,9 +150,63 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_bad_options_are_named(arguments, named) -> None:
     with pytest.raises(ValueError, match=f"^{named}:"):
-        PlanCommand(**arguments).run()
+        run(PlanCommand(**arguments))
 
 
 def test_a_file_that_cannot_be_written_is_named_before_the_work(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"^json: "):
-        PlanCommand(preset="tiny", json=tmp_path / "none" / "plan.json").run()
+        run(PlanCommand(preset="tiny", json=tmp_path / "none" / "plan.json"))
+
+
+@dataclass(frozen=True)
+class FlatConfig:
+    resolution: tuple[int, int, int] = (2, 8, 8)
+    channels: int = 3
+    conditioning: str = "none"
+
+    def to_dict(self):
+        return asdict(self)
+
+
+class FlatModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 3, 1)
+
+    def forward(self, x, t):
+        return self.conv(x) * t[:, None, None, None, None]
+
+
+class Flat(System):
+    """A kind of model without patches, of which planning knows no more than the system says."""
+
+    name = "flat"
+    presets: ClassVar = {"flat": FlatConfig}
+    recipes: ClassVar = {}
+
+    def config_from_dict(self, values):
+        return FlatConfig(**values)
+
+    def build(self, config, kernels="auto", recompute="none"):
+        return FlatModel()
+
+    def losses(self, *arguments, **options):
+        raise NotImplementedError
+
+    def sampler(self, *arguments):
+        raise NotImplementedError
+
+
+def test_a_model_without_patches_is_planned_too(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(systems.SYSTEMS, "flat", Flat())
+    file = tmp_path / "plan.json"
+    assert run(PlanCommand(preset="flat", kernels="reference", json=file)) == 0
+    result = json.loads(file.read_text())
+    assert result["parameters"] == {"all": 12}
+    (cost,) = result["training"]
+    assert cost["weights_bytes"] == cost["ema_bytes"] == 48
+    assert cost["inputs_bytes"] == 4 * (2 * 3 * 2 * 8 * 8 + 1)
+    assert [row["flops"] for row in result["sampling"]] == [None]
+    assert "flat: 2x8x8\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"^table1: got preset flat"):
+        run(PlanCommand(preset="flat", table1=True))

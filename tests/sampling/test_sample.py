@@ -11,28 +11,20 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import hpdm.commands.sample as command
-from hpdm import HPDM, presets
+from hpdm import presets
+from hpdm.commands import unfinished
 from hpdm.commands.sample import SampleOptions, sample
 from hpdm.commands.subjects import stem_of
-from hpdm.patch.sampler import Sampler, SamplerOptions
+from hpdm.patch.sampler import Sampler
+from hpdm.sampling import SamplerOptions
 from hpdm.text import EmbeddingInfo, EmbeddingStore
-from hpdm.training.checkpoint import save_checkpoint, save_run_config
-from hpdm.training.optim import EMA, make_optimizer
 from hpdm.video import write_video
+from tests.small import random_model, save_as_run, small_config
 
 
 def save_run(folder, names, **changes):
-    torch.manual_seed(0)
-    config = presets.tiny().replace(
-        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, **changes
-    )
-    model = HPDM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    save_run_config(folder, config, names, {"stride": 1, "short": "error"})
-    save_checkpoint(folder, 1, model, EMA(model, 0.9), make_optimizer(model, "adamw", 1e-3, 0.0))
-    return folder
+    model = random_model(small_config(**changes), "auto", scale=0.05)
+    return save_as_run(model, folder, names, {"stride": 1, "short": "error"})
 
 
 @pytest.fixture
@@ -51,22 +43,23 @@ def text_run(tmp_path):
     return save_run(tmp_path / "run", [], conditioning="text", text_width=8, levels=2, levels_per_block=(1, 2))
 
 
-HOW = {field.name for field in dataclasses.fields(SamplerOptions)}
+SAMPLER_FIELDS = {field.name for field in dataclasses.fields(SamplerOptions)}
 
 
-def made(run_folder, out, **values):
-    how = {name: value for name, value in values.items() if name in HOW}
-    rest = {name: value for name, value in values.items() if name not in HOW}
-    return SampleOptions(run_folder=run_folder, out=run_folder.parent / out, sampler=SamplerOptions(**how), **rest)
+def make_options(run_folder, out, **values):
+    """Options of the command; those of the sampler are told apart by their names."""
+    sampler = SamplerOptions(**{name: value for name, value in values.items() if name in SAMPLER_FIELDS})
+    command = {name: value for name, value in values.items() if name not in SAMPLER_FIELDS}
+    return SampleOptions(run_folder=run_folder, out=run_folder.parent / out, sampler=sampler, **command)
 
 
 def prompted(run_folder, out, *prompts, **changes):
-    given = {"prompts": prompts, "embeddings": run_folder.parent / "embeddings", "steps": 2, "overlap": "none"}
-    return made(run_folder, out, **given | changes)
+    defaults = {"prompts": prompts, "embeddings": run_folder.parent / "embeddings", "steps": 2, "overlap": "none"}
+    return make_options(run_folder, out, **defaults | changes)
 
 
 def options(run_folder, out, **changes):
-    return made(run_folder, out, **{"count": 2, "steps": 2, "overlap": "hw"} | changes)
+    return make_options(run_folder, out, **{"count": 2, "steps": 2, "overlap": "hw"} | changes)
 
 
 def frames(path):
@@ -80,47 +73,43 @@ class Interrupted(Exception):
 
 def test_an_interrupted_run_goes_on_with_the_level_it_was_at(run_folder, monkeypatch, capsys):
     sample(options(run_folder, "whole", batch=1))
-    real, calls = Sampler.__call__, []
+    real, calls = Sampler.parts, []
 
-    def fails_in_the_second_videos_last_level(self, seeds, labels=None, *, progress, finished, on_level):
-        def spy(level, video):
-            on_level(level, video)
+    def fails_in_the_second_videos_last_level(self, seeds, labels=None, *, progress, finished):
+        levels = real(self, seeds, labels, progress=progress, finished=finished)
+        for level, video in enumerate(levels, start=len(finished)):
+            yield video
             calls.append((seeds[0], level))
             if calls[-1] == (1, 1):
                 raise Interrupted
 
-        return real(self, seeds, labels, progress=progress, finished=finished, on_level=spy)
-
-    monkeypatch.setattr(Sampler, "__call__", fails_in_the_second_videos_last_level)
+    monkeypatch.setattr(Sampler, "parts", fails_in_the_second_videos_last_level)
     with pytest.raises(Interrupted):
         sample(options(run_folder, "again", batch=1))
     again = run_folder.parent / "again"
-    assert sorted(len(load_file(p)) for p in (again / command.UNFINISHED).iterdir()) == [2, 3]
+    assert sorted(len(load_file(p)) for p in (again / unfinished.FOLDER).iterdir()) == [2, 3]
     del calls[:]
     # Another size of the network's batches is no other video, another number of steps is.
     capsys.readouterr()
     sample(options(run_folder, "again", batch=1, tile_batch=32))
     assert calls == [(1, 2)]
     assert capsys.readouterr().out.count("finished level(s)") == 2
-    assert not (again / command.UNFINISHED).exists()
+    assert not (again / unfinished.FOLDER).exists()
     difference = max(abs(a - b) for a, b in zip(frames(again), frames(run_folder.parent / "whole"), strict=True))
     assert difference <= 1
 
 
 def test_what_was_kept_of_other_options_is_not_used(run_folder, monkeypatch):
-    real = Sampler.__call__
+    real = Sampler.parts
 
-    def interrupted(self, seeds, labels=None, *, progress, finished, on_level):
-        def once(level, video):
-            on_level(level, video)
-            raise Interrupted
+    def interrupted(self, seeds, labels=None, *, progress, finished):
+        yield next(real(self, seeds, labels, progress=progress, finished=finished))
+        raise Interrupted
 
-        return real(self, seeds, labels, progress=progress, finished=finished, on_level=once)
-
-    monkeypatch.setattr(Sampler, "__call__", interrupted)
+    monkeypatch.setattr(Sampler, "parts", interrupted)
     with pytest.raises(Interrupted):
         sample(options(run_folder, "out"))
-    monkeypatch.setattr(Sampler, "__call__", real)
+    monkeypatch.setattr(Sampler, "parts", real)
     sample(options(run_folder, "out", steps=3))
     sample(options(run_folder, "fresh", steps=3))
     assert frames(run_folder.parent / "out") == frames(run_folder.parent / "fresh")
@@ -146,21 +135,18 @@ def different_pixels(a, b):
 
 
 def test_what_was_kept_of_other_prompts_is_not_used(text_run, monkeypatch):
-    real = Sampler.__call__
+    real = Sampler.parts
 
-    def interrupted(self, seeds, *, on_level, **given):
-        def once(level, video):
-            on_level(level, video)
-            raise Interrupted
-
-        return real(self, seeds, on_level=once, **given)
+    def interrupted(self, seeds, **options):
+        yield next(real(self, seeds, **options))
+        raise Interrupted
 
     for prompt in PROMPTS:
-        monkeypatch.setattr(Sampler, "__call__", interrupted)
+        monkeypatch.setattr(Sampler, "parts", interrupted)
         with pytest.raises(Interrupted):
             sample(prompted(text_run, "out", prompt))
-        monkeypatch.setattr(Sampler, "__call__", real)
-    assert len(list((text_run.parent / "out" / command.UNFINISHED).iterdir())) == 2
+        monkeypatch.setattr(Sampler, "parts", real)
+    assert len(list((text_run.parent / "out" / unfinished.FOLDER).iterdir())) == 2
 
 
 def test_prompts_that_do_not_fit_are_named(text_run):
@@ -182,9 +168,9 @@ def test_prompts_that_do_not_fit_are_named(text_run):
         ValueError, match=r"^prompts: got none, expected --prompts or --prompts-file for a run with text"
     ):
         sample(options(text_run, "out"))
-    labelled = save_run(text_run.parent / "labelled", ["A"], classes=1)
+    labeled = save_run(text_run.parent / "labeled", ["A"], classes=1)
     with pytest.raises(ValueError, match=r"^prompts: got 2, expected none for a run with conditioning='class'$"):
-        sample(prompted(labelled, "out", *PROMPTS))
+        sample(prompted(labeled, "out", *PROMPTS))
 
 
 def test_real_clips_of_the_prompts_go_above(text_run):
@@ -220,7 +206,7 @@ def test_a_damaged_file_of_an_interrupted_run_is_named(run_folder, monkeypatch):
     path = run_folder.parent / "broken.safetensors"
     path.write_bytes(b"not safetensors")
     with pytest.raises(ValueError, match=r"broken.safetensors of an interrupted run is damaged .* delete it"):
-        command._read_levels(path)
+        unfinished.read(path)
 
 
 def test_the_eight_strategies_side_by_side(run_folder, capsys):

@@ -7,26 +7,15 @@ import sys
 import pytest
 import torch
 
-from hpdm import HPDM, presets
-from hpdm.patch.model import Context
-from hpdm.patch.sampler import Sampler, SamplerOptions
+from hpdm import HPDM
+from hpdm.patch.context import Context
+from hpdm.patch.sampler import Sampler
+from hpdm.patch.seams import seam_energy
 from hpdm.planning.training_cost import Ledger
 from hpdm.process import DATA_STD, gamma
+from hpdm.sampling import SamplerOptions
 from hpdm_kernels import sample_patches
-
-
-def small(**changes):
-    sizes = {"patch": (2, 8, 8), "width": 16, "latents": 4, "latent_width": 16, "head_width": 16}
-    return presets.tiny().replace(**sizes | {"conditioning_width": 16} | changes)
-
-
-def random_model(config, kernels="torch", seed=0):
-    torch.manual_seed(seed)
-    model = HPDM(config, kernels).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return model
+from tests.small import random_model, small_config
 
 
 class Oracle(HPDM):
@@ -56,18 +45,18 @@ class Oracle(HPDM):
 @pytest.mark.parametrize("overlap", ["none", "w", "fh", "fhw"])
 @pytest.mark.parametrize(("solver", "later"), [("ddim", "heun"), ("heun", "ddim"), ("edm", "ddim"), ("edm", "edm")])
 def test_a_perfect_denoiser_gives_the_video(overlap, solver, later, generator):
-    config = small()
+    config = small_config()
     videos = [
         torch.rand(2, 3, *config.level_resolution(n), generator=generator) * 1.8 - 0.9 for n in range(config.levels)
     ]
     options = SamplerOptions(steps=8, overlap=overlap, solver=solver, later_solver=later, tile_batch=7)
     levels = Sampler(Oracle(config, videos), options)([3, 4])
-    for got, want in zip(levels, videos):
-        torch.testing.assert_close(got, want, rtol=0, atol=2e-4)
+    for sampled, expected in zip(levels, videos):
+        torch.testing.assert_close(sampled, expected, rtol=0, atol=2e-4)
 
 
 def test_a_video_depends_on_its_seed_and_class_alone():
-    model = random_model(small())
+    model = random_model(small_config())
     options = SamplerOptions(steps=3, overlap="hw", tile_batch=64)
     together = Sampler(model, options)([5, 6, 7], torch.tensor([0, 1, 2]))[-1]
     alone = Sampler(model, options)([6], torch.tensor([1]))[-1]
@@ -80,19 +69,19 @@ def test_a_video_depends_on_its_seed_and_class_alone():
 
 def test_the_context_of_finished_levels_matters():
     """Level 1 sampled above two different level-0 videos differs, though its noise is the same."""
-    config = small()
+    config = small_config()
     model = random_model(config)
     sampler = Sampler(model, SamplerOptions(steps=2, overlap="none"))
     first, second = sampler([1], torch.tensor([0])), sampler([1], torch.tensor([0]))
     assert torch.equal(first[1], second[1])
     with torch.no_grad():
-        model.latents[:1] += 10  # moves level 0 and what it tells the levels above
+        model.latents[:1] += 10  # changes level 0 and its features
     assert not torch.allclose(sampler([1], torch.tensor([0]))[1], first[1])
 
 
 def test_cached_context_is_what_joint_denoising_sees():
     """A tile with cached ancestors gets the v that forward() gives it among its clean ancestors."""
-    config = small()
+    config = small_config()
     model = random_model(config)
     torch.manual_seed(1)
     boxes = torch.tensor([[[0, 0, 0, 1, 1, 1], [0.5, 0, 0.25, 0.5, 0.5, 0.5], [0.5, 0.25, 0.5, 0.25, 0.25, 0.25]]])
@@ -104,8 +93,8 @@ def test_cached_context_is_what_joint_denoising_sees():
         features = {b: [] for b in range(6)}
         context = None
         for level in range(3):
-            given = x[:, level], level, boxes[:, level], t[:, level], context, labels
-            v, kept = model.forward_level(*given), model.level_features(*given)
+            arguments = x[:, level], level, boxes[:, level], t[:, level], context, labels
+            v, kept = model.forward_level(*arguments), model.level_features(*arguments)
             torch.testing.assert_close(v, joint[:, level], rtol=1e-4, atol=1e-5)
             for b, f in kept.items():
                 features[b].append(f)
@@ -119,20 +108,20 @@ def test_cached_context_is_what_joint_denoising_sees():
 
 @pytest.mark.parametrize("changes", [{"fusion": "shallow"}, {"coordinates": False}, {"levels_per_block": (3, 3)}])
 def test_ablations_sample(changes):
-    model = random_model(small(**changes))
+    model = random_model(small_config(**changes))
     videos = Sampler(model, SamplerOptions(steps=2, overlap="hw"))([0], torch.tensor([1]))
     assert [tuple(v.shape[2:]) for v in videos] == [model.config.level_resolution(n) for n in range(3)]
     assert all(torch.isfinite(v).all() and v.abs().max() <= 1 for v in videos)
 
 
 def test_image_mode_samples():
-    config = small().with_pyramid((1, 8, 8), (1, 32, 32))
+    config = small_config().with_pyramid((1, 8, 8), (1, 32, 32))
     videos = Sampler(random_model(config), SamplerOptions(steps=2))([0], torch.tensor([1]))
     assert tuple(videos[-1].shape) == (1, 3, 1, 32, 32)
 
 
 def test_text_conditioned_models_sample_with_guidance(generator):
-    config = small(conditioning="text", text_width=12)
+    config = small_config(conditioning="text", text_width=12)
     text = torch.randn(2, 5, 12, generator=generator)
     mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
     sampler = Sampler(random_model(config), SamplerOptions(steps=2, overlap="none", guidance=2.0))
@@ -145,7 +134,7 @@ def test_text_conditioned_models_sample_with_guidance(generator):
 
 
 def test_guidance_of_texts_is_that_of_absent_text(generator):
-    config = small(conditioning="text", text_width=12)
+    config = small_config(conditioning="text", text_width=12)
     model, text = random_model(config), torch.randn(1, 5, 12, generator=generator)
 
     def run(guidance, text):
@@ -157,7 +146,7 @@ def test_guidance_of_texts_is_that_of_absent_text(generator):
 
 
 def test_guidance_of_one_is_none_and_zero_is_unconditional():
-    model = random_model(small())
+    model = random_model(small_config())
 
     def run(guidance, label):
         options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, solver="heun")
@@ -171,7 +160,7 @@ def test_guidance_of_one_is_none_and_zero_is_unconditional():
 @pytest.mark.parametrize("cache", ["gpu", "cpu", "off"])
 def test_progress_ends_complete(cache):
     seen = []
-    model = random_model(small())
+    model = random_model(small_config())
     Sampler(model, SamplerOptions(steps=4, overlap="hw", tile_batch=4, cache=cache))(
         [0], torch.tensor([0]), progress=lambda *call: seen.append(call)
     )
@@ -185,8 +174,8 @@ FOUR_LEVELS = {"patch": (2, 4, 4), "ratio": (1, 2, 2), "levels": 4, "levels_per_
 
 @pytest.mark.parametrize("changes", [{}, {"fusion": "shallow"}, {"coordinates": False}, FOUR_LEVELS])
 def test_cache_modes_agree(changes):
-    """In device and in host memory the same bits; nothing kept at all, the same up to rounding."""
-    model = random_model(small(**changes))
+    """Features in device and in host memory give the same bits; recomputed, the same up to rounding."""
+    model = random_model(small_config(**changes))
 
     def run(cache):
         options = SamplerOptions(steps=3, overlap="hw", tile_batch=6, guidance=1.5, cache=cache)
@@ -199,7 +188,7 @@ def test_cache_modes_agree(changes):
 
 
 def test_finer_strides_change_the_seams_alone():
-    model = random_model(small())
+    model = random_model(small_config())
     half, quarter = (
         Sampler(model, SamplerOptions(steps=2, overlap="hw", tiles_per_patch=n))([1], torch.tensor([0])) for n in (2, 4)
     )
@@ -211,7 +200,7 @@ def test_finer_strides_change_the_seams_alone():
 
 
 def test_an_interrupted_run_goes_on_with_the_next_level():
-    model = random_model(small())
+    model = random_model(small_config())
     sampler = Sampler(model, SamplerOptions(steps=3, overlap="hw", tile_batch=8))
     seen = []
     whole = sampler([4, 5], torch.tensor([0, 1]), on_level=lambda level, video: seen.append((level, video.clone())))
@@ -223,9 +212,28 @@ def test_an_interrupted_run_goes_on_with_the_next_level():
         sampler([4], torch.tensor([0]), finished=[seen[0][1]])
 
 
+def test_parts_are_the_levels_as_they_are_finished():
+    sampler = Sampler(random_model(small_config()), SamplerOptions(steps=2, overlap="w"))
+    whole, last_level = sampler([4], torch.tensor([0])), []
+    parts = sampler.parts([4], torch.tensor([0]), progress=lambda level, *_: last_level.append(level))
+    for level, expected in enumerate(whole):
+        assert torch.equal(next(parts), expected)
+        assert last_level[-1] == level
+    assert list(parts) == []
+    (continued,) = sampler.parts([4], torch.tensor([0]), finished=whole[:2])
+    assert torch.equal(continued, whole[-1])
+
+
+def test_seams_are_those_of_the_last_level():
+    sampler = Sampler(random_model(small_config()), SamplerOptions(steps=1, overlap="none"))
+    video = sampler([4], torch.tensor([0]))[-1][0]
+    assert sampler.seams(video) == seam_energy(video, sampler.tilings[-1])
+    assert list(sampler.seams(video)) == ["f", "h", "w"]
+
+
 def test_memory_does_not_grow_with_the_tiles():
     """At the same video and batch of tiles, nine times as many tiles take no more memory while a level is sampled."""
-    model = random_model(small().with_pyramid((2, 16, 16), (4, 32, 32)))
+    model = random_model(small_config().with_pyramid((2, 16, 16), (4, 32, 32)))
 
     def peak(tiles_per_patch):
         options = SamplerOptions(steps=1, overlap="hw", tiles_per_patch=tiles_per_patch, tile_batch=4, cache="off")
@@ -243,15 +251,16 @@ def test_memory_does_not_grow_with_the_tiles():
 CHILD = """
 import sys, torch, torch.distributed as dist
 sys.path.insert(0, sys.argv[1])
-from tests.sampling.test_sampler import random_model, small
-from hpdm.patch.sampler import Sampler, SamplerOptions
+from tests.small import random_model, small_config
+from hpdm.patch.sampler import Sampler
+from hpdm.sampling import SamplerOptions
 torch.set_num_threads(1)
 if int(sys.argv[3]) > 1:
     world, rank = map(int, sys.argv[3:5])
     dist.init_process_group("gloo", init_method="file://" + sys.argv[5], rank=rank, world_size=world)
 for cache in ("gpu", "cpu", "off"):
     options = SamplerOptions(steps=3, overlap="hw", tile_batch=6, guidance=1.5, cache=cache)
-    model = random_model(small(self_conditioning=0.9 if cache == "gpu" else 0.0))
+    model = random_model(small_config(self_conditioning=0.9 if cache == "gpu" else 0.0))
     videos = Sampler(model, options)([1, 2], torch.tensor([0, 1]))
     torch.save(videos, f"{sys.argv[2]}/{cache}_{sys.argv[3]}_{sys.argv[4]}.pt")
 """
@@ -294,7 +303,7 @@ def test_bad_options_are_named(options, field):
 
 
 def test_bad_calls_are_named():
-    model = random_model(small())
+    model = random_model(small_config())
     with pytest.raises(ValueError, match="seeds: got none"):
         Sampler(model)([])
     with pytest.raises(ValueError, match=r"labels: got \[9\]"):

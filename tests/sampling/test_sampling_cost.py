@@ -1,12 +1,13 @@
-"""What is said before sampling, against sampling."""
+"""The predicted cost of sampling, against a real run."""
 
 import pytest
 import torch
 
 from hpdm import HPDM, presets
-from hpdm.patch.sampler import Sampler, SamplerOptions
-from hpdm.planning.sampling_cost import duration, plan_line, sampling_memory, sampling_plan
-from hpdm.planning.training_cost import Ledger
+from hpdm.patch.sampler import Sampler
+from hpdm.patch.sampling_cost import duration, plan_line, sampling_memory, sampling_plan
+from hpdm.planning.ledger import Ledger
+from hpdm.sampling import SamplerOptions
 
 
 def config(**changes):
@@ -18,7 +19,7 @@ def config(**changes):
 @pytest.mark.parametrize(("cache", "later"), [("gpu", "ddim"), ("gpu", "heun"), ("cpu", "ddim"), ("off", "ddim")])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_predicted_memory_is_that_of_a_run(cache, later, guidance):
-    """Every storage that is alive at the peak of a real run, within 10 %."""
+    """Within 10 % of all storages that are alive at the peak of a real run."""
     model = HPDM(config(), "torch").eval().requires_grad_(False)
     steps = 8 if later == "heun" else 2  # two on the last level, or there is no second prediction
     options = SamplerOptions(
@@ -29,21 +30,21 @@ def test_predicted_memory_is_that_of_a_run(cache, later, guidance):
         ledger.label(model.parameters(), "weights")
         sampler([0, 1], torch.tensor([0, 1]))
     expected = sampling_memory(model.config, options, videos=2)
-    # Here the device's memory and the host's are one.
-    held = expected.device_bytes + expected.host_features
-    assert held == pytest.approx(sum(ledger.at_peak().values()), rel=0.1)
+    # The test's device is the host, so their memory counts together.
+    predicted = expected.device_bytes + expected.host_features
+    assert predicted == pytest.approx(sum(ledger.at_peak().values()), rel=0.1)
 
 
-def test_what_is_cached_lies_where_it_should():
-    here, there, nowhere = (
+def test_features_are_planned_where_they_are_kept():
+    on_device, on_host, recomputed = (
         sampling_memory(config(), SamplerOptions(tile_batch=4, cache=cache)) for cache in ("gpu", "cpu", "off")
     )
-    assert there.host_features == here.features > there.features > nowhere.features > 0
-    assert here.host_features == nowhere.host_features == 0
+    assert on_host.host_features == on_device.features > on_host.features > recomputed.features > 0
+    assert on_device.host_features == recomputed.host_features == 0
 
 
 def test_patches_are_those_of_a_run():
-    """Without a cache a batch of tiles takes the tiles that it descends from along, each once."""
+    """With cache "off", a batch of tiles also runs the tiles that it depends on, each once."""
     model = HPDM(config(), "torch").eval()
     seen = 0
 

@@ -4,38 +4,39 @@ import pytest
 import torch
 
 from hpdm import presets
-from hpdm.patch.boxes import tiling
 from hpdm.patch.seams import seam_energy
+from hpdm.patch.tiling import level_tiling
+from hpdm.sampling import SamplerOptions
 
 CONFIG = presets.tiny()
 
 
-def tiles_of(letters, level=2):
-    return tiling(CONFIG, level, [a in letters for a in "fhw"])
+def tiles_of(overlap, level=2):
+    return level_tiling(CONFIG, SamplerOptions(overlap=overlap), level)
 
 
 def test_noise_has_no_seams(generator):
     cover = tiles_of("hw")
     video = torch.randn(3, *cover.size, generator=generator)
-    found = seam_energy(video, cover)
-    assert list(found) == ["f", "h", "w"]
-    assert all(0.8 < energy < 1.25 for energy in found.values())
+    energies = seam_energy(video, cover)
+    assert list(energies) == ["f", "h", "w"]
+    assert all(0.8 < energy < 1.25 for energy in energies.values())
 
 
-def test_tiles_of_their_own_brightness_have(generator):
-    cover = tiles_of("")
+def test_tiles_of_different_brightness_have_seams(generator):
+    cover = tiles_of("none")
     video = torch.randn(3, *cover.size, generator=generator) * 0.1
     for i, origin in enumerate(cover.origins.tolist()):
         f, h, w = (slice(o, o + p) for o, p in zip(origin, cover.patch))
         video[:, f, h, w] += i % 2
     assert seam_energy(video, cover)["w"] > 10
-    # Half a tile further there is none to see.
+    # Shifted by half a tile, the borders lie inside the tiles.
     shifted = seam_energy(video.roll(cover.patch[2] // 2, dims=3), cover)
     assert shifted["w"] < 1
 
 
 def test_axes_without_borders_are_left_out(generator):
-    cover = tiling(CONFIG, 0, (True, True, True))
+    cover = tiles_of("fhw", level=0)
     assert seam_energy(torch.randn(3, *cover.size, generator=generator), cover) == {}
 
 

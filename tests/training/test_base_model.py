@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from hpdm import HPDM, presets
-from hpdm.patch.base_model import load_base
+from hpdm import HPDM, presets, runs
+from hpdm.patch.base_model import start_from_base
 from hpdm.patch.boxes import sample_boxes
 from hpdm.patch.objective import denoising_error
-from hpdm.training.checkpoint import save_checkpoint, save_run_config
-from hpdm.training.optim import EMA, make_optimizer
+from tests.small import random_model, save_as_run
 
 FULL = presets.tiny().replace(
     patch=(4, 12, 16), tokenizer=(1, 3, 4), levels=4, levels_per_block=(1, 2, 2, 3, 3, 4), width=16, latents=4,
@@ -17,25 +16,14 @@ FULL = presets.tiny().replace(
 BASE = FULL.with_pyramid(FULL.patch, FULL.patch)
 
 
-def awake(config, seed):
-    """As after some training: nothing is zero or the identity."""
-    torch.manual_seed(seed)
-    model = HPDM(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model
-
-
-def saved(model, folder):
-    save_run_config(folder, model.config, [], {})
-    save_checkpoint(folder, 1, model, EMA(model, 0.9), make_optimizer(model, "adamw", 1e-3, 0.0))
-    return folder
+def load_base(model, run):
+    """As ``hpdm train --base`` does."""
+    start_from_base(model, runs.load(run).model, run)
 
 
 @pytest.fixture(scope="module")
 def base_run(tmp_path_factory):
-    return saved(awake(BASE, 0), tmp_path_factory.mktemp("base"))
+    return save_as_run(random_model(BASE, seed=0), tmp_path_factory.mktemp("base"))
 
 
 def inputs(config, generator, batch=2):
@@ -47,7 +35,7 @@ def inputs(config, generator, batch=2):
 
 def test_level_0_is_the_base_bit_for_bit_on_its_own_and_up_to_rounding_among_the_others(base_run, generator):
     assert (BASE.levels, BASE.levels_per_block) == (1, (1,) * 6)
-    base, model = awake(BASE, 0), awake(FULL, 1)
+    base, model = random_model(BASE, seed=0), random_model(FULL, seed=1)
     load_base(model, base_run)
     x, boxes, t, text = inputs(FULL, generator)
     expected = base(x[:, :1], boxes[:, :1], t[:, :1], text=text)[:, 0]
@@ -59,7 +47,7 @@ def test_level_0_is_the_base_bit_for_bit_on_its_own_and_up_to_rounding_among_the
 def test_new_levels_start_as_the_base_without_the_blocks_that_do_not_serve_them(base_run, generator):
     """A fusion hands tokens on, a new level takes itself for level 0: where all blocks serve it, it is the base."""
     config = FULL.without_adaptive_computation()
-    base, model = awake(BASE, 0), awake(config, 1)
+    base, model = random_model(BASE, seed=0), random_model(config, seed=1)
     load_base(model, base_run)
     x, boxes, t, text = inputs(config, generator)
     found = model(x, boxes, t, text=text)
@@ -81,8 +69,8 @@ def test_the_first_step_trains_the_context(base_run, generator):
 
 def test_a_base_of_two_levels_keeps_its_fusion(tmp_path, generator):
     half = FULL.with_pyramid(FULL.patch, FULL.level_resolution(1)).replace(levels_per_block=(1, 2, 2, 2, 2, 2))
-    base, model = awake(half, 0), awake(FULL.replace(levels_per_block=(1, 2, 2, 3, 3, 4)), 1)
-    load_base(model, saved(base, tmp_path))
+    base, model = random_model(half), random_model(FULL.replace(levels_per_block=(1, 2, 2, 3, 3, 4)), seed=1)
+    load_base(model, save_as_run(base, tmp_path))
     x, boxes, t, text = inputs(FULL, generator)
     both = base(x[:, :2], boxes[:, :2], t[:, :2], text=text)
     torch.testing.assert_close(model(x, boxes, t, text=text)[:, :2], both)
@@ -93,7 +81,7 @@ def test_a_base_of_two_levels_keeps_its_fusion(tmp_path, generator):
 
 def test_positions_of_larger_patches_are_interpolated(base_run):
     config = FULL.replace(patch=(8, 24, 32), ratio=(1, 2, 2), levels_per_block=(4,) * 6)
-    base, model = awake(BASE, 0), awake(config, 1)
+    base, model = random_model(BASE, seed=0), random_model(config, seed=1)
     load_base(model, base_run)
     small, large = base.position_w[0, 0], model.position_w[0, 0]
     assert (len(small), len(large)) == (4, 8)
@@ -121,7 +109,7 @@ def test_a_base_of_another_network_is_named(base_run, changes, message):
 
 
 def test_a_base_must_not_have_more_levels_and_must_exist(base_run, tmp_path):
-    run = saved(HPDM(FULL.replace(ratio=(1, 1, 1))), tmp_path / "full")
+    run = save_as_run(HPDM(FULL.replace(ratio=(1, 1, 1))), tmp_path / "full")
     with pytest.raises(ValueError, match=r"\(levels: 4, more than 1\)$"):
         load_base(HPDM(BASE), run)
     with pytest.raises(FileNotFoundError, match=r"run: .*gone has no config.json"):

@@ -8,19 +8,15 @@ import torch
 from safetensors.torch import save_file
 
 import hpdm.training.checkpoint as ckpt
-from hpdm import HPDM, presets
+from hpdm import HPDM, runs, systems
+from hpdm.runs import RunConfig
 from hpdm.training.optim import EMA, make_optimizer
-
-
-def small(**changes):
-    return presets.tiny().replace(
-        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, **changes
-    )
+from tests.small import small_config
 
 
 def state(optimizer="adamw", seed=0, **changes):
     torch.manual_seed(seed)
-    model = HPDM(small(**changes))
+    model = HPDM(small_config(**changes))
     ema, opt = EMA(model, 0.9), make_optimizer(model, optimizer, 1e-3, 0.01)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
@@ -86,9 +82,9 @@ def test_a_killed_process_leaves_a_folder_that_is_no_checkpoint(tmp_path):
 def test_a_checkpoint_of_another_config_is_refused(tmp_path):
     path = ckpt.save_checkpoint(tmp_path, 1, *state())
     with pytest.raises(ValueError, match=r"of another config: .* has shape"):
-        ckpt.load_checkpoint(path, HPDM(small().replace(latents=8)))
+        ckpt.load_checkpoint(path, HPDM(small_config().replace(latents=8)))
     with pytest.raises(ValueError, match=r"of another config: lacks"):
-        ckpt.load_checkpoint(path, HPDM(small(latent_layers=2)))
+        ckpt.load_checkpoint(path, HPDM(small_config(latent_layers=2)))
 
 
 def test_damage_is_named(tmp_path):
@@ -116,38 +112,38 @@ def test_damage_is_named(tmp_path):
 
 def test_an_exported_file_holds_all_that_sampling_needs(tmp_path):
     model, ema, opt = state()
-    ckpt.save_run_config(tmp_path, small(), ["a"] * 6, {"stride": 1})
+    runs.save_run_config(tmp_path, RunConfig(systems.get("patch"), small_config(), ["a"] * 6, {"stride": 1}))
     ckpt.save_checkpoint(tmp_path, 5, model, ema, opt)
-    assert ckpt.export(tmp_path, tmp_path / "out.safetensors") == 5
-    loaded, names, training, step = ckpt.load_model(tmp_path / "out.safetensors")
-    assert (names, training, step, loaded.config) == (["a"] * 6, {"stride": 1}, 5, small())
+    assert runs.export(tmp_path, tmp_path / "out.safetensors") == 5
+    loaded, _, names, training, step, _ = runs.load(tmp_path / "out.safetensors")
+    assert (names, training, step, loaded.config) == (["a"] * 6, {"stride": 1}, 5, small_config())
     assert all(torch.equal(p, ema.shadow[n]) for n, p in loaded.named_parameters())
     with pytest.raises(ValueError, match="weights: got 'model', expected 'ema'"):
-        ckpt.load_model(tmp_path / "out.safetensors", weights="model")
+        runs.load(tmp_path / "out.safetensors", weights="model")
     with pytest.raises(ValueError, match=r"out: got 'out.pt'"):
-        ckpt.export(tmp_path, tmp_path / "out.pt")
+        runs.export(tmp_path, tmp_path / "out.pt")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="without a config"):
-        ckpt.load_model(tmp_path / "other.safetensors")
+        runs.load(tmp_path / "other.safetensors")
     (tmp_path / "other.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="damaged"):
-        ckpt.load_model(tmp_path / "other.safetensors")
+        runs.load(tmp_path / "other.safetensors")
 
 
 def test_loading_a_run(tmp_path):
     model, ema, opt = state()
     with pytest.raises(FileNotFoundError, match=r"has no config.json"):
-        ckpt.load_model(tmp_path)
-    ckpt.save_run_config(tmp_path, small(), ["a"] * 6, {"stride": 1})
+        runs.load(tmp_path)
+    runs.save_run_config(tmp_path, RunConfig(systems.get("patch"), small_config(), ["a"] * 6, {"stride": 1}))
     with pytest.raises(FileNotFoundError, match=r"has no checkpoint yet"):
-        ckpt.load_model(tmp_path)
+        runs.load(tmp_path)
     path = ckpt.save_checkpoint(tmp_path, 5, model, ema, opt)
-    loaded, names, training, step = ckpt.load_model(tmp_path)
+    loaded, _, names, training, step, _ = runs.load(tmp_path)
     assert (names, training, step) == (["a"] * 6, {"stride": 1}, 5)
     assert all(torch.equal(p, ema.shadow[n]) for n, p in loaded.named_parameters())
-    raw = ckpt.load_model(path, weights="model")[0]
+    raw = runs.load(path, weights="model").model
     assert all(torch.equal(p, q) for p, q in zip(raw.parameters(), model.parameters()))
     assert not loaded.training
     with pytest.raises(ValueError, match="weights: got 'best'"):
-        ckpt.load_model(tmp_path, weights="best")
+        runs.load(tmp_path, weights="best")
     shutil.rmtree(path)

@@ -48,7 +48,7 @@ def test_lamb_refuses_bad_numbers():
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb"])
-def test_optimizers_decay_matrices_alone_and_minimise(name, generator):
+def test_optimizers_decay_matrices_alone_and_minimize(name, generator):
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1))
     optimizer = make_optimizer(model, name, 0.02, 0.01)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}

@@ -1,29 +1,25 @@
 """Two processes train as one does: replicated or sharded, whole or resumed, and fail together."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import hpdm.training.trainer as training
-from hpdm.commands.train import TrainOptions, train
-from hpdm.data.synthetic import render_synthetic
-from hpdm.training.checkpoint import list_checkpoints, load_model
+from hpdm import distributed
+from hpdm import runs as saved
+from hpdm.commands.train import train
+from hpdm.training.checkpoint import list_checkpoints
+from tests.processes import run_ranks
+from tests.small import train_options
 
-ROOT = str(pathlib.Path(__file__).parents[2])
 RUNS = ["ddp", "fsdp", "resumed_by_two", "resumed_by_one"]
 
 
 def options(clips, out, **changes):
-    values = {
-        "data": clips, "out": out, "patch": (2, 8, 8), "resolution": (8, 32, 32), "steps": 3, "batch": 4,
-        "micro_batch": 2, "warmup": 2, "log_every": 1, "save_every": 1, "kernels": "torch", "optimizer": "lamb",
-        "lr": 5e-3, "ema": 0.9, "device": "cpu", "workers": 0,
-    }  # fmt: skip
-    return TrainOptions(**(values | changes))
+    values = {"steps": 3, "batch": 4, "micro_batch": 2, "save_every": 1, "optimizer": "lamb", "lr": 5e-3, "ema": 0.9}
+    return train_options(clips, out, **(values | {"device": "cpu"} | changes))
 
 
 def interrupted_after(step, monkeypatch):
@@ -38,65 +34,43 @@ def interrupted_after(step, monkeypatch):
     monkeypatch.setattr(training, "save_checkpoint", save)
 
 
-CHILD = """
-import sys, torch, pytest
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-torch.set_num_threads(1)
-from tests.training.test_parallel import interrupted_after, options
-from hpdm import distributed
-from hpdm.commands.train import train
-clips, out = map(Path, sys.argv[2:4])
-said = []
-with distributed.process_group(torch.device("cpu")):
-    rank = distributed.rank()
-    for how in ("ddp", "fsdp"):
-        train(options(clips, out / how, parallel=how))
-    train(options(clips, out / "resumed_by_two", parallel="fsdp"))
-    with pytest.MonkeyPatch.context() as patch:
-        interrupted_after(1, patch)
-        with pytest.raises(KeyboardInterrupt):
-            train(options(clips, out / "resumed_by_one", parallel="fsdp"))
-    for changes in (
-        {"lr": 5e-3 + rank},
-        {"data": clips if rank == 0 else clips / "nowhere"},
-        {"batch": 6, "micro_batch": 2},
-        {"preset": "hpdm_t2v", "patch": None, "resolution": None},
-    ):
-        with pytest.raises((ValueError, FileNotFoundError, RuntimeError)) as error:
-            train(options(clips, out / "wrong", **changes))
-        said.append(f"{type(error.value).__name__}: {error.value}")
-Path(out / f"said_{rank}").write_text("\\n".join(said))
-"""
+def train_in_a_group(clips, out):
+    """What each of two processes does: runs from start to end, the second half of one, the first half of another."""
+    clips, out = Path(clips), Path(out)
+    errors = []
+    with distributed.process_group(torch.device("cpu")):
+        rank = distributed.rank()
+        for how in ("ddp", "fsdp"):
+            train(options(clips, out / how, parallel=how))
+        train(options(clips, out / "resumed_by_two", parallel="fsdp"))
+        with pytest.MonkeyPatch.context() as patch:
+            interrupted_after(1, patch)
+            with pytest.raises(KeyboardInterrupt):
+                train(options(clips, out / "resumed_by_one", parallel="fsdp"))
+        for changes in (
+            {"lr": 5e-3 + rank},
+            {"data": clips if rank == 0 else clips / "nowhere"},
+            {"batch": 6, "micro_batch": 2},
+            {"preset": "hpdm_t2v", "patch": None, "resolution": None},
+        ):
+            with pytest.raises((ValueError, FileNotFoundError, RuntimeError)) as error:
+                train(options(clips, out / "wrong", **changes))
+            errors.append(f"{type(error.value).__name__}: {error.value}")
+    (out / f"errors_{rank}").write_text("\n".join(errors))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(clips, tmp_path_factory):
     """One process alone, two replicated, two sharded; runs that each leaves to the others to finish."""
     out = tmp_path_factory.mktemp("parallel")
-    clips = render_synthetic(out / "clips", clips=3, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"])
     train(options(clips, out / "alone"))
     with pytest.MonkeyPatch.context() as patch:
         interrupted_after(1, patch)
         with pytest.raises(KeyboardInterrupt):
             train(options(clips, out / "resumed_by_two"))
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-W", "ignore", "-c", CHILD, ROOT, str(clips), str(out)]
-    children = [
-        subprocess.Popen(command, cwd=ROOT, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
-    ]
-    assert [child.wait(timeout=300) for child in children] == [0, 0]
+    run_ranks(train_in_a_group, 2, clips, out)
     train(options(clips, out / "resumed_by_one"))
     return out
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def rows(run):
@@ -109,9 +83,9 @@ def test_weights_and_their_average_do_not_depend_on_the_processes(runs, name, we
     """To 1 % of what each moved in the last step: the optimizer makes a step of rounding errors where it divides them
     by themselves, but a shard that is not averaged, or not followed, is off by all of it.
     """
-    expected, got = (dict(load_model(runs / run, weights=weights)[0].named_parameters()) for run in ("alone", name))
+    expected, got = (dict(saved.load(runs / run, weights=weights).model.named_parameters()) for run in ("alone", name))
     before = list_checkpoints(runs / "alone")[-2]
-    before = dict(load_model(before, weights=weights)[0].named_parameters())
+    before = dict(saved.load(before, weights=weights).model.named_parameters())
     for key, value in expected.items():
         moved = (value - before[key]).norm()
         assert moved > 0, key
@@ -134,11 +108,11 @@ def test_checkpoints_are_shared_out(runs):
 
 
 def test_errors_reach_every_process(runs):
-    said = [(runs / f"said_{rank}").read_text().splitlines() for rank in range(2)]
-    assert said[0][0] == said[1][0]
-    assert said[0][0].startswith("ValueError: options: process 1 got")
-    assert said[0][1].startswith("ValueError: options: process 1 got")
+    errors = [(runs / f"errors_{rank}").read_text().splitlines() for rank in range(2)]
+    assert errors[0][0] == errors[1][0]
+    assert errors[0][0].startswith("ValueError: options: process 1 got")
+    assert errors[0][1].startswith("ValueError: options: process 1 got")
     for rank in range(2):
-        assert said[rank][2].startswith("ValueError: batch: got 6, expected a multiple of 2 process(es) times")
-        assert "conditioned on text" in said[rank][3]
+        assert errors[rank][2].startswith("ValueError: batch: got 6, expected a multiple of 2 process(es) times")
+        assert "conditioned on text" in errors[rank][3]
     assert not (runs / "wrong").exists()

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from hpdm import HPDM, presets
+from hpdm import HPDM
 from hpdm.patch.objective import denoising_error
 from hpdm.training.stills import still_images
+from tests.small import small_config
 
 
 def clips(batch=8, frames=5):
@@ -58,9 +59,7 @@ def test_a_share_out_of_range_is_named(share):
 def test_the_objective_trains_on_stills():
     """A model that sees stills alone has the error of the same clips stood still beforehand."""
     torch.manual_seed(0)
-    config = presets.tiny().replace(
-        patch=(2, 8, 8), width=16, latents=4, latent_width=16, head_width=16, conditioning_width=16, conditioning="none"
-    )
+    config = small_config(conditioning="none")
     video = torch.randint(256, (2, 3, *config.resolution), dtype=torch.uint8)
     model = HPDM(config)
     generator = seeded(5)

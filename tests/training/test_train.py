@@ -2,45 +2,24 @@
 
 import json
 import os
+import shutil
 import signal
 from functools import partialmethod
-from pathlib import Path
 
 import pytest
 import torch
 
 import hpdm.training.trainer as training
-from hpdm.commands.evaluate import EvaluateOptions, evaluate
-from hpdm.commands.train import TrainOptions, build_config, train
+from hpdm import presets, runs
+from hpdm.commands.train import prepare, train
 from hpdm.data.clips import VideoDataset
 from hpdm.data.synthetic import render_synthetic
+from hpdm.patch.system import PatchDiffusion
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.training.batches import collate, noise_generator
-from hpdm.training.checkpoint import list_checkpoints, load_model
-
-
-@pytest.fixture(scope="module")
-def clips(tmp_path_factory) -> Path:
-    return render_synthetic(
-        tmp_path_factory.mktemp("data") / "clips", clips=3, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"]
-    )
-
-
-def options(clips, out, **changes):
-    values = {
-        "data": clips,
-        "out": out,
-        "patch": (2, 8, 8),
-        "resolution": (8, 32, 32),
-        "steps": 6,
-        "batch": 3,
-        "warmup": 2,
-        "log_every": 1,
-        "save_every": 3,
-        "kernels": "torch",
-        "workers": 0,
-    }
-    return TrainOptions(**(values | changes))
+from hpdm.training.checkpoint import list_checkpoints
+from hpdm.training.options import train_options
+from tests.small import train_options as options
 
 
 def losses(out):
@@ -49,8 +28,11 @@ def losses(out):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_an_interrupted_run_continues_bit_for_bit(clips, tmp_path, monkeypatch, optimizer):
-    train(options(clips, tmp_path / "whole", optimizer=optimizer))
+def test_an_interrupted_run_continues_bit_for_bit(clips, saved_run, tmp_path, monkeypatch, optimizer):
+    uninterrupted = saved_run
+    if optimizer != "adamw":
+        uninterrupted = tmp_path / "uninterrupted"
+        train(options(clips, uninterrupted, optimizer=optimizer))
     real = training.save_checkpoint
 
     def interrupted(run, step, *rest):
@@ -67,40 +49,38 @@ def test_an_interrupted_run_continues_bit_for_bit(clips, tmp_path, monkeypatch, 
     with (tmp_path / "parts" / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": 4, "loss": 99.0}) + '\n{"step": 5, "lo')
     train(options(clips, tmp_path / "parts", optimizer=optimizer))
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    whole, parts = (load_model(tmp_path / name)[0] for name in ("whole", "parts"))
+    assert losses(tmp_path / "parts") == losses(uninterrupted)
+    whole, parts = (runs.load(folder).model for folder in (uninterrupted, tmp_path / "parts"))
     for (name, p), (_, q) in zip(whole.named_parameters(), parts.named_parameters()):
         assert torch.equal(p, q), name
 
 
 @pytest.mark.parametrize("recompute", ["selective", "block"])
-def test_recomputing_changes_losses_by_rounding_alone(clips, tmp_path, recompute):
+def test_recomputing_changes_losses_by_rounding_alone(clips, saved_run, tmp_path, recompute):
     """The first to no bit: the forward pass is the same. Gradients of the read are summed in another order."""
-    train(options(clips, tmp_path / "kept"))
     train(options(clips, tmp_path / "recomputed", recompute=recompute))
-    kept, again = losses(tmp_path / "kept"), losses(tmp_path / "recomputed")
+    kept, again = losses(saved_run), losses(tmp_path / "recomputed")
     assert again[0][:2] == kept[0][:2]
     assert [row[1] for row in again] == pytest.approx([row[1] for row in kept], rel=1e-5)
 
 
-def test_mixed_precision_trains_close_by(clips, tmp_path):
-    train(options(clips, tmp_path / "fp32"))
+def test_mixed_precision_trains_close_by(clips, saved_run, tmp_path):
     train(options(clips, tmp_path / "bf16", precision="bf16"))
-    exact, mixed = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
+    exact, mixed = losses(saved_run), losses(tmp_path / "bf16")
     assert exact != mixed
     assert [row[1] for row in mixed] == pytest.approx([row[1] for row in exact], rel=0.02)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-def test_a_run_of_a_version_without_an_option_resumes(clips, tmp_path):
-    train(options(clips, tmp_path, steps=3))
-    file = tmp_path / "config.json"
+def test_a_run_of_a_version_without_an_option_resumes(clips, saved_run, tmp_path):
+    run = shutil.copytree(saved_run, tmp_path / "run")
+    file = run / "config.json"
     stored = json.loads(file.read_text())
     del stored["training"]["precision"], stored["training"]["recompute"]
     file.write_text(json.dumps(stored))
-    train(options(clips, tmp_path, steps=3))
+    train(options(clips, run))
     with pytest.raises(ValueError, match="precision: fp32 -> bf16"):
-        train(options(clips, tmp_path, steps=3, precision="bf16"))
+        train(options(clips, run, precision="bf16"))
 
 
 def test_results_do_not_depend_on_decoding_processes(clips, tmp_path):
@@ -116,26 +96,26 @@ def test_a_finished_run_has_everything(clips, tmp_path):
     assert list((tmp_path / "tensorboard").glob("events.*"))
     row = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
     assert {"step", "loss", "loss_level_0", "loss_level_2", "lr", "clips_per_s", "data_share"} <= set(row)
-    model, names, _, step = load_model(tmp_path)
+    run = runs.load(tmp_path)
+    model, names, step = run.model, run.classes, run.step
     assert (names, step, model.config.resolution) == (["RedDisc", "GreenSquare"], 6, (8, 32, 32))
 
 
-def test_a_run_can_start_from_another_ones_weights(clips, tmp_path):
-    train(options(clips, tmp_path / "first"))
-    train(options(clips, tmp_path / "second", init=tmp_path / "first", lr=0.0, steps=1, ema=0.5))
-    first, second = (load_model(tmp_path / name, weights="model")[0] for name in ("first", "second"))
+def test_a_run_can_start_from_another_ones_weights(clips, saved_run, tmp_path):
+    train(options(clips, tmp_path / "second", init=saved_run, lr=0.0, steps=1, ema=0.5))
+    first, second = (runs.load(folder, weights="model").model for folder in (saved_run, tmp_path / "second"))
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         train(options(clips, tmp_path / "third", init=tmp_path))
     with pytest.raises(ValueError, match="of another config"):
-        train(options(clips, tmp_path / "third", init=tmp_path / "first", coordinates=False))
+        train(options(clips, tmp_path / "third", init=saved_run, coordinates=False))
 
 
 def test_all_levels_start_from_a_base_of_the_lowest(clips, tmp_path):
     train(options(clips, tmp_path / "base", resolution=(2, 8, 8)))
     train(options(clips, tmp_path / "full", base=tmp_path / "base", lr=0.0, steps=1, ema=0.5))
-    base, full = (load_model(tmp_path / name, weights="model")[0] for name in ("base", "full"))
-    average = load_model(tmp_path / "base")[0]
+    base, full = (runs.load(tmp_path / name, weights="model").model for name in ("base", "full"))
+    average = runs.load(tmp_path / "base").model
     assert (base.config.levels, full.config.levels) == (1, 3)
     assert torch.equal(full.tokenizer.weight, average.tokenizer.weight)
     with pytest.raises(ValueError, match="base: got both init and base"):
@@ -155,20 +135,18 @@ def test_micro_batches_add_up_and_stay_what_they_were(clips, tmp_path):
 
 
 def test_a_step_is_the_mean_over_its_micro_batches(clips, tmp_path):
-    run = options(clips, tmp_path, batch=4, micro_batch=2)
-    dataset = VideoDataset(clips, frames=8, size=32)
-    trainer = training.Trainer(
-        run, run.recipe(), build_config(run, dataset.class_names, None), dataset, None, 2, torch.device("cpu")
-    )
-    batches = [collate([dataset[key] for key in keys]) for _, keys in zip(range(2), iter(trainer.batches))]
+    job = prepare(options(clips, tmp_path, batch=4, micro_batch=2))
+    trainer = training.Trainer(job, torch.device("cpu"))
+    batches = [collate([job.dataset[key] for key in keys]) for _, keys in zip(range(2), iter(trainer.batches))]
     assert batches[0]["paths"] != batches[1]["paths"]
     for batch, number in zip(batches, trainer.batches.numbers(0)):
-        (trainer.losses(batch, noise_generator(run.seed, number)).mean() / 2).backward()
+        losses = trainer.losses(batch, noise_generator(job.options.seed, number))
+        (torch.stack(list(losses.values())).mean() / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
     total, norm, rate = trainer.train_step(batches)
     assert float(norm) == pytest.approx(float(expected), rel=1e-6)
-    assert rate == pytest.approx(run.recipe().lr / run.recipe().warmup)
-    assert total.shape == (3,)
+    assert rate == pytest.approx(job.recipe.lr / job.recipe.warmup)
+    assert list(total) == ["level_0", "level_1", "level_2"]
 
 
 def test_captions_condition_a_run_through_their_embeddings(clips, tmp_path):
@@ -181,8 +159,8 @@ def test_captions_condition_a_run_through_their_embeddings(clips, tmp_path):
         train(run)
     store.add(captions[:1], [torch.randn(2, 24)])
     train(run)
-    model, names, _, _ = load_model(tmp_path / "run")
-    assert (names, model.config.conditioning, model.config.text_width) == ([], "text", 24)
+    loaded = runs.load(tmp_path / "run")
+    assert (loaded.classes, loaded.config.conditioning, loaded.config.text_width) == ([], "text", 24)
     with pytest.raises(ValueError, match="embeddings: got width 24, expected 1024 for hpdm_t2v"):
         train(options(clips, tmp_path / "other", embeddings=tmp_path / "embeddings", preset="hpdm_t2v"))
 
@@ -198,10 +176,11 @@ def test_a_compiled_network_trains_as_it_does_uncompiled(clips, tmp_path, monkey
 
 def test_presets_carry_the_papers_recipe(clips, tmp_path):
     """Table 8."""
-    recipe = TrainOptions(data=clips, out=tmp_path, preset="hpdm_l").recipe()
+    recipe = presets.recipe("hpdm_l")
     assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.warmup) == ("lamb", 0.005, 0.01, 10_000)
     assert (recipe.batch, recipe.steps, recipe.parallel) == (768, 65_000, "ddp")
-    recipe = TrainOptions(data=clips, out=tmp_path, preset="hpdm_t2v", steps=3).recipe()
+    changed = train_options(data=clips, out=tmp_path, preset="hpdm_t2v", steps=3)
+    recipe = changed.recipe.applied_to(presets.recipe("hpdm_t2v"))
     assert (recipe.batch, recipe.images, recipe.warmup, recipe.parallel, recipe.steps) == (8192, 0.5, 5000, "fsdp", 3)
 
 
@@ -229,17 +208,16 @@ def test_a_wish_to_stop_waits_for_the_step_and_a_checkpoint(clips, tmp_path, mon
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_another_config_or_schedule_is_refused(clips, tmp_path):
-    train(options(clips, tmp_path, steps=3))
-    before = losses(tmp_path)
+def test_another_config_or_schedule_is_refused(clips, saved_run, tmp_path):
+    run = shutil.copytree(saved_run, tmp_path / "run")
     with pytest.raises(ValueError, match=r"another config \(coordinates: True -> False\)"):
-        train(options(clips, tmp_path, steps=3, coordinates=False))
-    with pytest.raises(ValueError, match=r"other options \(steps: 3 -> 9"):
-        train(options(clips, tmp_path, steps=9))
+        train(options(clips, run, coordinates=False))
+    with pytest.raises(ValueError, match=r"other options \(steps: 6 -> 9"):
+        train(options(clips, run, steps=9))
     other = render_synthetic(tmp_path / "other", clips=2, frames=12, size=(32, 32), classes=["RedDisc", "BlueTriangle"])
     with pytest.raises(ValueError, match=r"classes \['RedDisc', 'BlueTriangle'\], expected"):
-        train(options(other, tmp_path, steps=3))
-    assert losses(tmp_path) == before
+        train(options(other, run))
+    assert losses(run) == losses(saved_run)
 
 
 @pytest.mark.parametrize(
@@ -274,8 +252,12 @@ def test_missing_and_empty_folders_are_named(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(clips, tmp_path, monkeypatch):
-    real = training.denoising_error
-    monkeypatch.setattr(training, "denoising_error", lambda *a, **k: real(*a, **k) * float("nan"))
+    real = PatchDiffusion.losses
+
+    def broken(*arguments, **options):
+        return {name: loss * float("nan") for name, loss in real(*arguments, **options).items()}
+
+    monkeypatch.setattr(PatchDiffusion, "losses", broken)
     with pytest.raises(FloatingPointError, match="the loss is nan at step 1"):
         train(options(clips, tmp_path))
     assert not list_checkpoints(tmp_path)
@@ -289,6 +271,8 @@ def test_a_missing_device_is_named(clips, tmp_path):
 
 
 def test_evaluation_is_repeatable_and_sees_improvement(clips, tmp_path):
+    from hpdm.commands.evaluate import EvaluateOptions, evaluate
+
     train(options(clips, tmp_path, steps=80, save_every=40, lr=3e-3, batch=4))
     first, last = list_checkpoints(tmp_path)
     common = {"data": clips, "split": None, "clips": 4, "bins": 2, "weights": "model"}

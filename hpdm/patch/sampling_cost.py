@@ -1,72 +1,74 @@
-"""What sampling will take, before it starts: tiles, network calls, work, memory, time."""
+"""The cost of sampling, predicted before it starts: tiles, network calls, FLOPs, memory, time."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hpdm.patch import tile_sharing
 from hpdm.patch.config import HPDMConfig
-from hpdm.patch.context_cache import find_ancestors, lineage
-from hpdm.patch.model import HPDM, Context
-from hpdm.patch.sampler import SamplerOptions
-from hpdm.planning.training_cost import Ledger, example_inputs, fake_fp32
+from hpdm.patch.context import Context
+from hpdm.patch.finished_levels import keeps_features
+from hpdm.patch.model import HPDM
+from hpdm.patch.objective import example_inputs
+from hpdm.patch.tile_network import guidance_copies, tiles_per_call
+from hpdm.patch.tiling import find_ancestors, level_tiling, lineage
+from hpdm.planning.ledger import Ledger, fake_fp32
+from hpdm.sampling import SamplerOptions
 
 FP32 = 4
 
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """Sampling one level of one video."""
+    """The predicted cost of sampling one level of one video."""
 
     level: int
     resolution: tuple[int, int, int]
     tiles: int
     steps: int
     predictions: int
-    """Denoising passes over the whole level; second order takes two per step but the last."""
+    """Denoising passes over the whole level; a second-order solver takes two per step, and one in the last step."""
     network_calls: int
-    """Batches of at most ``tile_batch`` patches through the network, the pass that fills the cache included; with cache
-    "off" without those that compute context."""
+    """Network calls on batches of at most ``tile_batch`` patches, including those that fill the cache. With cache "off"
+    the calls that compute context are not counted."""
     patches: int
-    """Patches through the network in all of them."""
+    """Patches that go through the network, guidance counted twice."""
     flops: int
-    """Products and attention of all patches."""
+    """FLOPs of matrix products and attention."""
     cached_blocks: int
     """Blocks whose inputs are kept for the levels above."""
     cache_bytes: int
-    """What that takes, fp32."""
+    """Memory of these inputs in fp32."""
 
 
 def sampling_plan(config: HPDMConfig, options: SamplerOptions | None = None) -> list[LevelPlan]:
-    """Tiles, calls, work and cached features per level of sampling one video with ``options``."""
+    """Tiles, network calls, FLOPs and cached features of each level, for sampling one video with ``options``."""
     options = options or SamplerOptions()
-    copies = _copies(options)
-    chunk = max(1, options.tile_batch // copies)
-    deep, off = config.fusion == "deep", options.cache == "off"
-    tilings = [options.tiling(config, level) for level in range(config.levels)]
+    copies, per_call = guidance_copies(options), tiles_per_call(options, 1)
+    deep = config.fusion == "deep"
+    tilings = [level_tiling(config, options, level) for level in range(config.levels)]
     ancestors = find_ancestors(tilings)
-    per_features = [feature_flops(config, level) for level in range(config.levels - 1)] if deep else []
+    flops_of_features = [feature_flops(config, level) for level in range(config.levels - 1)] if deep else []
     plans = []
-    for level, cover in enumerate(tilings):
-        tiles, predictions = cover.tiles, options.level_solver(level).predictions
-        keeps = deep and not off and level < config.levels - 1
+    for level, tiling in enumerate(tilings):
+        tiles, predictions = tiling.tiles, options.level_solver(level).predictions
+        keeps = keeps_features(config, options) and level < config.levels - 1
         cached = sum(n > level + 1 for n in config.levels_per_block) if keeps else 0
-        # Tiles of finished levels that go through the network for their features, per level: this one's once it is
-        # finished, or for every batch of tiles those that it descends from.
+        # Clean tiles, per level, that go through the network for their features.
         clean = [0] * config.levels
         if keeps:
-            clean[level] = tiles
-        elif deep and off:
-            for batch in tile_sharing.batches(tiles, chunk):
-                for below, needed in enumerate(lineage(ancestors, level, batch)):
-                    clean[below] += predictions * len(needed)
-        work = predictions * tiles * patch_flops(config, level) + sum(n * f for n, f in zip(clean, per_features))
+            clean[level] = tiles  # this level's tiles, once, when it is finished
+        elif deep and options.cache == "off":
+            for below, needed in enumerate(_tiles_below(ancestors, level, tiles, per_call)):
+                clean[below] = predictions * needed  # again for every prediction
+        flops = predictions * tiles * patch_flops(config, level) + sum(n * f for n, f in zip(clean, flops_of_features))
         plans.append(
             LevelPlan(
                 level=level,
@@ -74,9 +76,9 @@ def sampling_plan(config: HPDMConfig, options: SamplerOptions | None = None) -> 
                 tiles=tiles,
                 steps=options.level_steps(level),
                 predictions=predictions,
-                network_calls=(predictions + keeps) * math.ceil(tiles / chunk),
+                network_calls=(predictions + keeps) * math.ceil(tiles / per_call),
                 patches=copies * (predictions * tiles + sum(clean)),
-                flops=copies * work,
+                flops=copies * flops,
                 cached_blocks=cached,
                 cache_bytes=copies * tiles * cached * config.tokens * config.width * FP32,
             )
@@ -84,17 +86,27 @@ def sampling_plan(config: HPDMConfig, options: SamplerOptions | None = None) -> 
     return plans
 
 
+def _tiles_below(ancestors: Sequence[Sequence[Tensor]], level: int, tiles: int, per_call: int) -> list[int]:
+    """For each level below ``level``, the number of tiles that its batches depend on, counted for each batch."""
+    counts = [0] * level
+    for batch in tile_sharing.batches(tiles, per_call):
+        for below, needed in enumerate(lineage(ancestors, level, batch)):
+            counts[below] += len(needed)
+    return counts
+
+
 def patch_flops(config: HPDMConfig, level: int) -> int:
-    """Products and attention of one patch of one level through the network while sampling, kernels on."""
+    """FLOPs (matrix products and attention) of denoising one patch of one level while sampling, kernels on."""
     return _flops(config, lambda model: _call(model, level, 1))
 
 
 def feature_flops(config: HPDMConfig, level: int) -> int:
-    """The same of one clean patch on its way to be context for the levels above."""
+    """FLOPs of the features of one clean patch for the levels above."""
     return _flops(config, lambda model: model.level_features(**_inputs(model, level, 1)))
 
 
 def _flops(config: HPDMConfig, call: Callable[[HPDM], object]) -> int:
+    """FLOPs of a call of the model, counted on fake tensors."""
     with fake_fp32(), torch.no_grad():
         model = HPDM(config, kernels="torch")
         with Ledger() as ledger:
@@ -102,12 +114,8 @@ def _flops(config: HPDMConfig, call: Callable[[HPDM], object]) -> int:
     return ledger.flops
 
 
-def _copies(options: SamplerOptions) -> int:
-    return 1 if options.guidance == 1.0 else 2
-
-
 def _inputs(model: HPDM, level: int, batch: int) -> dict[str, Any]:
-    """``batch`` patches of one level, with a single row of context, which all of them read."""
+    """Arguments of :meth:`HPDM.forward_level` for ``batch`` patches of one level, which share one row of context."""
     config, device = model.config, model.latents.device
     inputs = {name: torch.zeros_like(tensor, device=device) for name, tensor in example_inputs(config, batch).items()}
     context = None
@@ -121,67 +129,65 @@ def _inputs(model: HPDM, level: int, batch: int) -> dict[str, Any]:
             boxes=(torch.empty(1, 6, device=device),) * level,
             index=torch.zeros(batch, level, dtype=torch.long, device=device),
         )
-    given = {name: inputs[name][:, level] for name in ("x", "boxes", "t")}
+    patches = {name: inputs[name][:, level] for name in ("x", "boxes", "t")}
     conditioning = {name: inputs[name] for name in ("labels", "text") if name in inputs}
-    return given | conditioning | {"level": level, "context": context}
+    return patches | conditioning | {"level": level, "context": context}
 
 
 def _call(model: HPDM, level: int, batch: int) -> torch.Tensor:
-    """The network on ``batch`` patches of one level."""
-    latents = None
-    if level == 0 and model.config.self_conditioning:  # carried from step to step there
-        latents = model.latents.new_empty(batch, *model.latents.shape)
-    return model.forward_level(**_inputs(model, level, batch), latents=latents)
+    """V for ``batch`` patches of one level, as the sampler calls the network."""
+    inputs = _inputs(model, level, batch)
+    if level > 0 or not model.config.self_conditioning:
+        return model.forward_level(**inputs)
+    return model.forward_level_with_latents(**inputs, latents=model.latents.new_empty(batch, *model.latents.shape))[0]
 
 
 @dataclass(frozen=True)
 class SamplingMemory:
-    """Bytes of sampling, fp32, while the last level runs. Inputs of the command and the runtime are left out."""
+    """Bytes of fp32 memory while the last level is sampled, without the command's inputs and the CUDA runtime."""
 
     weights: int
     features: int
-    """Features of finished levels on the model's device: all with cache "gpu", else a batch's rows (two with "cpu")."""
+    """Features of finished levels on the model's device: all with cache "gpu", those of a batch of tiles with "off", of
+    two batches with "cpu"."""
     host_features: int
-    """With cache "cpu" all of them, in host memory."""
+    """Features of finished levels in host memory: all with cache "cpu", else none."""
     videos: int
-    """Finished levels, and thrice the last one: sample, its scaled copy, sums of the tiles; five in second order."""
+    """Videos of the finished levels, and three copies of the last one (sample, scaled sample, sums of tiles); five with
+    a second-order solver."""
     network: int
-    """One network call at its peak, with its tiles."""
+    """The peak of one network call, its tiles included."""
 
     @property
     def device_bytes(self) -> int:
-        """What the model's device holds."""
+        """Memory on the model's device."""
         return self.weights + self.features + self.videos + self.network
 
 
 def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1) -> SamplingMemory:
     """Predicts the memory of sampling ``videos`` at a time.
 
-    ``weights + features + videos + network``, of which the tiles' number is in ``features`` alone::
+    It is ``weights + features + videos + network``; only ``features`` depends on the number of tiles::
 
         features = V sum_l T_l blocks_l N D        (cache "gpu"; V videos with their guidance copies)
         videos   = B C (sum_{l < L-1} F_l H_l W_l + 3 F H W)       (5 F H W in second order)
-        network  = what one call on tile_batch patches allocates at most
+        network  = peak of one call on tile_batch patches
     """
-    copies = _copies(options)
-    patches = (
-        videos
-        * copies
-        * min(max(1, options.tile_batch // (videos * copies)), options.tiling(config, config.levels - 1).tiles)
-    )
+    copies, last = guidance_copies(options), config.levels - 1
+    patches = videos * copies * min(tiles_per_call(options, videos), level_tiling(config, options, last).tiles)
     with fake_fp32(), torch.no_grad():
         model = HPDM(config, kernels="torch")
         weights = sum(p.numel() for p in model.parameters()) * FP32
         with Ledger() as ledger:
             ledger.label(model.parameters(), "weights")
-            _call(model, config.levels - 1, patches)
+            _call(model, last, patches)
     at_peak = ledger.at_peak()
-    # Tiles, the prediction and what is made of it, beside what the call itself holds of them.
+    # In addition to the call: its tiles and the prediction.
     tile = patches * config.channels * math.prod(config.patch) * FP32
     plans = sampling_plan(config, replace(options, cache="gpu"))
     cached = videos * sum(plan.cache_bytes for plan in plans)
-    # Rows of context of one batch, for the blocks that fuse: on every level below as many tiles as it has, none twice,
-    # so never more than there are. Computed for the batch they serve the blocks that fuse into levels between, too.
+    # Features that one batch needs: at most one row per patch, and at most the tiles that a level has. With cache "cpu"
+    # only those of the blocks that fuse into the last level are copied; with "off" those of all fusing blocks are kept.
     row = config.tokens * config.width * FP32
     fusing = [plans[-2].cached_blocks if options.cache == "cpu" else plan.cached_blocks for plan in plans[:-1]]
     batch = sum(min(patches, videos * copies * plan.tiles) * n * row for plan, n in zip(plans, fusing))
@@ -197,7 +203,7 @@ def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1
 
 
 def seconds_per_patch(model: HPDM) -> float:
-    """Measured: the network on one patch of level 0, which all blocks serve, or on a few where that is quick."""
+    """Measured time of the network per patch of level 0, where all blocks run; the batch is 8 on a GPU, else 1."""
     on_gpu = model.latents.device.type == "cuda"
     batch = 8 if on_gpu else 1
 
@@ -213,7 +219,15 @@ def seconds_per_patch(model: HPDM) -> float:
 
 
 def plan_line(model: HPDM, options: SamplerOptions, videos: int, at_a_time: int, processes: int = 1) -> str:
-    """One line before a run: patches, steps, expected memory and time."""
+    """One line to print before sampling: tiles, steps, patches, FLOPs, expected memory and time.
+
+    Args:
+        model: on the device to sample on; two network calls are timed.
+        options: how to sample.
+        videos: number of videos in all.
+        at_a_time: videos per call of the sampler.
+        processes: number of processes that share the tiles.
+    """
     config = model.config
     plans = sampling_plan(config, options)
     memory = sampling_memory(config, options, at_a_time)

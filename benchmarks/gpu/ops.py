@@ -1,0 +1,213 @@
+"""Checks that registered ops pass ``torch.library.opcheck`` on the device and public functions compile as one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cases import Case
+from benchmarks.shapes import ContextShape, PatchesShape, Pyramid, TilesShape
+from hpdm_kernels import (
+    average_tiles,
+    cross_attention,
+    extract_tiles,
+    fuse_context,
+    fuse_projected,
+    project_sources,
+    read_tokens,
+    sample_context,
+    sample_patches,
+)
+from hpdm_kernels.testing import value_and_grads
+
+BACKENDS = ("torch", "triton")
+SMALL = Pyramid("small", (4, 8, 12), (1, 2, 2), 3, (1, 2, 2), 64, width=48)
+CONTEXT = ContextShape(SMALL, batch=2)
+TILES = TilesShape(SMALL, batch=2)
+PATCHES = PatchesShape(SMALL, 1, batch=2)
+
+
+ORIGINS = TILES.origins()
+Arguments = tuple[Any, ...]
+
+
+def registered_ops() -> list[str]:
+    """Names of the ops that the library registers, such as ``cross_attention_fwd``."""
+    names = [name.removeprefix("hpdm::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("hpdm::")]
+    # Tests register ops of their own.
+    return sorted({name.split(".")[0] for name in names if not name.startswith("test_")})
+
+
+def attention_inputs(generator: torch.Generator, device: torch.device) -> list[Tensor]:
+    """Queries ``[2, 3, 40, 16]``, keys and values ``[2, 3, 70, 16]``: strided views, as in the modules."""
+    return [torch.randn(2, n, 3, 16, generator=generator).to(device).transpose(1, 2) for n in (40, 70, 70)]
+
+
+def context_inputs(generator: torch.Generator, device: torch.device) -> tuple[Arguments, Arguments]:
+    """The differentiable inputs ``(x, weight, bias, *sources)``, and ``(source boxes, box)``."""
+    sources, boxes, box = CONTEXT.make(generator, device)
+    d = CONTEXT.width
+    shapes = ((CONTEXT.batch, CONTEXT.tokens, d), (d, 2 * d + 3), (d,))
+    x, weight, bias = (torch.randn(size, generator=generator).to(device) for size in shapes)
+    return (x, weight / d**0.5, bias, *sources), (boxes, box)
+
+
+def leaves(op: str, *tensors: Tensor) -> list[Tensor]:
+    """``tensors`` as inputs of ``op``: they require gradients, unless it is a backward op."""
+    return [t.detach().requires_grad_(not op.endswith("_bwd")) for t in tensors]
+
+
+def attention_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    q, k, v = leaves(op, *attention_inputs(generator, device))
+    mask = (torch.rand(2, 70, generator=generator) < 0.5).to(device)
+    if op.endswith("fwd"):
+        return (q, k, v, 0.25, "ieee", mask)
+    out, lse = torch.ops.hpdm.cross_attention_fwd(q, k, v, 0.25, "ieee", mask)
+    return (torch.randn_like(out), q, k, v, out, lse, 0.25, "ieee", mask)
+
+
+def read_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    q, _, _ = attention_inputs(generator, device)
+    sizes = ((2 * 3 * 16, 12), (2, 70, 12), (2, 9, 12))
+    q, weight, *tokens = leaves(op, q, *(torch.randn(size, generator=generator).to(device) for size in sizes))
+    settings = ((torch.rand(2, 79, generator=generator) < 0.5).to(device), 0.25, 30, "ieee", backend)
+    if op.endswith("fwd"):
+        return (q, tokens, weight, *settings)
+    out, lse = torch.ops.hpdm.read_tokens_fwd(q, tokens, weight, *settings)
+    return (torch.randn_like(out), q, tokens, weight, out, lse, *settings)
+
+
+def context_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    (x, weight, bias, *sources), (boxes, box) = context_inputs(generator, device)
+    x, weight, bias, *sources = leaves(op, x, weight, bias, *sources)
+    grids, bounds = ([n for g in triples for n in g] for triples in (CONTEXT.source_grids, CONTEXT.footprints))
+    tail = (None, grids, list(CONTEXT.grid), bounds)
+    if op.startswith("sample"):
+        shared = (sources, list(boxes), box, *tail)
+        return (*shared, backend) if op.endswith("fwd") else (torch.randn_like(x), *shared, [True, False], backend)
+    shared = (x, sources, list(boxes), box, weight, bias, *tail)
+    if op.endswith("fwd"):
+        return (*shared, False, "ieee", backend)
+    return (torch.randn_like(x), *shared, [True, True, True, False, True], False, "ieee", backend)
+
+
+def project_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    (_, weight, _, source, *_), _ = context_inputs(generator, device)
+    source, weight = leaves(op, source, weight)
+    if op.endswith("fwd"):
+        return (source, weight, "ieee", backend)
+    return (torch.randn_like(source), source, weight, [True, True], "ieee", backend)
+
+
+def tile_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    tiles, video = TILES.make(generator, device)
+    if op == "add_tiles":
+        return (torch.zeros_like(video), tiles[:, :3].clone(), ORIGINS, 0, backend)
+    if op == "step_tiles":
+        return (torch.randn_like(video), ORIGINS, list(TILES.tile), video.dtype, video, 0.3, 0.7, backend)
+    tiles, video = leaves(op, tiles, video)
+    if op == "extract_tiles":
+        return (video, ORIGINS, list(TILES.tile), False, 1.0, backend)
+    return (tiles, ORIGINS, list(TILES.size), video, 0.3, 0.7, True, backend)
+
+
+def patch_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    video, box = PATCHES.make(generator, device)
+    if op.endswith("fwd"):
+        return (*leaves(op, video), box, list(SMALL.patch), backend)
+    grad = torch.randn(2, 3, *SMALL.patch, generator=generator).to(device)
+    return (grad.requires_grad_(), box, list(PATCHES.size), backend)
+
+
+ARGUMENTS = {
+    "cross_attention": attention_arguments, "read_tokens": read_arguments, "sample_context": context_arguments,
+    "fuse_context": context_arguments, "project_source": project_arguments, "sample_patches": patch_arguments,
+    "add_tiles": tile_arguments, "step_tiles": tile_arguments, "extract_tiles": tile_arguments,
+    "average_tiles": tile_arguments,
+}  # fmt: skip
+
+
+def arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    """Small arguments for the registered op ``op``."""
+    for family, make in ARGUMENTS.items():
+        if op.startswith(family):
+            return make(op, backend, generator, device)
+    raise LookupError(f"op: got {op!r}, which has no arguments yet; add them to ARGUMENTS")
+
+
+def ops_and_backends() -> list[tuple[str, str]]:
+    """Each op with each of its backends; the cross-attention ops have only Triton."""
+    return [(op, b) for op in registered_ops() for b in BACKENDS if "attention" not in op or b != "torch"]
+
+
+def opcheck(op: str, backend: str, device: torch.device, generator: torch.Generator) -> None:
+    """PyTorch's own checks of a registered op: schema, fake tensors, autograd, AOT dispatch."""
+    torch.library.opcheck(getattr(torch.ops.hpdm, op).default, arguments(op, backend, generator, device))
+
+
+def public_functions(
+    backend: str, generator: torch.Generator, device: torch.device
+) -> dict[str, tuple[Callable[..., Tensor], Arguments]]:
+    """By name: a function that uses one public function between other operations, and its inputs."""
+    q, k, v = attention_inputs(generator, device)
+    (x, weight, bias, *sources), (boxes, box) = context_inputs(generator, device)
+    grids = {"source_grids": CONTEXT.source_grids, "grid": CONTEXT.grid, "footprints": CONTEXT.footprints}
+    tiles, video = TILES.make(generator, device)
+    clip, patch_box = PATCHES.make(generator, device)
+    return {
+        "cross_attention": (lambda q, k, v: cross_attention(q * 2, k, v, backend=backend).sin(), (q, k, v)),
+        "sample_context": (
+            lambda *s: sample_context([t * 2 for t in s], boxes, box, **grids, backend=backend).sin(),
+            tuple(sources),
+        ),
+        "fuse_context": (
+            lambda x, w, b, *s: fuse_context(x * 2, s, boxes, box, w, b, **grids, backend=backend).sin(),
+            (x, weight, bias, *sources),
+        ),
+        "fuse_projected": (
+            lambda x, w, b, *s: fuse_projected(
+                x * 2, project_sources(s, w, backend=backend), boxes, box, w, b, **grids, backend=backend
+            ).sin(),
+            (x, weight, bias, *sources),
+        ),
+        "read_tokens": (
+            lambda q, t, w: read_tokens(q * 2, t, w, backend=backend).sin(),
+            (q, x.detach(), torch.randn(2 * 3 * 16, CONTEXT.width, generator=generator).to(device)),
+        ),
+        "average_tiles": (
+            lambda t, x: average_tiles(t * 2, ORIGINS, TILES.size, x=x, alpha=0.3, beta=0.7, backend=backend).sin(),
+            (tiles, video),
+        ),
+        "extract_tiles": (lambda v: extract_tiles(v * 2, ORIGINS, TILES.tile, backend=backend).sin(), (video,)),
+        "sample_patches": (lambda v: sample_patches(v * 2, patch_box, SMALL.patch, backend=backend).sin(), (clip,)),
+    }
+
+
+PUBLIC = (
+    "cross_attention", "read_tokens", "sample_context", "fuse_context", "fuse_projected", "average_tiles",
+    "extract_tiles", "sample_patches",
+)  # fmt: skip
+
+
+def compiles(name: str, backend: str, device: torch.device, generator: torch.Generator) -> None:
+    """A public function compiles without a graph break; its value and gradients equal the eager ones."""
+    fn, inputs = public_functions(backend, generator, device)[name]
+    with torch.no_grad():
+        grad = torch.randn_like(fn(*inputs))
+    expected = value_and_grads(fn, inputs, grad)
+    actual = value_and_grads(torch.compile(fn, fullgraph=True), inputs, grad)
+    # The compiler fuses the operations around the op, which changes their rounding.
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def cases() -> Iterator[Case]:
+    """All cases."""
+    for op, backend in ops_and_backends():
+        yield Case(f"opcheck[{op}-{backend}]", partial(opcheck, op, backend))
+    for name in PUBLIC:
+        for backend in BACKENDS:
+            yield Case(f"compiles_as_one_graph[{name}-{backend}]", partial(compiles, name, backend))

@@ -1,0 +1,52 @@
+"""The finished parts of an ``hpdm sample``, kept on disk so that the command can resume after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpdm.files import atomic_path
+
+FOLDER = ".unfinished"
+"""Folder of the finished parts, in the folder of the videos."""
+
+
+def path_of(out: Path, identity: Mapping[str, Any]) -> Path:
+    """The file for one call of the sampler, named by a hash of ``identity``: everything that its videos depend on."""
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return out / FOLDER / f"{key}.safetensors"
+
+
+def read(path: Path) -> list[Tensor]:
+    """The videos of the finished parts, ``[B, C, F, H, W]`` each; an empty list if there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return []
+    try:
+        with safe_open(path, "pt") as file:
+            return [file.get_tensor(str(n)) for n in range(len(file.keys()))]
+    except SafetensorError as error:
+        raise ValueError(f"out: {path} of an interrupted run is damaged ({error}); delete it") from None
+
+
+def write(path: Path, parts: list[Tensor]) -> None:
+    """Writes the videos of the finished parts, atomically."""
+    path.parent.mkdir(exist_ok=True)
+    with atomic_path(path) as temporary:
+        save_file({str(n): videos.contiguous() for n, videos in enumerate(parts)}, temporary)
+
+
+def clear(out: Path) -> None:
+    """Deletes all finished parts; called once all videos are written."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)

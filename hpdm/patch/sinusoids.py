@@ -1,0 +1,36 @@
+"""Sinusoidal embeddings: of the diffusion time, and of token positions at initialization."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hpdm_kernels.boxes import coordinate_dtype
+
+NOISE_FREQUENCIES = 256
+
+
+def noise_frequencies(t: Tensor) -> Tensor:
+    """Sinusoids of the diffusion time, in fp32 or wider: ``[B] -> [B, 256]``."""
+    t = t.to(coordinate_dtype(t.dtype))
+    half = NOISE_FREQUENCIES // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(1e4) / half))  # [128]
+    angles = 1000 * t[:, None] * frequencies  # [B, 128]
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def axis_sinusoids(n: int, width: int, axis: int) -> Tensor:
+    """Initial position table of one axis, ``[n, width]``: sinusoids on that axis' own third of the channels.
+
+    They are as large as the normalized tokens that they are added to, so that the latents can tell positions apart from
+    the first step on.
+    """
+    table = torch.zeros(n, width)
+    channels = torch.arange(axis, width, 3)  # [width / 3]
+    wave = torch.arange(len(channels)) // 2
+    frequency = (0.5 * math.pi) * torch.exp(-math.log(4.0 * n) * wave / max(1, len(channels) // 2))
+    angle = torch.arange(n)[:, None] * frequency  # [n, width / 3]
+    table[:, channels] = torch.where(torch.arange(len(channels)) % 2 == 0, angle.sin(), angle.cos())
+    return table

@@ -1,0 +1,111 @@
+"""Patch diffusion as a :class:`~hpdm.system.System`: how the shared parts of the library use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hpdm.patch import sampling_cost
+from hpdm.patch.base_model import start_from_base
+from hpdm.patch.config import HPDMConfig
+from hpdm.patch.model import HPDM
+from hpdm.patch.objective import denoising_error, example_inputs
+from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES
+from hpdm.patch.sampler import Sampler
+from hpdm.sampling import SamplerOptions
+from hpdm.system import Architecture, System
+
+
+class PatchDiffusion(System):
+    """Hierarchical patch diffusion (HPDM)."""
+
+    name = "patch"
+    presets = PRESETS
+    recipes = RECIPES
+    published_parameters = PUBLISHED_PARAMETERS
+    parameter_parts = (
+        ("context fusion", ".fusion."),
+        ("read attention", ".read"),
+        ("latent layers", ".layers."),
+        ("write attention", ".write"),
+        ("token MLP and modulation", ".token_"),
+        ("conditioning", "conditioner."),
+        ("tokenizer, detokenizer, positions, latents", ""),
+    )
+
+    def config_from_dict(self, values: dict[str, Any]) -> HPDMConfig:
+        return HPDMConfig.from_dict(values)
+
+    def build(self, config: HPDMConfig, kernels: str = "auto", recompute: str = "none") -> HPDM:
+        return HPDM(config, kernels, recompute)
+
+    def losses(
+        self,
+        model: HPDM,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator,
+        *,
+        times: tuple[float, float] = (0.0, 1.0),
+        time_distribution: str = "uniform",
+        dropout: float = 0.0,
+        images: float = 0.0,
+        network: Callable[..., Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """The error of v of every level, ``level_0`` and up (paper eq. 4)."""
+        errors = denoising_error(
+            model,
+            batch["video"],
+            batch.get("labels"),
+            generator,
+            times,
+            dropout=dropout,
+            time_distribution=time_distribution,
+            text=batch.get("text"),
+            text_mask=batch.get("text_mask"),
+            images=images,
+            network=network,
+        )  # [B, L]
+        return {f"level_{level}": error for level, error in enumerate(errors.unbind(1))}
+
+    def sampler(self, model: HPDM, options: SamplerOptions) -> Sampler:
+        return Sampler(model, options)
+
+    def configure(self, config: HPDMConfig, changes: Architecture) -> HPDMConfig:
+        """The preset's network on a run's pyramid, with Table 3's ablations.
+
+        Raises:
+            ValueError: a resolution that is no pyramid of the patch.
+        """
+        if changes.resolution is not None or changes.patch is not None:
+            config = config.with_pyramid(changes.patch or config.patch, changes.resolution or config.resolution)
+        config = config.replace(
+            fusion=changes.fusion,
+            detach_context=changes.detach_context,
+            coordinates=changes.coordinates,
+            self_conditioning=changes.self_conditioning,
+            conditioning_dropout=config.conditioning_dropout if changes.dropout is None else changes.dropout,
+        )
+        return config if changes.adaptive else config.without_adaptive_computation()
+
+    def start_from_base(self, model: HPDM, base: Any, source: Path) -> None:
+        start_from_base(model, base, source)
+
+    def sharded_modules(self, model: HPDM) -> Sequence[tuple[nn.Module, bool]]:
+        return model.sharded_modules()
+
+    def compiled_modules(self, model: HPDM) -> Sequence[nn.Module]:
+        return model.compiled_modules()
+
+    def example_inputs(self, config: HPDMConfig, batch: int) -> dict[str, Tensor]:
+        return example_inputs(config, batch)
+
+    def sampling_plan(self, config: HPDMConfig, options: SamplerOptions) -> list[dict[str, Any]]:
+        return [asdict(plan) for plan in sampling_cost.sampling_plan(config, options)]
+
+    def plan_line(self, model: HPDM, options: SamplerOptions, videos: int, at_a_time: int, world_size: int = 1) -> str:
+        return sampling_cost.plan_line(model, options, videos, at_a_time, world_size)

@@ -1,0 +1,138 @@
+"""Counts memory, FLOPs and memory traffic of PyTorch code, on real or fake tensors.
+
+Fake tensors have shapes and storages but no data, so every operation runs through PyTorch at any size in seconds. Each
+storage is counted when it is allocated and when it is freed. An op of :mod:`hpdm_kernels` with
+matrix products is counted as its portable implementation in PyTorch's own operations, workspace included. Not counted:
+what PyTorch's own operations allocate inside, the allocator's rounding and fragmentation, the CUDA context.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+import hpdm_kernels  # registers the ops, which fills PORTABLE  # noqa: F401
+from hpdm_kernels._backend import PORTABLE
+
+OPENED = ("fuse_context_fwd", "fuse_context_bwd", "read_tokens_fwd", "read_tokens_bwd")
+"""Registered ops with matrix products, whose portable implementations are run and counted. Those of the other ops read
+values of tensors, which fake tensors do not have."""
+
+
+@contextmanager
+def fake_fp32() -> Iterator[None]:
+    """Within the block new tensors have no data, and are fp32 unless another dtype is requested."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class Ledger(TorchDispatchMode):
+    """Counts what runs within the block: storages allocated and freed, FLOPs, memory traffic.
+
+    Attributes:
+        flops: of matrix products and attention; a multiply-add is two.
+        moved: bytes, if every operation reads each input and writes each result once; views move nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = self.moved = 0
+        self._changes: list[tuple[int, int]] = []  # (number of the storage, its bytes; negative when it is freed)
+        self._labels: dict[int, str] = {}  # by number of the storage
+        self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}  # by address: the storage and its number
+        self._opened = {getattr(torch.ops.hpdm, name): PORTABLE[getattr(torch.ops.hpdm, name)] for name in OPENED}
+        self._formulas: dict[Any, Callable[..., int]] = _attention_formulas() | flop_registry
+
+    def label(self, tensors: Iterable[Tensor], category: str) -> None:
+        """Puts the storages of ``tensors`` into a category."""
+        for tensor in tensors:
+            self._labels[self._number(tensor)] = category
+
+    def label_living(self, category: str) -> None:
+        """Puts every storage that is alive and has no category into one."""
+        for _, number in self._alive.values():
+            self._labels.setdefault(number, category)
+
+    def at_peak(self) -> dict[str, int]:
+        """Bytes per category at the peak, when most bytes are alive; ``"temporaries"`` have no other category."""
+        alive = list(accumulate(size for _, size in self._changes))
+        peak = max(range(len(alive)), key=alive.__getitem__, default=-1)
+        out: dict[str, int] = {}
+        for number, size in self._changes[: peak + 1]:
+            category = self._labels.get(number, "temporaries")
+            out[category] = out.get(category, 0) + size
+        return out
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # the most frequent call by far; it only reads an attribute
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        portable = self._opened.get(func._overloadpacket)
+        if portable is not None:
+            with self:
+                return portable(*args, **kwargs)
+        # Collect the inputs before the call, which may free some of them.
+        inputs = {t.untyped_storage()._cdata: t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **kwargs)
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        for tensor in results:
+            self._number(tensor)
+        if not _is_view(func):
+            self.moved += sum(t.numel() * t.element_size() for t in (*inputs.values(), *results))
+        formula = self._formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=out))
+        return out
+
+    def _number(self, tensor: Tensor) -> int:
+        """The number of a tensor's storage, which is counted as allocated if it is new."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._alive:
+            return self._alive[address][1]
+        number, size = len(self._changes), storage.nbytes()
+
+        def freed(_: Any) -> None:
+            del self._alive[address]
+            self._changes.append((number, -size))
+
+        self._alive[address] = weakref.ref(storage, freed), number
+        self._changes.append((number, size))
+        return number
+
+
+def _attention_formulas() -> dict[Any, Callable[..., int]]:
+    """FLOPs of the attention ops that PyTorch uses on the CPU, for which it has no formulas."""
+
+    def forward(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+        # Two products forward; five backward, where the scores are computed again.
+        return sdpa_flop_count(q.shape, k.shape, v.shape) * 5 // 2
+
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation returns its input in another shape, without a copy."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)

@@ -1,0 +1,98 @@
+"""Plans and the paper's Table 1 as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hpdm.planning.table1 import size
+from hpdm.planning.training_cost import CATEGORIES
+
+NOTE = (
+    "Predicted from one training step on fake tensors. Left out: what PyTorch's operations allocate inside, the\n"
+    "allocator's rounding, the CUDA context, the input video. FLOPs are those of products and attention; moved counts\n"
+    "every operation's inputs and results once."
+)
+
+
+def plan_text(heading: str, plan: dict[str, Any]) -> str:
+    """A plan as :func:`hpdm.commands.plan.plan` returns it: parameters, training, sampling."""
+    lines = [heading, "", *_parameters(plan["parameters"], plan["published_parameters"])]
+    return "\n".join([*lines, "", *_training(plan["training"]), "", *_sampling(plan["sampling"])])
+
+
+def _parameters(counts: dict[str, int], published: float | None) -> list[str]:
+    total = sum(counts.values())
+    lines = [
+        "parameters [M]",
+        *(f"  {part:<44}{count / 1e6:>10.2f}" for part, count in counts.items()),
+        f"  {'total':<44}{total / 1e6:>10.2f}",
+    ]
+    if published:
+        lines.append(f"  {'published (Table 8)':<44}{published / 1e6:>10.0f}   deviation {total / published - 1:+.1%}")
+    return lines
+
+
+def _training(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line per setting; all settings have the same batch, precision and optimizer."""
+    first = rows[0]
+    widths = {category: max(12, len(category) + 2) for category in CATEGORIES}
+    titles = "".join(f"{category.replace('_', ' '):>{width}}" for category, width in widths.items())
+    lines = [
+        f"one training step of {first['batch']} clip(s), {first['precision']}, {first['optimizer']} [GB]",
+        f"  {'kernels':<11}{'recompute':<11}{titles}{'peak':>9}{'TFLOP/video':>13}{'moved/video':>13}",
+    ]
+    for row in rows:
+        line = (
+            f"  {'reference' if row['kernels'] == 'reference' else 'on':<11}{row['recompute']:<11}"
+            + "".join(f"{_gb(row[f'{category}_bytes']):>{width}}" for category, width in widths.items())
+            + f"{_gb(row['peak_bytes']):>9}{row['flops_per_video'] / 1e12:>13.3f}"
+            f"{_gb(row['moved_bytes_per_video']):>13}"
+        )
+        if "largest_batch" in row:
+            line += f"   largest batch {row['largest_batch']}"
+        if "measured_bytes" in row:
+            ratio = row["peak_bytes"] / row["measured_bytes"]
+            line += f"   measured {_gb(row['measured_bytes'])} ({ratio - 1:+.1%})"
+        lines.append(line)
+    return [*lines, "  what is alive at the peak; ema: the moving average of the weights"]
+
+
+def _sampling(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "sampling one video, default options, no guidance",
+        f"  {'level':<7}{'resolution':<14}{'tiles':>6}{'steps':>7}{'calls':>8}{'patches':>10}{'TFLOP':>12}"
+        f"{'cached blocks':>15}{'cache [GB]':>12}",
+    ]
+    for row in rows:
+        tflop = "-" if row["flops"] is None else f"{row['flops'] / 1e12:.1f}"
+        lines.append(
+            f"  {row['level']:<7}{size(row['resolution']):<14}{row['tiles']:>6}{row['steps']:>7}"
+            f"{row['network_calls']:>8}{row['patches']:>10}{tflop:>12}"
+            f"{row['cached_blocks']:>15}{_gb(row['cache_bytes']):>12}"
+        )
+    return lines
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f}"
+
+
+def table1_text(preset: str, rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of :func:`hpdm.planning.table1.table1`."""
+    lines = [
+        f"Table 1 with {preset}: peak memory of one fp32 training step at batch 1 [GB]; work per video [TFLOP]",
+        f"{'':<48}{'':>10}{'':>10}  {'kernels on, recompute':^29} {'of':>10}  {'TFLOP, recompute':^26}",
+        f"{'method':<17}{'resolution':<12}{'patch':<12}{'adaptive':<9}{'published':>9}{'reference':>10}  "
+        f"{'none':>9}{'selective':>10}{'block':>9}  {'published':>9}  {'none':>8}{'selective':>10}{'block':>8}",
+    ]
+    for row in rows:
+        published, gb, work = row["published_gb"], row["kernels_gb_by_recompute"], row["kernels_tflop_per_video"]
+        share = "-" if published is None else f"{row['kernels_gb'] / published:.2f}x"
+        lines.append(
+            f"{row['method']:<17}{row['resolution']:<12}{row['patch']:<12}{'yes' if row['adaptive'] else 'no':<9}"
+            f"{'OOM' if published is None else f'{published:.1f}':>9}{row['reference_gb']:>10.1f}  "
+            f"{gb['none']:>9.1f}{gb['selective']:>10.1f}{gb['block']:>9.1f}  {share:>9}  "
+            f"{work['none']:>8.2f}{work['selective']:>10.2f}{work['block']:>8.2f}"
+        )
+    return "\n".join(lines)

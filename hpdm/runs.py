@@ -1,0 +1,171 @@
+"""Training runs on disk: loading one as a model with its config, and exporting its weights as one file.
+
+``RUN/config.json`` names the system and holds the model's config, the names of its classes and the training options.
+``RUN/checkpoints`` is described in :mod:`hpdm.training.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hpdm import systems
+from hpdm.files import atomic_path, read_json, write_json
+from hpdm.system import System
+from hpdm.training.checkpoint import (
+    FORMAT,
+    check_format,
+    is_checkpoint,
+    load_parameters,
+    newest_checkpoint,
+    parameters_of,
+    read_state,
+)
+
+FIRST_SYSTEM = "patch"
+"""The system of runs whose config names none: older versions had only this one."""
+
+
+class RunConfig(NamedTuple):
+    """The contents of a run's ``config.json``."""
+
+    system: System
+    config: Any
+    """The model's."""
+    classes: list[str]
+    """Names of the classes, in the order of the labels; empty for a model without classes."""
+    training: dict[str, Any]
+    """The options of training."""
+
+
+class Run(NamedTuple):
+    """A trained model, loaded."""
+
+    model: nn.Module
+    """In eval mode, without gradients."""
+    config: Any
+    """The model's."""
+    classes: list[str]
+    """Names of the classes, in the order of the labels; empty for a model without classes."""
+    training: dict[str, Any]
+    """The options of training."""
+    step: int
+    """Number of training steps of the weights."""
+    system: System
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def save_run_config(run: Path, run_config: RunConfig) -> None:
+    """Writes ``config.json`` into the folder ``run``, which is made if it is not there."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", {"format": FORMAT, **_to_json(run_config)})
+
+
+def load_run_config(run: Path) -> RunConfig:
+    """Reads ``config.json``.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: a damaged config, or one of a newer version.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"run: {run} has no config.json, expected the folder that `hpdm train --out` wrote")
+    values = read_json(path)
+    check_format(run, values)
+    return _from_json(values)
+
+
+def load(
+    path: str | os.PathLike[str], *, kernels: str = "auto", device: torch.device | str = "cpu", weights: str = "ema"
+) -> Run:
+    """Loads a model from a run's newest checkpoint, from one of its checkpoints, or from an exported file.
+
+    Args:
+        path: the run's folder, one of its checkpoints, or a file that :func:`export` wrote.
+        kernels: backend of the ops, ``"auto" | "reference" | "torch" | "triton"``.
+        device: where to put the model.
+        weights: ``"ema"`` or ``"model"``; an exported file holds one of them.
+
+    Raises:
+        FileNotFoundError: no run, or a run without a checkpoint yet.
+        ValueError: unknown ``weights``, damaged files, or a config that does not match the weights.
+    """
+    if weights not in ("ema", "model"):
+        raise ValueError(f"weights: got {weights!r}, expected 'ema' or 'model'")
+    path = Path(path)
+    if path.is_file():
+        return _load_exported(path, kernels, device, weights)
+    path_is_checkpoint = is_checkpoint(path.resolve())
+    run_config = load_run_config(path.resolve().parent.parent if path_is_checkpoint else path)
+    checkpoint = path if path_is_checkpoint else newest_checkpoint(path)
+    step = int(read_state(checkpoint)["step"])
+    model = run_config.system.build(run_config.config, kernels)
+    load_parameters(model, checkpoint / weights)
+    return _loaded_run(model, run_config, step, device)
+
+
+def export(run: Path, out: Path, weights: str = "ema") -> int:
+    """Writes a run's weights, its config and the names of its classes as one safetensors file; returns the step.
+
+    Args:
+        run: as for :func:`load`.
+        out: the file; an existing one is replaced once the new one is complete.
+        weights: ``"ema"`` or ``"model"``.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`; ``out`` has another suffix, or its folder does not exist.
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"out: got {out.name!r}, expected a name ending in .safetensors")
+    loaded = load(run, weights=weights)
+    run_config = RunConfig(loaded.system, loaded.config, loaded.classes, loaded.training)
+    header = {"format": FORMAT, "step": loaded.step, "weights": weights, **_to_json(run_config)}
+    with atomic_path(out) as temporary:
+        save_file(parameters_of(loaded.model), temporary, {"hpdm": json.dumps(header)})
+    return loaded.step
+
+
+def _load_exported(path: Path, kernels: str, device: torch.device | str, weights: str) -> Run:
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("hpdm", "null"))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    if header is None:
+        raise ValueError(f"{path}: got a safetensors file without a config, expected one that `hpdm export` wrote")
+    check_format(path, header)
+    if header["weights"] != weights:
+        raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
+    run_config = _from_json(header)
+    model = run_config.system.build(run_config.config, kernels)
+    model.load_state_dict(load_file(path))
+    return _loaded_run(model, run_config, int(header["step"]), device)
+
+
+def _loaded_run(model: nn.Module, run_config: RunConfig, step: int, device: torch.device | str) -> Run:
+    system, config, classes, training = run_config
+    return Run(model.to(device).eval().requires_grad_(False), config, classes, training, step, system)
+
+
+def _to_json(run_config: RunConfig) -> dict[str, Any]:
+    system, config, classes, training = run_config
+    return {"system": system.name, "model": config.to_dict(), "classes": classes, "training": dict(training)}
+
+
+def _from_json(values: Mapping[str, Any]) -> RunConfig:
+    system = systems.get(values.get("system", FIRST_SYSTEM))
+    config = system.config_from_dict(values["model"])
+    return RunConfig(system, config, list(values["classes"]), dict(values["training"]))

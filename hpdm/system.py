@@ -1,0 +1,195 @@
+"""The interface through which training, sampling, evaluation and planning use a kind of model.
+
+A *system* is one kind of generative video model: its config, its network, its objective and its sampler. Patch
+diffusion is one (:mod:`hpdm.patch`). The rest of this library works with any system and names none;
+:mod:`hpdm.systems` lists them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hpdm.checks import Triple
+from hpdm.recipe import Recipe
+from hpdm.sampling import Sampler, SamplerOptions
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Changes of a run to its preset's model; fields that are not given keep the preset's values."""
+
+    resolution: Triple | None = None
+    """Target frames, height, width; the preset's if not given. The levels of the pyramid follow from it."""
+    patch: Triple | None = None
+    """Patch frames, height, width; the preset's if not given."""
+    dropout: float | None = None
+    """Share of unconditional samples, for guidance; the preset's (0.1) if not given."""
+    self_conditioning: float = 0.0
+    """Share of samples whose latents start from those of a first pass (RIN: 0.9); costs a forward pass per step."""
+    fusion: Literal["deep", "shallow"] = "deep"
+    """Table 3: "shallow" conditions on the RGB of the previous level only."""
+    detach_context: bool = False
+    """Table 3: no gradient from a level to those below."""
+    adaptive: bool = True
+    """Table 3: adaptive computation."""
+    coordinates: bool = True
+    """Table 3: coordinates in the fusion."""
+
+    def check_only(self, *names: str) -> None:
+        """Checks that a run changes no other fields than ``names``, for systems that do not support all.
+
+        Raises:
+            ValueError: a field that is none of ``names`` is not its default.
+        """
+        for f in dataclasses.fields(self):
+            if f.name not in names and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"{f.name}: got {getattr(self, f.name)}, expected {f.default} as this preset's model has no choice"
+                )
+
+
+class Config(Protocol):
+    """The config of a model; a frozen dataclass."""
+
+    @property
+    def resolution(self) -> Triple:
+        """Frames, height and width of a video."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of a pixel."""
+
+    @property
+    def conditioning(self) -> str:
+        """``"none"``, ``"class"`` or ``"text"``."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def text_width(self) -> int:
+        """Width of the text embeddings."""
+
+    @property
+    def conditioning_dropout(self) -> float:
+        """Share of training samples without label or text."""
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with other values of some fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+
+
+class System(ABC):
+    """One kind of model. The defaults of optional methods do nothing, or raise an error that says what is missing."""
+
+    name: ClassVar[str]
+    """Name of the system in a run's ``config.json``."""
+    presets: Mapping[str, Callable[[], Any]]
+    """Configs by the name that ``--preset`` takes."""
+    recipes: Mapping[str, Recipe]
+    """How each preset is trained."""
+    published_parameters: Mapping[str, float] = {}
+    """Number of parameters of some presets, as published."""
+    parameter_parts: Sequence[tuple[str, str]] = (("all", ""),)
+    """Parts of the model for ``hpdm plan``, as (title, text): a parameter belongs to the first part whose text its name
+    contains. The last text is empty."""
+
+    @abstractmethod
+    def config_from_dict(self, values: dict[str, Any]) -> Any:
+        """The inverse of :meth:`Config.to_dict`; ``ValueError`` for fields that this version does not know."""
+
+    @abstractmethod
+    def build(self, config: Any, kernels: str = "auto", recompute: str = "none") -> nn.Module:
+        """A new model with random weights and the attribute ``config``.
+
+        In training it is called with the keyword arguments that :meth:`example_inputs` returns.
+        """
+
+    @abstractmethod
+    def losses(
+        self,
+        model: Any,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator,
+        *,
+        times: tuple[float, float] = (0.0, 1.0),
+        time_distribution: str = "uniform",
+        dropout: float = 0.0,
+        images: float = 0.0,
+        network: Callable[..., Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """The training losses of a batch by name, each ``[B]``, one value per clip; their mean is minimized.
+
+        Args:
+            model: of this system.
+            batch: ``video`` uint8 ``[B, C, F, H, W]`` and, by the kind of conditioning, ``labels`` int64 ``[B]``, or
+                ``text [B, S, W]`` and ``text_mask [B, S]``; on the model's device.
+            generator: CPU generator, the only source of randomness.
+            times: range of the diffusion time, from clean 0 to noise 1.
+            time_distribution: distribution of the times over that range, ``"uniform"`` or ``"logit-normal"``.
+            dropout: share of the clips whose label or text is dropped.
+            images: share of the clips that become still images.
+            network: called in place of the model, e.g. its DDP wrapper.
+        """
+
+    @abstractmethod
+    def sampler(self, model: Any, options: SamplerOptions) -> Sampler:
+        """A sampler of videos from ``model``; it uses the options that apply to this system."""
+
+    def configure(self, config: Any, changes: Architecture) -> Any:
+        """``config`` with a run's changes; ``ValueError`` for a change that this system does not support."""
+        changes.check_only("dropout")
+        return config if changes.dropout is None else config.replace(conditioning_dropout=changes.dropout)
+
+    def start_from_base(self, model: Any, base: Any, source: Path) -> None:
+        """Starts ``model`` from a trained model of lower resolution, read from ``source``.
+
+        Raises:
+            ValueError: ``base`` does not match, or this system does not support it.
+        """
+        raise ValueError(f"base: got {source}, expected none: {self.name} models do not start from another")
+
+    def sharded_modules(self, model: Any) -> Sequence[tuple[nn.Module, bool]]:
+        """Modules that FSDP shards on their own, inner ones first, each with the flag ``reshard_after_forward``."""
+        return ()
+
+    def compiled_modules(self, model: Any) -> Sequence[nn.Module]:
+        """Modules that are compiled one by one if the model is sharded."""
+        return (model,)
+
+    def example_inputs(self, config: Any, batch: int) -> dict[str, Tensor]:
+        """Valid keyword arguments of the model in training, zeros wherever possible.
+
+        The model predicts a tensor of the shape of ``x``.
+        """
+        inputs = {"x": torch.zeros(batch, config.channels, *config.resolution), "t": torch.zeros(batch)}
+        if config.conditioning == "class":
+            inputs["labels"] = torch.zeros(batch, dtype=torch.long)
+        return inputs
+
+    def sampling_plan(self, config: Any, options: SamplerOptions) -> list[dict[str, Any]]:
+        """The cost of sampling one video, a row for every part that the sampler yields.
+
+        Keys: ``level``, ``resolution``, ``tiles``, ``steps``, ``predictions``, ``network_calls``, ``patches`` (inputs
+        of the network), ``flops`` (``None`` where it is not known), ``cached_blocks`` and ``cache_bytes``.
+        """
+        steps = options.level_solver(0).predictions
+        return [{
+            "level": 0, "resolution": config.resolution, "tiles": 1, "steps": options.steps, "predictions": steps,
+            "network_calls": steps, "patches": steps, "flops": None, "cached_blocks": 0, "cache_bytes": 0,
+        }]  # fmt: skip
+
+    def plan_line(self, model: Any, options: SamplerOptions, videos: int, at_a_time: int, world_size: int = 1) -> str:
+        """One line to print before sampling: the work, memory and time that it will take."""
+        return f"{videos} videos, {at_a_time} at a time, {options.steps} steps"

@@ -1,0 +1,105 @@
+"""The options of a training run, which ``hpdm train`` takes and a run's ``config.json`` keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from hpdm.checks import at_least
+from hpdm.recipe import Recipe, RecipeChanges
+from hpdm.system import Architecture
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model on videos. Options that are not given take the preset's values (Table 8). Works under torchrun."""
+
+    data: Path
+    """Folder of videos (UCF-101's layout, class folders, or flat) or of tar shards, or a pattern of shards."""
+    out: Path
+    """Folder of the run; a run that exists already is resumed."""
+    embeddings: Path | None = None
+    """Embeddings of the clips' captions, from `hpdm data embed`: the model is conditioned on text, not on classes."""
+    init: Path | None = None
+    """Run of the same model whose newest weights to start from, with a fresh optimizer and schedule."""
+    base: Path | None = None
+    """Run of the same network with fewer levels, trained at low resolution, to start from."""
+    preset: str = "tiny"
+    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny."""
+    recipe: Annotated[RecipeChanges, tyro.conf.arg(name="")] = field(default_factory=RecipeChanges)
+    """How to train."""
+    architecture: Annotated[Architecture, tyro.conf.arg(name="")] = field(default_factory=Architecture)
+    """What to train."""
+    micro_batch: int | None = None
+    """Clips at a time per process; gradients are accumulated over the step. Default: a process's whole share."""
+    compile: bool = False
+    """Compile the network with torch.compile."""
+    kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
+    """Backend of every op; "reference" is the paper's formulas without our kernels."""
+    recompute: Literal["none", "selective", "block"] = "none"
+    """What the backward pass computes again instead of keeping it: less memory, more work; see `hpdm plan`."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Precision of matrix products: "tf32" on CUDA, "bf16" by automatic mixed precision. The paper found that mixed
+    precision trains worse."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 for no clipping."""
+    times: Literal["uniform", "logit-normal"] = "uniform"
+    """Distribution of diffusion times; "logit-normal" favors the middle."""
+    split: Literal["train", "test"] | None = None
+    """Use UCF-101's official split."""
+    stride: int = 1
+    """Step between the frames of a clip."""
+    fps: float | None = None
+    """Frame rate to which clips are resampled before --stride counts; each clip's own if not given."""
+    short: Literal["error", "skip", "loop"] = "error"
+    """What to do with a clip that is too short."""
+    seed: int = 0
+    workers: int = 1
+    """Processes that read clips ahead, per training process; with 0 the training process reads them itself."""
+    cache_mb: int = 1024
+    """Memory for decoded clips."""
+    log: Literal["jsonl", "tensorboard"] = "jsonl"
+    """log.jsonl is always written; "tensorboard" writes both."""
+    log_every: int = 10
+    save_every: int = 500
+    sample_every: int = 0
+    """Steps between sample grids in RUN/samples; 0 for none."""
+    sample_steps: int = 32
+    """Sampling steps on level 0 for the grids."""
+    profile: int = 0
+    """Steps to profile, from the fifth on, into RUN/profile; 0 for none."""
+    device: str = "auto"
+    """"auto" takes CUDA when there is one."""
+
+    def __post_init__(self) -> None:
+        at_least(self.recipe, 1, "steps", "batch")
+        at_least(self.recipe, 0, "lr", "warmup", "weight_decay")
+        at_least(self, 1, "micro_batch", "stride", "log_every", "save_every", "sample_steps")
+        at_least(self, 0, "clip_norm", "workers", "cache_mb", "sample_every", "seed", "profile")
+        if self.init is not None and self.base is not None:
+            raise ValueError("base: got both init and base, expected one of them")
+
+    def as_json(self, recipe: Recipe) -> dict[str, Any]:
+        """All options as one flat dictionary of JSON values, with the full ``recipe`` in place of the changes to it."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del values["recipe"], values["architecture"]
+        values |= dataclasses.asdict(self.architecture) | dataclasses.asdict(recipe)
+        return json.loads(json.dumps(values, default=str))
+
+
+def train_options(**values: Any) -> TrainOptions:
+    """:class:`TrainOptions` from flat names, as on the command line: ``train_options(steps=9, ...)``.
+
+    Raises:
+        TypeError: an unknown name, or ``data`` or ``out`` missing.
+        ValueError: a value out of range.
+    """
+    parts = {"recipe": RecipeChanges, "architecture": Architecture}
+    names = {part: {f.name for f in dataclasses.fields(kind)} for part, kind in parts.items()}
+    nested = {part: kind(**{n: values.pop(n) for n in names[part] & set(values)}) for part, kind in parts.items()}
+    return TrainOptions(**nested, **values)

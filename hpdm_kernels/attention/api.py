@@ -1,0 +1,142 @@
+"""RIN's attention: latents read tokens, and tokens read latents (paper Fig. 11).
+
+    out = softmax(q @ k.T * scale) @ v          q, out [B, h, M, d],  k, v [B, h, N, d]
+
+The forward kernel reads ``q`` and writes ``out`` once. It reads ``k`` and ``v`` once per block of queries, mostly from
+the L2 cache, because the blocks of a head run at the same time. A plain softmax also writes and reads the scores
+``[B, h, M, N]`` several times. Besides inputs and output, the log-sum-exp is saved for backward, fp32 ``[B, h, M]``.
+
+:func:`read_tokens` also computes the projection of tokens to keys and values inside the op; see
+:mod:`hpdm_kernels.attention.read`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpdm_kernels import _backend, reference
+from hpdm_kernels._checks import check_tensor
+from hpdm_kernels.attention import ops
+from hpdm_kernels.attention.checks import check_key_mask, check_piece_rows, check_queries, check_scale, check_tokens
+from hpdm_kernels.attention.read import PIECE_ROWS, project
+
+
+def _kernel_precision(q: Tensor, precision: str) -> str:
+    """``precision`` for fp32 inputs, else ``"ieee"``: products of 16-bit inputs are exact in fp32 in every setting."""
+    return precision if q.dtype is torch.float32 else "ieee"
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of ``M`` queries to ``N`` keys: ``softmax(q @ k.T * scale) @ v``.
+
+    Args:
+        q: ``[B, h, M, d]`` queries; float16, bfloat16, float32, or float64 (``reference`` and ``torch`` only). Any
+            strides: a view into a fused projection is read in place.
+        k: ``[B, h, N, d]`` keys, dtype and device of ``q``. ``d`` is at most 128.
+        v: ``[B, h, N, d]`` values.
+        scale: factor of the scores, any finite number; default ``1 / sqrt(d)``.
+        key_mask: ``[B, N]`` bool, true where a key may be read, for texts of different lengths; ``None`` hides no key.
+            Hidden keys and values get no gradient; they must be finite, since zero times NaN is NaN.
+        precision: how the kernels compute fp32 products: ``"ieee"``, ``"tf32x3"``, ``"tf32"``; ``None`` follows
+            :func:`torch.get_float32_matmul_precision`. ``reference`` and ``torch`` always follow PyTorch's setting.
+        backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        ``[B, h, M, d]`` of ``q``'s dtype. Gradients flow to ``q``, ``k`` and ``v``. A sample whose keys are all hidden
+        gives zeros and zero gradients.
+
+    Raises:
+        TypeError: an argument is not a tensor, its dtype is no float or not ``q``'s, ``key_mask`` is not bool, or
+            ``scale`` is no number.
+        ValueError: wrong rank, sizes or device; ``scale`` not finite; unknown ``precision`` or ``backend``.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+
+    Source: the read and the write of a RIN block, paper Fig. 11.
+    """
+    check_queries(q)
+    batch, heads, _, width = q.shape
+    check_tensor("k", k, (batch, heads, "N", width), like=("q", q))
+    check_tensor("v", v, tuple(k.shape), like=("q", q))
+    check_key_mask(key_mask, k.shape[2], q)
+    factor = check_scale(scale, width)
+    precision = _backend.resolve_precision(precision)
+    chosen = _backend.resolve(backend, "cross_attention", q)
+    if chosen == "reference":
+        return reference.cross_attention(q, k, v, factor, key_mask)
+    if chosen == "torch":
+        mask = None if key_mask is None else key_mask[:, None, None]  # [B, 1, 1, N]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=factor)
+    return ops.cross_attention_fwd(q, k, v, factor, _kernel_precision(q, precision), key_mask)[0]
+
+
+def read_tokens(
+    q: Tensor,
+    tokens: Tensor | Sequence[Tensor],
+    weight_kv: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    piece_rows: int = PIECE_ROWS,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of ``M`` queries to ``N`` tokens, including the projection of the tokens to keys and values.
+
+    The same as :func:`hpdm_kernels.cross_attention` of ``q`` and the two halves of ``F.linear(tokens, weight_kv)``,
+    split into heads, but with less memory: only ``tokens`` are saved for backward, and keys and values exist for one
+    chunk of tokens at a time.
+
+    Args:
+        q: ``[B, h, M, d]`` queries; float16, bfloat16, float32, or float64 (``reference`` and ``torch`` only). Any
+            strides; ``d`` is at most 128.
+        tokens: ``[B, N, D]``, or several tensors ``[B, N_i, D]``, read as if they were concatenated. Any float dtype;
+            cast to the dtype of ``q`` one chunk at a time, so that mixed precision needs no second copy of all tokens.
+        weight_kv: ``[2 * h * d, D]``, the rows of all heads' keys, then those of the values. Any float dtype.
+        scale: factor of the scores, any finite number; default ``1 / sqrt(d)``.
+        key_mask: ``[B, N]`` bool, true where a token may be read; see :func:`hpdm_kernels.cross_attention`.
+        piece_rows: largest number of tokens per chunk. Samples with few tokens share a chunk.
+        precision: how the kernels compute fp32 products; see :func:`hpdm_kernels.cross_attention`. The projection is
+            a PyTorch product and follows PyTorch's setting.
+        backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. ``reference`` is the plain formula, which
+            saves keys and values.
+
+    Returns:
+        ``[B, h, M, d]`` of ``q``'s dtype. Gradients flow to ``q``, ``tokens`` and ``weight_kv``.
+
+    Raises:
+        TypeError: an argument is not a tensor, a dtype is no float, ``key_mask`` is not bool, ``scale`` is no number,
+            ``piece_rows`` no int.
+        ValueError: wrong rank, sizes or device; no tokens; ``scale`` not finite; ``piece_rows`` below 1; unknown
+            ``precision`` or ``backend``.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+
+    Source: the read of a RIN block, paper Fig. 11.
+    """
+    check_queries(q)
+    _, heads, _, width = q.shape
+    check_tensor("weight_kv", weight_kv, (2 * heads * width, "D"), like=("q", q), same_dtype=False)
+    sequences = check_tokens(tokens, weight_kv.shape[1], q)
+    check_key_mask(key_mask, sum(sequence.shape[1] for sequence in sequences), q)
+    check_piece_rows(piece_rows)
+    factor = check_scale(scale, width)
+    precision = _backend.resolve_precision(precision)
+    chosen = _backend.resolve(backend, "read_tokens", q)
+    if chosen == "reference":
+        rows = torch.cat([sequence.to(q.dtype) for sequence in sequences], dim=1)  # [B, N, D]
+        k, v = project(rows, weight_kv.to(q.dtype), heads)  # [B, h, N, d]
+        return reference.cross_attention(q, k, v, factor, key_mask)
+    precision = _kernel_precision(q, precision)
+    return ops.read_tokens_fwd(q, sequences, weight_kv, key_mask, factor, piece_rows, precision, chosen)[0]

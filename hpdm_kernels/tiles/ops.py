@@ -1,0 +1,139 @@
+"""The registered ops behind tile extraction and averaging: schemas, shapes for tracing, gradients.
+
+Extraction and averaging are each other's backward. The ops of :class:`hpdm_kernels.TileAccumulator` have no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpdm_kernels._backend import custom_op
+from hpdm_kernels.tiles import torch_backend, triton_backend
+from hpdm_kernels.tiles.geometry import read_origins
+
+
+@custom_op("extract_tiles")
+def extract_tiles(
+    video: Tensor, origins: Tensor, tile_size: Sequence[int], mean: bool, scale: float, backend: str
+) -> Tensor:
+    """``scale`` times the tiles ``[B, T, C, *tile_size]`` of ``video [B, C, F, H, W]``, at ``origins [T, 3]``.
+
+    ``mean``: each voxel is also divided by the number of tiles that cover it.
+    """
+    plan = read_origins(origins, tile_size, video.shape[2:])
+    extract = triton_backend.extract if backend == "triton" else torch_backend.extract
+    return extract(video, plan, tile_size, mean, scale)
+
+
+# There are many parameters because an op's schema cannot group them.
+@custom_op("average_tiles")
+def average_tiles(
+    tiles: Tensor,
+    origins: Tensor,
+    size: Sequence[int],
+    x: Tensor | None,
+    alpha: float,
+    beta: float,
+    mean: bool,
+    backend: str,
+) -> Tensor:
+    """``alpha * x + beta * sum`` ``[B, C, *size]``, the sum over ``tiles [B, T, C, f, h, w]`` at ``origins [T, 3]``.
+
+    ``mean``: the sum is divided by the number of tiles that cover each voxel.
+    """
+    plan = read_origins(origins, tiles.shape[3:], size, cover=mean)
+    # In the backward of extraction the tiles need not form a product grid. Then the tiles that cover a voxel are not a
+    # range, and both backends add the tiles one by one in PyTorch.
+    average = triton_backend.average if backend == "triton" and plan.axes else torch_backend.average
+    return average(tiles, plan, size, x, alpha, beta, mean)
+
+
+@custom_op("add_tiles", mutates_args=("sums",))
+def add_tiles(sums: Tensor, tiles: Tensor, origins: Tensor, first: int, backend: str) -> None:
+    """Adds ``tiles [B, n, C, f, h, w]``, from index ``first`` on, to ``sums [B, C, F, H, W]``, in place.
+
+    ``sums`` need not be zeroed before the first tile.
+    """
+    plan = read_origins(origins, tiles.shape[3:], sums.shape[2:], cover=True)
+    if backend == "reference":
+        if first == 0:
+            sums.zero_()
+        f, h, w = tiles.shape[3:]
+        for tile, (i, j, k) in zip(tiles.unbind(1), plan.origins[first:]):
+            sums[:, :, i : i + f, j : j + h, k : k + w] += tile
+    else:
+        add = triton_backend.add if backend == "triton" else torch_backend.add
+        add(sums, tiles, plan, first)
+
+
+@custom_op("step_tiles", mutates_args=("sums",))
+def step_tiles(
+    sums: Tensor,
+    origins: Tensor,
+    tile_size: Sequence[int],
+    dtype: torch.dtype,
+    x: Tensor | None,
+    alpha: float,
+    beta: float,
+    backend: str,
+) -> Tensor:
+    """``alpha * x + beta * sums / counts`` ``[B, C, F, H, W]`` of ``dtype``; may overwrite ``sums``."""
+    plan = read_origins(origins, tile_size, sums.shape[2:], cover=True)
+    step = triton_backend.step if backend == "triton" else torch_backend.step
+    return step(sums, plan, dtype, x, alpha, beta)
+
+
+@extract_tiles.register_fake
+def _(video: Tensor, origins: Tensor, tile_size: Sequence[int], *_: Any) -> Tensor:
+    return video.new_empty(video.shape[0], origins.shape[0], video.shape[1], *tile_size)
+
+
+@average_tiles.register_fake
+def _(tiles: Tensor, origins: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+    return tiles.new_empty(tiles.shape[0], tiles.shape[2], *size)
+
+
+@add_tiles.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+@step_tiles.register_fake
+def _(sums: Tensor, origins: Tensor, tile_size: Sequence[int], dtype: torch.dtype, *_: Any) -> Tensor:
+    return sums.new_empty(sums.shape, dtype=dtype)
+
+
+def _setup_extract_tiles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    video, origins, _, ctx.mean, ctx.scale, ctx.backend = inputs
+    ctx.size = video.shape[2:]
+    ctx.save_for_backward(origins)
+
+
+def _backward_extract_tiles(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (origins,) = ctx.saved_tensors
+    dvideo = average_tiles(grad, origins, ctx.size, None, 0.0, ctx.scale, ctx.mean, ctx.backend)
+    return dvideo, None, None, None, None, None
+
+
+def _setup_average_tiles(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tiles, origins, _, x, ctx.alpha, ctx.beta, ctx.mean, ctx.backend = inputs
+    ctx.tile_size, ctx.has_x = tiles.shape[3:], x is not None
+    ctx.save_for_backward(origins)
+
+
+def _backward_average_tiles(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (origins,) = ctx.saved_tensors
+    dtiles = dx = None
+    if ctx.needs_input_grad[0]:
+        dtiles = extract_tiles(grad, origins, ctx.tile_size, ctx.mean, ctx.beta, ctx.backend)
+    if ctx.has_x and ctx.needs_input_grad[3]:
+        dx = grad * ctx.alpha
+    return dtiles, None, None, dx, None, None, None, None
+
+
+extract_tiles.register_autograd(_backward_extract_tiles, setup_context=_setup_extract_tiles)
+average_tiles.register_autograd(_backward_average_tiles, setup_context=_setup_average_tiles)

@@ -1,0 +1,149 @@
+"""Kernels of tiles, launched by :mod:`hpdm_kernels.tiles.triton_backend`.
+
+One program gathers each element of the result, so there are no atomics. Offsets are int64, since the tiles of a long
+video exceed 2**31 elements. A program works on rows and columns of one frame: values that depend on the frame are
+scalars, values that depend on a row or a column are short vectors. Small tables, computed once per set of origins and
+device, tell which tiles cover a coordinate.
+
+Columns are processed in groups of ``VECTOR`` neighbors. The columns of a group are covered by the same tiles and are
+adjacent in each of them, so a group needs one lookup and one load of 16 bytes. This requires origins, widths and
+strides that are multiples of 16 bytes; otherwise a group is one column.
+"""
+
+# Kernels' arguments have Triton's types, not Python's.
+# mypy: allow-untyped-defs
+
+from __future__ import annotations
+
+from hpdm_kernels._triton import jit, tl
+
+
+@jit
+def _aligned(at, VECTOR: tl.constexpr):
+    """Offsets ``[H, W, VECTOR]`` of all columns, from those of the groups ``[H, W]``.
+
+    Tells the compiler that the columns of a group are adjacent and aligned, so that it loads them together.
+    """
+    at = at[:, :, None] + tl.arange(0, VECTOR)[None, None, :]
+    return tl.max_contiguous(tl.multiple_of(at, (1, 1, VECTOR)), (1, 1, VECTOR))
+
+
+@jit
+def extract_tiles_kernel(
+    video_ptr,  # [B, C, F, H, W] of the strides below
+    out_ptr,  # [B, T, C, tile_f, tile_h, tile_w], written
+    origins_ptr,  # [T, 3] int32
+    cover_ptr,  # [F + H + W, 2] int32: first covering tile of each coordinate, and their number
+    scale,
+    stride_video_b, stride_video_c, stride_video_f, stride_video_h, stride_video_w,
+    T, C, F, H, tile_f, tile_h, tile_w, n_blocks_h, n_blocks_w,
+    MEAN: tl.constexpr, VECTOR: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Part of one frame of one channel of one tile per program: ``scale`` times the video.
+
+    ``MEAN``: each voxel is also divided by the number of tiles that cover it.
+    """
+    pid = tl.program_id(0)
+    frame = pid // (n_blocks_h * n_blocks_w)
+    tile_i = frame % tile_f
+    c = frame // tile_f % C
+    t = frame // tile_f // C % T
+    b = frame // tile_f // C // T
+    tile_j = pid // n_blocks_w % n_blocks_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    tile_k = (pid % n_blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)) * VECTOR
+    i = tl.load(origins_ptr + 3 * t) + tile_i
+    j = tl.load(origins_ptr + 3 * t + 1) + tile_j
+    k = tl.load(origins_ptr + 3 * t + 2) + tile_k
+    mask = ((tile_j < tile_h)[:, None] & (tile_k < tile_w)[None, :])[:, :, None]
+    base = b.to(tl.int64) * stride_video_b + c.to(tl.int64) * stride_video_c + i.to(tl.int64) * stride_video_f
+    rows = base + j.to(tl.int64) * stride_video_h
+    cols = k.to(tl.int64) * stride_video_w
+    at = _aligned(rows[:, None] + cols[None, :], VECTOR)
+    value = tl.load(video_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
+    if MEAN:
+        count_f = tl.load(cover_ptr + 2 * i + 1)
+        count_h = tl.load(cover_ptr + 2 * (F + j) + 1, mask=tile_j < tile_h, other=1)
+        count_w = tl.load(cover_ptr + 2 * (F + H + k) + 1, mask=tile_k < tile_w, other=1)
+        value /= (count_f * count_h[:, None] * count_w[None, :]).to(tl.float32)[:, :, None]
+    rows = (frame.to(tl.int64) * tile_h + tile_j) * tile_w
+    tl.store(out_ptr + _aligned(rows[:, None] + tile_k[None, :], VECTOR), value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# One kernel serves the average, the chunks of an accumulator and its step, so that all add tiles in the same way. That
+# is why it is long and has many arguments, which a kernel cannot group in structures.
+@jit
+def average_tiles_kernel(
+    tiles_ptr,  # [B, T or a chunk of them, C, f, h, w] of the strides below
+    sums_ptr,  # [B, C, F, H, W] fp32, sums over the tiles before ``first``
+    x_ptr,  # [B, C, F, H, W] of the strides below
+    out_ptr,  # [B, C, F, H, W], written
+    starts_ptr,  # [n_tiles_f + n_tiles_h + n_tiles_w] int32, origins of the grid per axis
+    cover_ptr,  # [F + H + W, 2] int32: first covering tile of each coordinate, and their number, per axis
+    alpha, beta,
+    stride_tiles_b, stride_tiles_t, stride_tiles_c, stride_tiles_f, stride_tiles_h, stride_tiles_w,
+    stride_x_b, stride_x_c, stride_x_f, stride_x_h, stride_x_w,
+    C, F, H, W, n_tiles_f, n_tiles_h, n_tiles_w, most_f, most_h, most_w, first, stop,
+    box_f, box_h, box_w, frames, stop_h, stop_w, n_blocks_h, n_blocks_w,
+    ADD: tl.constexpr, SUMS: tl.constexpr, FINISH: tl.constexpr, MEAN: tl.constexpr, HAS_X: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """Part of one frame of one channel of a box per program: adds tiles ``first`` to ``stop - 1``, in their order.
+
+    ``ADD``: there are such tiles. ``SUMS``: they are a chunk, and ``sums`` holds the tiles before it. ``FINISH``: they
+    are the last ones, and ``out`` is ``alpha * x + beta * sums``; with ``MEAN`` the sums are first divided by the
+    number of tiles. Without ``FINISH``, ``out`` is the new sums. ``most_f, most_h, most_w`` are the largest numbers of
+    tiles that cover a coordinate. There is a single loop with the same bounds in all threads, because nested loops
+    spilled registers.
+    """
+    pid = tl.program_id(0)
+    frame = pid // (n_blocks_h * n_blocks_w)
+    i = box_f + frame % frames
+    c = (frame // frames % C).to(tl.int64)
+    b = (frame // frames // C).to(tl.int64)
+    j = box_h + pid // n_blocks_w % n_blocks_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    k = box_w + (pid % n_blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)) * VECTOR
+    first_f = tl.load(cover_ptr + 2 * i)
+    count_f = tl.load(cover_ptr + 2 * i + 1)
+    first_h = tl.load(cover_ptr + 2 * (F + j), mask=j < stop_h, other=0)
+    count_h = tl.load(cover_ptr + 2 * (F + j) + 1, mask=j < stop_h, other=0)
+    first_w = tl.load(cover_ptr + 2 * (F + H + k), mask=k < stop_w, other=0)
+    count_w = tl.load(cover_ptr + 2 * (F + H + k) + 1, mask=k < stop_w, other=0)
+    rows = (((b * C + c) * F + i) * H + j) * W
+    at = _aligned(rows[:, None] + k[None, :], VECTOR)
+    mask = (j < stop_h)[:, None] & (k < stop_w)[None, :]
+    total = tl.zeros((BLOCK_H, BLOCK_W, VECTOR), dtype=tl.float32)
+    if SUMS:
+        # The first tile of a voxel overwrites the buffer, so it need not be zeroed.
+        started = (first_f * n_tiles_h + first_h[:, None]) * n_tiles_w + first_w[None, :] < first
+        total += tl.load(sums_ptr + at, mask=(mask & started)[:, :, None], other=0.0)
+    if ADD:
+        base = b * stride_tiles_b + c * stride_tiles_c
+        for near in range(most_f * most_h * most_w):
+            near_f, near_h, near_w = near // most_w // most_h, near // most_w % most_h, near % most_w
+            t_f, t_h, t_w = first_f + near_f, first_h + near_h, first_w + near_w
+            mask_h = near_h < tl.where(near_f < count_f, count_h, 0)
+            mask_w = near_w < count_w
+            tile_i = i - tl.load(starts_ptr + tl.minimum(t_f, n_tiles_f - 1))
+            tile_j = j - tl.load(starts_ptr + n_tiles_f + t_h, mask=mask_h, other=0)
+            tile_k = k - tl.load(starts_ptr + n_tiles_f + n_tiles_h + t_w, mask=mask_w, other=0)
+            t = (t_f * n_tiles_h + t_h) * n_tiles_w - first
+            rows = base + t.to(tl.int64) * stride_tiles_t
+            rows += tile_i.to(tl.int64) * stride_tiles_f + tile_j.to(tl.int64) * stride_tiles_h
+            cols = t_w.to(tl.int64) * stride_tiles_t + tile_k.to(tl.int64) * stride_tiles_w
+            here = mask_h[:, None] & mask_w[None, :]
+            if SUMS:
+                number = t[:, None] + t_w[None, :]
+                here = here & (number >= 0) & (number < stop - first)
+            tile = tiles_ptr + _aligned(rows[:, None] + cols[None, :], VECTOR)
+            total += tl.load(tile, mask=here[:, :, None], other=0.0).to(tl.float32)
+    if FINISH:
+        if MEAN:
+            count = count_f * count_h[:, None] * count_w[None, :]
+            total /= tl.where(mask, count, 1).to(tl.float32)[:, :, None]
+        total *= beta
+        if HAS_X:
+            rows = b * stride_x_b + c * stride_x_c + i.to(tl.int64) * stride_x_f + j.to(tl.int64) * stride_x_h
+            cols = k.to(tl.int64) * stride_x_w
+            x = x_ptr + _aligned(rows[:, None] + cols[None, :], VECTOR)
+            total += alpha * tl.load(x, mask=mask[:, :, None], other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask[:, :, None])

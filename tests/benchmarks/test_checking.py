@@ -1,0 +1,141 @@
+"""The checks themselves: ``compare_op`` sees every kind of fault, and the TF32 yardstick is what tensor cores do."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.tf32 import TruncatedProducts, truncate, value_and_grads_in_tf32
+from hpdm_kernels.testing import assert_within_budget, check_op, compare_op, max_error, value_and_grads
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
+
+
+@pytest.fixture
+def matrices(generator):
+    return [torch.randn(7, 33, generator=generator), torch.randn(33, 5, generator=generator)]
+
+
+def with_gradient(of_a, of_b):
+    """``a @ b`` whose gradients are changed by two functions."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            ctx.save_for_backward(a, b)
+            return a @ b
+
+        @staticmethod
+        def backward(ctx, grad):
+            a, b = ctx.saved_tensors
+            return of_a(grad @ b.T), of_b(a.T @ grad)
+
+    return Product.apply
+
+
+def same(t):
+    return t
+
+
+def test_what_is_right_passes(matrices):
+    found = compare_op(with_gradient(same, same), product, matrices, repeat=True)
+    assert found.problem is None
+    assert found.same_bits is True
+    assert 0 <= found.share <= 1
+    assert check_op(product, product, matrices) <= 0.5
+    assert compare_op(product, product, matrices).same_bits is None
+
+
+@pytest.mark.parametrize(
+    ("ours", "message"),
+    [
+        (lambda a, b: (a @ b) * 1.001, "output: error"),
+        (lambda a, b: (a @ b).bfloat16(), "output: got dtype torch.bfloat16, expected torch.float32"),
+        (with_gradient(same, lambda g: g * 1.001), "gradient of right: error"),
+        (with_gradient(lambda g: None, same), "gradient of left: got no gradient, expected one"),
+        (with_gradient(lambda g: torch.full_like(g, torch.nan), same), "gradient of left: error inf"),
+        (with_gradient(lambda g: torch.empty_like(g), same), "gradient of left: error inf"),
+    ],
+    ids=["value", "dtype", "gradient", "no gradient", "nan", "not written"],
+)
+def test_what_is_wrong_is_named(matrices, ours, message):
+    with pytest.raises(AssertionError, match=message):
+        check_op(ours, product, matrices, names=("left", "right"))
+
+
+def test_another_shape_is_named():
+    exact = torch.ones(7, 5)
+    with pytest.raises(AssertionError, match=r"output: got shape \(1, 7, 5\), expected \(7, 5\)"):
+        assert_within_budget("output", exact[None], exact, exact.double())
+
+
+def test_two_runs_must_agree(matrices):
+    runs = []
+
+    def ours(a, b):
+        runs.append(len(runs))
+        return a @ b + 1e-7 * len(runs)
+
+    found = compare_op(ours, product, matrices, repeat=True)
+    assert found.same_bits is False
+    assert found.problem == "output: two runs differ"
+    assert found.share <= 1
+
+
+def test_truncation_drops_thirteen_bits():
+    exact = torch.tensor([1.0, -1.0, 1 + 2**-10, 1 + 2**-11, -(1 + 2**-10 + 2**-12), 3.0, 2.0**-60, 0.0]).double()
+    cut = torch.tensor([1.0, -1.0, 1 + 2**-10, 1.0, -(1 + 2**-10), 3.0, 2.0**-60, 0.0]).double()
+    assert torch.equal(truncate(exact), cut)
+
+
+def test_products_are_truncated_in_both_directions(matrices):
+    grad = torch.randn(7, 5)
+    out, (of_a, of_b) = value_and_grads_in_tf32(product, matrices, grad)
+    a, b, g = (truncate(t.double()) for t in (*matrices, grad))
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, (a @ b).float(), rtol=0, atol=0)
+    torch.testing.assert_close(of_a, (g @ b.T).float(), rtol=0, atol=0)
+    torch.testing.assert_close(of_b, (a.T @ g).float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shapes", [((1, 8), (8, 4)), ((2, 3, 1, 8), (2, 3, 8, 4))], ids=["matrices", "batches"])
+def test_every_form_of_a_product_is_seen(shapes):
+    a, b = (torch.randn(s).double() for s in shapes)
+    bias = torch.randn(4).double()
+    with TruncatedProducts():
+        results = [a @ b, torch.einsum("...ij,...jk->...ik", a, b)]
+        if a.dim() == 2:
+            results.append(torch.nn.functional.linear(a, b.T, bias) - bias)
+    for result in results:
+        torch.testing.assert_close(result, truncate(a) @ truncate(b))
+    with TruncatedProducts(), pytest.raises(NotImplementedError, match="expected mm, bmm or addmm"):
+        torch.mv(torch.ones(2, 2), torch.ones(2))
+
+
+def test_the_yardstick_is_that_of_truncated_operands(generator):
+    """Truncated operands pass with a factor of 2; operands cut to 8 bits, as in bf16, do not."""
+    inputs = [torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)]
+
+    def cut(bits):
+        class Cut(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, a, b):
+                ctx.save_for_backward(a, b)
+                return (kept(a) @ kept(b)).float()
+
+            @staticmethod
+            def backward(ctx, grad):
+                a, b = ctx.saved_tensors
+                return (kept(grad) @ kept(b).T).float(), (kept(a).T @ kept(grad)).float()
+
+        def kept(t):
+            return (t.view(torch.int32) & -(1 << bits)).view(torch.float32).double()
+
+        return Cut.apply
+
+    compared = compare_op(cut(13), product, inputs, plain=value_and_grads_in_tf32)
+    assert 0.45 < compared.share < 0.55
+    assert compare_op(cut(16), product, inputs, plain=value_and_grads_in_tf32).share > 2
+    true, _ = value_and_grads(product, [t.double() for t in inputs])
+    assert max_error(value_and_grads_in_tf32(product, inputs, None)[0], true) > 1e-3
