@@ -38,7 +38,7 @@ bench: $(READY)  ## run the benchmarks and print the tables (ARGS="--save-as NAM
 	$(BIN)/python -m pytest benchmarks --ignore benchmarks/gpu $(ARGS)
 
 test: lint types  ## style, types and all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --durations=15 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 # `make test` compiles a random sample of the kernels and checks that the table of all of them is of today's code.
 test-aot: $(READY)  ## compile every kernel ahead of time, for three GPUs, in a quarter of an hour

@@ -30,9 +30,9 @@ def predicted(*arguments, **options):
 @pytest.mark.parametrize(
     ("config", "batch", "kernels", "recompute"),
     [
-        (SMALL, 64, "reference", "none"),
-        (SMALL, 64, "torch", "none"),
-        (SMALL, 64, "torch", "block"),
+        (SMALL, 32, "reference", "none"),
+        (SMALL, 32, "torch", "none"),
+        (SMALL, 32, "torch", "block"),
         (MEDIUM, 2, "reference", "none"),
         (MEDIUM, 2, "torch", "none"),
         (MEDIUM, 2, "torch", "selective"),
@@ -47,17 +47,18 @@ def test_memory_is_that_of_a_real_step(config, batch, kernels, recompute) -> Non
 
 
 def test_memory_with_lamb() -> None:
-    expected = predicted(SMALL, 64, "torch", optimizer="lamb").peak_bytes
-    measured = measured_step(PATCH, SMALL, 64, "torch", optimizer="lamb", device="cpu")
+    expected = predicted(SMALL, 32, "torch", optimizer="lamb").peak_bytes
+    measured = measured_step(PATCH, SMALL, 32, "torch", optimizer="lamb", device="cpu")
     assert measured == pytest.approx(expected, rel=0.05)
 
 
 def test_memory_in_mixed_precision() -> None:
     """On the CPU its products allocate buffers inside, which are not predicted: 8 % here."""
-    expected = predicted(MEDIUM, 2, "torch", precision="bf16").peak_bytes
-    measured = measured_step(PATCH, MEDIUM, 2, "torch", precision="bf16", device="cpu")
+    config = MEDIUM.replace(latent_layers=1, levels_per_block=(2, 3))  # many processors are slow at bf16
+    expected = predicted(config, 2, "torch", precision="bf16").peak_bytes
+    measured = measured_step(PATCH, config, 2, "torch", precision="bf16", device="cpu")
     assert measured == pytest.approx(expected, rel=0.15)
-    assert expected < 0.9 * predicted(MEDIUM, 2, "torch", "none").peak_bytes
+    assert expected < 0.9 * predicted(config, 2, "torch", "none").peak_bytes
 
 
 def test_a_step_that_fails_is_an_error() -> None:
