@@ -37,6 +37,9 @@ def shared(
         compute: called with one batch at a time, in order.
         like: empty tensors ``[B, 0, ...]`` with the shapes, dtypes and device of the results.
     """
+    if world_size() == 1:
+        yield from ((batch, compute(batch)) for batch in batches)
+        return
     own_batches = shard(batches)
     for turn in range(math.ceil(len(batches) / world_size())):
         results = compute(own_batches[turn]) if turn < len(own_batches) else None
@@ -45,10 +48,6 @@ def shared(
 
 def _gathered(batches: Sequence[slice], results: Results | None, like: Results) -> Iterator[tuple[slice, Results]]:
     """The results of one round: ``batches[r]`` is that of rank r; the last ranks may have none."""
-    if world_size() == 1:
-        assert results is not None  # a single rank has a batch in every round
-        yield batches[0], results
-        return
     longest = max(batch.stop - batch.start for batch in batches)
     received = [
         _all_gather(None if results is None else results[i], empty, longest) for i, empty in enumerate(like)
