@@ -1,0 +1,81 @@
+"""Every frame and every window of every file is what ``ffmpeg -i FILE`` shows, or is refused by name."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpdm.data.decode import Member
+from tests.video.conftest import RESULT
+from tests.video.corpus import CASES, by_kind, chosen, seed
+from tests.video.examine import Findings, examine
+from tests.video.truth import FFMPEG, by_command, sequential
+
+CHOSEN = chosen()
+TOLERANCE = 8.0
+"""Mean difference, of 255, up to which two versions of FFmpeg show the same frame.
+
+They interpolate color differently, above all of interlaced video. Neighbors in the corpus differ by more than 30.
+"""
+
+
+def _names(cases: list) -> dict:
+    return {"argvalues": cases, "ids": [case.name for case in cases]}
+
+
+def _report(case, found: Findings, record_property) -> None:
+    faults = found.faults(case)
+    counts = {"files": 1, "frames": found.frames, "reads": found.reads, "wrong": len(found.wrong)}
+    record_property(
+        RESULT, counts | {"kind": case.kind, "refused": len(found.refused), "faulty": int(bool(faults)), "name": case.name}
+    )
+    print(f"HPDM_VIDEO_SEED={seed()}")
+    listed = "\n".join(sorted(set(faults), key=faults.index)[:40])
+    assert not faults, f"{case.name}: {len(faults)} faults in {found.reads} reads of {found.frames} frames:\n{listed}"
+
+
+def test_the_corpus_is_large_and_its_names_are_unique():
+    assert len(CASES) >= 200
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert len(by_kind()) >= 30
+
+
+@pytest.mark.parametrize("case", **_names(CHOSEN))
+def test_every_frame_and_window_is_right(case, video_file, record_property):
+    path = video_file(case)
+    _report(case, examine(case, path, path), record_property)
+
+
+@pytest.mark.skipif(FFMPEG is None, reason="the ffmpeg program is not installed")
+@pytest.mark.parametrize("case", **_names([case for case in CHOSEN if not case.refusal]))
+def test_the_ffmpeg_program_shows_the_same(case, video_file):
+    path = video_file(case)
+    truth = sequential(path)
+    shown = by_command(path, truth[0].shape[:2])
+    if case.by_command:
+        pytest.xfail(f"this is known to differ between versions of FFmpeg: {case.by_command}")
+    assert len(shown) == len(truth)
+    differences = [float(np.abs(a.astype(int) - b).mean()) for a, b in zip(shown, truth)]
+    assert max(differences) < TOLERANCE, [round(d, 1) for d in differences]
+
+
+@pytest.mark.parametrize("case", **_names([case for case in CHOSEN if case.hard]))
+def test_a_member_of_a_tar_has_the_same_frames(case, video_file, tmp_path: Path, record_property):
+    path = video_file(case)
+    archive = tmp_path / "shard.tar"
+    other = os.urandom(700)
+    (tmp_path / "other.bin").write_bytes(other)
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tmp_path / "other.bin", "before.bin")
+        tar.add(path, case.name)
+        tar.add(tmp_path / "other.bin", "behind.bin")
+    with tarfile.open(archive) as tar:
+        entry = tar.getmember(case.name)
+    member = Member(str(archive), case.name, entry.offset_data, entry.size)
+    found = examine(case, member, path)
+    faults = found.faults(case)
+    assert not faults, f"{member}: {len(faults)} faults:\n" + "\n".join(faults[:40])
