@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.video import claims
 from tests.video.claims import Claim
 from tests.video.encoding import Video, write
 
@@ -31,18 +32,22 @@ class Case:
     """Why the ffmpeg program of another version honestly shows something else; ``""`` where both agree."""
     needs_command: bool = False
     """Whether the ffmpeg program writes the file, since no encoder of PyAV does."""
-    hard: bool = False
-    """Whether ``make test`` reads this file in every run."""
     encoders: tuple[str, ...] = ()
     """Encoders of PyAV that are needed."""
 
 
-def encoded(name: str, kind: str, video: Video, *claims: Claim, **rest: Any) -> Case:
-    """The case of one encoded video in the container of the name's suffix.
+def encoded(name: str, kind: str, video: Video, *wanted: Claim, **rest: Any) -> Case:
+    """The case of one encoded video in the container of the name's suffix, which shows its pictures in order.
 
     What is no field of :class:`Case` is an option of :func:`tests.video.encoding.write`.
     """
+    in_order = claims.shows(range(video.frames))
     fields = {key: rest.pop(key) for key in tuple(rest) if key in Case.__dataclass_fields__}
     return Case(
-        name, kind, lambda path: write(path, video, **rest), claims=claims, encoders=(video.codec,), **fields
+        name,
+        kind,
+        lambda path: write(path, video, **rest),
+        claims=(*wanted, in_order),
+        encoders=(video.codec,),
+        **fields,
     )

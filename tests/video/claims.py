@@ -6,12 +6,14 @@ Each claim looks at the packets of the file's first video stream, and at nothing
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import av
 
 from tests.video.encoding import Chunk, read_chunks
+from tests.video.pictures import number_in, shown_number
 
 Claim = Callable[[Path], bool]
 
@@ -162,7 +164,7 @@ def _mpeg2_groups(path: Path) -> list[bool]:
 def reordered(path: Path) -> bool:
     """Frames lie in another order than they are shown in."""
     times = [time for time in _times(path) if time is not None]
-    return any(after < before for before, after in zip(times, times[1:]))
+    return any(after < before for before, after in pairwise(times))
 
 
 def in_order(path: Path) -> bool:
@@ -184,7 +186,7 @@ def lacks_times(path: Path) -> bool:
 def uneven_times(path: Path) -> bool:
     """The longest step between frames is more than twice the shortest."""
     times = sorted(time for time in _times(path) if time is not None)
-    steps = [after - before for before, after in zip(times, times[1:])]
+    steps = [after - before for before, after in pairwise(times)]
     return max(steps) > 2 * max(1, min(steps))
 
 
@@ -202,7 +204,7 @@ def times_jump_back(path: Path) -> bool:
     """Time stamps fall by more than a second somewhere."""
     chunks, unit = read_chunks(path)
     times = [chunk.pts for chunk in chunks if chunk.pts is not None]
-    return any((before - after) * unit > 1 for before, after in zip(times, times[1:]))
+    return any((before - after) * unit > 1 for before, after in pairwise(times))
 
 
 # ---- content ----
@@ -311,12 +313,13 @@ def colorless(path: Path) -> bool:
         return bool(abs(image - image.mean(axis=2, keepdims=True)).max() < 3)
 
 
-def has_frames(count: int) -> Claim:
-    """The claim that a decode shows ``count`` frames."""
+def shows(numbers: Sequence[int]) -> Claim:
+    """The claim that a decode shows the pictures ``numbers``, read from the pictures themselves."""
 
     def claim(path: Path) -> bool:
         with av.open(str(path)) as container:
-            return sum(1 for _ in container.decode(video=0)) == count
+            shown = [number_in(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        return shown == [shown_number(number) for number in numbers]
 
-    claim.__name__ = f"has_{count}_frames"
+    claim.__name__ = f"shows {', '.join(map(str, numbers))}"
     return claim

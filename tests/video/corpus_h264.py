@@ -8,7 +8,8 @@ from tests.video import claims
 from tests.video.cases import Case, encoded
 from tests.video.encoding import Video
 
-CONTAINERS = ("mp4", "fragmented.mp4", "mov", "mkv", "avi", "ts", "m4v")
+CONTAINERS = ("mp4", "fragmented.mp4", "mkv", "avi", "ts")
+LIKE_MP4 = ("mov", "m4v")
 FRAGMENTED = {"movflags": "frag_keyframe+empty_moov"}
 # AVI has no times of its own, so no claim about them can be checked there.
 _H264 = {
@@ -32,7 +33,6 @@ _H264 = {
     ),
     "no-b": ("keyint=12:min-keyint=12:scenecut=0:bframes=0", (claims.idr_only, claims.in_order)),
 }
-_HARD = {"h264-open-gop.mp4", "h264-open-gop.mkv", "h264-open-gop.ts", "h264-intra-refresh.mp4"}
 
 
 def h264(parameters: str, **changes: object) -> Video:
@@ -51,12 +51,12 @@ def hevc(parameters: str, **changes: object) -> Video:
 def _h264_in_containers() -> list[Case]:
     cases = []
     for gop, (parameters, wanted) in _H264.items():
-        for container in CONTAINERS:
+        for container in (*CONTAINERS, *(LIKE_MP4 if gop in ("closed-gop", "open-gop") else ())):
             name = f"h264-{gop}.{container}"
             options = FRAGMENTED if container == "fragmented.mp4" else {}
             claimed = [] if container in ("avi", "ts") and gop.startswith("intra-refresh") else wanted
             claimed = [c for c in claimed if container != "avi" or c not in (claims.closed, claims.in_order)]
-            cases.append(encoded(name, f"H.264 {gop}", h264(parameters), *claimed, hard=name in _HARD, **options))
+            cases.append(encoded(name, f"H.264 {gop}", h264(parameters), *claimed, **options))
     return cases
 
 
@@ -84,7 +84,9 @@ def _h264_pictures() -> list[Case]:
     rgb = replace(h264(gop), codec="libx264rgb", pix_fmt="rgb24")
     cases += [encoded(f"h264-rgb.{s}", "H.264 pixel formats", rgb, claims.as_format("gbrp")) for s in ("mp4", "mkv")]
     fields = h264(f"{gop}:interlaced=1:tff=1")
-    cases += [encoded(f"h264-interlaced.{s}", "H.264 interlaced", fields, claims.interlaced) for s in ("mp4", "mkv", "ts")]
+    cases += [
+        encoded(f"h264-interlaced.{s}", "H.264 interlaced", fields, claims.interlaced) for s in ("mp4", "mkv", "ts")
+    ]
     fake = h264(f"{gop}:fake-interlaced=1")
     cases.append(encoded("h264-fake-interlaced.mp4", "H.264 interlaced", fake))
     cases.append(encoded("h264-lossless.mp4", "H.264 pixel formats", h264(f"{gop}:qp=0", pix_fmt="yuv444p")))
@@ -107,8 +109,7 @@ def _hevc_cases() -> list[Case]:
         for container in ("mp4", "fragmented.mp4", "mkv", "ts", "mov"):
             options = FRAGMENTED if container == "fragmented.mp4" else {}
             name = f"hevc-{gop}.{container}"
-            hard = name in ("hevc-open-gop.mp4", "hevc-open-gop.mkv")
-            cases.append(encoded(name, f"HEVC {gop}", hevc(parameters), *wanted, hard=hard, **options))
+            cases.append(encoded(name, f"HEVC {gop}", hevc(parameters), *wanted, **options))
     deep = hevc("open-gop=1:keyint=12:min-keyint=12:bframes=3", pix_fmt="yuv420p10le")
     cases.append(encoded("hevc-10-bit.mp4", "HEVC pixel formats", deep, claims.as_format("yuv420p10le")))
     tagged = hevc("open-gop=1:keyint=12:min-keyint=12:bframes=3", tag="hvc1")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -59,7 +60,9 @@ def write(
         container_options: options of the muxer.
     """
     with av.open(str(path), "w", format=format, options=container_options) as out:
-        audio = out.add_stream("mp2" if path.suffix in (".mpg", ".ts", ".mpeg") else "aac", rate=44100) if sound else None
+        audio = (
+            out.add_stream("mp2" if path.suffix in (".mpg", ".ts", ".mpeg") else "aac", rate=44100) if sound else None
+        )
         streams = [_add_stream(out, video) for video in videos]
         for number, stream in enumerate(streams):
             if prepare:
@@ -68,6 +71,15 @@ def write(
         if audio is not None:
             packets.append(_silence(audio, max(video.frames for video in videos)))
         mux_by_time(out, packets)
+
+
+@contextmanager
+def encoded_beside(path: Path, suffix: str, video: Video, **options: str) -> Iterator[Path]:
+    """A file of ``video`` beside ``path``, out of which ``path`` is made; it is gone afterwards."""
+    source = path.with_suffix(f".source.{suffix}")
+    write(source, video, **options)
+    yield source
+    source.unlink()
 
 
 def _add_stream(out: Any, video: Video) -> Any:
@@ -106,11 +118,13 @@ def _encode(stream: Any, video: Video) -> list[av.Packet]:
 
 
 def _silence(stream: Any, frames: int) -> list[av.Packet]:
-    packets, size = [], stream.codec_context.frame_size or 1152
-    layout, format = stream.codec_context.layout.name, stream.codec_context.format.name
-    dtype = np.float32 if format.startswith("flt") else np.int16
+    """Packets of silence as long as ``frames`` of video."""
+    context, packets = stream.codec_context, []
+    size, planar = context.frame_size or 1152, context.format.is_planar
+    dtype = np.float32 if context.format.name.startswith("flt") else np.int16
+    samples = np.zeros((2, size) if planar else (1, 2 * size), dtype)
     for number in range(frames * 44100 // RATE // size + 1):
-        frame = av.AudioFrame.from_ndarray(np.zeros((2 if format.endswith("p") else 1, size * (1 if format.endswith("p") else 2)), dtype), format, layout)
+        frame = av.AudioFrame.from_ndarray(samples, context.format.name, context.layout.name)
         frame.sample_rate, frame.pts, frame.time_base = 44100, number * size, Fraction(1, 44100)
         packets += stream.encode(frame)
     return [*packets, *stream.encode(None)]

@@ -40,6 +40,19 @@ def pictures(count: int, height: int = HEIGHT, width: int = WIDTH, seed: int = 0
     return [picture(number, height, width, seed) for number in range(count)]
 
 
+def number_in(image: np.ndarray) -> int:
+    """The number that a decoded picture shows, -1 where a block is neither black nor white."""
+    height, width = image.shape[:2]
+    block, rows = max(1, width // (BITS + 1)), max(1, height // 4)
+    inside = [
+        image[rows // 4 : rows - rows // 4, b * block + block // 4 : (b + 1) * block - block // 4] for b in range(BITS)
+    ]
+    means = [float(part.mean()) for part in inside]
+    if any(70 < mean < 185 for mean in means):
+        return -1
+    return sum(1 << bit for bit, mean in enumerate(means) if mean > 128)
+
+
 @lru_cache(maxsize=16)
 def _texture(height: int, width: int, seed: int) -> np.ndarray:
     """Colored patches of 8 pixels, smoothed a little: uint8 ``[height, width, 3]``."""

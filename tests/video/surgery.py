@@ -97,14 +97,17 @@ def set_edit_list(path: Path, edits: list[tuple[int, int]]) -> None:
 
     Args:
         path: an mp4 whose ``moov`` box is the last, and which has an edit list.
-        edits: of each piece the duration in units of the movie and the first time in units of the track, -1 for a gap.
+        edits: of each piece the duration in units of the movie, and in units of the track the time from the first
+            frame on at which it starts, -1 for a pause.
     """
     data = bytearray(path.read_bytes())
-    table = b"".join(struct.pack(">Iii", duration, start, 1 << 16) for duration, start in edits)
-    body = b"elst" + struct.pack(">II", 0, len(edits)) + table
-    box = struct.pack(">I", len(body) + 4) + body
     at = data.index(b"elst") - 4
     (old_size,) = struct.unpack(">I", data[at : at + 4])
+    (first,) = struct.unpack(">i", data[at + 20 : at + 24])  # where the one piece of the old list starts
+    entries = [(duration, start if start < 0 else first + start, 1 << 16) for duration, start in edits]
+    table = b"".join(struct.pack(">Iii", *entry) for entry in entries)
+    body = b"elst" + struct.pack(">II", 0, len(edits)) + table
+    box = struct.pack(">I", len(body) + 4) + body
     data[at : at + old_size] = box
     for name in (b"edts", b"trak", b"moov"):
         start = data.index(name) - 4

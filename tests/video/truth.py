@@ -38,6 +38,12 @@ def sequential(path: Path) -> list[np.ndarray]:
     return frames
 
 
+def same_pictures(one: Path, other: Path) -> bool:
+    """Whether two files show the same frames, to the bit."""
+    frames, others = sequential(one), sequential(other)
+    return len(frames) == len(others) and all(np.array_equal(a, b) for a, b in zip(frames, others))
+
+
 def _decode(container: Any, stream: Any) -> Any:
     """Frames out of every packet that can be decoded; the ffmpeg program goes on behind a damaged one, too."""
     for packet in container.demux(stream):
