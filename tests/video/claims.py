@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import av
+from av.video.frame import PictureType
 
 from tests.video.encoding import Chunk, read_chunks
 from tests.video.pictures import number_in, shown_number
@@ -22,18 +23,16 @@ def _times(path: Path) -> list[int | None]:
     return [chunk.pts for chunk in read_chunks(path)[0]]
 
 
-def nal_units(data: bytes) -> Iterator[bytes]:
-    """The units of an H.264 or HEVC packet, behind start codes or behind lengths of four bytes."""
-    if data.startswith((b"\0\0\0\1", b"\0\0\1")):
-        for unit in data.replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1")[1:]:
-            if unit:
-                yield unit
-        return
-    at = 0
-    while at + 4 < len(data):
+def nal_units(data: bytes) -> list[bytes]:
+    """The units of an H.264 or HEVC packet, behind lengths of four bytes or behind start codes."""
+    units, at = [], 0
+    while at + 4 <= len(data):
         (size,) = struct.unpack(">I", data[at : at + 4])
-        yield data[at + 4 : at + 4 + size]
+        units.append(data[at + 4 : at + 4 + size])
         at += 4 + size
+    if at == len(data) and all(units):
+        return units
+    return [unit for unit in data.replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1") if unit]
 
 
 def _h264_types(chunk: Chunk) -> set[int]:
@@ -109,6 +108,30 @@ def clean_random_access(path: Path) -> bool:
 def skipped_leading(path: Path) -> bool:
     """HEVC leading pictures that cannot be decoded from the CRA picture in front of them (RASL)."""
     return any(_hevc_types(chunk) & {8, 9} for chunk in read_chunks(path)[0])
+
+
+def marks_lie(path: Path) -> bool:
+    """The container marks another number of frames as keyframes than the intra frames that a decode shows."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        by_packets = sum(packet.is_keyframe for packet in container.demux(stream) if packet.size)
+        index = [entry.is_keyframe for entry in stream.index_entries]
+    return (sum(index) if index else by_packets) != _intra_frames(path)
+
+
+def _intra_frames(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(frame.pict_type == PictureType.I for frame in container.decode(video=0))
+
+
+def no_messages(path: Path) -> bool:
+    """H.264 without supplemental messages, among which are recovery points."""
+    return not any(6 in _h264_types(chunk) for chunk in read_chunks(path)[0])
+
+
+def intra_without_idr(path: Path) -> bool:
+    """H.264 with more intra frames than IDR pictures."""
+    return _intra_frames(path) > sum(5 in _h264_types(chunk) for chunk in read_chunks(path)[0])
 
 
 def begins_at_cra(path: Path) -> bool:

@@ -10,10 +10,8 @@ import av
 import pytest
 
 from tests.video.cases import Case
+from tests.video.examine import RESULT
 from tests.video.truth import FFMPEG
-
-RESULT = "video"
-"""The property of a test's report under which it tells what came of its file."""
 
 
 @pytest.fixture(scope="session")
@@ -54,20 +52,29 @@ def _quiet() -> Iterator[None]:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """A row for every kind: files, reads, wrong ones, refused ones."""
-    rows: dict[str, list[int]] = {}
-    for reports in terminalreporter.stats.values():
-        for report in reports:
-            for key, result in getattr(report, "user_properties", ()):
-                if key == RESULT and report.when == "call":
-                    row = rows.setdefault(result["kind"], [0] * 6)
-                    for place, name in enumerate(("files", "frames", "reads", "wrong", "refused", "faulty")):
-                        row[place] += result[name]
-    if not rows:
+    """A row for every kind: files, reads, wrong ones, refused ones; then the reasons of refusals."""
+    results = [
+        result
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for key, result in getattr(report, "user_properties", ())
+        if key == RESULT and report.when == "call"
+    ]
+    if not results:
         return
-    head = ("kind", "files", "frames", "reads", "wrong", "refused", "faulty files")
-    table = [(kind, *map(str, row)) for kind, row in sorted(rows.items())]
-    totals = ("all", *(str(sum(row[place] for row in rows.values())) for place in range(6)))
+    rows: dict[str, list[int]] = {}
+    for result in results:
+        row = rows.setdefault(result["kind"], [0] * len(_COLUMNS))
+        for place, name in enumerate(_COLUMNS):
+            row[place] += result[name]
+    table = [(kind, *map(str, row)) for kind, row in sorted(rows.items(), key=lambda item: item[0].lower())]
+    totals = ("all", *(str(sum(column)) for column in zip(*rows.values())))
     terminalreporter.section("videos: every frame and every window of 8 against a sequential decode")
-    for line in (head, ("---", *["---:"] * 6), *table, totals):
+    for line in (("kind", *_COLUMNS), ("---", *["---:"] * len(_COLUMNS)), *table, totals):
         terminalreporter.write_line("| " + " | ".join(line) + " |")
+    for result in results:
+        for reason in result["reasons"]:
+            terminalreporter.write_line(f"refused, {result['name']}: {reason}")
+
+
+_COLUMNS = ("files", "frames", "reads", "wrong", "refused", "faulty")

@@ -14,6 +14,7 @@ from tests.video import (
     corpus_cuts,
     corpus_damage,
     corpus_edits,
+    corpus_flags,
     corpus_h264,
     corpus_images,
     corpus_layout,
@@ -30,6 +31,7 @@ CASES: tuple[Case, ...] = (
     *corpus_cuts.CASES,
     *corpus_edits.CASES,
     *corpus_damage.CASES,
+    *corpus_flags.CASES,
     *corpus_layout.CASES,
     *corpus_images.CASES,
 )
@@ -79,9 +81,14 @@ def seed() -> int:
 _SEED = random.SystemRandom().randrange(2**28)
 
 
+def everything() -> bool:
+    """Whether this run reads the whole corpus."""
+    return os.environ.get("HPDM_VIDEO") == "all"
+
+
 def chosen() -> list[Case]:
     """The cases of this run, in the order of the corpus."""
-    if os.environ.get("HPDM_VIDEO") == "all":
+    if everything():
         return list(CASES)
     drawn = set(random.Random(seed()).sample([case.name for case in CASES if case.name not in HARDEST], DRAWN))
     return [case for case in CASES if case.name in HARDEST | drawn]

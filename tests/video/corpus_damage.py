@@ -118,6 +118,15 @@ def _behind(chunks: list[Chunk], more: list[Chunk]) -> list[Chunk]:
     return [replace(c, pts=(c.pts or 0) + later, dts=(c.dts or 0) + later) for c in more]
 
 
+def _two_formats(path: Path) -> None:
+    """Pictures with half of the color and behind them pictures with all of it, in one stream."""
+    parts = []
+    for pix_fmt in ("yuv420p", "yuv444p"):
+        with encoded_beside(path, "ts", replace(_CLOSED, frames=20, pix_fmt=pix_fmt)) as part:
+            parts.append(part.read_bytes())
+    path.write_bytes(b"".join(parts))
+
+
 def _sizes() -> list[Case]:
     vp8 = Video("libvpx", options={"deadline": "realtime", "cpu-used": "8"})
     mjpeg = Video("mjpeg", pix_fmt="yuvj420p", gop=1, bit_rate=3_000_000)
@@ -137,6 +146,15 @@ def _sizes() -> list[Case]:
             encoders=(video.codec,),
         )
         for name, container, video in files
+    ] + [
+        Case(
+            "format-changes-h264.ts",
+            "size changes",
+            _two_formats,
+            (claims.shows([*range(20), *range(20)]),),
+            may_refuse=r"(?i)format|change",
+            encoders=("libx264",),
+        )
     ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 
 from tests.video.cases import Case
+from tests.video.encoding import Video, write
 from tests.video.pictures import picture
 
 _KIND = "images"
@@ -68,4 +69,25 @@ def _turned() -> list[Case]:
     ]
 
 
-CASES = [*_formats(), *_turned()]
+def _animated(codec: str, format: str) -> Callable[[Path], None]:
+    return lambda path: write(
+        path,
+        Video(codec, frames=12, pix_fmt="rgba" if codec == "apng" else "bgra", bit_rate=None, gop=None),
+        format=format,
+    )
+
+
+def _moving() -> list[Case]:
+    return [
+        Case("image-animated.png", _KIND, _animated("apng", "apng"), encoders=("apng",)),
+        Case(
+            "image-animated.webp",
+            _KIND,
+            _animated("libwebp_anim", "webp"),
+            encoders=("libwebp_anim",),
+            refusal=r"(?i)webp|anim|decod|invalid|frame|video",
+        ),
+    ]
+
+
+CASES = [*_formats(), *_turned(), *_moving()]

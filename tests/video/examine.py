@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import re
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from hpdm.data.decode import DecodeError, Source, probe, read_clip
 from tests.video.cases import Case
 from tests.video.truth import sequential
 
+RESULT = "video"
+"""The property of a test's report under which it tells what came of its file."""
 WINDOW = 8
 TIMEOUT_S = 30
 EXPLAINED = 20
@@ -40,6 +44,15 @@ class Findings:
         if case.refusal and len(self.refused) < self.reads:
             faults.append(f"{self.reads - len(self.refused)} of {self.reads} reads were not refused")
         return faults
+
+
+def counts(case: Case, found: Findings) -> dict[str, Any]:
+    """What the table at the end of a run says of a file, in types that JSON has."""
+    numbers = {"files": 1, "frames": found.frames, "reads": found.reads, "wrong": len(found.wrong)}
+    numbers |= {"refused": len(found.refused), "faulty": int(bool(found.faults(case)))}
+    kinds = Counter(re.sub(r"\d+", "N", reason) for reason in found.refused)
+    reasons = [f"{reason} ({count} reads)" for reason, count in kinds.most_common(2)]
+    return {"name": case.name, "kind": case.kind, "reasons": reasons, **numbers}
 
 
 def requests(name: str, frames: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from hpdm.data.clips import VideoDataset
 from hpdm.training.batches import MicroBatches
 from tests.video.cases import Case
-from tests.video.corpus import CASES
+from tests.video.corpus import CASES, everything
 from tests.video.truth import sequential
 
 NAMES = (
@@ -28,6 +28,11 @@ NAMES = (
 )
 """Kinds in which a decoder that seeks goes wrong, or gives a window other frames than the whole clip."""
 STEPS = 20
+NO_CACHE, CACHE_OF_SOME, CACHE_OF_ALL = 0, 2**22, 2**28
+"""Bytes of the cache; a clip of the corpus has 1.8 million."""
+READERS = [(cache, workers) for cache in (NO_CACHE, CACHE_OF_SOME, CACHE_OF_ALL) for workers in (0, 1, 2)]
+if not everything():
+    READERS = [(NO_CACHE, 0), (CACHE_OF_SOME, 1), (CACHE_OF_ALL, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +50,8 @@ def truth(folder: Path) -> dict[str, np.ndarray]:
     return {str(path): np.stack(sequential(path)) for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("cache_bytes", [0, 2**20, 2**28], ids=["no-cache", "cache-of-some", "cache-of-all"])
+@pytest.mark.parametrize(("cache_bytes", "workers"), READERS)
 def test_windows_are_right_whatever_reads_them(folder, truth, cache_bytes, workers):
-    """A megabyte holds one of these clips for each process, 256 hold all of them."""
     data = VideoDataset(folder, frames=8, size=(96, 160), seed=3, cache_bytes=cache_bytes)
     loader = DataLoader(data, batch_sampler=MicroBatches(len(data), 4, 4, seed=1), num_workers=workers)
     wrong, seen = [], []
