@@ -11,14 +11,16 @@ from collections import Counter
 
 from tests.video import (
     corpus_codecs,
+    corpus_command,
     corpus_cuts,
     corpus_damage,
     corpus_edits,
     corpus_flags,
+    corpus_geometry,
     corpus_h264,
     corpus_images,
-    corpus_layout,
     corpus_mpeg,
+    corpus_streams,
     corpus_times,
 )
 from tests.video.cases import Case
@@ -27,12 +29,14 @@ CASES: tuple[Case, ...] = (
     *corpus_h264.CASES,
     *corpus_mpeg.CASES,
     *corpus_codecs.CASES,
+    *corpus_command.CASES,
     *corpus_times.CASES,
     *corpus_cuts.CASES,
     *corpus_edits.CASES,
     *corpus_damage.CASES,
     *corpus_flags.CASES,
-    *corpus_layout.CASES,
+    *corpus_geometry.CASES,
+    *corpus_streams.CASES,
     *corpus_images.CASES,
 )
 HARDEST = frozenset(

@@ -1,20 +1,16 @@
-"""Windows Media, VP8, VP9, AV1, Theora, GIF, and codecs whose every frame stands alone."""
+"""Windows Media, VP8, VP9, AV1, GIF, and codecs whose every frame stands alone."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from tests.video import claims
 from tests.video.cases import Case, encoded
 from tests.video.corpus_h264 import h264
 from tests.video.corpus_mpeg import surgical
-from tests.video.encoding import Chunk, Video, write
-from tests.video.truth import FFMPEG
+from tests.video.encoding import Chunk, Video
 
 
 def _windows_media() -> list[Case]:
@@ -61,9 +57,9 @@ def _web() -> list[Case]:
         surgical("vp8-hidden.webm", "VP8 hidden frames", vp8, _hide(4), claims.hidden_vp8),
         surgical("vp8-hidden.mkv", "VP8 hidden frames", vp8, _hide(3), claims.hidden_vp8),
         surgical("vp8-hidden.avi", "VP8 hidden frames", vp8, _hide(4), claims.hidden_vp8),
-        encoded("vp8-plain.webm", "VP8", Video("libvpx", options=_FAST, gop=12), claims.in_order),
-        encoded("vp8-plain.ogv", "VP8", Video("libvpx", options=_FAST, gop=12)),
-        encoded("vp8-plain.avi", "VP8", Video("libvpx", options=_FAST, gop=12)),
+        encoded("vp8-plain.webm", "VP8", vp8, claims.in_order),
+        encoded("vp8-plain.ogv", "VP8", vp8),
+        encoded("vp8-plain.avi", "VP8", vp8),
         encoded("vp9-plain.webm", "VP9", vp9),
         encoded("vp9-444.webm", "VP9", replace(vp9, pix_fmt="yuv444p"), claims.as_format("yuv444p")),
         encoded("vp9-lossless.mkv", "VP9", Video("libvpx-vp9", options=_FAST | {"lossless": "1"}, pix_fmt="gbrp")),
@@ -171,58 +167,4 @@ def _gif() -> list[Case]:
     ]
 
 
-def _by_command(*passes: tuple[str, ...]) -> Callable[[Path], None]:
-    """Encodes the pictures with the ffmpeg program, run with each of the lists of options in turn."""
-
-    def make(path: Path) -> None:
-        with TemporaryDirectory() as folder:
-            plain = Path(folder) / "plain.avi"
-            write(plain, Video("ffvhuff", gop=1))
-            for number, options in enumerate(passes, start=1):
-                target = str(path) if number == len(passes) else "-"
-                command = [FFMPEG or "ffmpeg", "-v", "error", "-y", "-threads", "1", "-i", str(plain), *options, target]
-                subprocess.run(command, check=True, timeout=60, cwd=folder, stdout=subprocess.DEVNULL)
-
-    return make
-
-
-def _two_passes(codec: str, *options: str) -> Callable[[Path], None]:
-    """Encodes with knowledge of the whole video, without which libvpx makes no alternate references."""
-    common = ("-c:v", codec, "-b:v", "600k", "-auto-alt-ref", "1", "-lag-in-frames", "25", "-cpu-used", "4", *options)
-    return _by_command((*common, "-pass", "1", "-f", "null"), (*common, "-pass", "2"))
-
-
-def _written_by_command() -> list[Case]:
-    """Files of encoders that PyAV does not have, or does not run in two passes."""
-    theora, xvid = ("-c:v", "libtheora", "-q:v", "8"), ("-c:v", "libxvid", "-q:v", "3", "-bf", "2")
-    aom = ("-c:v", "libaom-av1", "-cpu-used", "8", "-g", "20", "-crf", "20", "-b:v", "0")
-    packed, alt8, alt9 = "MPEG-4 packed B-frames", "VP8 alternate references", "VP9 alternate references"
-    two_vops = claims.two_vops_in_a_packet
-    short, long = ("-g", "20", "-keyint_min", "20"), ("-g", "300")
-    return [
-        _command_case("theora.ogv", "Theora", _by_command((*theora, "-g", "12"))),
-        _command_case("theora-long-gop.ogv", "Theora", _by_command((*theora, "-g", "64"))),
-        _command_case("theora.mkv", "Theora", _by_command((*theora, "-g", "12"))),
-        _command_case(
-            "libxvid.avi", "MPEG-4 packed B-frames", _by_command((*xvid, "-g", "12", "-flags", "+cgop")), two_vops
-        ),
-        _command_case("libxvid-open-gop.avi", packed, _by_command((*xvid, "-g", "12")), two_vops),
-        _command_case("libxvid.mp4", "MPEG-4", _by_command((*xvid, "-g", "12"))),
-        _command_case("libaom.mkv", "AV1", _by_command(aom), claims.hidden_av1),
-        _command_case("libaom.mp4", "AV1", _by_command(aom), claims.hidden_av1),
-        _command_case("vp8-alt-ref.webm", alt8, _two_passes("libvpx", *short), claims.hidden_vp8),
-        _command_case("vp8-alt-ref.mkv", alt8, _two_passes("libvpx", *short), claims.hidden_vp8),
-        _command_case("vp8-alt-ref.ogv", alt8, _two_passes("libvpx", *short), claims.hidden_vp8),
-        _command_case("vp8-alt-ref-long-gop.webm", alt8, _two_passes("libvpx", *long), claims.hidden_vp8),
-        _command_case("vp9-alt-ref.webm", alt9, _two_passes("libvpx-vp9", *short), claims.hidden_vp9),
-        _command_case("vp9-alt-ref.mkv", alt9, _two_passes("libvpx-vp9", *short), claims.hidden_vp9),
-        _command_case("vp9-alt-ref.mp4", alt9, _two_passes("libvpx-vp9", *short), claims.hidden_vp9),
-        _command_case("vp9-alt-ref-long-gop.webm", alt9, _two_passes("libvpx-vp9", *long), claims.hidden_vp9),
-    ]
-
-
-def _command_case(name: str, kind: str, make: Callable[[Path], None], *wanted: claims.Claim) -> Case:
-    return Case(name, kind, make, claims=wanted, needs_command=True)
-
-
-CASES = [*_windows_media(), *_web(), *_alone(), *_older(), *_gif(), *_written_by_command()]
+CASES = [*_windows_media(), *_web(), *_alone(), *_older(), *_gif()]

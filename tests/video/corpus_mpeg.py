@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tests.video import claims
@@ -36,64 +37,43 @@ def surgical(
 
 
 def _xvid(b_frames: int, frames: int = 40, gop: int = 12, **options: str) -> Video:
-    video = mpeg4(b_frames, frames, gop, **options)
-    return Video(**{**video.__dict__, "tag": "XVID"})
+    return replace(mpeg4(b_frames, frames, gop, **options), tag="XVID")
 
 
 def _packed() -> list[Case]:
-    kind, holds = "MPEG-4 packed B-frames", (claims.two_vops_in_a_packet, claims.empty_vops)
-    cases = [surgical(f"packed-{b}b.avi", kind, _xvid(b), pack_b_frames, *holds) for b in (1, 2, 3)]
-    cases += [
-        # The last packet is one of two pictures, or the empty picture behind it, or a B-frame.
-        surgical("packed-1b-last.avi", kind, _xvid(1, 39), lambda c: pack_b_frames(c)[:-1], *holds),
-        surgical("packed-2b-last.avi", kind, _xvid(2, 40), lambda c: pack_b_frames(c)[:-2], *holds),
-        surgical("packed-2b-last-b.avi", kind, _xvid(2, 40), lambda c: pack_b_frames(c)[:-1], *holds),
-        surgical("packed-without-mark.avi", kind, _xvid(2), lambda c: pack_b_frames(c, mark=False), *holds),
-        surgical(
-            "packed-without-empty.avi",
-            kind,
-            _xvid(1),
-            lambda c: pack_b_frames(c, empty=False),
-            claims.two_vops_in_a_packet,
-        ),
-        surgical("packed-long-gop.avi", kind, _xvid(2, gop=300), pack_b_frames, *holds, claims.one_keyframe),
-        surgical("packed-closed-gop.avi", kind, _xvid(2, flags="+cgop"), pack_b_frames, *holds),
-        surgical("packed-2b.mkv", kind, _xvid(2), pack_b_frames, *holds),
+    kind, packed = "MPEG-4 packed B-frames", (claims.two_vops_in_a_packet, claims.empty_vops)
+    whole = (*packed, claims.shows(range(40)))
+    return [
+        *(surgical(f"packed-{b}b.avi", kind, _xvid(b), pack_b_frames, *whole) for b in (1, 2, 3)),
+        # The last packet is one of two pictures, or a B-frame, where a file was cut.
+        surgical("packed-1b-last.avi", kind, _xvid(1, 39), lambda chunks: pack_b_frames(chunks)[:-1], *packed),
+        surgical("packed-2b-last.avi", kind, _xvid(2), lambda chunks: pack_b_frames(chunks)[:-2], *packed),
+        surgical("packed-2b-last-b.avi", kind, _xvid(2), lambda chunks: pack_b_frames(chunks)[:-1], *packed),
+        surgical("packed-without-mark.avi", kind, _xvid(2), lambda chunks: pack_b_frames(chunks, mark=False), *packed),
+        surgical("packed-long-gop.avi", kind, _xvid(2, gop=300), pack_b_frames, *whole, claims.one_keyframe),
+        surgical("packed-closed-gop.avi", kind, _xvid(2, flags="+cgop"), pack_b_frames, *whole),
+        surgical("packed-2b.mkv", kind, _xvid(2), pack_b_frames, *whole),
         surgical("packed-two-frames.avi", kind, _xvid(1, 3), pack_b_frames, claims.two_vops_in_a_packet),
-        surgical("packed-divx.avi", kind, Video(**{**mpeg4(1).__dict__, "tag": "DX50"}), pack_b_frames, *holds),
+        surgical("packed-divx.avi", kind, replace(mpeg4(1), tag="DX50"), pack_b_frames, *whole),
     ]
-    return cases
 
 
-def _repeat_empty(every: int) -> Callable[[list[Chunk]], list[Chunk]]:
-    """Puts an empty picture behind every so many, by which recorders of a fixed rate repeat a frame."""
-
-    def change(chunks: list[Chunk]) -> list[Chunk]:
-        data: list[tuple[bytes, bool]] = []
-        for number, chunk in enumerate(chunks):
-            data.append((chunk.data, chunk.key))
-            if number % every == every - 1:
-                data.append((empty_vop(chunk.data), False))
-        return [Chunk(content, number, number, key) for number, (content, key) in enumerate(data)]
-
-    return change
-
-
-def _without_content(every: int) -> Callable[[list[Chunk]], list[Chunk]]:
-    """Puts packets of one zero byte, which show nothing, between the frames."""
+def _insert(every: int, content: Callable[[bytes], bytes]) -> Callable[[list[Chunk]], list[Chunk]]:
+    """Puts a packet of ``content``, made from the one before, behind every so many packets."""
 
     def change(chunks: list[Chunk]) -> list[Chunk]:
         data: list[tuple[bytes, bool]] = []
         for number, chunk in enumerate(chunks):
             data.append((chunk.data, chunk.key))
             if number % every == every - 1:
-                data.append((b"\x7f", False))
-        return [Chunk(content, number, number, key) for number, (content, key) in enumerate(data)]
+                data.append((content(chunk.data), False))
+        return [Chunk(packet, number, number, key) for number, (packet, key) in enumerate(data)]
 
     return change
 
 
 def _mpeg4() -> list[Case]:
+    in_order = claims.shows(range(40))
     cases = [
         encoded(f"mpeg4-{b}b.{suffix}", "MPEG-4", mpeg4(b), *([claims.b_vops] if b else []))
         for suffix in ("avi", "mp4", "mkv", "mov", "ts", "mpg")
@@ -106,8 +86,9 @@ def _mpeg4() -> list[Case]:
         encoded("mpeg4-interlaced.avi", "MPEG-4", mpeg4(2, flags="+ildct+ilme"), claims.interlaced),
         encoded("mpeg4-qpel.avi", "MPEG-4", mpeg4(2, flags="+qpel+mv4+aic"), claims.b_vops),
         encoded("mpeg4-xvid.avi", "MPEG-4", _xvid(2), claims.b_vops),
-        surgical("mpeg4-repeats.avi", "MPEG-4", _xvid(0), _repeat_empty(3), claims.empty_vops),
-        surgical("mpeg4-no-content.avi", "MPEG-4", _xvid(0), _without_content(4)),
+        # Recorders of a fixed rate repeat a frame by an empty picture, or by a packet of one byte.
+        surgical("mpeg4-repeats.avi", "MPEG-4", _xvid(0), _insert(3, empty_vop), claims.empty_vops, in_order),
+        surgical("mpeg4-no-content.avi", "MPEG-4", _xvid(0), _insert(4, lambda _: b"\x7f"), in_order),
     ]
     return cases
 
@@ -128,13 +109,12 @@ def _mpeg2() -> list[Case]:
         }
         for name, (video, claim) in kinds.items():
             cases.append(encoded(f"mpeg2-{name}.{suffix}", f"MPEG-2 {name}", video, claim))
-    vob = encoded("mpeg2-dvd.mpg", "MPEG-2 open-gop", mpeg2(2), claims.mpeg2_open, format="dvd", sound=True)
     fields = mpeg2(2, flags="+ildct+ilme", alternate_scan="1")
     cases += [
-        vob,
+        encoded("mpeg2-dvd.mpg", "MPEG-2 open-gop", mpeg2(2), claims.mpeg2_open, format="dvd", sound=True),
         encoded("mpeg2-interlaced.mpg", "MPEG-2 interlaced", fields, claims.interlaced),
         encoded("mpeg2-interlaced.ts", "MPEG-2 interlaced", fields, claims.interlaced),
-        encoded("mpeg2-422.ts", "MPEG-2 open-gop", Video(**{**mpeg2(2).__dict__, "pix_fmt": "yuv422p"})),
+        encoded("mpeg2-422.ts", "MPEG-2 open-gop", replace(mpeg2(2), pix_fmt="yuv422p")),
         encoded("mpeg2-long-gop.mpg", "MPEG-2 open-gop", mpeg2(2, gop=300)),
         encoded("mpeg1-open-gop.mpg", "MPEG-1", mpeg2(2, "mpeg1video"), claims.mpeg2_open),
         encoded("mpeg1-closed-gop.mpeg", "MPEG-1", mpeg2(2, "mpeg1video", flags="+cgop"), claims.mpeg2_closed),

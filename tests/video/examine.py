@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hpdm.data.decode import DecodeError, Source, probe, read_clip
+from hpdm.data.decode import DecodeError, Decoder, Source, probe, read_clip
 from tests.video.cases import Case
 from tests.video.truth import sequential
 
@@ -21,6 +21,8 @@ RESULT = "video"
 """The property of a test's report under which it tells what came of its file."""
 WINDOW = 8
 TIMEOUT_S = 30
+BY_NAME = 3
+"""Reads of a file for which each decoder is asked by its name: it must give the right frames, too, or refuse."""
 EXPLAINED = 20
 """Wrong reads of a file of which it is found out what came instead."""
 
@@ -74,8 +76,12 @@ def examine(case: Case, source: Source, path: Path) -> Findings:
         raise ValueError(f"{case.name}: the sequential decode shows no frame, so the case must expect a refusal")
     found = Findings(frames=len(truth))
     _probe(case, source, truth, found)
-    for numbers in requests(case.name, len(truth)):
+    reads = requests(case.name, len(truth))
+    for numbers in reads:
         _read(source, numbers, truth, found)
+    for numbers in reads[:BY_NAME]:
+        _read(source, numbers, truth, found, "pyav")
+        _read(source, numbers, truth, found, "decord")
     return found
 
 
@@ -91,6 +97,8 @@ def _examine_refusal(source: Source) -> Findings:
             call()
         except DecodeError as error:
             found.refused.append(_reason(error, source, found))
+        except IndexError as error:
+            found.wrong.append(f"got IndexError: {error}, expected a refusal")
     return found
 
 
@@ -107,19 +115,23 @@ def _probe(case: Case, source: Source, truth: Sequence[np.ndarray], found: Findi
         found.wrong.append(f"probe: got {info.height}x{info.width}, expected {truth[0].shape[:2]}")
 
 
-def _read(source: Source, numbers: list[int], truth: Sequence[np.ndarray], found: Findings) -> None:
+def _read(
+    source: Source, numbers: list[int], truth: Sequence[np.ndarray], found: Findings, decoder: Decoder = "auto"
+) -> None:
     found.reads += 1
     try:
-        frames = read_clip(source, numbers, timeout=TIMEOUT_S).frames
+        frames = read_clip(source, numbers, decoder=decoder, timeout=TIMEOUT_S).frames
     except DecodeError as error:
-        found.refused.append(_reason(error, source, found))
+        reason = _reason(error, source, found)
+        if decoder != "decord":  # which may refuse any file
+            found.refused.append(reason)
         return
     except IndexError as error:
-        found.wrong.append(f"asked {numbers}, got IndexError: {error}")
+        found.wrong.append(f"asked {_short(numbers)} of {decoder}, got IndexError: {error}")
         return
     if not (len(frames) == len(numbers) and all(np.array_equal(f, truth[i]) for f, i in zip(frames, numbers))):
         got = [nearest(frame, truth) for frame in frames[: WINDOW + 1]] if len(found.wrong) < EXPLAINED else ["others"]
-        found.wrong.append(f"asked {_short(numbers)}, got {_short(got)}")
+        found.wrong.append(f"asked {_short(numbers)} of {decoder}, got {_short(got)}")
 
 
 def _reason(error: DecodeError, source: Source, found: Findings) -> str:
