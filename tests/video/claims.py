@@ -15,6 +15,7 @@ from av.video.frame import PictureType
 
 from tests.video.encoding import Chunk, read_chunks
 from tests.video.pictures import number_in, shown_number
+from tests.video.truth import sequential
 
 Claim = Callable[[Path], bool]
 
@@ -340,8 +341,7 @@ def shows(numbers: Sequence[int]) -> Claim:
     """The claim that a decode shows the pictures ``numbers``, read from the pictures themselves."""
 
     def claim(path: Path) -> bool:
-        with av.open(str(path)) as container:
-            shown = [number_in(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        shown = [number_in(image) for image in sequential(path)]
         return shown == [shown_number(number) for number in numbers]
 
     claim.__name__ = f"shows {', '.join(map(str, numbers))}"
