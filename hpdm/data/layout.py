@@ -175,7 +175,7 @@ def find_in_tree(tree: Tree, split_file: str | os.PathLike[str] | None, report: 
     listing = next((path for folder in lists if (path := folder / "classInd.txt").is_file()), None)
     for name in folders:
         check_class_name(name, f"root: a folder in {root}")
-    if listing is None:
+    if listing is None and split_file is None:
         _check_depth(root, folders)
     names = read_class_index(listing) if listing is not None else list(folders)
     index = ClassIndex(names, listing or root)

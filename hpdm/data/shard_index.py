@@ -83,8 +83,9 @@ def _from_json(saved: Mapping[str, Any], shard_bytes: int) -> ShardIndex:
     clips = [Entry(**entry) for entry in saved["clips"]]
     for clip in clips:
         texts = isinstance(clip.name, str) and isinstance(clip.caption, str)
+        numbers = type(clip.offset) is int and type(clip.size) is int
         labels = clip.label is None or (type(clip.label) is int and 0 <= clip.label < _MAX_CLASSES)
-        if not texts or not labels or not 0 <= clip.offset <= clip.offset + clip.size <= shard_bytes:
+        if not (texts and numbers and labels) or not 0 <= clip.offset < clip.offset + clip.size <= shard_bytes:
             raise ValueError(f"{clip}: not an entry")
         if clip.class_name is not None:
             check_class_name(clip.class_name, clip.name)

@@ -17,7 +17,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -26,6 +27,8 @@ from hpdm.data.decode import Member
 from hpdm.data.found import Found, Report, VideoFile
 from hpdm.data.shard_index import index_shard
 from hpdm.data.shard_labels import assign_labels, listed_classes
+
+_MOST_NAMES = 1_000_000
 
 
 def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
@@ -37,7 +40,7 @@ def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
 
     Raises:
         FileNotFoundError: a pattern that nothing matches, or one with braces that names a missing shard.
-        ValueError: a pattern that matches a file that is no tar.
+        ValueError: a pattern that matches a file that is no tar, or that stands for more than a million names.
     """
     if os.path.isdir(root):
         return sorted(path for path in Path(root).glob("[!.]*.tar") if path.is_file()) or None
@@ -46,11 +49,10 @@ def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
         return [Path(root)] if pattern.endswith(".tar") else None
     if not pattern.endswith(".tar") and "{" not in pattern and not glob.has_magic(pattern):
         return None
-    names = [
-        name
-        for part in _expand_braces(pattern)
-        for name in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])
-    ]
+    parts = list(islice(_expand_braces(pattern), _MOST_NAMES + 1))
+    if len(parts) > _MOST_NAMES:
+        raise ValueError(f"root: {pattern} stands for more than {_MOST_NAMES} names")
+    names = [name for part in parts for name in (sorted(glob.glob(part)) if glob.has_magic(part) else [part])]
     if not names:
         raise FileNotFoundError(f"root: no file matches {pattern}")
     missing = [name for name in names if not os.path.isfile(name)]
@@ -64,17 +66,21 @@ def find_shards(root: str | os.PathLike[str]) -> list[Path] | None:
     return [Path(name) for name in dict.fromkeys(names)]
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    """All names that a pattern with ``{first..last}`` or ``{a,b}`` stands for, as a shell expands it."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+def _expand_braces(pattern: str) -> Iterator[str]:
+    """Yields the names that a pattern with ``{first..last}`` or ``{a,b}`` stands for, as a shell expands it."""
+    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
-        return [pattern]
+        yield pattern
+        return
     first, last, choices = match.groups()
-    values = (
-        [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)] if choices is None else choices.split(",")
-    )
+    values: Iterable[str]
+    if choices is None:
+        values = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    else:
+        values = choices.split(",")
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [name for value in values for name in _expand_braces(f"{head}{value}{tail}")]
+    for value in values:
+        yield from _expand_braces(f"{head}{value}{tail}")
 
 
 def read_shards(paths: Sequence[Path], report: Report | None = None) -> Found:

@@ -5,6 +5,7 @@ Copies of the set differ from the lists in the clips' suffix and in the case of 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -89,7 +90,7 @@ def read_split(
             raise ValueError(f"{place}: got label {label} for {name}, expected {index.labels[name] + 1}")
         video = clips[name].find(place, clip) if name in clips else None
         if video is None:
-            if any(c.isspace() for c in PurePosixPath(clip).suffix):
+            if not _has_plain_suffix(clip):
                 raise ValueError(f"{place}: got {line!r}, expected 'Class/clip.avi' or 'Class/clip.avi label'")
             raise FileNotFoundError(f"{place}: {root / listed} does not exist, under no video suffix")
         if video in empty:
@@ -144,7 +145,13 @@ class _Clips:
             other = self.folder / listed
             if step == 0 and other.is_file() and other.stat().st_size:
                 return other  # listed under a suffix that is not taken for a video's otherwise
+            if not _has_plain_suffix(clip):
+                return None  # more than a suffix follows the name, such as another column
         return None
+
+
+def _has_plain_suffix(clip: str) -> bool:
+    return re.fullmatch(r"(\.\w{1,5})?", PurePosixPath(clip).suffix) is not None
 
 
 def _keys(clip: PurePosixPath) -> tuple[str, str, str, str]:
