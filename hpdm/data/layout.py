@@ -7,6 +7,7 @@ The folder may hold class folders, with or without UCF-101's split files, or be 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ class Tree:
     root: Path
     flat: list[Path]
     folders: dict[str, list[Path]]
+    """A class whose videos are all empty has an empty list."""
     empty: frozenset[Path]
     """Videos without a single byte, which are not among the others."""
 
@@ -80,7 +82,7 @@ def read_tree(root: Path, report: Report, ignore: Set[Path] = frozenset()) -> Tr
     by_class: dict[str, list[Path]] = {}
     for folder in folders:
         # A link may lead back to the root or to a folder above itself.
-        seen, waiting, videos = {_identity(root)}, [folder], list[Path]()
+        seen, waiting, videos, empty_before = {_identity(root)}, [folder], list[Path](), len(walk.empty)
         while waiting:
             current = waiting.pop()
             if _identity(current) in seen:
@@ -90,9 +92,9 @@ def read_tree(root: Path, report: Report, ignore: Set[Path] = frozenset()) -> Tr
             direct, deeper = walk.scan(current)
             videos += direct
             waiting += reversed(deeper)
-        if videos:
+        if videos or len(walk.empty) > empty_before:
             by_class[folder.name] = sorted(videos, key=lambda path: path.parts)
-        elif not _holds_lists(folder) and not any(folder in path.parents for path in walk.empty):
+        elif not _holds_lists(folder):
             report.leave_out("folders without videos", folder)
     return Tree(root, flat, by_class, frozenset(walk.empty))
 
@@ -123,7 +125,7 @@ class _Walk:
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
             if suffix not in _SIDE_SUFFIXES and not entry.name.startswith(".") and kind == "file":
-                self.report.leave_out(f"files ending in {suffix}" if suffix else "files without a suffix", path)
+                self.report.leave_out(_name_of(suffix), path)
         elif kind != "file":
             self.report.leave_out("links that lead nowhere, and special files", path)
         elif entry.name.startswith("."):
@@ -145,6 +147,13 @@ def _kind(entry: os.DirEntry[str]) -> str:
         return "other"  # a link to itself
 
 
+def _name_of(suffix: str) -> str:
+    """What files of a suffix are called in reports. Numbers at the end of names are not taken for suffixes."""
+    if not suffix:
+        return "files without a suffix"
+    return f"files ending in {suffix}" if re.fullmatch(r"\.[0-9]?[a-z]\w{0,7}", suffix) else "files of other kinds"
+
+
 def _identity(folder: Path) -> tuple[int, int]:
     stat = folder.stat()
     return stat.st_dev, stat.st_ino
@@ -161,7 +170,7 @@ def find_in_tree(tree: Tree, split_file: str | os.PathLike[str] | None, report: 
         raise ValueError(
             f"root: {root} holds videos beside class folders ({', '.join(list(folders)[:3])}), expected one"
         )
-    if not flat and not folders:
+    if not flat and not any(folders.values()):
         empty = f"; {len(tree.empty)} are empty" if tree.empty else ""
         raise ValueError(
             f"root: no videos in {root} or the folders in it, expected names ending in {' '.join(sorted(SUFFIXES))}"
@@ -217,7 +226,7 @@ def _check_depth(root: Path, folders: dict[str, list[Path]]) -> None:
     """
     for name, paths in folders.items():
         is_suspect = len(folders) == 1 or name.lower() in _PARTS
-        if is_suspect and all(path.parent != root / name for path in paths):
+        if is_suspect and paths and all(path.parent != root / name for path in paths):
             raise ValueError(
                 f"root: no videos directly in {root / name}, but in folders below it ({paths[0].relative_to(root)}), "
                 f"expected the folder whose folders are the classes, such as {root / name}"

@@ -138,6 +138,24 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path):
     }
 
 
+def test_endings_that_are_no_suffixes_are_counted_together(tmp_path):
+    put(tmp_path, "a.mp4", "core.1", "core.2", "a.b c", "x.mp4~", "y.mp4.part", "z.3gp", "z.7z", "e.\x1b[0m")
+    assert {reason: count for reason, (count, _) in left_out(tmp_path).items()} == {
+        "files of other kinds": 5, "files ending in .part": 1, "files ending in .3gp": 1, "files ending in .7z": 1,
+    }  # fmt: skip
+
+
+def test_a_class_of_empty_files_stays_a_class(tmp_path):
+    put(tmp_path, "A/a.mp4", "C/c.mp4")
+    put(tmp_path, "B/b.mp4", content=b"")
+    assert clips(tmp_path) == [("A/a.mp4", "A"), ("C/c.mp4", "C")]
+    found = survey(tmp_path)
+    assert (found.class_names, [file.label for file in found.files]) == (["A", "B", "C"], [0, 2])
+    assert left_out(tmp_path) == {"empty files": (1, ["B/b.mp4"]), "classes without clips": (1, ["'B'"])}
+    write(tmp_path / "list.txt", "C/c.avi 3\nB/b.avi 2\n")
+    assert clips(tmp_path, split_file=tmp_path / "list.txt") == [("C/c.mp4", "C")]
+
+
 def test_many_are_counted_and_the_first_hundred_named(tmp_path):
     put(tmp_path, "a.mp4", *(f"{i:03d}.jpg" for i in range(130)))
     count, places = left_out(tmp_path)["files ending in .jpg"]
