@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
+from hpdm.data.decode import Member
 from hpdm.data.found import Found, LeftOut
 from hpdm.printable import printable
 
@@ -27,7 +28,9 @@ def summarize(root: str | os.PathLike[str], found: Found) -> list[str]:
         counts = Counter(file.label for file in found.files).values()
         each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
         classes = f"of {len(counts)} classes, {each} of each"
-    lines = [f"{root}: {len(found.files):,} clips {classes}"]
+    shards = {file.source.archive for file in found.files if isinstance(file.source, Member)}
+    place = f"{len(shards):,} shards" if shards else f"{len({file.path for file in found.files}):,} files"
+    lines = [f"{root}: {len(found.files):,} clips {classes}, in {place}"]
     lines += [f"left out: {_describe(root, left_out)}" for left_out in found.left_out]
     return [printable(line) for line in lines + [f"note: {note}" for note in found.notes]]
 

@@ -90,7 +90,7 @@ def test_training_says_what_it_found(clips, tmp_path, caplog):
         train(train_options(data, tmp_path / "run", steps=1))
     lines = [record.getMessage() for record in caplog.records if record.name == "hpdm.data.summary"]
     assert lines == [
-        f"{data}: 6 clips of 2 classes, 3 of each",
+        f"{data}: 6 clips of 2 classes, 3 of each, in 6 files",
         "left out: files ending in .flv: 1 (GreenSquare/other.flv)",
         "left out: empty files: 1 (RedDisc/empty.mp4)",
     ]

@@ -484,7 +484,7 @@ def test_the_summary(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         log_summary(tmp_path, survey(f"{tmp_path}/", captions=True))
     assert caplog.messages == [
-        f"{tmp_path}: 3 clips of 2 classes, 1 to 2 of each",
+        f"{tmp_path}: 3 clips of 2 classes, 1 to 2 of each, in 3 files",
         "left out: empty files: 1 (B/0.mp4)",
         "left out: files ending in .flv: 4 (B/evil\\x1b.flv, B/x.flv, B/y.flv, ...)",
         "left out: lines of captions.jsonl that match no clip: 1 (captions.jsonl:2 'typo.mp4')",
@@ -493,7 +493,7 @@ def test_the_summary(tmp_path, caplog):
 
 def test_the_summary_of_a_flat_folder(tmp_path):
     put(tmp_path, "a.mp4")
-    assert summarize(tmp_path, survey(tmp_path)) == [f"{tmp_path}: 1 clips without classes"]
+    assert summarize(tmp_path, survey(tmp_path)) == [f"{tmp_path}: 1 clips without classes, in 1 files"]
 
 
 def test_a_folder_given_as_text_with_a_slash(tmp_path):
