@@ -2,7 +2,6 @@
 
 import shutil
 
-import av
 import pytest
 import torch
 from tqdm import tqdm
@@ -10,7 +9,7 @@ from tqdm import tqdm
 from hpdm.commands import inspect_data
 from hpdm.commands.inspect_data import Inspect
 from hpdm.data.clips import VideoDataset
-from hpdm.data.decode import VideoInfo
+from hpdm.data.decode import DecodeError, VideoInfo
 from hpdm.data.found import VideoFile
 from hpdm.video import write_video
 
@@ -124,25 +123,22 @@ def test_captions(folder, capsys):
     assert lines[-3:-1] == ["left out, lines of captions.jsonl that match no clip: 1", "  captions.jsonl:2 'typo.mp4'"]
 
 
-def test_damage_between_the_frames_that_are_looked_at_is_found_with_full(tmp_path, capsys, generator):
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"g": "1"})
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for picture in torch.randint(0, 256, (40, 64, 64, 3), generator=generator, dtype=torch.uint8).numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        container.mux(stream.encode(None))
-    data = bytearray(path.read_bytes())
-    begin, end = data.index(b"mdat"), data.index(b"moov")
-    quarter = begin + (end - begin) // 4  # in frame 10; frames 0, 20 and 39 are looked at
-    data[quarter : quarter + 1000] = bytes(1000)
-    path.write_bytes(data)
+def test_damage_inside_of_a_file_is_found_with_full(videos, capsys, monkeypatch):
+    path, verified = videos / "long.mp4", []
+
+    def verify(source, timeout):
+        verified.append(source)
+        raise DecodeError(f"{path}: damaged: frame 5 of 20 is damaged")
+
+    monkeypatch.setattr(inspect_data, "verify", verify)
     status, lines = inspect(path, capsys)
-    assert (status, lines[-1]) == (
-        0, "damage inside of files, and damage that a codec conceals, is found with --full only",
-    )  # fmt: skip
+    assert (status, verified) == (0, [])
+    assert lines[-1] == "damage inside of files, and damage that a codec conceals, is found with --full only"
     status, lines = inspect(path, capsys, full=True)
-    assert (status, "would be skipped: damaged" in lines[0], "--full" in lines[-1]) == (1, True, False)
+    assert (status, verified) == (1, [str(path)])
+    assert lines == [
+        f"{path}  would be skipped: damaged: frame 5 of 20 is damaged", "1 files: 1 skipped", "problems: damaged (1)",
+    ]  # fmt: skip
 
 
 def test_names_do_not_reach_the_terminal_raw(tmp_path, videos, capsys):
