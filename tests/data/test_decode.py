@@ -390,9 +390,7 @@ def test_without_decord_everything_is_read_with_pyav(tmp_path, patch_worker):
     path = encode(tmp_path / "a.mp4", [numbered(4)])
     patch_worker("sys.modules['decord'] = None")
     assert read_clip(path, [1]).decoder == "pyav"
-    with pytest.raises(
-        DecodeError, match=r"a\.mp4: cannot be decoded: decord does not .*: decord cannot be imported"
-    ):
+    with pytest.raises(DecodeError, match=r"a\.mp4: cannot be decoded: decord does not .*: decord cannot be imported"):
         read_clip(path, [1], decoder="decord")
 
 
