@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 from hpdm.checks import at_least
 from hpdm.data.clips import Short
-from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, Source, VideoInfo, probe, read_clip, verify
+from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, Source, StalledError, VideoInfo, probe, read_clip, verify
 from hpdm.data.finding import survey
 from hpdm.data.found import EMPTY, Found, VideoFile
 from hpdm.data.shards import find_shards
+from hpdm.data.windows import Window
 from hpdm.printable import printable
 
 _MOST_RATES = 6
@@ -86,24 +87,27 @@ class Inspect:
             step = "damaged"
             if self.full:
                 verify(source, timeout=self.timeout)
-        except (DecodeError, FileNotFoundError) as error:
+        except (DecodeError, StalledError, FileNotFoundError, IndexError) as error:
             reason = str(error).removeprefix(os.path.abspath(str(source))).lstrip(": ")
+            if isinstance(error, StalledError):
+                return _Verdict(f"would end training: {reason}", "stalled", problem="without an answer")
             return _Verdict(f"would be skipped: {reason}", "skipped", problem=step)
         streams = f", stream {info.stream}, one of {info.video_streams} with video" if info.video_streams > 1 else ""
-        line = f"{info.frames} frames {info.width}x{info.height} {info.fps:g} fps {info.codec}, {clip.decoder}{streams}"
+        aspect = f" (pixels {info.pixel_aspect:.4g} times as wide as high)" if info.pixel_aspect != 1 else ""
+        decoder = f"{clip.decoder}, not decord for {clip.doubt}" if clip.doubt else clip.decoder
+        rate = f"{info.fps:g} fps" if info.times is None else f"{info.fps:g} fps on average"
+        line = f"{info.frames} frames {info.width}x{info.height}{aspect} {rate} {info.codec}, {decoder}{streams}"
         outcome, problem, consequence = self._judge(info, file)
-        return _Verdict(line, outcome or f"read with {clip.decoder}", problem, consequence, info)
+        return _Verdict(line, outcome or f"read with {clip.decoder}", problem, consequence, info, clip.doubt)
 
     def _judge(self, info: VideoInfo, file: VideoFile) -> tuple[str, str, str]:
         """Outcome, problem and consequence for a file that can be read; all empty where training would use it."""
         if self.fps is not None and not info.fps:
             return "skipped", "without a frame rate", "would be skipped: no frame rate, which --fps needs"
-        rate = 1.0 if self.fps is None else info.fps / self.fps
-        span = math.floor((self.frames - 1) * self.stride * rate + 0.5) + 1
-        if info.frames < span and self.short == "skip":
-            return "skipped", "shorter than a window", f"would be skipped: a window spans {span} frames"
-        if info.frames < span and self.short == "error":
-            return "too short", "shorter than a window", f"would end training: a window spans {span} frames"
+        window = Window(self.frames, self.stride, self.fps)
+        if self.short != "loop" and not window.starts(info):
+            outcome, end = ("skipped", "be skipped") if self.short == "skip" else ("too short", "end training")
+            return outcome, "shorter than a window", f"would {end}: {window.too_short(info)}"
         if self.captions and not file.caption:
             return "without a caption", "without a caption", "would be refused by training with captions: it has none"
         return "", "", ""
@@ -118,6 +122,7 @@ class _Verdict:
     problem: str = ""  # for the counts of problems; empty where training would use the file
     consequence: str = ""
     info: VideoInfo | None = None
+    doubt: str = ""  # why decord did not read it
 
     def text(self) -> str:
         return f"{self.line}; {self.consequence}" if self.consequence else self.line
@@ -131,11 +136,14 @@ class _Tally:
     problems: Counter[str] = field(default_factory=Counter)
     codecs: Counter[str] = field(default_factory=Counter)
     rates: Counter[str] = field(default_factory=Counter)
+    doubts: Counter[str] = field(default_factory=Counter)
 
     def add(self, verdict: _Verdict) -> None:
         self.outcomes[verdict.outcome] += 1
         if verdict.problem:
             self.problems[verdict.problem] += 1
+        if verdict.doubt:
+            self.doubts[verdict.doubt] += 1
         if verdict.info is not None:
             self.codecs[verdict.info.codec] += 1
             self.rates[f"{verdict.info.fps:.4g}" if verdict.info.fps else "unknown"] += 1
@@ -145,7 +153,11 @@ class _Tally:
         of_classes = f" of {classes} classes" if classes else ""
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
         print(f"{files} files{of_classes}: {outcomes}")
-        for title, counts in (("codecs", self.codecs), ("frame rates", self.rates), ("problems", self.problems)):
+        counters = {
+            "codecs": self.codecs, "frame rates": self.rates, "not read with decord for": self.doubts,
+            "problems": self.problems,
+        }  # fmt: skip
+        for title, counts in counters.items():
             if counts:
                 print(f"{title}: {_most_common(counts.most_common())}")
         return bool(self.problems)

@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from hpdm.commands import inspect_data
 from hpdm.commands.inspect_data import Inspect
 from hpdm.data.clips import VideoDataset
-from hpdm.data.decode import DecodeError, VideoInfo
+from hpdm.data.decode import DecodedClip, DecodeError, StalledError, VideoInfo
 from hpdm.data.found import VideoFile
 from hpdm.video import write_video
 
@@ -47,7 +48,8 @@ def test_everything_that_training_would_not_use(folder, capsys):
     assert status == 1
     assert lines[0] == f"{folder}/A/long.mp4  A  20 frames 32x32 8 fps h264, decord"
     assert lines[1] == (
-        f"{folder}/B/short.mp4  B  8 frames 32x32 16 fps h264, decord; would be skipped: a window spans 9 frames"
+        f"{folder}/B/short.mp4  B  8 frames 32x32 16 fps h264, decord; would be skipped: got 8 frames, "
+        "expected >= 9 (frames=9, stride=1)"
     )
     assert lines[2].startswith(f"{folder}/B/text.mp4  B  would be skipped: not a readable video")
     assert lines[3:] == [
@@ -92,12 +94,16 @@ def test_short_clips_are_those_that_training_cannot_use(videos, capsys, frames, 
             return False  # neither clip can be used
 
     unused = [name for number, name in enumerate(("long", "short")) if not is_used(number, name)]
-    assert [line.split("/")[-1].split(".")[0] for line in lines if "a window spans" in line] == unused
+    assert [line.split("/")[-1].split(".")[0] for line in lines if "would be skipped: got" in line] == unused
 
 
 @pytest.mark.parametrize(
     ("short", "status", "text"),
-    [("error", 1, "would end training: a window spans 9 frames"), ("skip", 1, "would be skipped"), ("loop", 0, "")],
+    [
+        ("error", 1, "would end training: got 8 frames, expected >= 9 (frames=9, stride=1)"),
+        ("skip", 1, "would be skipped"),
+        ("loop", 0, ""),
+    ],
 )
 def test_what_happens_to_a_short_clip(videos, capsys, short, status, text):
     got, lines = inspect(videos / "short.mp4", capsys, frames=9, short=short)
@@ -114,6 +120,35 @@ def test_a_clip_without_a_frame_rate_cannot_be_resampled(videos, capsys, monkeyp
     assert (status, "would be skipped: no frame rate, which --fps needs" in lines[0]) == (1, True)
     assert "frame rates: unknown (1)" in lines
     assert inspect(videos / "short.mp4", capsys)[0] == 0
+
+
+def test_why_decord_does_not_read_a_file(videos, capsys, monkeypatch):
+    info = VideoInfo("x", 8, 32, 24, 11.2, "vp9", 1, 0, pixel_aspect=1.5, times=tuple(i / 10 for i in range(8)))
+    frames = np.zeros((3, 32, 24, 3), np.uint8)
+    monkeypatch.setattr(inspect_data, "probe", lambda source, timeout: info)
+    monkeypatch.setattr(inspect_data, "read_clip", lambda *_, **__: DecodedClip(frames, "pyav", "vp9 in webm"))
+    status, lines = inspect(videos / "short.mp4", capsys)
+    assert (status, lines) == (
+        0,
+        [
+            f"{videos}/short.mp4  8 frames 24x32 (pixels 1.5 times as wide as high) 11.2 fps on average vp9, pyav, not "
+            "decord for vp9 in webm",
+            "1 files: 1 read with pyav",
+            "codecs: vp9 (1)",
+            "frame rates: 11.2 (1)",
+            "not read with decord for: vp9 in webm (1)",
+            "damage inside of files, and damage that a codec conceals, is found with --full only",
+        ],
+    )
+
+
+def test_a_file_that_does_not_answer_ends_training(videos, capsys, monkeypatch):
+    def probe(source, timeout):
+        raise StalledError(f"{source}: no answer")
+
+    monkeypatch.setattr(inspect_data, "probe", probe)
+    status, lines = inspect(videos / "short.mp4", capsys)
+    assert (status, lines[:2]) == (1, [f"{videos}/short.mp4  would end training: no answer", "1 files: 1 stalled"])
 
 
 def test_captions(folder, capsys):
