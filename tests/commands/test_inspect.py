@@ -80,7 +80,6 @@ def test_an_empty_file_alone_is_a_problem(folder, capsys):
     assert inspect(folder, capsys)[0] == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*clips differ in frame rate", "ignore:clip skipped")
 @pytest.mark.parametrize("frames", [1, 4, 8, 9, 20, 21])
 @pytest.mark.parametrize(("stride", "fps"), [(1, None), (2, None), (1, 4.0), (1, 32.0), (3, 7.5)])
 def test_short_clips_are_those_that_training_cannot_use(videos, capsys, frames, stride, fps):
