@@ -72,7 +72,7 @@ class Inspect:
         unused = tally.print_summary(len(found.files), len(found.class_names))
         unused |= _print_left_out(self.path, found)
         if not self.full:
-            print("damage inside of files, and damage that a codec conceals, is found with --full only")
+            print("damage that a codec conceals is found with --full only")
         return 1 if unused else 0
 
     def _examine(self, file: VideoFile) -> _Verdict:
@@ -81,9 +81,11 @@ class Inspect:
         try:
             info = probe(source, timeout=self.timeout)
             step = "not decodable"
-            # The ends as well: a file may be cut off, or lack what decoding its first frames takes.
-            numbers = sorted({0, info.frames // 2, info.frames - 1})
-            clip = read_clip(source, numbers, decoder=self.decoder, timeout=self.timeout)
+            if info.damage:  # the frame in the middle may be the damaged one
+                decoder, doubt = "pyav", "damage"
+            else:
+                clip = read_clip(source, [info.frames // 2], decoder=self.decoder, timeout=self.timeout)
+                decoder, doubt = clip.decoder, clip.doubt
             step = "damaged"
             if self.full:
                 verify(source, timeout=self.timeout)
@@ -94,11 +96,11 @@ class Inspect:
             return _Verdict(f"would be skipped: {reason}", "skipped", problem=step)
         streams = f", stream {info.stream}, one of {info.video_streams} with video" if info.video_streams > 1 else ""
         aspect = f" (pixels {info.pixel_aspect:.4g} times as wide as high)" if info.pixel_aspect != 1 else ""
-        decoder = f"{clip.decoder}, not decord for {clip.doubt}" if clip.doubt else clip.decoder
+        reader = f"{decoder}, not decord for {doubt}" if doubt else decoder
         rate = f"{info.fps:g} fps" if info.times is None else f"{info.fps:g} fps on average"
-        line = f"{info.frames} frames {info.width}x{info.height}{aspect} {rate} {info.codec}, {decoder}{streams}"
+        line = f"{info.frames} frames {info.width}x{info.height}{aspect} {rate} {info.codec}, {reader}{streams}"
         outcome, problem, consequence = self._judge(info, file)
-        return _Verdict(line, outcome or f"read with {clip.decoder}", problem, consequence, info, clip.doubt)
+        return _Verdict(line, outcome or f"read with {decoder}", problem, consequence, info, doubt)
 
     def _judge(self, info: VideoInfo, file: VideoFile) -> tuple[str, str, str]:
         """Outcome, problem and consequence for a file that can be read; all empty where training would use it."""
@@ -108,6 +110,8 @@ class Inspect:
         if self.short != "loop" and not window.starts(info):
             outcome, end = ("skipped", "be skipped") if self.short == "skip" else ("too short", "end training")
             return outcome, "shorter than a window", f"would {end}: {window.too_short(info)}"
+        if info.damage:
+            return "partly damaged", "damaged", f"windows there would be skipped: {info.damage}"
         if self.captions and not file.caption:
             return "without a caption", "without a caption", "would be refused by training with captions: it has none"
         return "", "", ""
