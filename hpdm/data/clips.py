@@ -6,9 +6,9 @@ of processes that read nor on what was read before, so a resumed run sees the sa
 
 from __future__ import annotations
 
+import logging
 import os
-import warnings
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -19,19 +19,16 @@ from torch.utils.data import Dataset, get_worker_info
 
 from hpdm.checks import at_least, check_choice
 from hpdm.data.cache import ClipCache
+from hpdm.data.captions import check_captions
 from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, VideoInfo, probe, read_clip
-from hpdm.data.layout import (
-    Split,
-    VideoFile,
-    add_captions,
-    check_captions,
-    find_split_file,
-    find_videos,
-    has_videos,
-)
+from hpdm.data.finding import find_clips as find_clips
+from hpdm.data.finding import survey
+from hpdm.data.layout import Split
 from hpdm.data.order import ClipKey
 from hpdm.data.resize import resize_and_crop
-from hpdm.data.shards import find_shards, read_shards
+from hpdm.data.windows import Window
+
+log = logging.getLogger(__name__)
 
 Short = Literal["error", "skip", "loop"]
 """What to do with a clip that is shorter than a window; see :class:`VideoDataset`."""
@@ -59,16 +56,21 @@ class VideoDataset(Dataset[ClipItem]):
 
     Four layouts, told apart by what the folder holds:
 
-    - class folders, ``root/Class/clip.avi``: labels follow ``classInd.txt`` where there is one, else the sorted names;
+    - class folders, ``root/Class/clip.avi``, with clips at any depth below them: labels follow ``classInd.txt`` where
+      there is one, else the sorted names;
     - the same with UCF-101's official split files (``trainlist01.txt``, ``testlist01.txt``, ``classInd.txt``, in
       ``root``, in ``root/ucfTrainTestlist`` or beside ``root``), when ``split`` or ``split_file`` is given; a listed
-      clip may have another video suffix on disk, as transcoded copies do;
+      clip may have another video suffix on disk, as transcoded copies do, and another case;
     - a flat folder of videos: no classes, every label is 0 and ``class_names`` is empty;
     - tar shards in webdataset's layout (:mod:`hpdm.data.shards`): ``root`` is their folder, one ``.tar``, or a pattern
       such as ``data/shard-{000000..000009}.tar`` or ``data/*.tar``. They have no ``split``.
 
-    A clip or window that turns out damaged is replaced by the next good clip in the order of files, with a warning that
-    names it. Damage that a codec conceals is not noticed here: ``hpdm data inspect --full`` finds it.
+    What a set holds besides is left out, and ``found`` says what and why (:class:`hpdm.data.found.Found`).
+
+    A clip or window that turns out damaged is replaced by the next good clip in the order of files, and the log names
+    it. Damage that a codec conceals is not noticed here: ``hpdm data inspect --full`` finds it. A clip that does not
+    answer in time is not damaged, and is never replaced: reading it fails with
+    :class:`hpdm.data.decode.StalledError`.
 
     Args:
         root: the folder, or a pattern of shards.
@@ -76,8 +78,8 @@ class VideoDataset(Dataset[ClipItem]):
         size: height and width of the output, or one int for both; see :func:`~hpdm.data.resize.resize_and_crop`.
         stride: step between frames of a window, >= 1; a window spans ``(frames - 1) * stride + 1`` frames.
         fps: frames per second, > 0, to which clips are resampled before ``stride`` counts: each frame of a window is
-            the clip's nearest in time, by the clip's average rate. A clip whose container gives no rate is skipped like
-            a damaged one. ``None`` takes frames as they are stored; where clips then differ in rate, a warning says so.
+            the clip's nearest in time, by the frames' own times. A clip without times and rate is skipped like a
+            damaged one. ``None`` takes frames as they are stored; where clips then differ in rate, a warning says so.
         split: ``"train"`` or ``"test"`` of the official split, ``None`` for every clip.
         fold: which official split, 1 to 3.
         split_file: a list of clips in the official format, instead of ``split``.
@@ -92,15 +94,15 @@ class VideoDataset(Dataset[ClipItem]):
         cache_bytes: bound on the memory for whole clips at the output size, shared between the loader's processes; 0
             for none.
         decoder: as :func:`hpdm.data.decode.read_clip`.
-        timeout: seconds for one read.
+        timeout: seconds without progress, for one read.
 
     Raises:
         FileNotFoundError: no such folder, shard, split file or listed clip.
         ValueError: a folder without videos, a damaged shard, a class that the set does not have, clips without a
             caption, a bad number.
 
-    Reading an item raises :class:`ShortClipError` or, when no clip of the set is good,
-    :class:`hpdm.data.decode.DecodeError`.
+    Reading an item raises :class:`ShortClipError`, :class:`hpdm.data.decode.StalledError` or, when no clip of the set
+    is good, :class:`hpdm.data.decode.DecodeError`.
     """
 
     # The parameters are the options of the class, documented above; most have defaults.
@@ -140,16 +142,17 @@ class VideoDataset(Dataset[ClipItem]):
         check_choice("decoder", decoder, Decoder)
         if split is not None and split_file is not None:
             raise ValueError("split_file: got both split and split_file, expected one of them")
-        self.class_names, self.files = find_clips(
-            root, split=split, fold=fold, split_file=split_file, captions=captions
-        )
+        self.found = survey(root, split=split, fold=fold, split_file=split_file, captions=captions)
+        self.class_names, self.files = self.found.class_names, self.found.files
         if captions:
             check_captions(root, self.files)
+        self.window = Window(frames, stride, fps)
         self._infos: dict[int, VideoInfo] = {}
         self._unusable: dict[int, str] = {}  # why, for clips of which no window can be used
         self._warned: set[int] = set()
         self._first_info: VideoInfo | None = None  # the first clip with a frame rate: the others are compared with it
         self._rates_differ = False
+        self._doubts: set[str] = set()  # reasons against decord that the log has told
         self._cache = ClipCache(cache_bytes, self.size)
         self._uncacheable: set[int] = set()  # partly damaged, so that only some windows can be read
 
@@ -159,9 +162,8 @@ class VideoDataset(Dataset[ClipItem]):
         return [file.label for file in self.files] if self.class_names else None
 
     def offsets(self, fps: float) -> np.ndarray:
-        """The frames of a window, counted from its first, in a clip of ``fps`` frames per second: int64 ``[F]``."""
-        steps = np.arange(self.frames) * self.stride
-        return steps if self.fps is None else np.floor(steps * (fps / self.fps) + 0.5).astype(np.int64)
+        """The frames of a window, from its first, in a clip of evenly spaced frames, ``fps`` a second: int64 [F]."""
+        return self.window.offsets(fps)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -190,7 +192,7 @@ class VideoDataset(Dataset[ClipItem]):
                     reason = str(error)
             if candidate not in self._warned:
                 self._warned.add(candidate)
-                warnings.warn(f"clip skipped: {reason}", RuntimeWarning, stacklevel=2)
+                log.warning("clip skipped: %s", reason)
             reasons.append(reason)
         raise DecodeError(f"{self.root}: none of the {len(self)} clips can be used; the first: {reasons[0]}")
 
@@ -207,15 +209,11 @@ class VideoDataset(Dataset[ClipItem]):
                 self._compare_rates(self._infos[index])
         info = self._infos[index]
         if self.fps is not None and not info.fps:
-            self._unusable[index] = f"{path}: the container gives no frame rate, which fps={self.fps:g} needs"
+            self._unusable[index] = f"{path}: nothing tells its frame rate, which fps={self.fps:g} needs"
             return self._unusable[index]
-        span = int(self.offsets(info.fps)[-1]) + 1
-        if info.frames >= span or self.short == "loop":
+        if self.window.starts(info) or self.short == "loop":
             return None
-        rate = "" if self.fps is None else f", fps={self.fps:g} of {info.fps:g}"
-        reason = (
-            f"{path}: got {info.frames} frames, expected >= {span} (frames={self.frames}, stride={self.stride}{rate})"
-        )
+        reason = f"{path}: {self.window.too_short(info)}"
         if self.short == "error":
             raise ShortClipError(reason)
         self._unusable[index] = reason
@@ -229,30 +227,26 @@ class VideoDataset(Dataset[ClipItem]):
         self._first_info = self._first_info or info
         if abs(info.fps / self._first_info.fps - 1) > 0.01:  # 29.97 and 30 count as equal
             self._rates_differ = True
-            warnings.warn(
-                f"{self.root}: clips differ in frame rate ({info.path}: {info.fps:g}, {self._first_info.path}: "
-                f"{self._first_info.fps:g} frames per second): a window spans the same frames of each, not the same "
-                "time; pass fps to resample them to one rate",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            log.warning(
+                "%s: clips differ in frame rate (%s: %g, %s: %g frames per second): a window spans the same frames of "
+                "each, not the same time; pass fps to resample them to one rate",
+                self.root, info.path, info.fps, self._first_info.path, self._first_info.fps,
+            )  # fmt: skip
 
     def _read(self, index: int, epoch: int) -> ClipItem:
         """Draws the window of ``epoch`` and reads it, out of the cache or from the file."""
-        file, frames = self.files[index], self._infos[index].frames
-        offsets = self.offsets(self._infos[index].fps)
-        last_start = max(0, frames - int(offsets[-1]) - 1)
-        start = last_start // 2
+        file, info = self.files[index], self._infos[index]
+        starts = max(1, self.window.starts(info))
+        start = (starts - 1) // 2
         if self.train:
-            start = int(np.random.default_rng([self.seed, epoch, index]).integers(last_start + 1))
-        numbers = ((start + offsets) % frames).tolist()  # short="loop" goes on from the first frame
-        cached = self._cached(index, frames)
+            start = int(np.random.default_rng([self.seed, epoch, index]).integers(starts))
+        numbers = self.window.numbers(info, start)
+        cached = self._cached(index)
         if cached is not None:
             whole, decoder = cached
             window = whole[numbers]
         else:
-            clip = read_clip(file.source, numbers, decoder=self.decoder, timeout=self.timeout)
-            window, decoder = resize_and_crop(torch.from_numpy(clip.frames), self.size), clip.decoder
+            window, decoder = self._decode(index, numbers)
         return {
             "video": window.permute(3, 0, 1, 2).contiguous(),  # [3, F, H, W]
             "label": file.label,
@@ -262,38 +256,30 @@ class VideoDataset(Dataset[ClipItem]):
             "decoder": decoder,
         }
 
-    def _cached(self, index: int, frames: int) -> tuple[Tensor, str] | None:
+    def _decode(self, index: int, numbers: Sequence[int]) -> tuple[Tensor, str]:
+        """Frames of a clip at the output size, uint8 ``[F, H, W, 3]``, and their decoder."""
+        aspect = self._infos[index].pixel_aspect
+
+        def resized(frame: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(resize_and_crop(torch.from_numpy(frame)[None], self.size, aspect)[0])
+
+        source = self.files[index].source
+        clip = read_clip(source, numbers, decoder=self.decoder, timeout=self.timeout, transform=resized)
+        worker = get_worker_info()
+        if clip.doubt and clip.doubt not in self._doubts and (worker is None or worker.id == 0):
+            self._doubts.add(clip.doubt)
+            log.info("%s: PyAV reads clips with %s; the first is %s", self.root, clip.doubt, source)
+        return torch.from_numpy(clip.frames), clip.decoder
+
+    def _cached(self, index: int) -> tuple[Tensor, str] | None:
         """The clip from the cache, into which it is read first if it fits; else ``None``."""
         if (cached := self._cache.get(index)) is not None:
             return cached
+        frames = self._infos[index].frames
         if index in self._uncacheable or not self._cache.has_room(frames):
             return None
         try:
-            return self._cache.read(index, self.files[index].source, frames, self.decoder, self.timeout)
+            self._cache.add(index, *self._decode(index, range(frames)))
         except _READ_ERRORS:
             self._uncacheable.add(index)
-            return None
-
-
-def find_clips(
-    root: str | os.PathLike[str],
-    *,
-    split: Split | None = None,
-    fold: int = 1,
-    split_file: str | os.PathLike[str] | None = None,
-    captions: bool = False,
-) -> tuple[list[str], list[VideoFile]]:
-    """Class names (empty for none) and clips of a folder or of shards; arguments and errors as :class:`VideoDataset`.
-
-    With ``captions``, a clip without one has the caption ``""``; else all captions are ``""``.
-    """
-    shards = find_shards(root)
-    if shards is None:
-        names, files = find_videos(root, find_split_file(Path(root), split, fold) if split is not None else split_file)
-        return names, add_captions(root, files) if captions else files
-    if split is not None or split_file is not None:
-        raise ValueError(f"split: got one for shards ({root}), which have none; name its shards, as in 'train-*.tar'")
-    if Path(root).is_dir() and has_videos(root):
-        raise ValueError(f"root: {root} holds videos beside shards ({shards[0].name}), expected one")
-    names, files = read_shards(shards)
-    return names, files if captions else [replace(file, caption="") for file in files]
+        return self._cache.get(index)
