@@ -98,7 +98,7 @@ def _alone() -> list[Case]:
         encoded(
             f"{codec}-{pix_fmt}.{suffix}",
             kind,
-            Video(codec, pix_fmt=pix_fmt, gop=1, frames=24, bit_rate=None if codec != "mjpeg" else 3_000_000),
+            Video(codec, pix_fmt=pix_fmt, gop=1, frames=20, bit_rate=None if codec != "mjpeg" else 3_000_000),
         )
         for codec, suffix, pix_fmt in plain
     ]
@@ -138,7 +138,13 @@ def _older() -> list[Case]:
             encoded(
                 f"{codec}.{suffix}" if codec != "ffv1" else f"ffv1-context.{suffix}",
                 kind,
-                Video(codec, pix_fmt=pix_fmt, options=options, frames=30),
+                Video(
+                    codec,
+                    pix_fmt=pix_fmt,
+                    options=options,
+                    frames=30,
+                    size=(48, 80) if codec == "cinepak" else (96, 160),
+                ),
             )
             for codec, suffix, pix_fmt, options in some
         ),

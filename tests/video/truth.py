@@ -22,7 +22,7 @@ FFMPEG = shutil.which("ffmpeg")
 
 def sequential(path: Path) -> list[np.ndarray]:
     """All frames of a file in order of output: uint8 RGB ``[H, W, 3]`` each, all of the first one's size."""
-    number = chosen_stream(path)
+    number, exif = chosen_stream(path), _exif_matrix(path)
     frames: list[np.ndarray] = []
     size: tuple[int, int] | None = None
     with av.open(str(path)) as container:
@@ -34,7 +34,7 @@ def sequential(path: Path) -> list[np.ndarray]:
                 image = frame.to_ndarray(format="rgb24")
             else:
                 image = frame.reformat(*size, format="rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
-            frames.append(turned(image, _exif_matrix(path) or _matrix(frame)))
+            frames.append(turned(image, exif or _matrix(frame)))
     return frames
 
 
@@ -117,6 +117,8 @@ def _exif_matrix(path: Path) -> tuple[int, int, int, int] | None:
 def turned(image: np.ndarray, matrix: tuple[int, int, int, int]) -> np.ndarray:
     """An image as a display matrix ``(a, b, c, d)`` shows it: pixel (x, y) goes to (ax + cy, bx + dy)."""
     a, b, c, d = matrix
+    if matrix == (1, 0, 0, 1):
+        return image
     if sorted(map(abs, matrix)) != [0, 0, 1, 1] or abs(a * d - b * c) != 1:
         raise ValueError(f"matrix: got {matrix}, expected one of the eight turns and mirrors")
     y, x = np.mgrid[: image.shape[0], : image.shape[1]]
