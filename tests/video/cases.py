@@ -28,6 +28,10 @@ class Case:
     """A pattern of the reason why the file must be refused; ``""`` where it must be read."""
     may_refuse: str = ""
     """A pattern of reasons for which the file or some windows may be refused; all that is read must be right."""
+    seconds: tuple[float, ...] = ()
+    """When the encoder was told to show each frame; empty where times are not the case's to know."""
+    pixel_aspect: float | None = None
+    """Width of a pixel over its height, upright."""
     by_command: str = ""
     """Why the ffmpeg program of another version honestly shows something else; ``""`` where both agree."""
     needs_command: bool = False
@@ -43,6 +47,8 @@ def encoded(name: str, kind: str, video: Video, *wanted: Claim, **rest: Any) -> 
     """
     in_order = claims.shows(range(video.frames))
     fields = {key: rest.pop(key) for key in tuple(rest) if key in Case.__dataclass_fields__}
+    if _has_times(rest.get("format")):
+        fields = {"seconds": _seconds(video), "pixel_aspect": float(video.pixel_aspect or 1)} | fields
     return Case(
         name,
         kind,
@@ -51,3 +57,14 @@ def encoded(name: str, kind: str, video: Video, *wanted: Claim, **rest: Any) -> 
         encoders=(video.codec,),
         **fields,
     )
+
+
+def _has_times(format: str | None) -> bool:
+    """Whether a container, not a mere stream, holds the frames."""
+    return format not in ("h264", "mpeg1video", "mpeg2video", "m4v")
+
+
+def _seconds(video: Video) -> tuple[float, ...]:
+    """When each frame of a video is shown, in seconds from the first."""
+    times = range(video.frames) if video.times is None else video.times
+    return tuple(float((time - times[0]) * video.time_base) for time in times)

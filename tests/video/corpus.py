@@ -11,6 +11,7 @@ from collections import Counter
 
 from tests.video import (
     corpus_codecs,
+    corpus_colors,
     corpus_command,
     corpus_cuts,
     corpus_damage,
@@ -29,6 +30,7 @@ CASES: tuple[Case, ...] = (
     *corpus_h264.CASES,
     *corpus_mpeg.CASES,
     *corpus_codecs.CASES,
+    *corpus_colors.CASES,
     *corpus_command.CASES,
     *corpus_times.CASES,
     *corpus_cuts.CASES,

@@ -67,8 +67,16 @@ def _begins(name: str, video: Video, first: int | str, *wanted: claims.Claim, **
     return Case(name, "cut at the start", make, claims=wanted, encoders=(video.codec,), **rest)
 
 
+def _without_header(path: Path) -> None:
+    """The fragments of an mp4 without the header in front of them, as a player loads them one by one."""
+    write(path, _CLOSED, **FRAGMENTED)
+    data = path.read_bytes()
+    path.write_bytes(data[data.index(b"moof") - 4 :])
+
+
 def _recorded() -> list[Case]:
     inside = claims.starts_inside_a_group
+    nothing = r"(?i)frame|decod|invalid|video|moov"
     point, cra = (claims.begins_without_idr, claims.reaches_back), (claims.begins_at_cra, claims.skipped_leading)
     return [
         _begins("begins-inside-h264.mkv", _CLOSED, 5, inside),
@@ -77,12 +85,13 @@ def _recorded() -> list[Case]:
         _begins("begins-at-recovery-point.mp4", _OPEN, "keyframe", *point),
         _begins("begins-at-recovery-point.mkv", _OPEN, "keyframe", *point),
         # The parameters that every picture needs came with the first keyframe alone.
-        _begins("begins-without-parameters.ts", _OPEN, "keyframe", refusal=r"(?i)frame|decod|invalid|video"),
+        _begins("begins-without-parameters.ts", _OPEN, "keyframe", refusal=nothing),
         _begins("begins-at-cra.mp4", _HEVC_OPEN, "keyframe", *cra),
         _begins("begins-at-cra.mkv", _HEVC_OPEN, "keyframe", *cra),
         _begins("begins-at-cra.ts", _HEVC_OPEN, "keyframe", *cra),
         _begins("begins-inside-hevc.mp4", _HEVC_OPEN, 5, inside, by_command=_HEVC_RECOVERY),
         _begins("begins-inside-mpeg4.mp4", mpeg4(2), 4, inside),
+        Case("begins-without-header.mp4", "cut at the start", _without_header, encoders=("libx264",), refusal=nothing),
         _begins("begins-inside-refresh.mkv", _REFRESH, 7),
     ]
 

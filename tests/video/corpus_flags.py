@@ -91,6 +91,7 @@ def _without_index() -> list[Case]:
         encoded("no-index.webm", kind, _VP8, live="1"),
         encoded("no-index-fragmented.mp4", kind, _OPEN, movflags="frag_every_frame+empty_moov"),
         encoded("no-index-default-base.mp4", kind, _OPEN, movflags="frag_keyframe+empty_moov+default_base_moof"),
+        encoded("no-index-dash.mp4", kind, _OPEN, movflags="dash+frag_keyframe+empty_moov"),
         Case("no-index.avi", kind, _avi_without_index, (_SHOWN,), encoders=("mpeg4",)),
         encoded("packets-of-192.ts", kind, mpeg2(2), mpegts_m2ts_mode="1"),
     ]

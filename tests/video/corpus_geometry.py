@@ -82,10 +82,15 @@ def _matrices() -> list[Case]:
     return cases
 
 
+def _aspect(suffix: str) -> dict[str, float]:
+    """What an MPEG-2 with pixels that are wide shows: of the few aspects of the picture that it has, the widest."""
+    return {"pixel_aspect": 2.21 * 96 / 160} if suffix == "mpg" else {}
+
+
 def _pixel_aspects() -> list[Case]:
     kind, wanted = "pixel aspect", claims.pixels_not_square
     return [
-        encoded(f"pixels-{name}.{suffix}", kind, replace(video, pixel_aspect=aspect), wanted)
+        encoded(f"pixels-{name}.{suffix}", kind, replace(video, pixel_aspect=aspect), wanted, **_aspect(suffix))
         for name, aspect in (("wide", Fraction(64, 45)), ("narrow", Fraction(8, 9)))
         for suffix, video in (("mp4", _CLOSED), ("mkv", _OPEN), ("mpg", mpeg2(2)), ("avi", mpeg4(2)))
         if not (suffix == "mpg" and name == "narrow")  # MPEG-2 has few aspects

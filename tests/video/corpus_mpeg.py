@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 from tests.video import claims
 from tests.video.cases import Case, encoded
 from tests.video.encoding import Chunk, Video, encode, write_chunks
-from tests.video.surgery import empty_vop, pack_b_frames
+from tests.video.surgery import empty_chunks, empty_vop, pack_b_frames
 
 STEADY = {"b_strategy": "0", "sc_threshold": "1000000000"}
 """The encoder takes as many B-frames as it is told, and no keyframes of its own accord."""
@@ -26,12 +27,12 @@ def surgical(
     video: Video,
     change: Callable[[list[Chunk]], list[Chunk]],
     *wanted: claims.Claim,
-    container: str | None = None,
+    sound: bool = False,
 ) -> Case:
     """The case of a video whose packets are changed before they are written."""
 
     def make(path: Path) -> None:
-        write_chunks(path, video, change(encode(video)[0]), container)
+        write_chunks(path, video, change(encode(video)[0]), sound=sound)
 
     return Case(name, kind, make, claims=wanted, encoders=(video.codec,))
 
@@ -43,6 +44,7 @@ def _xvid(b_frames: int, frames: int = 40, gop: int = 12, **options: str) -> Vid
 def _packed() -> list[Case]:
     kind, packed = "MPEG-4 packed B-frames", (claims.two_vops_in_a_packet, claims.empty_vops)
     whole = (*packed, claims.shows(range(40)))
+    ntsc = replace(_xvid(2), rate=Fraction(30), time_base=Fraction(1, 30))
     return [
         *(surgical(f"packed-{b}b.avi", kind, _xvid(b), pack_b_frames, *whole) for b in (1, 2, 3)),
         # The last packet is one of two pictures, or a B-frame, where a file was cut.
@@ -54,6 +56,9 @@ def _packed() -> list[Case]:
         surgical("packed-closed-gop.avi", kind, _xvid(2, flags="+cgop"), pack_b_frames, *whole),
         surgical("packed-2b.mkv", kind, _xvid(2), pack_b_frames, *whole),
         surgical("packed-two-frames.avi", kind, _xvid(1, 3), pack_b_frames, claims.two_vops_in_a_packet),
+        surgical("packed-1b-sound.avi", kind, _xvid(1), pack_b_frames, *whole, sound=True),
+        surgical("packed-2b-sound.avi", kind, _xvid(2), pack_b_frames, *whole, sound=True),
+        surgical("packed-30-fps.avi", kind, ntsc, pack_b_frames, *whole),
         surgical("packed-divx.avi", kind, replace(mpeg4(1), tag="DX50"), pack_b_frames, *whole),
     ]
 
@@ -72,6 +77,13 @@ def _insert(every: int, content: Callable[[bytes], bytes]) -> Callable[[list[Chu
     return change
 
 
+def _without_bytes(path: Path) -> None:
+    """AVI with empty chunks, where a recorder dropped frames."""
+    filler = b"\x7f" * 24
+    write_chunks(path, _xvid(0), _insert(4, lambda _: filler)(encode(_xvid(0))[0]))
+    empty_chunks(path, filler)
+
+
 def _mpeg4() -> list[Case]:
     in_order = claims.shows(range(40))
     cases = [
@@ -88,6 +100,7 @@ def _mpeg4() -> list[Case]:
         encoded("mpeg4-xvid.avi", "MPEG-4", _xvid(2), claims.b_vops),
         # Recorders of a fixed rate repeat a frame by an empty picture, or by a packet of one byte.
         surgical("mpeg4-repeats.avi", "MPEG-4", _xvid(0), _insert(3, empty_vop), claims.empty_vops, in_order),
+        Case("mpeg4-no-bytes.avi", "MPEG-4", _without_bytes, (in_order,), encoders=("mpeg4",)),
         surgical("mpeg4-no-content.avi", "MPEG-4", _xvid(0), _insert(4, lambda _: b"\x7f"), in_order),
     ]
     return cases

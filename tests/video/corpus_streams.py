@@ -16,7 +16,7 @@ from tests.video.cases import Case, encoded
 from tests.video.corpus_h264 import FRAGMENTED, h264
 from tests.video.corpus_mpeg import mpeg2, mpeg4
 from tests.video.encoding import Video, mux_by_time, write
-from tests.video.pictures import picture
+from tests.video.pictures import picture, pictures
 
 _OPEN = h264("open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=2")
 _CLOSED = h264("keyint=12:min-keyint=12:scenecut=0:bframes=2")
@@ -32,6 +32,19 @@ def _streams(name: str, *videos: Video, default: int | None = None, **options: s
         write(path, *videos, prepare=prepare, **options)
 
     return Case(name, "several streams", make, (claims.several_streams,), encoders=("libx264",))
+
+
+def _empty_stream(path: Path) -> None:
+    """A video beside a larger stream that has no packets."""
+    with av.open(str(path), "w") as out:
+        streams: list[Any] = [out.add_stream("libx264", rate=25, options=dict(_OPEN.options)) for _ in range(2)]
+        streams[0].height, streams[0].width = 240, 320
+        streams[1].height, streams[1].width = 96, 160
+        for number, image in enumerate(pictures(40)):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = number, Fraction(1, 25)
+            out.mux(streams[1].encode(frame))
+        out.mux(streams[1].encode(None))
 
 
 def _cover(cover_first: bool, marked: bool = True) -> Callable[[Path], None]:
@@ -85,6 +98,7 @@ def _many_streams() -> list[Case]:
         _streams("streams-three.mkv", small, large, replace(small, seed=2)),
         Case("cover-second.mp4", "cover art", _cover(False), (claims.several_streams,)),
         Case("cover-first.mp4", "cover art", _cover(True), (claims.several_streams,)),
+        Case("streams-empty-first.mkv", "several streams", _empty_stream, (claims.several_streams,)),
         # Without a mark as cover art the larger picture is a video stream like another, and of one frame.
         Case("still-second.mov", "several streams", _cover(False, marked=False), (claims.several_streams,)),
         Case("still-second.mkv", "several streams", _cover(False, marked=False), (claims.several_streams,)),

@@ -167,8 +167,10 @@ def encode(video: Video) -> tuple[list[Chunk], Any]:
     return [Chunk(bytes(p), p.pts, p.dts, p.is_keyframe) for p in packets], context
 
 
-def write_chunks(path: Path, video: Video, chunks: Iterable[Chunk], format: str | None = None, **options: str) -> None:
-    """Writes packets, whose times count in ``video.time_base``, as a file with one stream of ``video``'s codec."""
+def write_chunks(
+    path: Path, video: Video, chunks: Iterable[Chunk], format: str | None = None, sound: bool = False, **options: str
+) -> None:
+    """Writes packets, whose times count in ``video.time_base``, as a file of ``video``'s codec, with silence or not."""
     with av.open(str(path), "w", format=format, options=options) as out:
         stream = out.add_stream(video.codec, rate=video.rate, options=dict(video.options))
         stream.height, stream.width = video.size
@@ -176,12 +178,15 @@ def write_chunks(path: Path, video: Video, chunks: Iterable[Chunk], format: str 
         stream.codec_context.time_base = video.time_base
         if video.tag is not None:
             stream.codec_context.codec_tag = video.tag
+        audio = out.add_stream("mp2", rate=44100) if sound else None
         out.start_encoding()
+        packets = []
         for chunk in chunks:
             packet = av.Packet(chunk.data)
             packet.stream, packet.time_base = stream, video.time_base
             packet.pts, packet.dts, packet.is_keyframe = chunk.pts, chunk.dts, chunk.key
-            out.mux_one(packet)
+            packets.append(packet)
+        mux_by_time(out, [packets, *([_silence(audio, video.frames)] if sound else [])])
 
 
 def read_chunks(path: Path) -> tuple[list[Chunk], Fraction]:

@@ -19,6 +19,8 @@ RESULT = "video"
 """The property of a test's report under which it tells what came of its file."""
 WINDOW = 8
 TIMEOUT_S = 30
+CLOCK_S = 0.0011
+"""Seconds by which a time may be off: Matroska and ASF count milliseconds."""
 BY_NAME = 3
 """Reads of a file for which each decoder is asked by its name: it must give the right frames, too, or refuse."""
 EXPLAINED = 20
@@ -108,6 +110,13 @@ def _probe(case: Case, source: Source, truth: Sequence[np.ndarray], found: Findi
         found.wrong.append(f"probe: got {info.frames} frames, expected {len(truth)}")
     if (info.height, info.width) != truth[0].shape[:2]:
         found.wrong.append(f"probe: got {info.height}x{info.width}, expected {truth[0].shape[:2]}")
+    if case.pixel_aspect is not None and abs(info.pixel_aspect / case.pixel_aspect - 1) > 0.01:
+        found.wrong.append(f"probe: got a pixel aspect of {info.pixel_aspect}, expected {case.pixel_aspect}")
+    if len(truth) == len(case.seconds) > 1:
+        times = info.times or [number / info.fps for number in range(len(truth))]
+        late = max(abs(time - second) for time, second in zip(times, case.seconds))
+        if len(times) != len(truth) or late > CLOCK_S:
+            found.wrong.append(f"probe: got times that are {late:.4f} s off, expected at most {CLOCK_S}")
 
 
 def _read(

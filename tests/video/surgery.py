@@ -60,6 +60,24 @@ def pack_b_frames(chunks: list[Chunk], mark: bool = True, empty: bool = True) ->
     return [Chunk(content, number, number, key) for number, (content, key) in enumerate(packed)]
 
 
+def empty_chunks(path: Path, filler: bytes) -> None:
+    """Empties the chunks of an AVI that hold ``filler``: their sizes become zero, and what is left becomes junk."""
+    data = bytearray(path.read_bytes())
+    chunk = b"00dc" + struct.pack("<I", len(filler)) + filler
+    index = data.rindex(b"idx1")
+    start = data.index(b"movi")
+    at, found = data.find(chunk), 0
+    while at >= 0:
+        data[at + 4 : at + 8] = bytes(4)
+        data[at + 8 : at + 16] = b"JUNK" + struct.pack("<I", len(filler) - 8)
+        entry = data.index(struct.pack("<II", at - start, len(filler)), index)
+        data[entry + 4 : entry + 8] = bytes(4)
+        at, found = data.find(chunk, at + 1), found + 1
+    if not found:
+        raise ValueError(f"{path}: no chunk holds the filler")
+    path.write_bytes(data)
+
+
 def cut(source: Path, path: Path, first: float, last: float = 1.0, unit: int = TS_PACKET) -> None:
     """Copies the part of a file between two shares of its length, cut at multiples of ``unit`` bytes."""
     data = source.read_bytes()
