@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ They interpolate color differently, above all of interlaced video. Neighbors in 
 def _check(case: Case, found: Findings) -> None:
     faults = found.faults(case)
     print(f"HPDM_VIDEO_SEED={seed()}")
-    listed = "\n".join(faults[:40])
+    listed = "\n".join([f"{fault} ({times} times)" for fault, times in Counter(faults).items()][:40])
     assert not faults, f"{case.name}: {len(faults)} faults in {found.reads} reads of {found.frames} frames:\n{listed}"
 
 
