@@ -17,6 +17,7 @@ from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, Source, probe, rea
 from hpdm.data.layout import Split, find_videos
 from hpdm.data.shard_writer import write_shards
 from hpdm.data.shards import find_shards, read_shards
+from hpdm.data.suffixes import is_image
 from hpdm.data.synthetic import RADIUS, render_synthetic
 
 
@@ -109,7 +110,7 @@ class Inspect:
         streams = f", stream {info.stream}, one of {info.video_streams} with video" if info.video_streams > 1 else ""
         line = f"{info.frames} frames {info.width}x{info.height} {info.fps:g} fps {info.codec}, {clip.decoder}{streams}"
         span = (self.frames - 1) * self.stride + 1
-        if info.frames < span:
+        if info.frames < span and not is_image(info.path):
             return f"{line}; would be skipped: a window spans {span} frames", "skipped"
         return line, f"read with {clip.decoder}"
 

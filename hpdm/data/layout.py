@@ -7,17 +7,20 @@ the clips or in one file for all.
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from hpdm.data.decode import Member
+from hpdm.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_video, listed
+
+log = logging.getLogger(__name__)
 
 Split = Literal["train", "test"]
 """A side of UCF-101's official splits."""
-SUFFIXES = frozenset((".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"))
 SPLIT_FOLDER = "ucfTrainTestlist"
 CAPTIONS_FILE = "captions.jsonl"
 
@@ -41,21 +44,25 @@ def find_videos(
 ) -> tuple[list[str], list[VideoFile]]:
     """Class names (empty for a flat folder) and files of a set; :class:`~hpdm.data.clips.VideoDataset` has the layouts.
 
+    Images are the files of a set without any video. Beside videos they are taken for thumbnails and left out.
+
     Raises:
         FileNotFoundError: no such folder, split file or listed clip.
-        ValueError: no videos, videos both beside and inside class folders, a class that the set does not have.
+        ValueError: no videos and no images, files both beside and inside class folders, a class that the set does not
+            have.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root} is not a folder")
-    flat, folders = _videos_in(root), _class_folders(root)
+    flat, folders = _files_of(root)
     if flat and folders:
         raise ValueError(
             f"root: {root} holds videos beside class folders ({', '.join(list(folders)[:3])}), expected one"
         )
     if not flat and not folders:
         raise ValueError(
-            f"root: no videos in {root} or the folders in it, expected names ending in {' '.join(sorted(SUFFIXES))}"
+            f"root: no videos in {root} or the folders in it, expected names ending in {listed(VIDEO_SUFFIXES)}, or "
+            f"images alone ({listed(IMAGE_SUFFIXES)})"
         )
     if flat and split_file is not None:
         raise ValueError(f"split_file: {root} has no class folders, which a split needs")
@@ -72,9 +79,20 @@ def find_videos(
     return names, [VideoFile(str(path), names.index(name)) for name, paths in folders.items() for path in paths]
 
 
+def _files_of(root: Path) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files of a set beside and inside its class folders: its videos, or its images where it has no video."""
+    videos, images = ((_files_in(root, kind), _class_folders(root, kind)) for kind in (is_video, is_image))
+    if not any(videos):
+        return images
+    if any(images):
+        count = len(images[0]) + sum(map(len, images[1].values()))
+        log.info("%s: %d images beside the videos are not used", root, count)
+    return videos
+
+
 def has_videos(root: str | os.PathLike[str]) -> bool:
     """Whether there are videos in a folder or in the folders directly below it."""
-    return bool(_videos_in(Path(root)) or _class_folders(Path(root)))
+    return bool(_files_in(Path(root), is_video) or _class_folders(Path(root), is_video))
 
 
 def add_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> list[VideoFile]:
@@ -148,16 +166,18 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line.rstrip("\r")
 
 
-def _videos_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, is_wanted: Callable[[str], bool]) -> list[Path]:
     with os.scandir(folder) as entries:
-        names = [e.name for e in entries if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file()]
+        names = [e.name for e in entries if is_wanted(e.name) and e.is_file()]
     # A name that starts with a dot is a file being written, or one that a desktop environment left.
     return [folder / name for name in sorted(names) if not name.startswith(".")]
 
 
-def _class_folders(root: Path) -> dict[str, list[Path]]:
+def _class_folders(root: Path, is_wanted: Callable[[str], bool]) -> dict[str, list[Path]]:
     return {
-        folder.name: videos for folder in sorted(root.iterdir()) if folder.is_dir() and (videos := _videos_in(folder))
+        folder.name: files
+        for folder in sorted(root.iterdir())
+        if folder.is_dir() and (files := _files_in(folder, is_wanted))
     }
 
 

@@ -2,7 +2,8 @@
 
 A shard is an uncompressed tar in which the files of one clip share a key, the name up to its first dot: ``key.mp4``,
 ``key.cls`` (the label, an integer) or ``key.json`` (with ``label``, ``class`` or ``caption``), ``key.txt`` (the
-caption). Class names come from ``classes.json`` (a list) or ``classInd.txt`` beside the shards, else from the members.
+caption). Where no key of the shards has a video, ``key.jpg`` and other images are the clips. Class names come from
+``classes.json`` (a list) or ``classInd.txt`` beside the shards, else from the members.
 
 The package webdataset itself is not used. It reads shards as streams, in an order that depends on the number of workers
 and on a shuffle buffer whose state is not saved, so that a resumed run would see other clips than an uninterrupted one.
@@ -27,13 +28,14 @@ from typing import Any
 from tqdm import tqdm
 
 from hpdm.data.decode import Member
-from hpdm.data.layout import SUFFIXES, VideoFile, read_class_index, read_text
+from hpdm.data.layout import VideoFile, read_class_index, read_text
+from hpdm.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_image, is_video, listed
 from hpdm.files import write_text
 
 log = logging.getLogger(__name__)
 
 CLASSES_FILE = "classes.json"
-_INDEX_VERSION = 1
+_INDEX_VERSION = 2
 _MAX_CLASSES = 1_000_000  # a larger number in a .cls is taken for an error
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # webdataset's key and extension
 
@@ -111,6 +113,10 @@ def read_shards(paths: Sequence[Path]) -> tuple[list[str], list[VideoFile]]:
         for path in tqdm(paths, desc="shards", unit="shard", delay=2, leave=False)
         for entry in index_shard(path)
     ]
+    images = sum(is_image(entry.name) for _, entry in entries)
+    if 0 < images < len(entries):
+        log.info("%s: %d images without a video beside the videos are not used", paths[0].parent, images)
+        entries = [(path, entry) for path, entry in entries if not is_image(entry.name)]
     names, labels = _labels(_listed_classes(paths), entries)
     return names, [
         VideoFile(Member(str(path), entry.name, entry.offset, entry.size), label, entry.caption)
@@ -156,7 +162,7 @@ def _scan(path: Path) -> list[Entry]:
                 if match is None or not member.isreg() or member.issparse():
                     continue
                 key, kind = match[1], match[2].lower()
-                kind = "video" if f".{kind.rpartition('.')[2]}" in SUFFIXES else kind
+                kind = "video" if is_video(member.name) else kind
                 if kind in samples.setdefault(key, {}):
                     raise ValueError(f"{path}: {member.name!r} is the second {kind} of its key, expected one")
                 samples[key][kind] = member
@@ -166,12 +172,27 @@ def _scan(path: Path) -> list[Entry]:
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError(f"no header and no end mark at byte {tar.offset}")
+            for members in samples.values():
+                _take_image(path, members)
             entries = [_entry(path, tar, members) for members in samples.values() if "video" in members]
     except tarfile.TarError as error:
         raise ValueError(f"{path}: not an uncompressed tar, cut off or damaged, {place}: {error}") from None
     if not entries:
-        raise ValueError(f"{path}: no videos in it, expected names ending in {' '.join(sorted(SUFFIXES))}")
+        raise ValueError(
+            f"{path}: no videos in it, expected names ending in {listed(VIDEO_SUFFIXES)}, or images alone "
+            f"({listed(IMAGE_SUFFIXES)})"
+        )
     return entries
+
+
+def _take_image(path: Path, members: dict[str, tarfile.TarInfo]) -> None:
+    """Takes the image of a key without a video as its video; ``key.thumb.jpg`` is no image of the key."""
+    images = [kind for kind in members if f".{kind}" in IMAGE_SUFFIXES]
+    if "video" in members or not images:
+        return
+    if len(images) > 1:
+        raise ValueError(f"{path}: {members[images[1]].name!r} is the second image of its key, expected one")
+    members["video"] = members[images[0]]
 
 
 def _entry(path: Path, tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo]) -> Entry:
