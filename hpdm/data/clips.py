@@ -32,6 +32,7 @@ from hpdm.data.layout import (
 from hpdm.data.order import ClipKey
 from hpdm.data.resize import resize_and_crop
 from hpdm.data.shards import find_shards, read_shards
+from hpdm.data.suffixes import is_image
 
 Short = Literal["error", "skip", "loop"]
 """What to do with a clip that is shorter than a window; see :class:`VideoDataset`."""
@@ -67,6 +68,9 @@ class VideoDataset(Dataset[ClipItem]):
     - tar shards in webdataset's layout (:mod:`hpdm.data.shards`): ``root`` is their folder, one ``.tar``, or a pattern
       such as ``data/shard-{000000..000009}.tar`` or ``data/*.tar``. They have no ``split``.
 
+    A set without any video may hold images (:mod:`hpdm.data.suffixes`). An image is a clip of one frame, and its window
+    is that frame, repeated; ``stride``, ``fps`` and ``short`` do not apply to it.
+
     A clip or window that turns out damaged is replaced by the next good clip in the order of files, with a warning that
     names it. Damage that a codec conceals is not noticed here: ``hpdm data inspect --full`` finds it.
 
@@ -86,8 +90,8 @@ class VideoDataset(Dataset[ClipItem]):
             ``key.txt`` or ``key.json``.
         train: ``True`` draws the window at random from (seed, epoch, number of the clip); ``False`` takes the middle
             one.
-        short: a clip shorter than a window is an ``"error"``, is replaced like a damaged one (``"skip"``), or is played
-            in a ``"loop"``.
+        short: a clip shorter than a window is replaced like a damaged one (``"skip"``; :meth:`short_clips` counts
+            them), is an ``"error"``, or is played in a ``"loop"``.
         seed: >= 0.
         cache_bytes: bound on the memory for whole clips at the output size, shared between the loader's processes; 0
             for none.
@@ -96,8 +100,8 @@ class VideoDataset(Dataset[ClipItem]):
 
     Raises:
         FileNotFoundError: no such folder, shard, split file or listed clip.
-        ValueError: a folder without videos, a damaged shard, a class that the set does not have, clips without a
-            caption, a bad number.
+        ValueError: a folder without videos and images, a damaged shard, a class that the set does not have, clips
+            without a caption, a bad number.
 
     Reading an item raises :class:`ShortClipError` or, when no clip of the set is good,
     :class:`hpdm.data.decode.DecodeError`.
@@ -117,7 +121,7 @@ class VideoDataset(Dataset[ClipItem]):
         split_file: str | os.PathLike[str] | None = None,
         captions: bool = False,
         train: bool = True,
-        short: Short = "error",
+        short: Short = "skip",
         seed: int = 0,
         cache_bytes: int = 0,
         decoder: Decoder = "auto",
@@ -148,6 +152,9 @@ class VideoDataset(Dataset[ClipItem]):
         self._infos: dict[int, VideoInfo] = {}
         self._unusable: dict[int, str] = {}  # why, for clips of which no window can be used
         self._warned: set[int] = set()
+        # Numbers of frames of the clips that were found too short, else 0; shared with the loader's processes.
+        self._short = torch.zeros(len(self.files), dtype=torch.int32).share_memory_()
+        self._short_told = False
         self._first_info: VideoInfo | None = None  # the first clip with a frame rate: the others are compared with it
         self._rates_differ = False
         self._cache = ClipCache(cache_bytes, self.size)
@@ -165,6 +172,15 @@ class VideoDataset(Dataset[ClipItem]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def short_clips(self) -> dict[int, int]:
+        """The clips that were left out so far because they are shorter than a window: their numbers of frames.
+
+        A clip is examined when it is first asked for, by this process or one of the loader's: what this returns grows
+        in the first epoch.
+        """
+        numbers = self._short.nonzero()[:, 0].tolist()
+        return dict(zip(numbers, self._short[numbers].tolist()))
 
     def __getitem__(self, key: int | ClipKey) -> ClipItem:
         """The window that a :class:`~hpdm.data.order.ClipKey` names, or the window of clip ``key`` in epoch 0.
@@ -188,11 +204,21 @@ class VideoDataset(Dataset[ClipItem]):
                 except _READ_ERRORS as error:
                     # Not kept in _unusable: an item must not depend on which windows of a clip were read before.
                     reason = str(error)
-            if candidate not in self._warned:
-                self._warned.add(candidate)
-                warnings.warn(f"clip skipped: {reason}", RuntimeWarning, stacklevel=2)
+            self._warn_of(candidate, reason)
             reasons.append(reason)
         raise DecodeError(f"{self.root}: none of the {len(self)} clips can be used; the first: {reasons[0]}")
+
+    def _warn_of(self, index: int, reason: str) -> None:
+        """Warns that a clip is left out, once: of each damaged clip, but of the first short one alone."""
+        if index in self._warned:
+            return
+        self._warned.add(index)
+        if self._short[index]:
+            if self._short_told or not _is_first_reader():
+                return
+            self._short_told = True
+            reason += "; other short clips are not named"
+        warnings.warn(f"clip skipped: {reason}", RuntimeWarning, stacklevel=3)
 
     def _examine(self, index: int) -> str | None:
         """Probes a clip, once; returns why no window of it can be used, ``None`` if one can."""
@@ -203,8 +229,10 @@ class VideoDataset(Dataset[ClipItem]):
             except _READ_ERRORS as error:
                 self._unusable[index] = str(error)
                 return self._unusable[index]
-            if self.fps is None:
+            if self.fps is None and not is_image(path):
                 self._compare_rates(self._infos[index])
+        if is_image(path):
+            return None
         info = self._infos[index]
         if self.fps is not None and not info.fps:
             self._unusable[index] = f"{path}: the container gives no frame rate, which fps={self.fps:g} needs"
@@ -219,13 +247,13 @@ class VideoDataset(Dataset[ClipItem]):
         if self.short == "error":
             raise ShortClipError(reason)
         self._unusable[index] = reason
+        self._short[index] = info.frames
         return reason
 
     def _compare_rates(self, info: VideoInfo) -> None:
         """Warns, once, when a clip's frame rate differs by more than 1 % from the first clip's."""
-        worker = get_worker_info()
-        if self._rates_differ or not info.fps or (worker is not None and worker.id > 0):
-            return  # every worker sees clips of the whole set, so the first worker's warning is enough
+        if self._rates_differ or not info.fps or not _is_first_reader():
+            return
         self._first_info = self._first_info or info
         if abs(info.fps / self._first_info.fps - 1) > 0.01:  # 29.97 and 30 count as equal
             self._rates_differ = True
@@ -240,19 +268,16 @@ class VideoDataset(Dataset[ClipItem]):
     def _read(self, index: int, epoch: int) -> ClipItem:
         """Draws the window of ``epoch`` and reads it, out of the cache or from the file."""
         file, frames = self.files[index], self._infos[index].frames
-        offsets = self.offsets(self._infos[index].fps)
-        last_start = max(0, frames - int(offsets[-1]) - 1)
-        start = last_start // 2
-        if self.train:
-            start = int(np.random.default_rng([self.seed, epoch, index]).integers(last_start + 1))
-        numbers = ((start + offsets) % frames).tolist()  # short="loop" goes on from the first frame
+        start, numbers = self._window(index, epoch)
         cached = self._cached(index, frames)
         if cached is not None:
             whole, decoder = cached
-            window = whole[numbers]
+            window = whole[numbers.tolist()]
         else:
-            clip = read_clip(file.source, numbers, decoder=self.decoder, timeout=self.timeout)
-            window, decoder = resize_and_crop(torch.from_numpy(clip.frames), self.size), clip.decoder
+            # A frame that is repeated is decoded and resized once: images may be large.
+            different, places = np.unique(numbers, return_inverse=True)
+            clip = read_clip(file.source, different.tolist(), decoder=self._decoder_of(file), timeout=self.timeout)
+            window, decoder = resize_and_crop(torch.from_numpy(clip.frames), self.size)[places.tolist()], clip.decoder
         return {
             "video": window.permute(3, 0, 1, 2).contiguous(),  # [3, F, H, W]
             "label": file.label,
@@ -262,6 +287,22 @@ class VideoDataset(Dataset[ClipItem]):
             "decoder": decoder,
         }
 
+    def _window(self, index: int, epoch: int) -> tuple[int, np.ndarray]:
+        """The first frame of the window of ``epoch``, and the numbers of all its frames, int64 ``[F]``."""
+        if is_image(self.files[index].path):
+            return 0, np.zeros(self.frames, dtype=np.int64)
+        info = self._infos[index]
+        offsets = self.offsets(info.fps)
+        last_start = max(0, info.frames - int(offsets[-1]) - 1)
+        start = last_start // 2
+        if self.train:
+            start = int(np.random.default_rng([self.seed, epoch, index]).integers(last_start + 1))
+        return start, (start + offsets) % info.frames  # short="loop" goes on from the first frame
+
+    def _decoder_of(self, file: VideoFile) -> Decoder:
+        """The decoder to ask for: decord reads no images, and asking it would log that for each of them."""
+        return "pyav" if self.decoder == "auto" and is_image(file.path) else self.decoder
+
     def _cached(self, index: int, frames: int) -> tuple[Tensor, str] | None:
         """The clip from the cache, into which it is read first if it fits; else ``None``."""
         if (cached := self._cache.get(index)) is not None:
@@ -269,10 +310,17 @@ class VideoDataset(Dataset[ClipItem]):
         if index in self._uncacheable or not self._cache.has_room(frames):
             return None
         try:
-            return self._cache.read(index, self.files[index].source, frames, self.decoder, self.timeout)
+            file = self.files[index]
+            return self._cache.read(index, file.source, frames, self._decoder_of(file), self.timeout)
         except _READ_ERRORS:
             self._uncacheable.add(index)
             return None
+
+
+def _is_first_reader() -> bool:
+    """Whether this process may warn of the whole set: of the loader's workers, which all see all of it, the first."""
+    worker = get_worker_info()
+    return worker is None or worker.id == 0
 
 
 def find_clips(

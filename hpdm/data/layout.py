@@ -199,6 +199,19 @@ def find_split_file(root: Path, split: Split, fold: int) -> Path:
     raise FileNotFoundError(f"split: no {name} in {searched}")
 
 
+def split_applies(root: Path, split: Split, fold: int = 1) -> bool:
+    """Whether there is an official list of the split that names a clip of this folder.
+
+    Lists that lie beside the folder may be those of another set beside it.
+    """
+    try:
+        path = find_split_file(root, split, fold)
+    except FileNotFoundError:
+        return False
+    stems = {f"{name}/{file.stem}" for name, files in _files_of(root)[1].items() for file in files}
+    return any(os.path.splitext(line.split()[0])[0] in stems for _, line in _lines(path))
+
+
 def read_class_index(path: Path) -> list[str]:
     """The class names of a ``classInd.txt``, lines ``1 ClassName`` in order.
 
