@@ -17,6 +17,12 @@ if not torch.cuda.is_available():
 from hpdm_kernels.testing import poisoned_allocations
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _scans_of_these_tests(tmp_path_factory):
+    """What the decoders remember of files stays out of the user's cache folder."""
+    os.environ["HPDM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _poison():
     with poisoned_allocations():

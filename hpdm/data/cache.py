@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
-
-from hpdm.data.decode import Decoder, Source, read_clip
-from hpdm.data.resize import resize_and_crop
-
-_CHUNK = 64  # frames decoded at a time, so that only these are in memory at their stored size
 
 
 class ClipCache:
@@ -41,24 +35,10 @@ class ClipCache:
         share = self.capacity // (worker.num_workers if worker else 1)
         return self.used + self._bytes(frames) <= share
 
-    def read(self, number: int, source: Source, frames: int, decoder: Decoder, timeout: float) -> tuple[Tensor, str]:
-        """Decodes a whole clip, adds it to the cache and returns it with its decoder.
-
-        Args:
-            number: number of the clip in the set.
-            source: the clip's file, or the member of a shard.
-            frames: number of frames in the clip.
-            decoder, timeout: as for :func:`~hpdm.data.decode.read_clip`, which also says what is raised.
-        """
-        parts, used_decoder = [], ""
-        for first in range(0, frames, _CHUNK):
-            indices = range(first, min(first + _CHUNK, frames))
-            clip = read_clip(source, indices, decoder=decoder, timeout=timeout)
-            parts.append(resize_and_crop(torch.from_numpy(clip.frames), self.size))
-            used_decoder = clip.decoder
-        self.clips[number] = torch.cat(parts), used_decoder
-        self.used += self._bytes(frames)
-        return self.clips[number]
+    def add(self, number: int, clip: Tensor, decoder: str) -> None:
+        """Keeps a whole clip, uint8 ``[F, H, W, 3]``, for which there must be room."""
+        self.clips[number] = clip, decoder
+        self.used += self._bytes(len(clip))
 
     def _bytes(self, frames: int) -> int:
         return frames * self.size[0] * self.size[1] * 3

@@ -6,8 +6,9 @@ of processes that read nor on what was read before, so a resumed run sees the sa
 
 from __future__ import annotations
 
+import logging
 import os
-import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -33,6 +34,9 @@ from hpdm.data.order import ClipKey
 from hpdm.data.resize import resize_and_crop
 from hpdm.data.shards import find_shards, read_shards
 from hpdm.data.suffixes import is_image
+from hpdm.data.windows import Window
+
+log = logging.getLogger(__name__)
 
 Short = Literal["error", "skip", "loop"]
 """What to do with a clip that is shorter than a window; see :class:`VideoDataset`."""
@@ -71,8 +75,10 @@ class VideoDataset(Dataset[ClipItem]):
     A set without any video may hold images (:mod:`hpdm.data.suffixes`). An image is a clip of one frame, and its window
     is that frame, repeated; ``stride``, ``fps`` and ``short`` do not apply to it.
 
-    A clip or window that turns out damaged is replaced by the next good clip in the order of files, with a warning that
-    names it. Damage that a codec conceals is not noticed here: ``hpdm data inspect --full`` finds it.
+    A clip or window that turns out damaged is replaced by the next good clip in the order of files, and the log names
+    it. Damage that a codec conceals is not noticed here: ``hpdm data inspect --full`` finds it. A clip that does not
+    answer in time is not damaged, and is never replaced: reading it fails with
+    :class:`hpdm.data.decode.StalledError`.
 
     Args:
         root: the folder, or a pattern of shards.
@@ -80,8 +86,8 @@ class VideoDataset(Dataset[ClipItem]):
         size: height and width of the output, or one int for both; see :func:`~hpdm.data.resize.resize_and_crop`.
         stride: step between frames of a window, >= 1; a window spans ``(frames - 1) * stride + 1`` frames.
         fps: frames per second, > 0, to which clips are resampled before ``stride`` counts: each frame of a window is
-            the clip's nearest in time, by the clip's average rate. A clip whose container gives no rate is skipped like
-            a damaged one. ``None`` takes frames as they are stored; where clips then differ in rate, a warning says so.
+            the clip's nearest in time, by the frames' own times. A clip without times and rate is skipped like a
+            damaged one. ``None`` takes frames as they are stored; where clips then differ in rate, a warning says so.
         split: ``"train"`` or ``"test"`` of the official split, ``None`` for every clip.
         fold: which official split, 1 to 3.
         split_file: a list of clips in the official format, instead of ``split``.
@@ -96,15 +102,15 @@ class VideoDataset(Dataset[ClipItem]):
         cache_bytes: bound on the memory for whole clips at the output size, shared between the loader's processes; 0
             for none.
         decoder: as :func:`hpdm.data.decode.read_clip`.
-        timeout: seconds for one read.
+        timeout: seconds without progress, for one read.
 
     Raises:
         FileNotFoundError: no such folder, shard, split file or listed clip.
         ValueError: a folder without videos and images, a damaged shard, a class that the set does not have, clips
             without a caption, a bad number.
 
-    Reading an item raises :class:`ShortClipError` or, when no clip of the set is good,
-    :class:`hpdm.data.decode.DecodeError`.
+    Reading an item raises :class:`ShortClipError`, :class:`hpdm.data.decode.StalledError` or, when no clip of the set
+    is good, :class:`hpdm.data.decode.DecodeError`.
     """
 
     # The parameters are the options of the class, documented above; most have defaults.
@@ -149,6 +155,7 @@ class VideoDataset(Dataset[ClipItem]):
         )
         if captions:
             check_captions(root, self.files)
+        self.window = Window(frames, stride, fps)
         self._infos: dict[int, VideoInfo] = {}
         self._unusable: dict[int, str] = {}  # why, for clips of which no window can be used
         self._warned: set[int] = set()
@@ -157,6 +164,7 @@ class VideoDataset(Dataset[ClipItem]):
         self._short_told = False
         self._first_info: VideoInfo | None = None  # the first clip with a frame rate: the others are compared with it
         self._rates_differ = False
+        self._doubts: set[str] = set()  # reasons against decord that the log has told
         self._cache = ClipCache(cache_bytes, self.size)
         self._uncacheable: set[int] = set()  # partly damaged, so that only some windows can be read
 
@@ -166,9 +174,8 @@ class VideoDataset(Dataset[ClipItem]):
         return [file.label for file in self.files] if self.class_names else None
 
     def offsets(self, fps: float) -> np.ndarray:
-        """The frames of a window, counted from its first, in a clip of ``fps`` frames per second: int64 ``[F]``."""
-        steps = np.arange(self.frames) * self.stride
-        return steps if self.fps is None else np.floor(steps * (fps / self.fps) + 0.5).astype(np.int64)
+        """The frames of a window, from its first, in a clip of evenly spaced frames, ``fps`` a second: int64 [F]."""
+        return self.window.offsets(fps)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -204,12 +211,12 @@ class VideoDataset(Dataset[ClipItem]):
                 except _READ_ERRORS as error:
                     # Not kept in _unusable: an item must not depend on which windows of a clip were read before.
                     reason = str(error)
-            self._warn_of(candidate, reason)
+            self._tell(candidate, reason)
             reasons.append(reason)
         raise DecodeError(f"{self.root}: none of the {len(self)} clips can be used; the first: {reasons[0]}")
 
-    def _warn_of(self, index: int, reason: str) -> None:
-        """Warns that a clip is left out, once: of each damaged clip, but of the first short one alone."""
+    def _tell(self, index: int, reason: str) -> None:
+        """Logs that a clip is left out, once: each damaged clip, but of the short ones the first alone."""
         if index in self._warned:
             return
         self._warned.add(index)
@@ -218,7 +225,7 @@ class VideoDataset(Dataset[ClipItem]):
                 return
             self._short_told = True
             reason += "; other short clips are not named"
-        warnings.warn(f"clip skipped: {reason}", RuntimeWarning, stacklevel=3)
+        log.warning("clip skipped: %s", reason)
 
     def _examine(self, index: int) -> str | None:
         """Probes a clip, once; returns why no window of it can be used, ``None`` if one can."""
@@ -235,15 +242,11 @@ class VideoDataset(Dataset[ClipItem]):
             return None
         info = self._infos[index]
         if self.fps is not None and not info.fps:
-            self._unusable[index] = f"{path}: the container gives no frame rate, which fps={self.fps:g} needs"
+            self._unusable[index] = f"{path}: nothing tells its frame rate, which fps={self.fps:g} needs"
             return self._unusable[index]
-        span = int(self.offsets(info.fps)[-1]) + 1
-        if info.frames >= span or self.short == "loop":
+        if self.window.starts(info) or self.short == "loop":
             return None
-        rate = "" if self.fps is None else f", fps={self.fps:g} of {info.fps:g}"
-        reason = (
-            f"{path}: got {info.frames} frames, expected >= {span} (frames={self.frames}, stride={self.stride}{rate})"
-        )
+        reason = f"{path}: {self.window.too_short(info)}"
         if self.short == "error":
             raise ShortClipError(reason)
         self._unusable[index] = reason
@@ -257,27 +260,22 @@ class VideoDataset(Dataset[ClipItem]):
         self._first_info = self._first_info or info
         if abs(info.fps / self._first_info.fps - 1) > 0.01:  # 29.97 and 30 count as equal
             self._rates_differ = True
-            warnings.warn(
-                f"{self.root}: clips differ in frame rate ({info.path}: {info.fps:g}, {self._first_info.path}: "
-                f"{self._first_info.fps:g} frames per second): a window spans the same frames of each, not the same "
-                "time; pass fps to resample them to one rate",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            log.warning(
+                "%s: clips differ in frame rate (%s: %g, %s: %g frames per second): a window spans the same frames of "
+                "each, not the same time; pass fps to resample them to one rate",
+                self.root, info.path, info.fps, self._first_info.path, self._first_info.fps,
+            )  # fmt: skip
 
     def _read(self, index: int, epoch: int) -> ClipItem:
         """Draws the window of ``epoch`` and reads it, out of the cache or from the file."""
-        file, frames = self.files[index], self._infos[index].frames
-        start, numbers = self._window(index, epoch)
-        cached = self._cached(index, frames)
+        file = self.files[index]
+        start, numbers = self._draw_window(index, epoch)
+        cached = self._cached(index)
         if cached is not None:
             whole, decoder = cached
-            window = whole[numbers.tolist()]
+            window = whole[numbers]
         else:
-            # A frame that is repeated is decoded and resized once: images may be large.
-            different, places = np.unique(numbers, return_inverse=True)
-            clip = read_clip(file.source, different.tolist(), decoder=self._decoder_of(file), timeout=self.timeout)
-            window, decoder = resize_and_crop(torch.from_numpy(clip.frames), self.size)[places.tolist()], clip.decoder
+            window, decoder = self._decode(index, numbers)
         return {
             "video": window.permute(3, 0, 1, 2).contiguous(),  # [3, F, H, W]
             "label": file.label,
@@ -287,38 +285,47 @@ class VideoDataset(Dataset[ClipItem]):
             "decoder": decoder,
         }
 
-    def _window(self, index: int, epoch: int) -> tuple[int, np.ndarray]:
-        """The first frame of the window of ``epoch``, and the numbers of all its frames, int64 ``[F]``."""
+    def _draw_window(self, index: int, epoch: int) -> tuple[int, list[int]]:
+        """The first frame of the window of ``epoch``, and the numbers of all its frames."""
         if is_image(self.files[index].path):
-            return 0, np.zeros(self.frames, dtype=np.int64)
+            return 0, [0] * self.frames
         info = self._infos[index]
-        offsets = self.offsets(info.fps)
-        last_start = max(0, info.frames - int(offsets[-1]) - 1)
-        start = last_start // 2
+        starts = max(1, self.window.starts(info))
+        start = (starts - 1) // 2
         if self.train:
-            start = int(np.random.default_rng([self.seed, epoch, index]).integers(last_start + 1))
-        return start, (start + offsets) % info.frames  # short="loop" goes on from the first frame
+            start = int(np.random.default_rng([self.seed, epoch, index]).integers(starts))
+        return start, self.window.numbers(info, start)
 
-    def _decoder_of(self, file: VideoFile) -> Decoder:
-        """The decoder to ask for: decord reads no images, and asking it would log that for each of them."""
-        return "pyav" if self.decoder == "auto" and is_image(file.path) else self.decoder
+    def _decode(self, index: int, numbers: Sequence[int]) -> tuple[Tensor, str]:
+        """Frames of a clip at the output size, uint8 ``[F, H, W, 3]``, and their decoder."""
+        aspect = self._infos[index].pixel_aspect
 
-    def _cached(self, index: int, frames: int) -> tuple[Tensor, str] | None:
+        def resized(frame: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(resize_and_crop(torch.from_numpy(frame)[None], self.size, aspect)[0])
+
+        source = self.files[index].source
+        clip = read_clip(source, numbers, decoder=self.decoder, timeout=self.timeout, transform=resized)
+        if clip.doubt and clip.doubt not in self._doubts and _is_first_reader():
+            self._doubts.add(clip.doubt)
+            log.info("%s: PyAV reads clips with %s; the first is %s", self.root, clip.doubt, source)
+        return torch.from_numpy(clip.frames), clip.decoder
+
+    def _cached(self, index: int) -> tuple[Tensor, str] | None:
         """The clip from the cache, into which it is read first if it fits; else ``None``."""
         if (cached := self._cache.get(index)) is not None:
             return cached
+        frames = self._infos[index].frames
         if index in self._uncacheable or not self._cache.has_room(frames):
             return None
         try:
-            file = self.files[index]
-            return self._cache.read(index, file.source, frames, self._decoder_of(file), self.timeout)
+            self._cache.add(index, *self._decode(index, range(frames)))
         except _READ_ERRORS:
             self._uncacheable.add(index)
-            return None
+        return self._cache.get(index)
 
 
 def _is_first_reader() -> bool:
-    """Whether this process may warn of the whole set: of the loader's workers, which all see all of it, the first."""
+    """Whether this process may speak of the whole set: of the loader's workers, which all see all of it, the first."""
     worker = get_worker_info()
     return worker is None or worker.id == 0
 

@@ -1,53 +1,50 @@
-"""Reading videos with decord, or with PyAV where decord cannot, in a process of its own and under a timeout.
+"""Reading videos: every frame is the one that a sequential decode of the file gives, or the file is refused by name.
 
-**Which stream.** A container's best video stream as ffmpeg ranks them (PyAV's ``streams.best``). Decord may choose
-another one, so a file with more than one video stream is read with PyAV.
+**Which stream.** The one that the ``ffmpeg`` command takes by itself; the picture on an album's cover is no video.
 
-**Which frames.** Frame ``i`` is the i-th in order of presentation, counted from the packets that are in the file and
-not from what its header claims: a file that was cut off has the frames that are left. Both decoders give the same
-frames, since PyAV reads every file on which decord is unreliable: one whose frames decord counts differently, one whose
-frames are stored rotated (as phones do), and kinds in which decord seeks to wrong frames (B-frames other than H.264's
-in mp4 and Matroska, MPEG program and transport streams). Only the requested window is decoded, from the keyframe
-before it.
+**Which frames.** Frame ``i`` is the i-th that a decoder puts out which reads the file from its first packet to its
+end, whatever its header claims, and is shown upright, turned and mirrored as the file asks. The first sight of a file
+is such a decode; it is remembered, on disk too, and every later read is held against it (:mod:`hpdm.data.decoding`).
+Windows that touch damage are refused.
 
-**Hangs and crashes.** Each process that reads has a worker process that decodes, started at the first call. The worker
-is killed when it does not answer within the timeout; after a hang in decord PyAV reads the file, after a hang in PyAV
-an error names the file. A worker that dies is replaced and the request repeated once, since the operating system may
-have ended it; a second death counts as a failure of the decoder.
+**Which decoder.** decord where it is proven to give the same frames, PyAV elsewhere, which decodes from a keyframe
+before the window (:mod:`hpdm.data.decoding.with_decord` has the rule).
+
+**Hangs and crashes.** Each process that reads has one that decodes (:mod:`hpdm.data.decoder_process`), started at the
+first call. It is killed when nothing is heard of it for the timeout. After a hang in decord PyAV reads the file; after
+one in PyAV the read is tried again with more time, since a slow disk is no damage, and in the end
+:class:`StalledError` names the file.
 
 **Videos inside other files.** A :class:`Member` is read in place, and gives the same frames as a file of its own.
 """
 
 from __future__ import annotations
 
-import atexit
-import json
 import logging
 import os
-import select
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from hpdm.checks import check_choice
-from hpdm.data import _decode_worker
+from hpdm.data import decoder_process
 
 log = logging.getLogger(__name__)
 
 Decoder = Literal["auto", "decord", "pyav"]
 TIMEOUT_S = 30.0
-_START_TIMEOUT_S = 120.0  # enough for the imports on a busy machine with a slow disk
+_PATIENCE = (1, 2, 4)  # times the timeout, for each try
 
 
 class DecodeError(RuntimeError):
     """A file that cannot be read as a video; the message names it."""
+
+
+class StalledError(RuntimeError):
+    """No answer about a file, several times: it may be good, and its disk or the machine is stuck."""
 
 
 class Member(NamedTuple):
@@ -70,38 +67,42 @@ class VideoInfo:
     """What a video file contains."""
 
     path: str
-    frames: int  # that are in the file, whatever its header claims
-    height: int  # of an upright frame
+    frames: int  # that a sequential decode gives, whatever the header claims
+    height: int  # of an upright frame, in stored pixels
     width: int
-    fps: float  # average frames per second, 0 where the container gives none
+    fps: float  # frames per second, the real mean of the whole file; 0 where nothing tells it
     codec: str
     video_streams: int
     stream: int  # the container's index of the stream that is read
+    pixel_aspect: float = 1.0  # width of a pixel over its height, as an upright frame is shown
+    times: tuple[float, ...] | None = None  # seconds from the first frame to each; None where they are evenly spaced
 
 
 class DecodedClip(NamedTuple):
-    """Decoded frames and the decoder that gave them."""
+    """Decoded frames, the decoder that gave them, and why it was not decord."""
 
     frames: np.ndarray  # uint8 RGB [F, H, W, 3]
     decoder: Literal["decord", "pyav"]
+    doubt: str = ""  # why decord is not trusted with the file
 
 
 def probe(path: Source, *, timeout: float = TIMEOUT_S) -> VideoInfo:
-    """Describes a video file, from its packets and its first frame.
+    """Describes a video file; at first sight of it, decodes it from end to end.
 
     Args:
         path: the file, or a member of one.
-        timeout: seconds, > 0.
+        timeout: seconds without progress, > 0.
 
     Raises:
         FileNotFoundError: no such file.
-        DecodeError: not a video, damaged beyond opening, or no answer within the timeout.
+        DecodeError: not a video, or damaged beyond decoding.
+        StalledError: no answer within the timeout, nor within a longer one.
     """
-    name, place = _locate(path, timeout)
-    reply, _ = _worker.call({"op": "probe", **place}, timeout)
+    name, reply, _ = _ask(path, {"op": "probe"}, timeout)
     if reply["status"] != "ok":
         raise DecodeError(f"{name}: not a readable video: {reply['error']}")
-    return VideoInfo(path=name, **{key: value for key, value in reply.items() if key != "status"})
+    times = None if reply["times"] is None else tuple(reply["times"])
+    return VideoInfo(path=name, **{k: v for k, v in reply.items() if k != "status"} | {"times": times})
 
 
 def verify(path: Source, *, timeout: float = TIMEOUT_S) -> None:
@@ -109,14 +110,14 @@ def verify(path: Source, *, timeout: float = TIMEOUT_S) -> None:
 
     Args:
         path: the file, or a member of one.
-        timeout: seconds, > 0.
+        timeout: seconds without progress, > 0.
 
     Raises:
         FileNotFoundError: no such file.
-        DecodeError: not a video, a damaged one, or no answer within the timeout.
+        DecodeError: not a video, or a damaged one.
+        StalledError: no answer within the timeout, nor within a longer one.
     """
-    name, place = _locate(path, timeout)
-    reply, _ = _worker.call({"op": "verify", **place}, timeout)
+    name, reply, _ = _ask(path, {"op": "verify"}, timeout)
     if reply["status"] != "ok":
         raise DecodeError(f"{name}: damaged: {reply['error']}")
 
@@ -127,52 +128,81 @@ def read_clip(
     *,
     decoder: Decoder = "auto",
     timeout: float = TIMEOUT_S,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> DecodedClip:
     """Decodes the frames ``indices`` of a video.
 
     Args:
         path: the file, or a member of one.
         indices: frame numbers from 0, at least one, in any order, with or without repeats.
-        decoder: ``"auto"`` tries decord and then PyAV, and logs why; ``"decord"`` and ``"pyav"`` try that one alone.
-        timeout: seconds for each decoder, > 0.
+        decoder: ``"auto"`` takes decord where it is trusted, else PyAV; ``"decord"`` and ``"pyav"`` that one alone.
+        timeout: seconds without progress, > 0; doubled twice before a file counts as stalled.
+        transform: applied to each frame, uint8 ``[H, W, 3]``, as it arrives, so that a clip is never in memory at its
+            stored size. Every frame must give the same shape.
 
     Returns:
-        Frames uint8 RGB ``[len(indices), H, W, 3]`` and the decoder that was used.
+        Frames uint8 RGB ``[len(indices), H, W, 3]``, or what ``transform`` makes of them, and the decoder used.
 
     Raises:
         FileNotFoundError: no such file.
         IndexError: a frame that the video does not have.
         ValueError: no indices, an unknown decoder, a timeout that is not positive.
-        DecodeError: not a video, a damaged one, or no answer within the timeout.
+        DecodeError: not a video, or damaged in these frames.
+        StalledError: no answer within the timeout, nor within a longer one.
     """
-    name, place = _locate(path, timeout)
     check_choice("decoder", decoder, Decoder)
-    numbers = [int(i) for i in indices]
-    if not numbers:
+    wanted = [int(i) for i in indices]
+    if not wanted:
         raise ValueError("indices: got none, expected at least one frame number")
-    request = {"op": "read", **place, "indices": numbers}
-    decord_error = _decord_errors.get(name) if decoder == "auto" else None
-    if decoder != "pyav" and decord_error is None:
-        reply, frames = _worker.call({**request, "decoder": "decord"}, timeout)
-        if frames is not None:
-            return DecodedClip(frames, "decord")
-        if reply["status"] == "index":
-            raise IndexError(f"{name}: {reply['error']}")
-        if decoder == "decord":
-            raise DecodeError(f"{name}: {reply['error']}")
-        # Decord is not tried on this file again: a hang would cost the timeout every time.
-        decord_error = _decord_errors[name] = str(reply["error"])
-        log.info("%s: read with PyAV, not decord: %s", name, decord_error)
-    reply, frames = _worker.call({**request, "decoder": "pyav"}, timeout)
-    if frames is not None:
-        return DecodedClip(frames, "pyav")
+    numbers = sorted(set(wanted))
+    request = {"op": "read", "numbers": numbers, "decoder": decoder}
+    name, reply, frames = _ask(path, request, timeout, transform)
     if reply["status"] == "index":
         raise IndexError(f"{name}: {reply['error']}")
-    also = f" (decord: {decord_error})" if decord_error and decord_error != reply["error"] else ""
-    raise DecodeError(f"{name}: cannot be decoded: {reply['error']}{also}")
+    if reply["status"] != "ok":
+        raise DecodeError(f"{name}: cannot be decoded: {reply['error']}")
+    place = {number: at for at, number in enumerate(numbers)}
+    return DecodedClip(np.stack([frames[place[i]] for i in wanted]), reply["decoder"], reply["doubt"])
 
 
-_decord_errors: dict[str, str] = {}  # why decord cannot read a file, by its name
+_decord_fails: dict[str, str] = {}  # what happened to decord on a file, by the file's name: it is not tried again
+
+
+def _ask(
+    source: Source,
+    request: dict[str, Any],
+    timeout: float,
+    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> tuple[str, dict[str, Any], list[np.ndarray]]:
+    """The name of a file for messages, the answer to a request about it, and the frames that came with it.
+
+    Raises:
+        FileNotFoundError, StalledError, ValueError: as :func:`read_clip`.
+    """
+    name, place = _locate(source, timeout)
+    request = {**request, **place}
+    tries = list(_PATIENCE)
+    while True:
+        failure = _decord_fails.get(name, "")
+        if failure and request.get("decoder") == "auto":
+            request["decoder"] = "pyav"
+        reply, frames = decoder_process.process.call(request, timeout * tries[0], transform)
+        if reply["status"] not in ("stalled", "error") or "stage" not in reply:
+            if failure and "doubt" in reply:
+                reply["doubt"] = failure
+            return name, reply, frames
+        if reply["stage"] == "decord":
+            _decord_fails[name] = f"decord: {reply['error']}"
+            log.info("%s: read with PyAV from now on: decord: %s", name, reply["error"])
+            if request["decoder"] == "decord":
+                return name, {"status": "error", "error": f"decord: {reply['error']}"}, []
+        elif reply["status"] == "error":
+            return name, reply, frames
+        elif len(tries) == 1:
+            raise StalledError(f"{name}: {reply['error']}, after {len(_PATIENCE)} tries")
+        else:
+            log.warning("%s: %s; tried again with more time", name, reply["error"])
+            tries.pop(0)
 
 
 def _locate(source: Source, timeout: float) -> tuple[str, dict[str, Any]]:
@@ -187,121 +217,3 @@ def _locate(source: Source, timeout: float) -> tuple[str, dict[str, Any]]:
     if not isinstance(source, Member):
         return path, {"path": path}
     return f"{path}/{source.name}", {"path": path, "start": source.offset, "end": source.offset + source.size}
-
-
-class _Worker:
-    """The decoding process of this process: started at the first call, and replaced when it hangs or dies."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def call(self, request: dict[str, Any], timeout: float) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Sends a request; returns the reply and, for a clip, uint8 frames ``[F, H, W, 3]``.
-
-        A worker that hangs, or dies twice over the same request, gives a reply of status ``"error"``.
-        """
-        with self.lock:
-            for attempt in range(2):
-                try:
-                    if self.process is None or self.process.poll() is not None:
-                        self.start()
-                    _decode_worker.send(self._pipes()[0], {**request, "timeout": timeout})
-                    return self.receive(time.monotonic() + timeout)
-                except TimeoutError:
-                    self.stop()
-                    return {"status": "error", "error": f"no answer within {timeout:g} s, decoder stopped"}, None
-                except (EOFError, BrokenPipeError):
-                    died = f"the decoding process died (exit status {self.stop()})"
-                    if attempt == 0:
-                        log.warning("%s: %s; asked once more", request["path"], died)
-                except BaseException:
-                    self.stop()  # else the next call would read the reply of this one as its own
-                    raise
-            return {"status": "error", "error": died}, None
-
-    def start(self) -> None:
-        """Starts the process and waits until it is ready.
-
-        Raises:
-            RuntimeError: it did not start.
-        """
-        # -P keeps this package's folder out of sys.path, where its modules would hide others of the same name.
-        command = [sys.executable, "-P", _decode_worker.__file__]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
-        )
-        try:
-            reply, _ = self.receive(time.monotonic() + _START_TIMEOUT_S)
-        except (TimeoutError, EOFError) as error:
-            code = self.stop()
-            raise RuntimeError(f"the decoding process did not start (exit status {code}): {error}") from None
-        if reply["status"] != "ready":
-            self.stop()
-            raise RuntimeError(f"the decoding process did not start: {reply['error']}")
-
-    def receive(self, deadline: float) -> tuple[dict[str, Any], np.ndarray | None]:
-        """Reads one reply, with its frames if it announces any; raises as :meth:`read`."""
-        head = self.read(_decode_worker.LENGTH.size, deadline)
-        reply = json.loads(bytes(self.read(_decode_worker.LENGTH.unpack(head)[0], deadline)))
-        if "shape" not in reply:
-            return reply, None
-        shape = tuple(reply["shape"])
-        frames = np.frombuffer(self.read(int(np.prod(shape)), deadline), dtype=np.uint8).reshape(shape)
-        return reply, frames
-
-    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
-        """The worker's standard input and output."""
-        if self.process is None or self.process.stdin is None or self.process.stdout is None:
-            raise EOFError("the decoding process is not running")
-        return self.process.stdin, self.process.stdout
-
-    def read(self, size: int, deadline: float) -> bytearray:
-        """Reads ``size`` bytes.
-
-        Raises:
-            TimeoutError: they did not arrive by ``deadline``, a time of the monotonic clock in seconds.
-            EOFError: the worker ended.
-        """
-        pipe = self._pipes()[1].fileno()
-        data = bytearray(size)
-        view = memoryview(data)
-        done = 0
-        poller = select.poll()
-        poller.register(pipe, select.POLLIN)
-        while done < size:
-            left = deadline - time.monotonic()
-            if left <= 0 or not poller.poll(left * 1000):
-                raise TimeoutError
-            count = os.readv(pipe, [view[done:]])
-            if not count:
-                raise EOFError
-            done += count
-        return data
-
-    def stop(self) -> int | None:
-        """Kills the worker, if there is one, and returns its exit status."""
-        process, self.process = self.process, None
-        if process is None:
-            return None
-        process.kill()
-        code = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-        return code
-
-    def forget(self) -> None:
-        """For a forked child: closes its copies of the pipes, and leaves the worker to the parent."""
-        self.lock = threading.Lock()
-        process, self.process = self.process, None
-        if process is not None:
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
-            process.returncode = 0  # so that Popen does not wait for a process that is not this one's child
-
-
-_worker = _Worker()
-atexit.register(_worker.stop)
-os.register_at_fork(after_in_child=_worker.forget)

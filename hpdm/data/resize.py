@@ -6,23 +6,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def resize_and_crop(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes frames until they just cover ``size`` (antialiased bilinear, aspect ratio kept), then crops the center.
+def resize_and_crop(frames: Tensor, size: tuple[int, int], pixel_aspect: float = 1.0) -> Tensor:
+    """Resizes frames as a player shows them until they just cover ``size``, antialiased bilinear; crops the center.
 
     Args:
         frames: uint8 ``[F, H, W, C]``.
-        size: (height, width) of the result.
+        size: (height, width) of the result, in square pixels.
+        pixel_aspect: width of a pixel of ``frames`` over its height, > 0.
 
     Returns:
         uint8 ``[F, height, width, C]``; ``frames`` itself where the size is right already.
     """
-    height, width = frames.shape[1:3]
-    scale = max(size[0] / height, size[1] / width)
-    if scale != 1:
-        target = [max(size[0], round(height * scale)), max(size[1], round(width * scale))]
+    stored = height, width = frames.shape[1:3]
+    shown = width * pixel_aspect
+    scale = max(size[0] / height, size[1] / shown)
+    target = max(size[0], round(height * scale)), max(size[1], round(shown * scale))
+    if target != stored:
         planes = frames.permute(0, 3, 1, 2)  # [F, C, H, W]
         planes = F.interpolate(planes, target, mode="bilinear", align_corners=False, antialias=True)
         frames = planes.permute(0, 2, 3, 1)  # [F, *target, C]
-        height, width = target
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    top, left = (target[0] - size[0]) // 2, (target[1] - size[1]) // 2
     return frames[:, top : top + size[0], left : left + size[1]]

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from hpdm.data import _decode_worker, decode
-from hpdm.data.decode import DecodeError, probe, read_clip, verify
+from hpdm.data import decoder_process
+from hpdm.data.decode import DecodeError, StalledError, probe, read_clip, verify
+from hpdm.data.decoding import messages
+from hpdm.data.decoding.scan import scan
+from hpdm.data.decoding.with_pyav import Changed, Reader
 from hpdm.video import write_video
 
 
@@ -66,19 +69,52 @@ def test_window_is_exact_wherever_it_starts(tmp_path, decoder):
 
 def test_only_the_window_is_decoded(tmp_path):
     path = str(encode(tmp_path / "a.mp4", [numbered(60)], options=SHORT_GOP))
-    index = _decode_worker.build_index(path)
-    frames = _decode_worker._decode_window(path, index, [50, 51], seek=True)
-    assert sorted(frames) == [50, 51]
-    with av.open(path) as container:
-        before = [p.pts for p in container.demux(video=0) if p.is_keyframe and p.pts <= index.pts[50]]
-    assert index.pts[50] - max(before) < 6 * (index.pts[1] - index.pts[0]), (
-        "a keyframe is near, so few frames are decoded"
-    )
-    # A seek that does not land before the window is told apart from a frame that is missing.
-    index.keyframes = [(index.pts[0], index.pts[0]), (index.pts[50], index.pts[54])]
-    assert _decode_worker._decode_window(path, index, [50, 51], seek=True) is None
-    again = _decode_worker.read_pyav(path, index, [50, 51])
-    assert np.array_equal(again, np.stack([frames[50], frames[51]]))
+    found = scan(path)
+    assert [number for number, _ in found.entries] == list(range(0, 60, 6))
+    decoded = []
+    frames = list(Reader(path, found).read([50, 51], lambda: decoded.append(1)))
+    assert len(frames) == 2
+    assert len(decoded) <= 6, "the keyframe before is frame 48"
+    assert [number_of(frame, 60) for frame in frames] == [50, 51]
+
+
+def test_a_seek_that_lands_elsewhere_is_noticed_and_mended(tmp_path):
+    path = str(encode(tmp_path / "a.mp4", [numbered(60)], options=SHORT_GOP))
+    found = scan(path)
+    right = list(Reader(path, found).read([50, 51]))
+    late = found.entries[-1][1]
+    for wrong in ([(n, late) for n, _ in found.entries], [(n, found.entries[2][1]) for n, _ in found.entries]):
+        found.entries = wrong
+        reader = Reader(path, found)
+        for _ in range(2):
+            assert np.array_equal(list(reader.read([50, 51])), right)
+
+
+def test_frames_that_are_no_longer_those_of_the_scan_are_never_returned(tmp_path):
+    path = str(encode(tmp_path / "a.mp4", [numbered(20)], options=SHORT_GOP))
+    found = scan(path)
+    found.checksums[9] ^= 1
+    reader = Reader(path, found)
+    assert len(list(reader.read([7, 8]))) == 2
+    got = []
+    with pytest.raises(Changed):
+        got.extend(reader.read([8, 9, 10]))
+    assert len(got) <= 1
+
+
+def test_a_file_that_changed_behind_a_scan_is_scanned_again(tmp_path, worker):
+    path = encode(tmp_path / "a.mp4", [numbered(12)], options=SHORT_GOP)
+    read_clip(path, [0])
+    before, turned = path.stat(), numbered(12)[:, :, ::-1]
+    encode(path, [turned], options=SHORT_GOP)
+    data = path.read_bytes()
+    path.write_bytes(data[: before.st_size] + bytes(max(0, before.st_size - len(data))))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with av.open(str(path)) as container:
+        truth = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for decoder in ("pyav", "auto"):
+        assert np.array_equal(read_clip(path, range(6), decoder=decoder).frames, truth[:6])
 
 
 def test_decoders_agree_bit_for_bit(tmp_path, generator):
@@ -101,7 +137,7 @@ def test_probe_describes_the_file(tmp_path):
         ("a.mkv", "libsvtav1", "yuv420p", {"preset": "12", "svtav1-params": "lp=1"}),
     ],
 )
-def test_pyav_reads_what_decord_cannot_and_says_so(tmp_path, worker, caplog, name, codec, pix_fmt, options):
+def test_pyav_reads_what_decord_cannot_and_says_so(tmp_path, worker, name, codec, pix_fmt, options):
     try:
         av.codec.Codec(codec, "w")
     except av.codec.codec.UnknownCodecError:
@@ -109,11 +145,10 @@ def test_pyav_reads_what_decord_cannot_and_says_so(tmp_path, worker, caplog, nam
     path = encode(tmp_path / name, [numbered(8)], codec, pix_fmt, options)
     with pytest.raises(DecodeError, match="decord"):
         read_clip(path, [0], decoder="decord")
-    with caplog.at_level(logging.INFO, "hpdm.data.decode"):
-        clip = read_clip(path, [5, 6])
+    clip = read_clip(path, [5, 6])
     assert clip.decoder == "pyav"
     assert [number_of(frame, 8) for frame in clip.frames] == pytest.approx([5, 6], abs=1)
-    assert f"{path}: read with PyAV, not decord" in caplog.text
+    assert clip.doubt == f"{probe(path).codec} in {'gif' if name == 'a.gif' else 'matroska'}"
 
 
 @pytest.mark.parametrize("options", [{"g": "6", "bf": "2"}, {"g": "6", "bf": "0"}, {"g": "250", "bf": "2"}])
@@ -259,16 +294,19 @@ def test_damage_inside_is_found(tmp_path, generator):
     path.write_bytes(data)
     with pytest.raises(DecodeError, match=r"a\.mp4"):
         verify(path)
-    with pytest.raises(DecodeError, match=r"a\.mp4"):
-        read_clip(path, range(20), decoder="pyav")
+    left = probe(path).frames
+    assert left < 20
+    for decoder in ("pyav", "auto"):
+        with pytest.raises(DecodeError, match=r"a\.mp4: cannot be decoded: .* of \d+ (is damaged|cannot be decoded)"):
+            read_clip(path, range(left), decoder=decoder)
+        assert len(read_clip(path, range(4), decoder=decoder).frames) == 4
 
 
 def test_a_hang_in_decord_is_stopped_and_read_with_pyav(tmp_path, worker, caplog, patch_worker):
-    patch_worker("worker.read_decord = lambda *_: time.sleep(600)")
+    patch_worker("with_decord.read = lambda *_: time.sleep(600)")
     path = encode(tmp_path / "a.mp4", [numbered(4)])
     probe(path)
     first = worker.process
-    start = time.monotonic()
     with caplog.at_level(logging.INFO, "hpdm.data.decode"):
         clip = read_clip(path, [2], timeout=1)
     assert clip.decoder == "pyav"
@@ -281,20 +319,48 @@ def test_a_hang_in_decord_is_stopped_and_read_with_pyav(tmp_path, worker, caplog
 
 
 def test_a_hang_everywhere_names_the_file(tmp_path, worker, patch_worker):
-    patch_worker("worker.read_decord = worker.read_pyav = lambda *_: time.sleep(600)")
+    patch_worker("with_decord.read = with_pyav.Reader.read = lambda *_: time.sleep(600)")
     path = encode(tmp_path / "a.mp4", [numbered(4)])
-    with pytest.raises(DecodeError, match=r"a\.mp4: cannot be decoded: no answer within 0.5 s"):
+    with pytest.raises(StalledError, match=r"a\.mp4: no answer within 2 s, decoder stopped, after 3 tries"):
         read_clip(path, [2], timeout=0.5)
     assert worker.process is None
+
+
+def test_slow_work_is_no_hang(tmp_path, patch_worker):
+    patch_worker(
+        "real = scan.checksum\n"
+        "def slow(frame):\n    time.sleep(0.3)\n    return real(frame)\n"
+        "scan.checksum = with_pyav.checksum = slow"
+    )
+    path = encode(tmp_path / "a.mp4", [numbered(12)])
+    assert read_clip(path, range(12), decoder="pyav", timeout=1).frames.shape[0] == 12
+
+
+def test_a_read_that_stalls_once_is_tried_again(tmp_path, patch_worker, caplog):
+    once = tmp_path / "once"
+    patch_worker(
+        "real = with_pyav.Reader.read\n"
+        "def slow(*rest):\n"
+        f"    if not os.path.exists({str(once)!r}):\n"
+        f"        open({str(once)!r}, 'w').close()\n"
+        "        time.sleep(600)\n"
+        "    return real(*rest)\n"
+        "with_pyav.Reader.read = slow"
+    )
+    path = encode(tmp_path / "a.mp4", [numbered(4)])
+    with caplog.at_level(logging.WARNING, "hpdm.data.decode"):
+        assert number_of(read_clip(path, [3], decoder="pyav", timeout=1).frames[0], 4) == 3
+    assert "a.mp4: no answer within 1 s, decoder stopped; tried again with more time" in caplog.text
 
 
 def test_a_crash_names_the_file_and_the_next_call_works(tmp_path, patch_worker):
     good = encode(tmp_path / "good.mp4", [numbered(4)])
     bad = encode(tmp_path / "bad.mp4", [numbered(4)])
     body = (
-        "real = worker.read_pyav\n"
-        "def crash(path, *rest):\n    os.abort() if 'bad' in path else None\n    return real(path, *rest)\n"
-        "worker.read_decord = worker.read_pyav = crash"
+        "real = with_pyav.Reader.read\n"
+        "def crash(self, *rest):\n    os.abort() if 'bad' in self.url else None\n    return real(self, *rest)\n"
+        "with_pyav.Reader.read = crash\n"
+        "with_decord.why_not = lambda scan: 'a test'"
     )
     patch_worker(body)
     with pytest.raises(DecodeError, match=r"bad\.mp4: cannot be decoded: the decoding process died \(exit status -6\)"):
@@ -304,19 +370,19 @@ def test_a_crash_names_the_file_and_the_next_call_works(tmp_path, patch_worker):
 
 def test_a_worker_that_cannot_start_says_why(tmp_path, patch_worker):
     path = encode(tmp_path / "a.mp4", [numbered(2)])
-    patch_worker("def fail(): raise ImportError('no codec here')\nworker._quiet = fail")
+    patch_worker("def fail(): raise ImportError('no codec here')\nserver.quiet = fail")
     with pytest.raises(RuntimeError, match="did not start: ImportError: no codec here"):
         probe(path)
 
 
 def test_a_hung_worker_ends_without_its_parent(tmp_path, worker, patch_worker):
     """The parent may be killed while a decoder hangs; the alarm is what is left."""
-    patch_worker("worker._GRACE_S = 0; worker.read_pyav = lambda *_: time.sleep(600)")
+    patch_worker("server.GRACE_S = 0; with_pyav.Reader.read = lambda *_: time.sleep(600)")
     path = encode(tmp_path / "a.mp4", [numbered(2)])
     probe(path)
     process = worker.process
-    request = {"op": "read", "path": str(path), "indices": [0], "decoder": "pyav", "timeout": 1}
-    _decode_worker.send(process.stdin, request)
+    request = {"op": "read", "path": str(path), "numbers": [0], "decoder": "pyav", "timeout": 1}
+    messages.send(process.stdin, request)
     assert process.wait(timeout=20) == -signal.SIGALRM
 
 
@@ -324,7 +390,7 @@ def test_without_decord_everything_is_read_with_pyav(tmp_path, patch_worker):
     path = encode(tmp_path / "a.mp4", [numbered(4)])
     patch_worker("sys.modules['decord'] = None")
     assert read_clip(path, [1]).decoder == "pyav"
-    with pytest.raises(DecodeError, match=r"a\.mp4: decord cannot be imported"):
+    with pytest.raises(DecodeError, match=r"a\.mp4: cannot be decoded: decord does not .*: decord cannot be imported"):
         read_clip(path, [1], decoder="decord")
 
 
@@ -339,13 +405,13 @@ def test_relative_paths_follow_this_process(tmp_path, monkeypatch):
 def test_an_interrupt_leaves_no_stale_reply(tmp_path, worker, monkeypatch):
     path = encode(tmp_path / "a.mp4", [numbered(6)])
     read_clip(path, [0])
-    real = decode._Worker.receive
+    real = decoder_process.DecoderProcess.receive
 
     def interrupted(self, deadline):
-        monkeypatch.setattr(decode._Worker, "receive", real)
+        monkeypatch.setattr(decoder_process.DecoderProcess, "receive", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(decode._Worker, "receive", interrupted)
+    monkeypatch.setattr(decoder_process.DecoderProcess, "receive", interrupted)
     with pytest.raises(KeyboardInterrupt):
         read_clip(path, [1])
     assert number_of(read_clip(path, [4]).frames[0], 6) == 4

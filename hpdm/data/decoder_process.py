@@ -1,0 +1,179 @@
+"""The decoding process of this process: started at the first call, and replaced when it hangs or dies."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import json
+import logging
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from hpdm.data.decoding import messages
+
+log = logging.getLogger(__name__)
+
+COMMAND = [sys.executable, "-P", "-m", "hpdm.data.decoding"]
+_START_TIMEOUT_S = 120.0  # enough for the imports on a busy machine with a slow disk
+_PIPE_BYTES = 1 << 20  # holds several small frames, so that both processes seldom wait for each other
+
+Message = dict[str, Any]
+
+
+class DecoderProcess:
+    """A process that decodes, and the pipes to it; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stage = "start"  # what the process said last that it is doing
+
+    def call(
+        self, request: Message, timeout: float, transform: Callable[[np.ndarray], np.ndarray] | None = None
+    ) -> tuple[Message, list[np.ndarray]]:
+        """Sends a request; returns the message that ends the answer, and the frames.
+
+        An answer may take as long as it needs, as long as something is heard every ``timeout`` seconds. If nothing is,
+        the process is killed, and the status is ``"stalled"`` with the stage at which it stood. A process that dies is
+        replaced and asked once more, since the operating system may have ended it; a second death gives ``"error"``.
+
+        Args:
+            request: as :mod:`hpdm.data.decoding.server` describes it.
+            timeout: seconds.
+            transform: applied to each frame, uint8 ``[H, W, 3]``, as it arrives.
+        """
+        with self.lock:
+            for attempt in range(2):
+                self.stage = "start"
+                try:
+                    if self.process is None or self.process.poll() is not None:
+                        self.start()
+                    messages.send(self._pipes()[0], {**request, "timeout": timeout})
+                    return self.collect(timeout, transform)
+                except TimeoutError:
+                    self.stop()
+                    error = f"no answer within {timeout:g} s, decoder stopped"
+                    return {"status": "stalled", "stage": self.stage, "error": error}, []
+                except (EOFError, BrokenPipeError):
+                    died = f"the decoding process died (exit status {self.stop()})"
+                    if attempt == 0:
+                        log.warning("%s: %s; asked once more", request["path"], died)
+                except BaseException:
+                    self.stop()  # else the next call would read the reply of this one as its own
+                    raise
+            return {"status": "error", "stage": self.stage, "error": died}, []
+
+    def collect(
+        self, timeout: float, transform: Callable[[np.ndarray], np.ndarray] | None
+    ) -> tuple[Message, list[np.ndarray]]:
+        """Reads messages to the one that ends the answer; raises as :meth:`read`."""
+        frames: list[np.ndarray] = []
+        while True:
+            message, frame = self.receive(time.monotonic() + timeout)
+            if frame is not None:
+                frames.append(frame if transform is None else transform(frame))
+            elif message["status"] == "busy":
+                self.stage = message["stage"]
+            elif message["status"] == "restart":
+                frames = []
+            else:
+                return message, frames
+
+    def start(self) -> None:
+        """Starts the process and waits until it is ready.
+
+        Raises:
+            RuntimeError: it did not start.
+        """
+        # The package may be on this process's path alone. Without -P, so would be its working directory.
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
+        with suppress(AttributeError, OSError):  # Linux alone has it, and bounds it
+            fcntl.fcntl(self._pipes()[1], fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        try:
+            reply, _ = self.receive(time.monotonic() + _START_TIMEOUT_S)
+        except (TimeoutError, EOFError) as error:
+            code = self.stop()
+            raise RuntimeError(f"the decoding process did not start (exit status {code}): {error}") from None
+        if reply["status"] != "ready":
+            self.stop()
+            raise RuntimeError(f"the decoding process did not start: {reply['error']}")
+
+    def receive(self, deadline: float) -> tuple[Message, np.ndarray | None]:
+        """Reads one message, with its frame if it announces one; raises as :meth:`read`."""
+        head = self.read(messages.LENGTH.size, deadline)
+        reply = json.loads(bytes(self.read(messages.LENGTH.unpack(head)[0], deadline)))
+        if "shape" not in reply:
+            return reply, None
+        shape = tuple(reply["shape"])
+        frames = np.frombuffer(self.read(int(np.prod(shape)), deadline), dtype=np.uint8).reshape(shape)
+        return reply, frames
+
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        """The worker's standard input and output."""
+        if self.process is None or self.process.stdin is None or self.process.stdout is None:
+            raise EOFError("the decoding process is not running")
+        return self.process.stdin, self.process.stdout
+
+    def read(self, size: int, deadline: float) -> bytearray:
+        """Reads ``size`` bytes.
+
+        Raises:
+            TimeoutError: they did not arrive by ``deadline``, a time of the monotonic clock in seconds.
+            EOFError: the worker ended.
+        """
+        pipe = self._pipes()[1].fileno()
+        data = bytearray(size)
+        view = memoryview(data)
+        done = 0
+        poller = select.poll()
+        poller.register(pipe, select.POLLIN)
+        while done < size:
+            left = deadline - time.monotonic()
+            if left <= 0 or not poller.poll(left * 1000):
+                raise TimeoutError
+            count = os.readv(pipe, [view[done:]])
+            if not count:
+                raise EOFError
+            done += count
+        return data
+
+    def stop(self) -> int | None:
+        """Kills the worker, if there is one, and returns its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        process.kill()
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+        return code
+
+    def forget(self) -> None:
+        """For a forked child: closes its copies of the pipes, and leaves the worker to the parent."""
+        self.lock = threading.Lock()
+        process, self.process = self.process, None
+        if process is not None:
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+            process.returncode = 0  # so that Popen does not wait for a process that is not this one's child
+
+
+process = DecoderProcess()
+atexit.register(process.stop)
+os.register_at_fork(after_in_child=process.forget)

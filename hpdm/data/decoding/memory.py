@@ -1,0 +1,77 @@
+"""Scans kept on disk, so that a file is decoded from end to end once and not by every process of every run.
+
+A scan is a small JSON file in the user's cache folder, ``$HPDM_CACHE/scans`` or ``~/.cache/hpdm/scans``, named by what
+the scan depends on: the video's bytes (its length, three samples and the file's time of modification), the place of a
+member in its archive, and the versions of the decoder and of this format. Names do not count, so a set may move. Where
+the folder cannot be written, scans are kept in memory alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from hpdm.data.decoding.scan import Scan
+
+_VERSION = 1
+_SAMPLE = 1 << 16  # bytes at the start, in the middle and at the end
+
+
+def folder() -> Path:
+    """Where scans are kept."""
+    base = os.environ.get("HPDM_CACHE")
+    if base:
+        return Path(base) / "scans"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpdm" / "scans"
+
+
+def fingerprint(request: dict[str, Any]) -> str:
+    """A name for what a request's scan depends on.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    import av
+
+    with open(request["path"], "rb") as file:
+        stat = os.fstat(file.fileno())
+        start, end = request.get("start", 0), request.get("end", stat.st_size)
+        versions = [_VERSION, av.__version__, av.library_versions["libavcodec"], av.library_versions["libavformat"]]
+        digest = hashlib.sha256(json.dumps([*versions, stat.st_mtime_ns, end - start, "start" in request]).encode())
+        for at in (start, max(start, (start + end - _SAMPLE) // 2), max(start, end - _SAMPLE)):
+            file.seek(at)
+            digest.update(file.read(min(_SAMPLE, end - at)))
+    return digest.hexdigest()
+
+
+def load(name: str) -> Scan | None:
+    """The scan of that name; ``None`` where there is none, or none that is whole."""
+    try:
+        values = json.loads(_path(name).read_text(encoding="utf-8"))
+        scan = Scan(**{field.name: values[field.name] for field in fields(Scan)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    scan.entries = [(number, target) for number, target in scan.entries]
+    scan.gaps = [(first, last) for first, last in scan.gaps]
+    return scan if len(scan.pts) == len(scan.checksums) else None
+
+
+def save(name: str, scan: Scan) -> None:
+    """Keeps a scan, if the folder can be written."""
+    path = _path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(scan), separators=(",", ":")), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _path(name: str) -> Path:
+    return folder() / name[:2] / f"{name[2:]}.json"
