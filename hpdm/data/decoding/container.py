@@ -39,7 +39,8 @@ def open_video(url: str, number: int | None = None) -> Iterator[tuple[InputConta
     """
     import av
 
-    with av.open(url) as container:
+    # A name with %03d in it is a name, not the names of a sequence of images.
+    with av.open(url, options={"pattern_type": "none"}) as container:
         stream = container.streams.video[number] if number is not None else choose_stream(container)
         stream.codec_context.thread_count = 1
         yield container, stream
