@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -31,6 +31,7 @@ import numpy as np
 
 from hpdm.checks import check_choice
 from hpdm.data import decoder_process
+from hpdm.data.decoder_process import Transform
 
 log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ def read_clip(
     *,
     decoder: Decoder = "auto",
     timeout: float = TIMEOUT_S,
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,
+    transform: Transform | None = None,
 ) -> DecodedClip:
     """Decodes the frames ``indices`` of a video.
 
@@ -138,7 +139,7 @@ def read_clip(
         decoder: ``"auto"`` takes decord where it is trusted, else PyAV; ``"decord"`` and ``"pyav"`` that one alone.
         timeout: seconds without progress, > 0; doubled twice before a file counts as stalled.
         transform: applied to each frame, uint8 ``[H, W, 3]``, as it arrives, so that a clip is never in memory at its
-            stored size. Every frame must give the same shape.
+            stored size. Every frame must give the same shape. The frame's memory is used again for the next one.
 
     Returns:
         Frames uint8 RGB ``[len(indices), H, W, 3]``, or what ``transform`` makes of them, and the decoder used.
@@ -161,8 +162,11 @@ def read_clip(
         raise IndexError(f"{name}: {reply['error']}")
     if reply["status"] != "ok":
         raise DecodeError(f"{name}: cannot be decoded: {reply['error']}")
-    place = {number: at for at, number in enumerate(numbers)}
-    return DecodedClip(np.stack([frames[place[i]] for i in wanted]), reply["decoder"], reply["doubt"])
+    if frames is None:
+        raise RuntimeError(f"{name}: the decoding process sent no frames")
+    if wanted != numbers:
+        frames = frames[np.searchsorted(numbers, wanted)]
+    return DecodedClip(frames, reply["decoder"], reply["doubt"])
 
 
 _decord_fails: dict[str, str] = {}  # what happened to decord on a file, by the file's name: it is not tried again
@@ -172,9 +176,9 @@ def _ask(
     source: Source,
     request: dict[str, Any],
     timeout: float,
-    transform: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> tuple[str, dict[str, Any], list[np.ndarray]]:
-    """The name of a file for messages, the answer to a request about it, and the frames that came with it.
+    transform: Transform | None = None,
+) -> tuple[str, dict[str, Any], np.ndarray | None]:
+    """The name of a file for messages, the answer to a request about it, and the frames of it, ``[F, ...]``.
 
     Raises:
         FileNotFoundError, StalledError, ValueError: as :func:`read_clip`.
@@ -195,7 +199,7 @@ def _ask(
             _decord_fails[name] = f"decord: {reply['error']}"
             log.info("%s: read with PyAV from now on: decord: %s", name, reply["error"])
             if request["decoder"] == "decord":
-                return name, {"status": "error", "error": f"decord: {reply['error']}"}, []
+                return name, {"status": "error", "error": f"decord: {reply['error']}"}, None
         elif reply["status"] == "error":
             return name, reply, frames
         elif len(tries) == 1:

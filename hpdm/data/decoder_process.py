@@ -28,6 +28,45 @@ _START_TIMEOUT_S = 120.0  # enough for the imports on a busy machine with a slow
 _PIPE_BYTES = 1 << 20  # holds several small frames, so that both processes seldom wait for each other
 
 Message = dict[str, Any]
+Transform = Callable[[np.ndarray], np.ndarray]
+
+
+class _Clip:
+    """Frames that arrive one by one, in one array: every fresh array costs more than a copy.
+
+    Args:
+        count: of the frames.
+        transform: applied to each; ``None`` to keep it as it is.
+    """
+
+    def __init__(self, count: int, transform: Transform | None) -> None:
+        self.count, self.transform = count, transform
+        self.frames: np.ndarray | None = None
+        self.buffer: np.ndarray | None = None  # of one frame before it is transformed
+        self.done = 0
+
+    def restart(self) -> None:
+        """Forgets the frames that have arrived."""
+        self.frames, self.done = None, 0
+
+    def place(self, shape: list[int]) -> np.ndarray:
+        """Where to put the next frame, uint8 of that shape."""
+        if self.transform is not None:
+            if self.buffer is None or list(self.buffer.shape) != shape:
+                self.buffer = np.empty(shape, np.uint8)
+            return self.buffer
+        if self.frames is None:
+            self.frames = np.empty((self.count, *shape), np.uint8)
+        return self.frames[self.done]
+
+    def placed(self) -> None:
+        """Says that the next frame is in its place."""
+        if self.transform is not None and self.buffer is not None:
+            frame = self.transform(self.buffer)
+            if self.frames is None:
+                self.frames = np.empty((self.count, *frame.shape), frame.dtype)
+            self.frames[self.done] = frame
+        self.done += 1
 
 
 class DecoderProcess:
@@ -39,9 +78,9 @@ class DecoderProcess:
         self.stage = "start"  # what the process said last that it is doing
 
     def call(
-        self, request: Message, timeout: float, transform: Callable[[np.ndarray], np.ndarray] | None = None
-    ) -> tuple[Message, list[np.ndarray]]:
-        """Sends a request; returns the message that ends the answer, and the frames.
+        self, request: Message, timeout: float, transform: Transform | None = None
+    ) -> tuple[Message, np.ndarray | None]:
+        """Sends a request; returns the message that ends the answer, and the frames, ``[F, ...]``, if all have come.
 
         An answer may take as long as it needs, as long as something is heard every ``timeout`` seconds. If nothing is,
         the process is killed, and the status is ``"stalled"`` with the stage at which it stood. A process that dies is
@@ -52,6 +91,7 @@ class DecoderProcess:
             timeout: seconds.
             transform: applied to each frame, uint8 ``[H, W, 3]``, as it arrives.
         """
+        clip = _Clip(len(request.get("numbers", ())), transform)
         with self.lock:
             for attempt in range(2):
                 self.stage = "start"
@@ -59,11 +99,12 @@ class DecoderProcess:
                     if self.process is None or self.process.poll() is not None:
                         self.start()
                     messages.send(self._pipes()[0], {**request, "timeout": timeout})
-                    return self.collect(timeout, transform)
+                    clip.restart()
+                    return self.collect(timeout, clip), clip.frames
                 except TimeoutError:
                     self.stop()
                     error = f"no answer within {timeout:g} s, decoder stopped"
-                    return {"status": "stalled", "stage": self.stage, "error": error}, []
+                    return {"status": "stalled", "stage": self.stage, "error": error}, None
                 except (EOFError, BrokenPipeError):
                     died = f"the decoding process died (exit status {self.stop()})"
                     if attempt == 0:
@@ -71,23 +112,21 @@ class DecoderProcess:
                 except BaseException:
                     self.stop()  # else the next call would read the reply of this one as its own
                     raise
-            return {"status": "error", "stage": self.stage, "error": died}, []
+            return {"status": "error", "stage": self.stage, "error": died}, None
 
-    def collect(
-        self, timeout: float, transform: Callable[[np.ndarray], np.ndarray] | None
-    ) -> tuple[Message, list[np.ndarray]]:
-        """Reads messages to the one that ends the answer; raises as :meth:`read`."""
-        frames: list[np.ndarray] = []
+    def collect(self, timeout: float, clip: _Clip) -> Message:
+        """Reads messages to the one that ends the answer, and frames into ``clip``; raises as :meth:`read`."""
         while True:
-            message, frame = self.receive(time.monotonic() + timeout)
-            if frame is not None:
-                frames.append(frame if transform is None else transform(frame))
+            message = self.receive(time.monotonic() + timeout)
+            if message["status"] == "frame":
+                self.read(clip.place(message["shape"]), time.monotonic() + timeout)
+                clip.placed()
             elif message["status"] == "busy":
                 self.stage = message["stage"]
             elif message["status"] == "restart":
-                frames = []
+                clip.restart()
             else:
-                return message, frames
+                return message
 
     def start(self) -> None:
         """Starts the process and waits until it is ready.
@@ -104,7 +143,7 @@ class DecoderProcess:
         with suppress(AttributeError, OSError):  # Linux alone has it, and bounds it
             fcntl.fcntl(self._pipes()[1], fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         try:
-            reply, _ = self.receive(time.monotonic() + _START_TIMEOUT_S)
+            reply = self.receive(time.monotonic() + _START_TIMEOUT_S)
         except (TimeoutError, EOFError) as error:
             code = self.stop()
             raise RuntimeError(f"the decoding process did not start (exit status {code}): {error}") from None
@@ -112,15 +151,13 @@ class DecoderProcess:
             self.stop()
             raise RuntimeError(f"the decoding process did not start: {reply['error']}")
 
-    def receive(self, deadline: float) -> tuple[Message, np.ndarray | None]:
-        """Reads one message, with its frame if it announces one; raises as :meth:`read`."""
-        head = self.read(messages.LENGTH.size, deadline)
-        reply = json.loads(bytes(self.read(messages.LENGTH.unpack(head)[0], deadline)))
-        if "shape" not in reply:
-            return reply, None
-        shape = tuple(reply["shape"])
-        frames = np.frombuffer(self.read(int(np.prod(shape)), deadline), dtype=np.uint8).reshape(shape)
-        return reply, frames
+    def receive(self, deadline: float) -> Message:
+        """Reads one message, without the frame that may follow it; raises as :meth:`read`."""
+        head = bytearray(messages.LENGTH.size)
+        self.read(head, deadline)
+        body = bytearray(messages.LENGTH.unpack(head)[0])
+        self.read(body, deadline)
+        return json.loads(body)
 
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
         """The worker's standard input and output."""
@@ -128,28 +165,25 @@ class DecoderProcess:
             raise EOFError("the decoding process is not running")
         return self.process.stdin, self.process.stdout
 
-    def read(self, size: int, deadline: float) -> bytearray:
-        """Reads ``size`` bytes.
+    def read(self, into: bytearray | np.ndarray, deadline: float) -> None:
+        """Fills a contiguous buffer.
 
         Raises:
-            TimeoutError: they did not arrive by ``deadline``, a time of the monotonic clock in seconds.
-            EOFError: the worker ended.
+            TimeoutError: the bytes did not arrive by ``deadline``, a time of the monotonic clock in seconds.
+            EOFError: the process ended.
         """
         pipe = self._pipes()[1].fileno()
-        data = bytearray(size)
-        view = memoryview(data)
-        done = 0
+        view = (into.data if isinstance(into, np.ndarray) else memoryview(into)).cast("B")
         poller = select.poll()
         poller.register(pipe, select.POLLIN)
-        while done < size:
+        while view:
             left = deadline - time.monotonic()
             if left <= 0 or not poller.poll(left * 1000):
                 raise TimeoutError
-            count = os.readv(pipe, [view[done:]])
+            count = os.readv(pipe, [view])
             if not count:
                 raise EOFError
-            done += count
-        return data
+            view = view[count:]
 
     def stop(self) -> int | None:
         """Kills the worker, if there is one, and returns its exit status."""

@@ -43,7 +43,7 @@ class Window:
         wanted = times[start] + self._seconds()
         wanted = np.where(wanted > length - 0.5 / clip.fps, wanted % length, wanted)
         right = np.searchsorted(times, wanted).clip(1, len(times) - 1)
-        nearer = wanted - times[right - 1] < times[right] - wanted
+        nearer = wanted - times[right - 1] <= times[right] - wanted
         return (right - nearer).tolist()
 
     def too_short(self, clip: VideoInfo) -> str:

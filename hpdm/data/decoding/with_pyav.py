@@ -87,7 +87,7 @@ class Reader:
                 if number > numbers[wanted] or checksum(frame) != scan.checksums[number]:
                     return
                 size = {"width": scan.stored_width, "height": scan.stored_height}
-                yield scan.orientation.apply(converter.reformat(frame, format="rgb24", **size).to_ndarray())
+                yield scan.orientation.apply(_view(converter.reformat(frame, format="rgb24", **size)))
                 wanted += 1
                 if wanted == len(numbers):
                     return
@@ -109,3 +109,10 @@ class Reader:
                 if count is not None:
                     yield count, frame
                     count += 1
+
+
+def _view(frame: VideoFrame) -> np.ndarray:
+    """The pixels of an RGB frame in its own memory: uint8 ``[H, W, 3]``."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
+    return rows[: frame.height, : 3 * frame.width].reshape(frame.height, frame.width, 3)
