@@ -15,6 +15,8 @@ from hpdm import distributed, presets, runs, systems
 from hpdm.data.clips import Short, VideoDataset
 from hpdm.data.layout import Split, split_applies
 from hpdm.data.mixture import Mixture, parse_root
+from hpdm.data.summary import log_summary
+from hpdm.files import check_not_a_file
 from hpdm.recipe import Recipe
 from hpdm.runs import RunConfig
 from hpdm.system import System
@@ -59,6 +61,9 @@ def train(options: TrainOptions) -> nn.Module:
             if distributed.is_first():
                 values = job.options.as_json(job.recipe) | {"micro_batch": job.micro_batch}
                 runs.save_run_config(options.out, RunConfig(job.system, job.config, _class_names(job), values))
+        if distributed.is_first():
+            for part in job.dataset.sets:
+                log_summary(part.root, part.found)
         logger.info(
             "%s: %s parameters, %d clips, device %s, %d process(es)",
             options.preset, f"{sum(p.numel() for p in trainer.model.parameters()):,}", len(job.dataset), device,
@@ -83,6 +88,7 @@ def prepare(options: TrainOptions) -> Job:
     system = systems.of_preset(options.preset)
     recipe = options.recipe.applied_to(presets.recipe(options.preset))
     with distributed.raise_on_all_ranks():
+        check_not_a_file("out", options.out)
         options = _with_short_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)

@@ -13,9 +13,9 @@ from typing import IO
 
 from tqdm import tqdm
 
-from hpdm.data.layout import VideoFile
-from hpdm.data.shards import CLASSES_FILE
-from hpdm.files import atomic_folder, write_text
+from hpdm.data.found import VideoFile
+from hpdm.data.shard_labels import CLASSES_FILE
+from hpdm.files import atomic_folder, check_not_a_file, write_text
 
 
 def write_shards(
@@ -42,13 +42,14 @@ def write_shards(
 
     Raises:
         ValueError: ``clips_per_shard`` below 1, or two files of one key.
-        FileExistsError: ``out`` is not empty.
+        FileExistsError: ``out`` is a file, or is not empty.
         FileNotFoundError: the folder that is to hold ``out`` does not exist.
     """
     if clips_per_shard < 1:
         raise ValueError(f"clips_per_shard: got {clips_per_shard}, expected >= 1")
     out, root = Path(out), Path(root)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_not_a_file("out", out)
+    if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"out: {out} is not empty; choose another folder")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"out: folder {out.absolute().parent} does not exist")

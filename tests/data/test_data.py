@@ -389,7 +389,7 @@ def test_bad_split_files_name_the_line(synthetic, tmp_path):
         (f"{good}\nv_RedDisc_g01_c01\n", ValueError, r"trainlist01\.txt:2: got 'v_Red.*', expected 'Class/clip\.avi'"),
         ("path,label\n", ValueError, r"trainlist01\.txt:1: got 'path,label', expected 'Class/clip\.avi' or"),
         ("RedDisc/a.avi RedDisc\n", ValueError, r"trainlist01\.txt:1: got .* expected 'Class/clip\.avi' or"),
-        ("RedDisc/a b.avi 1\n", ValueError, r"trainlist01\.txt:1: got .* expected 'Class/clip\.avi' or"),
+        ("RedDisc/a b.avi 1\n", FileNotFoundError, r"trainlist01\.txt:1: .*RedDisc/a b\.avi does not exist"),
     ]:
         (root / "ucfTrainTestlist/trainlist01.txt").write_text(text)
         with pytest.raises(error, match=match):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import tarfile
 
 import numpy as np
@@ -95,12 +94,16 @@ def test_names_that_look_like_patterns_are_names(tmp_path):
     assert found == {name: pytest.approx(40 * number, abs=2) for number, name in enumerate(names)}
 
 
-def test_images_beside_videos_are_left_out_and_counted(images, tmp_path, caplog):
+def left_out(data):
+    return {reason.reason: reason.count for reason in data.found.left_out}
+
+
+def test_images_beside_videos_are_left_out_and_counted(images, tmp_path):
+    assert left_out(VideoDataset(images, frames=4, size=8)) == {}
     write_video(images / "clip.mp4", torch.zeros(3, 4, 16, 16, dtype=torch.uint8))
-    with caplog.at_level(logging.INFO, "hpdm"):
-        data = VideoDataset(images, frames=4, size=8)
+    data = VideoDataset(images, frames=4, size=8)
     assert [file.path.rpartition("/")[2] for file in data.files] == ["clip.mp4"]
-    assert "5 images beside the videos are not used" in caplog.text
+    assert left_out(data) == {"images beside videos": 5}
     # Thumbnails in a folder of their own are no class.
     sorted_set = tmp_path / "sorted"
     for folder in ("Archery", "thumbnails"):
@@ -157,7 +160,7 @@ def test_shards_of_images(tmp_path):
         assert data[1]["caption"] == "picture 2"
 
 
-def test_images_beside_videos_in_shards_are_left_out(tmp_path, caplog):
+def test_images_beside_videos_in_shards_are_left_out(tmp_path):
     write_video(tmp_path / "x.mp4", torch.zeros(3, 4, 16, 16, dtype=torch.uint8))
     (tmp_path / "shards").mkdir()
     with tarfile.open(tmp_path / "shards" / "0.tar", "w") as tar:
@@ -165,18 +168,23 @@ def test_images_beside_videos_in_shards_are_left_out(tmp_path, caplog):
         add(tar, "1.png", png(1))
     with tarfile.open(tmp_path / "shards" / "1.tar", "w") as tar:
         add(tar, "2.png", png(2))
-    with caplog.at_level(logging.INFO, "hpdm"):
-        data = VideoDataset(tmp_path / "shards", frames=2, size=8)
+    data = VideoDataset(tmp_path / "shards", frames=2, size=8)
     assert [file.path.rpartition("/")[2] for file in data.files] == ["1.mp4"]
-    assert "1 images" in caplog.text
+    assert left_out(data) == {"images beside videos": 1}
 
 
-def test_two_images_of_one_key_are_refused(tmp_path):
+def test_two_images_of_one_key_are_no_clip(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         add(tar, "1.png", png(1))
         add(tar, "1.jpg", png(2))
-    with pytest.raises(ValueError, match=r"0\.tar.*'1\.jpg' is the second image of its key, expected one"):
+    with pytest.raises(ValueError, match=r"0\.tar: no videos in it, .*, or images, one of each key \(\.bmp"):
         VideoDataset(tmp_path, frames=2, size=8)
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        add(tar, "2.png", png(90))
+        for name in ("3.png", "3.jpg"):
+            add(tar, name, png(1))
+    data = VideoDataset(tmp_path / "1.tar", frames=2, size=8)
+    assert (len(data), left_out(data)) == (1, {"members that belong to no video": 2})
 
 
 def test_packing_and_inspecting_images(images, tmp_path, capsys):
