@@ -91,28 +91,26 @@ class MixedOrder:
         # As decimal fractions: exact, so that counts are right after any number of clips.
         left = [(number, Fraction(str(weight))) for number, weight in enumerate(weights)]
         left.sort(key=lambda item: -item[1])  # stable: of equal weights the first set comes first
-        self._parts = [(n, weight / sum(w for _, w in left[i:])) for i, (n, weight) in enumerate(left)]
+        parts = [(n, weight / sum(w for _, w in left[i:])) for i, (n, weight) in enumerate(left)]
+        self._parts = [(n, part.numerator, part.denominator) for n, part in parts]  # integers are faster
 
     def keys(self, number: int) -> list[ClipKey]:
         """The clips of batch ``number``, counted from 0."""
-        first = number * self.batch
-        return [self._key(first + i) for i in range(self.batch)]
+        first, keys = number * self.batch, []
+        before = self.counts(first)
+        for position in range(first, first + self.batch):
+            after = self.counts(position + 1)
+            taken = next(place for place, count in enumerate(after) if count > before[place])
+            clip, epoch = self.orders[taken].key(before[taken])
+            keys.append(ClipKey(self.firsts[taken] + clip, epoch))
+            before = after
+        return keys
 
     def counts(self, positions: int) -> list[int]:
         """How many of the first ``positions`` positions take from each set."""
         counts, left = [0] * len(self.orders), positions
-        for number, part in self._parts:
-            counts[number] = _rounded(left, part)
+        for number, numerator, denominator in self._parts:
+            # floor(left * numerator / denominator + 1/2), exactly
+            counts[number] = (2 * left * numerator + denominator) // (2 * denominator)
             left -= counts[number]
         return counts
-
-    def _key(self, position: int) -> ClipKey:
-        before, after = self.counts(position), self.counts(position + 1)
-        number = next(i for i, (first, last) in enumerate(zip(before, after)) if last > first)
-        clip, epoch = self.orders[number].key(before[number])
-        return ClipKey(self.firsts[number] + clip, epoch)
-
-
-def _rounded(count: int, part: Fraction) -> int:
-    """``floor(count * part + 1/2)``, exactly."""
-    return (2 * count * part.numerator + part.denominator) // (2 * part.denominator)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from hpdm import distributed
 from hpdm.data.clips import VideoDataset
@@ -187,6 +188,22 @@ def test_classes_must_be_the_same_ones(tmp_path):
         Mixture([one, other], [1, 1])
     with pytest.raises(ValueError, match=r"^data: class 2 of .*more is C, expected none as in .*one;"):
         Mixture([one, more], [1, 1])
+
+
+def test_a_set_may_lack_folders_of_classes_that_its_index_names(tmp_path):
+    for name, folders in (("videos", "AB"), ("images", "B")):
+        for folder in folders:
+            (tmp_path / name / folder).mkdir(parents=True)
+    for path in ("videos/A/x.mp4", "videos/B/x.mp4"):
+        write_video(tmp_path / path, torch.zeros(3, 4, 16, 16, dtype=torch.uint8))
+    Image.new("RGB", (16, 16)).save(tmp_path / "images" / "B" / "x.png")
+    videos, images = tmp_path / "videos", tmp_path / "images"
+    with pytest.raises(ValueError, match=r"class 0 of .*images is B, expected A as in .*videos"):
+        Mixture([VideoDataset(root, frames=4, size=8) for root in (videos, images)], [1, 1])
+    (images / "classInd.txt").write_text("1 A\n2 B\n")
+    mixture = Mixture([VideoDataset(root, frames=4, size=8) for root in (videos, images)], [1, 1])
+    assert mixture.class_names == ["A", "B"]
+    assert [mixture[number]["label"] for number in range(3)] == [0, 1, 1]
 
 
 def test_a_weight_is_a_number_behind_a_colon(tmp_path, monkeypatch):
