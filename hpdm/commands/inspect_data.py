@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from hpdm.checks import at_least
 from hpdm.data.clips import Short
-from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, Source, VideoInfo, probe, read_clip, verify
+from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, Source, StalledError, VideoInfo, probe, read_clip, verify
 from hpdm.data.finding import survey
 from hpdm.data.found import EMPTY, Found, VideoFile
 from hpdm.data.shards import find_shards
 from hpdm.data.suffixes import is_image
+from hpdm.data.windows import Window
 from hpdm.printable import printable
 
 _MOST_RATES = 6
@@ -72,7 +73,7 @@ class Inspect:
         unused = tally.print_summary(len(found.files), len(found.class_names))
         unused |= _print_left_out(self.path, found)
         if not self.full:
-            print("damage inside of files, and damage that a codec conceals, is found with --full only")
+            print("damage that a codec conceals is found with --full only")
         return 1 if unused else 0
 
     def _examine(self, file: VideoFile) -> _Verdict:
@@ -81,34 +82,41 @@ class Inspect:
         try:
             info = probe(source, timeout=self.timeout)
             step = "not decodable"
-            # The ends as well: a file may be cut off, or lack what decoding its first frames takes.
-            numbers = sorted({0, info.frames // 2, info.frames - 1})
-            clip = read_clip(source, numbers, decoder=self.decoder, timeout=self.timeout)
+            if info.damage:  # the frame in the middle may be the damaged one
+                decoder, doubt = "pyav", "damage"
+            else:
+                clip = read_clip(source, [info.frames // 2], decoder=self.decoder, timeout=self.timeout)
+                decoder, doubt = clip.decoder, clip.doubt
             step = "damaged"
             if self.full:
                 verify(source, timeout=self.timeout)
-        except (DecodeError, FileNotFoundError) as error:
+        except (DecodeError, StalledError, FileNotFoundError, IndexError) as error:
             reason = str(error).removeprefix(os.path.abspath(str(source))).lstrip(": ")
+            if isinstance(error, StalledError):
+                return _Verdict(f"would end training: {reason}", "stalled", problem="without an answer")
             return _Verdict(f"would be skipped: {reason}", "skipped", problem=step)
         streams = f", stream {info.stream}, one of {info.video_streams} with video" if info.video_streams > 1 else ""
-        line = f"{info.frames} frames {info.width}x{info.height} {info.fps:g} fps {info.codec}, {clip.decoder}{streams}"
+        aspect = f" (pixels {info.pixel_aspect:.4g} times as wide as high)" if info.pixel_aspect != 1 else ""
+        reader = f"{decoder}, not decord for {doubt}" if doubt else decoder
+        rate = f"{info.fps:g} fps" if info.times is None else f"{info.fps:g} fps on average"
+        line = f"{info.frames} frames {info.width}x{info.height}{aspect} {rate} {info.codec}, {reader}{streams}"
         outcome, problem, consequence = self._judge(info, file)
-        return _Verdict(line, outcome or f"read with {clip.decoder}", problem, consequence, info)
+        return _Verdict(line, outcome or f"read with {decoder}", problem, consequence, info, doubt)
 
     def _judge(self, info: VideoInfo, file: VideoFile) -> tuple[str, str, str]:
         """Outcome, problem and consequence for a file that can be read; all empty where training would use it."""
+        window = Window(self.frames, self.stride, self.fps)
+        if is_image(file.path):
+            window = Window(1, 1, None)  # its one frame fills any window
+        if window.fps is not None and not info.fps:
+            return "skipped", "without a frame rate", "would be skipped: no frame rate, which --fps needs"
+        if self.short != "loop" and not window.starts(info):
+            outcome, end = ("skipped", "be skipped") if self.short == "skip" else ("too short", "end training")
+            return outcome, "shorter than a window", f"would {end}: {window.too_short(info)}"
+        if info.damage:
+            return "partly damaged", "damaged", f"windows there would be skipped: {info.damage}"
         if self.captions and not file.caption:
             return "without a caption", "without a caption", "would be refused by training with captions: it has none"
-        if is_image(file.path):
-            return "", "", ""
-        if self.fps is not None and not info.fps:
-            return "skipped", "without a frame rate", "would be skipped: no frame rate, which --fps needs"
-        rate = 1.0 if self.fps is None else info.fps / self.fps
-        span = math.floor((self.frames - 1) * self.stride * rate + 0.5) + 1
-        if info.frames < span and self.short == "skip":
-            return "skipped", "shorter than a window", f"would be skipped: a window spans {span} frames"
-        if info.frames < span and self.short == "error":
-            return "too short", "shorter than a window", f"would end training: a window spans {span} frames"
         return "", "", ""
 
 
@@ -121,6 +129,7 @@ class _Verdict:
     problem: str = ""  # for the counts of problems; empty where training would use the file
     consequence: str = ""
     info: VideoInfo | None = None
+    doubt: str = ""  # why decord did not read it
 
     def text(self) -> str:
         return f"{self.line}; {self.consequence}" if self.consequence else self.line
@@ -134,11 +143,14 @@ class _Tally:
     problems: Counter[str] = field(default_factory=Counter)
     codecs: Counter[str] = field(default_factory=Counter)
     rates: Counter[str] = field(default_factory=Counter)
+    doubts: Counter[str] = field(default_factory=Counter)
 
     def add(self, verdict: _Verdict) -> None:
         self.outcomes[verdict.outcome] += 1
         if verdict.problem:
             self.problems[verdict.problem] += 1
+        if verdict.doubt:
+            self.doubts[verdict.doubt] += 1
         if verdict.info is not None:
             self.codecs[verdict.info.codec] += 1
             self.rates[f"{verdict.info.fps:.4g}" if verdict.info.fps else "unknown"] += 1
@@ -148,7 +160,11 @@ class _Tally:
         of_classes = f" of {classes} classes" if classes else ""
         outcomes = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
         print(f"{files} files{of_classes}: {outcomes}")
-        for title, counts in (("codecs", self.codecs), ("frame rates", self.rates), ("problems", self.problems)):
+        counters = {
+            "codecs": self.codecs, "frame rates": self.rates, "not read with decord for": self.doubts,
+            "problems": self.problems,
+        }  # fmt: skip
+        for title, counts in counters.items():
             if counts:
                 print(f"{title}: {_most_common(counts.most_common())}")
         return bool(self.problems)

@@ -57,16 +57,19 @@ class VideoDataset(Dataset[ClipItem]):
 
     Four layouts, told apart by what the folder holds:
 
-    - class folders, ``root/Class/clip.avi``: labels follow ``classInd.txt`` where there is one, else the sorted names;
+    - class folders, ``root/Class/clip.avi``, with clips at any depth below them: labels follow ``classInd.txt`` where
+      there is one, else the sorted names;
     - the same with UCF-101's official split files (``trainlist01.txt``, ``testlist01.txt``, ``classInd.txt``, in
       ``root``, in ``root/ucfTrainTestlist`` or beside ``root``), when ``split`` or ``split_file`` is given; a listed
-      clip may have another video suffix on disk, as transcoded copies do;
+      clip may have another video suffix on disk, as transcoded copies do, and another case;
     - a flat folder of videos: no classes, every label is 0 and ``class_names`` is empty;
     - tar shards in webdataset's layout (:mod:`hpdm.data.shards`): ``root`` is their folder, one ``.tar``, or a pattern
       such as ``data/shard-{000000..000009}.tar`` or ``data/*.tar``. They have no ``split``.
 
     A set without any video may hold images (:mod:`hpdm.data.suffixes`). An image is a clip of one frame, and its window
     is that frame, repeated; ``stride``, ``fps`` and ``short`` do not apply to it.
+
+    What a set holds besides is left out, and ``found`` says what and why (:class:`hpdm.data.found.Found`).
 
     A clip or window that turns out damaged is replaced by the next good clip in the order of files, and the log names
     it. Damage that a codec conceals is not noticed here: ``hpdm data inspect --full`` finds it. A clip that does not

@@ -2,7 +2,7 @@
 
 import shutil
 
-import av
+import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
@@ -10,7 +10,7 @@ from tqdm import tqdm
 from hpdm.commands import inspect_data
 from hpdm.commands.inspect_data import Inspect
 from hpdm.data.clips import VideoDataset
-from hpdm.data.decode import VideoInfo
+from hpdm.data.decode import DecodedClip, DecodeError, StalledError, VideoInfo
 from hpdm.data.found import VideoFile
 from hpdm.video import write_video
 
@@ -48,7 +48,8 @@ def test_everything_that_training_would_not_use(folder, capsys):
     assert status == 1
     assert lines[0] == f"{folder}/A/long.mp4  A  20 frames 32x32 8 fps h264, decord"
     assert lines[1] == (
-        f"{folder}/B/short.mp4  B  8 frames 32x32 16 fps h264, decord; would be skipped: a window spans 9 frames"
+        f"{folder}/B/short.mp4  B  8 frames 32x32 16 fps h264, decord; would be skipped: got 8 frames, "
+        "expected >= 9 (frames=9, stride=1)"
     )
     assert lines[2].startswith(f"{folder}/B/text.mp4  B  would be skipped: not a readable video")
     assert lines[3:] == [
@@ -60,7 +61,7 @@ def test_everything_that_training_would_not_use(folder, capsys):
         "  A/empty.mp4",
         "left out, files ending in .flv: 1",
         "  B/strip.flv",
-        "damage inside of files, and damage that a codec conceals, is found with --full only",
+        "damage that a codec conceals is found with --full only",
     ]
 
 
@@ -79,19 +80,29 @@ def test_an_empty_file_alone_is_a_problem(folder, capsys):
     assert inspect(folder, capsys)[0] == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*clips differ in frame rate")
 @pytest.mark.parametrize("frames", [1, 4, 8, 9, 20, 21])
 @pytest.mark.parametrize(("stride", "fps"), [(1, None), (2, None), (1, 4.0), (1, 32.0), (3, 7.5)])
 def test_short_clips_are_those_that_training_cannot_use(videos, capsys, frames, stride, fps):
     _, lines = inspect(videos, capsys, frames=frames, stride=stride, fps=fps, short="skip", quiet=True)
     data = VideoDataset(videos, frames=frames, stride=stride, fps=fps, size=8, short="skip")
-    unused = [name for i, name in enumerate(("long", "short")) if data._examine(i) is not None]
-    assert [line.split("/")[-1].split(".")[0] for line in lines if "a window spans" in line] == unused
+
+    def is_used(number, name):
+        try:
+            return data[number]["path"].endswith(f"{name}.mp4")
+        except DecodeError:
+            return False  # neither clip can be used
+
+    unused = [name for number, name in enumerate(("long", "short")) if not is_used(number, name)]
+    assert [line.split("/")[-1].split(".")[0] for line in lines if "would be skipped: got" in line] == unused
 
 
 @pytest.mark.parametrize(
     ("short", "status", "text"),
-    [("error", 1, "would end training: a window spans 9 frames"), ("skip", 1, "would be skipped"), ("loop", 0, "")],
+    [
+        ("error", 1, "would end training: got 8 frames, expected >= 9 (frames=9, stride=1)"),
+        ("skip", 1, "would be skipped"),
+        ("loop", 0, ""),
+    ],
 )
 def test_what_happens_to_a_short_clip(videos, capsys, short, status, text):
     got, lines = inspect(videos / "short.mp4", capsys, frames=9, short=short)
@@ -110,6 +121,35 @@ def test_a_clip_without_a_frame_rate_cannot_be_resampled(videos, capsys, monkeyp
     assert inspect(videos / "short.mp4", capsys)[0] == 0
 
 
+def test_why_decord_does_not_read_a_file(videos, capsys, monkeypatch):
+    info = VideoInfo("x", 8, 32, 24, 11.2, "vp9", 1, 0, pixel_aspect=1.5, times=tuple(i / 10 for i in range(8)))
+    frames = np.zeros((3, 32, 24, 3), np.uint8)
+    monkeypatch.setattr(inspect_data, "probe", lambda source, timeout: info)
+    monkeypatch.setattr(inspect_data, "read_clip", lambda *_, **__: DecodedClip(frames, "pyav", "vp9 in webm"))
+    status, lines = inspect(videos / "short.mp4", capsys)
+    assert (status, lines) == (
+        0,
+        [
+            f"{videos}/short.mp4  8 frames 24x32 (pixels 1.5 times as wide as high) 11.2 fps on average vp9, pyav, not "
+            "decord for vp9 in webm",
+            "1 files: 1 read with pyav",
+            "codecs: vp9 (1)",
+            "frame rates: 11.2 (1)",
+            "not read with decord for: vp9 in webm (1)",
+            "damage that a codec conceals is found with --full only",
+        ],
+    )
+
+
+def test_a_file_that_does_not_answer_ends_training(videos, capsys, monkeypatch):
+    def probe(source, timeout):
+        raise StalledError(f"{source}: no answer")
+
+    monkeypatch.setattr(inspect_data, "probe", probe)
+    status, lines = inspect(videos / "short.mp4", capsys)
+    assert (status, lines[:2]) == (1, [f"{videos}/short.mp4  would end training: no answer", "1 files: 1 stalled"])
+
+
 def test_captions(folder, capsys):
     for path in (folder / "B/text.mp4", folder / "B/strip.flv", folder / "A/empty.mp4"):
         path.unlink()
@@ -124,25 +164,22 @@ def test_captions(folder, capsys):
     assert lines[-3:-1] == ["left out, lines of captions.jsonl that match no clip: 1", "  captions.jsonl:2 'typo.mp4'"]
 
 
-def test_damage_between_the_frames_that_are_looked_at_is_found_with_full(tmp_path, capsys, generator):
-    path = tmp_path / "a.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10, options={"g": "1"})
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-        for picture in torch.randint(0, 256, (40, 64, 64, 3), generator=generator, dtype=torch.uint8).numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
-        container.mux(stream.encode(None))
-    data = bytearray(path.read_bytes())
-    begin, end = data.index(b"mdat"), data.index(b"moov")
-    quarter = begin + (end - begin) // 4  # in frame 10; frames 0, 20 and 39 are looked at
-    data[quarter : quarter + 1000] = bytes(1000)
-    path.write_bytes(data)
+def test_damage_inside_of_a_file_is_found_with_full(videos, capsys, monkeypatch):
+    path, verified = videos / "long.mp4", []
+
+    def verify(source, timeout):
+        verified.append(source)
+        raise DecodeError(f"{path}: damaged: frame 5 of 20 is damaged")
+
+    monkeypatch.setattr(inspect_data, "verify", verify)
     status, lines = inspect(path, capsys)
-    assert (status, lines[-1]) == (
-        0, "damage inside of files, and damage that a codec conceals, is found with --full only",
-    )  # fmt: skip
+    assert (status, verified) == (0, [])
+    assert lines[-1] == "damage that a codec conceals is found with --full only"
     status, lines = inspect(path, capsys, full=True)
-    assert (status, "would be skipped: damaged" in lines[0], "--full" in lines[-1]) == (1, True, False)
+    assert (status, verified) == (1, [str(path)])
+    assert lines == [
+        f"{path}  would be skipped: damaged: frame 5 of 20 is damaged", "1 files: 1 skipped", "problems: damaged (1)",
+    ]  # fmt: skip
 
 
 def test_names_do_not_reach_the_terminal_raw(tmp_path, videos, capsys):

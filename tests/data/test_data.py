@@ -448,7 +448,7 @@ def test_commands(tmp_path, capsys):
     assert "6 frames 32x16 16 fps h264, decord" in out
     assert "2 files of 1 classes: 2 read with decord" in out
     assert Inspect(root, frames=4, stride=2).run() == 1
-    assert "would be skipped: a window spans 7 frames" in capsys.readouterr().out
+    assert "would be skipped: got 6 frames, expected >= 7 (frames=4, stride=2)" in capsys.readouterr().out
     (root / "RedDisc" / "bad.mp4").write_text("no video")
     assert Inspect(root).run() == 1
     assert "1 skipped" in capsys.readouterr().out
