@@ -62,8 +62,7 @@ def train(options: TrainOptions) -> nn.Module:
                 values = job.options.as_json(job.recipe) | {"micro_batch": job.micro_batch}
                 runs.save_run_config(options.out, RunConfig(job.system, job.config, _class_names(job), values))
         if distributed.is_first():
-            for part in job.dataset.sets:
-                log_summary(part.root, part.found)
+            _describe(job.dataset)
         logger.info(
             "%s: %s parameters, %d clips, device %s, %d process(es)",
             options.preset, f"{sum(p.numel() for p in trainer.model.parameters()):,}", len(job.dataset), device,
@@ -106,6 +105,14 @@ def prepare(options: TrainOptions) -> Job:
             job = dataclasses.replace(job, micro_batch=_check_resumable(job))
     distributed.assert_same_on_all_ranks("out: checkpoints", [path.name for path in checkpoints])
     return job
+
+
+def _describe(clips: Mixture) -> None:
+    """Logs what each set holds and leaves out, and the shares of several sets."""
+    for part, weight in zip(clips.sets, clips.weights):
+        log_summary(part.root, part.found)
+        if len(clips.sets) > 1:
+            logger.info("%s: gives %.4g %% of all clips", part.root, 100 * weight / sum(clips.weights))
 
 
 def _with_short_of_run(options: TrainOptions) -> TrainOptions:

@@ -70,6 +70,17 @@ def test_videos_and_images_train_together_and_resume_bit_for_bit(clips, images, 
     assert len(losses(tmp_path / "whole")) == 6
 
 
+def test_the_log_tells_the_share_of_each_set(clips, images, saved_run, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "hpdm"):
+        train(options(clips, tmp_path, data=[clips, f"{images}:0.25"], steps=1))
+        assert f"{clips}: gives 80 % of all clips" in caplog.text
+        assert f"{images}: gives 20 % of all clips" in caplog.text
+        assert f"{images}: 4 clips of 2 classes, 2 of each" in caplog.text
+        caplog.clear()
+        train(options(clips, shutil.copytree(saved_run, tmp_path / "one")))
+    assert "of all clips" not in caplog.text
+
+
 def test_a_batch_of_a_mixed_run_holds_stills_in_their_share(clips, images, tmp_path):
     job = prepare(options(clips, tmp_path, data=[clips, f"{images}:0.5"], batch=6))
     trainer = training.Trainer(job, torch.device("cpu"))
