@@ -81,6 +81,8 @@ class TrainOptions:
     """"auto" takes CUDA when there is one."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str | os.PathLike):
+            raise TypeError(f"data: got {self.data!r}, expected a tuple of folders; train_options() takes one as it is")
         if not self.data:
             raise ValueError("data: got none, expected --data with a folder of videos or shards")
         at_least(self.recipe, 1, "steps", "batch")

@@ -18,7 +18,7 @@ from hpdm.data.layout import VideoFile
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.training import short_clips
 from hpdm.training.batches import collate
-from hpdm.training.options import train_options
+from hpdm.training.options import TrainOptions, train_options
 from hpdm.video import write_video
 from tests.processes import run_ranks
 from tests.small import train_options as options
@@ -147,6 +147,8 @@ def test_sets_of_other_classes_train_by_their_captions_alone(clips, tmp_path):
 def test_no_data_are_named():
     with pytest.raises(ValueError, match=r"^data: got none, expected --data with"):
         train_options(data=(), out="x")
+    with pytest.raises(TypeError, match=r"^data: got 'clips', expected a tuple of folders"):
+        TrainOptions(data="clips", out="x")
 
 
 # ---- short clips ----
