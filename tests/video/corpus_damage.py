@@ -134,6 +134,7 @@ def _sizes() -> list[Case]:
         ("sizes-change-h264.ts", "ts", _CLOSED),
         ("sizes-change-mpeg2.ts", "ts", mpeg2(2)),
         ("sizes-change-vp8.webm", "webm", vp8),
+        ("sizes-change-vp9.webm", "webm", replace(vp8, codec="libvpx-vp9")),
         ("sizes-change-mjpeg.avi", "avi", mjpeg),
     ]
     return [

@@ -77,15 +77,20 @@ def _insert(every: int, content: Callable[[bytes], bytes]) -> Callable[[list[Chu
     return change
 
 
-def _without_bytes(path: Path) -> None:
+def _without_bytes(video: Video) -> Callable[[Path], None]:
     """AVI with empty chunks, where a recorder dropped frames."""
     filler = b"\x7f" * 24
-    write_chunks(path, _xvid(0), _insert(4, lambda _: filler)(encode(_xvid(0))[0]))
-    empty_chunks(path, filler)
+
+    def make(path: Path) -> None:
+        write_chunks(path, video, _insert(4, lambda _: filler)(encode(video)[0]))
+        empty_chunks(path, filler)
+
+    return make
 
 
 def _mpeg4() -> list[Case]:
     in_order = claims.shows(range(40))
+    plain = Video("libx264", options={"x264-params": "keyint=12:min-keyint=12:bframes=2:scenecut=0"}, gop=None)
     cases = [
         encoded(f"mpeg4-{b}b.{suffix}", "MPEG-4", mpeg4(b), *([claims.b_vops] if b else []))
         for suffix in ("avi", "mp4", "mkv", "mov", "ts", "mpg")
@@ -100,7 +105,9 @@ def _mpeg4() -> list[Case]:
         encoded("mpeg4-xvid.avi", "MPEG-4", _xvid(2), claims.b_vops),
         # Recorders of a fixed rate repeat a frame by an empty picture, or by a packet of one byte.
         surgical("mpeg4-repeats.avi", "MPEG-4", _xvid(0), _insert(3, empty_vop), claims.empty_vops, in_order),
-        Case("mpeg4-no-bytes.avi", "MPEG-4", _without_bytes, (in_order,), encoders=("mpeg4",)),
+        Case("mpeg4-no-bytes.avi", "MPEG-4", _without_bytes(_xvid(0)), (in_order,), encoders=("mpeg4",)),
+        Case("mpeg4-2b-no-bytes.avi", "MPEG-4", _without_bytes(_xvid(2)), (in_order,), encoders=("mpeg4",)),
+        Case("h264-no-bytes.avi", "H.264 closed-gop", _without_bytes(plain), (in_order,), encoders=("libx264",)),
         surgical("mpeg4-no-content.avi", "MPEG-4", _xvid(0), _insert(4, lambda _: b"\x7f"), in_order),
     ]
     return cases
