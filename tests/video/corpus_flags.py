@@ -11,9 +11,8 @@ import av
 import numpy as np
 
 from tests.video import claims
-from tests.video.cases import Case, encoded
+from tests.video.cases import DAMAGED, Case, encoded
 from tests.video.claims import nal_units
-from tests.video.corpus_damage import DAMAGED
 from tests.video.corpus_h264 import h264
 from tests.video.corpus_mpeg import mpeg2, mpeg4, surgical
 from tests.video.encoding import Chunk, Video, encoded_beside, remux, write
