@@ -70,7 +70,7 @@ def reencode(source: Source, path: str | os.PathLike[str], side: int, *, timeout
     with av.open(os.fspath(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(info.fps).limit_denominator(100_000) or 1)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = _X264
+        stream.options = dict(_X264)
         stream.codec_context.time_base = base
         for image, tick in zip(_frames(source, info, (height, width), timeout), ticks, strict=True):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
