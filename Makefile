@@ -13,10 +13,10 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv bench test test-aot lint format types check-python gpu clean
+.PHONY: help venv bench test test-aot test-video lint format types check-python gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(READY)  ## set up .venv
 
@@ -43,6 +43,10 @@ test: lint types  ## style, types and all tests
 # `make test` compiles a random sample of the kernels and checks that the table of all of them is of today's code.
 test-aot: $(READY)  ## compile every kernel ahead of time, for three GPUs, in a quarter of an hour
 	HPDM_AOT=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_aot.py -n $(WORKERS) $(ARGS)
+
+# `make test` reads the hardest files of the corpus and a random draw of the others.
+test-video: $(READY)  ## read every file of the video corpus, each frame and each window against a sequential decode
+	HPDM_VIDEO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/video -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

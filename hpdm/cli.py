@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import hpdm
+from hpdm.printable import PrintableFormatter, printable
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C or SIGTERM, by the convention of shells."""
@@ -76,7 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         got = repr(word) if word else "no command"
         print(f"{usage()}\n\nhpdm: error: got {got}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(MISUSED)
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     sys.exit(_reporting_errors(lambda: _run(word, word_arguments)))
 
 
@@ -99,7 +102,7 @@ def _reporting_errors(command: Callable[[], int]) -> int:
     except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
         if os.environ.get("HPDM_DEBUG") == "1":
             raise
-        print(f"hpdm: error: {error}", file=sys.stderr)
+        print(printable(f"hpdm: error: {error}", keep="\n\t"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return INTERRUPTED

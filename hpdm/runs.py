@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hpdm import systems
-from hpdm.files import atomic_path, read_json, write_json
+from hpdm.data.class_names import check_class_name
+from hpdm.files import atomic_path, make_folder, read_json, write_json
 from hpdm.system import System
 from hpdm.training.checkpoint import (
     FORMAT,
@@ -69,7 +70,7 @@ class Run(NamedTuple):
 
 def save_run_config(run: Path, run_config: RunConfig) -> None:
     """Writes ``config.json`` into the folder ``run``, which is made if it is not there."""
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder("out", run)
     write_json(run / "config.json", {"format": FORMAT, **_to_json(run_config)})
 
 
@@ -78,14 +79,14 @@ def load_run_config(run: Path) -> RunConfig:
 
     Raises:
         FileNotFoundError: no run there.
-        ValueError: a damaged config, or one of a newer version.
+        ValueError: a damaged config, one of a newer version, or one with a class name that is not safe.
     """
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"run: {run} has no config.json, expected the folder that `hpdm train --out` wrote")
     values = read_json(path)
     check_format(run, values)
-    return _from_json(values)
+    return _from_json(values, path)
 
 
 def load(
@@ -149,7 +150,7 @@ def _load_exported(path: Path, kernels: str, device: torch.device | str, weights
     check_format(path, header)
     if header["weights"] != weights:
         raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
-    run_config = _from_json(header)
+    run_config = _from_json(header, path)
     model = run_config.system.build(run_config.config, kernels)
     model.load_state_dict(load_file(path))
     return _loaded_run(model, run_config, int(header["step"]), device)
@@ -165,7 +166,11 @@ def _to_json(run_config: RunConfig) -> dict[str, Any]:
     return {"system": system.name, "model": config.to_dict(), "classes": classes, "training": dict(training)}
 
 
-def _from_json(values: Mapping[str, Any]) -> RunConfig:
+def _from_json(values: Mapping[str, Any], path: Path) -> RunConfig:
     system = systems.get(values.get("system", FIRST_SYSTEM))
     config = system.config_from_dict(values["model"])
-    return RunConfig(system, config, list(values["classes"]), dict(values["training"]))
+    if not isinstance(values["classes"], list):
+        raise ValueError(f"{path}: classes: got {type(values['classes']).__name__}, expected a list of names")
+    # They become parts of file names, and the file may be a stranger's.
+    classes = [check_class_name(name, f"{path}: class {label}") for label, name in enumerate(values["classes"])]
+    return RunConfig(system, config, classes, dict(values["training"]))

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpdm.checks import check_choice
-from hpdm.files import atomic_path, write_text
+from hpdm.files import atomic_path, make_folder, read_text, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class EmbeddingStore:
             ValueError: the folder has embeddings of another encoder, width, length or precision.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder("out", folder)
         if not (folder / "index.json").exists():
             write_text(folder / "index.json", json.dumps({"format": FORMAT, **asdict(info)}, indent=2) + "\n")
         store = cls(folder)
@@ -345,10 +345,7 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"prompts: {path} is not a file")
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts: {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise ValueError(f"prompts: {path} has no lines, expected one prompt a line")
     return prompts

@@ -8,7 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hpdm.checks import at_least
-from hpdm.data.clips import find_clips
+from hpdm.data.finding import survey
+from hpdm.data.summary import log_summary
 from hpdm.distributed import pick_device
 from hpdm.text import MAX_LENGTH, EmbeddingStore, Precision, TextEncoder, embed_captions, read_prompts
 
@@ -45,7 +46,9 @@ class Embed:
         """Encodes the captions and returns the exit status."""
         captions = read_prompts(self.prompts) if self.prompts is not None else []
         if self.data is not None:
-            captions += [clip.caption for clip in find_clips(self.data, captions=True)[1] if clip.caption]
+            found = survey(self.data, captions=True)
+            log_summary(self.data, found)
+            captions += [clip.caption for clip in found.files if clip.caption]
             if not captions:
                 raise ValueError(f"data: {self.data} has no captions")
         encoder = TextEncoder(

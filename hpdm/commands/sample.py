@@ -21,8 +21,10 @@ from hpdm import distributed, runs
 from hpdm.checks import at_least
 from hpdm.commands import unfinished
 from hpdm.commands.common import Kernels, Weights, clips_of_run
+from hpdm.commands.output_names import check_outputs
 from hpdm.commands.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
 from hpdm.data.layout import Split
+from hpdm.files import check_not_a_file, make_folder
 from hpdm.runs import Run
 from hpdm.sampling import AXES, Sampler, SamplerOptions
 from hpdm.text import normalize_caption, read_prompts
@@ -102,14 +104,19 @@ def sample(options: SampleOptions) -> list[Path]:
     interruption, resumes with the first part that was not finished.
 
     Raises:
+        FileExistsError: ``out`` is a file.
         FileNotFoundError: no run, or no checkpoint in it.
         ImportError, OSError: the text encoder cannot be loaded.
         ValueError: an unknown class, a prompt without embedding, or an option out of range.
     """
     started = time.perf_counter()
+    check_not_a_file("out", options.out)
     with distributed.process_group(distributed.pick_device(options.device)) as device:
         loaded = runs.load(options.run_folder, kernels=options.kernels, device=device, weights=options.weights)
         subjects = find_subjects(options, loaded, device)
+        # Checked with the longest ending that a file may get.
+        stems = [_stem(subject, options.seed + n) for n, subject in enumerate(subjects)]
+        check_outputs(options.out, [f"{stem}_overlap_fhw_level99.mp4" for stem in stems])
         outputs = _Outputs(options, loaded, real_clips(options, loaded, subjects))
         strategies = OVERLAPS if options.compare_overlap else (options.sampler.overlap,)
         samplers = {
@@ -117,7 +124,7 @@ def sample(options: SampleOptions) -> list[Path]:
             for overlap in strategies
         }
         if distributed.is_first():
-            options.out.mkdir(parents=True, exist_ok=True)
+            make_folder("out", options.out)
             _announce(options, loaded, samplers, len(subjects))
         for first in range(0, len(subjects), options.batch):
             batch = subjects[first : first + options.batch]
@@ -222,6 +229,10 @@ def _sample_batch(
     return parts
 
 
+def _stem(subject: Subject, seed: int) -> str:
+    return f"{subject.stem}_seed{seed}"
+
+
 class _Outputs:
     """Writes the files of one call of the command, on rank 0."""
 
@@ -243,7 +254,7 @@ class _Outputs:
                 self.sheet.append(self.real[first + row])
                 self.captions.append(f"{subject.caption}, real")
             for overlap, videos in parts.items():
-                self._write_video(f"{subject.stem}_seed{seed}", overlap, [part[row] for part in videos])
+                self._write_video(_stem(subject, seed), overlap, [part[row] for part in videos])
                 self.captions.append(subject.caption + self._note(overlap))
                 self.seams.setdefault(overlap, []).append(samplers[overlap].seams(videos[-1][row]))
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from hpdm import distributed, presets, runs, systems
 from hpdm.data.clips import VideoDataset
+from hpdm.data.summary import log_summary
+from hpdm.files import check_not_a_file
 from hpdm.recipe import Recipe
 from hpdm.runs import RunConfig
 from hpdm.system import System
@@ -57,6 +59,8 @@ def train(options: TrainOptions) -> nn.Module:
             if distributed.is_first():
                 values = options.as_json(job.recipe) | {"micro_batch": job.micro_batch}
                 runs.save_run_config(options.out, RunConfig(job.system, job.config, _class_names(job), values))
+        if distributed.is_first():
+            log_summary(options.data, job.dataset.found)
         logger.info(
             "%s: %s parameters, %d clips, device %s, %d process(es)",
             options.preset, f"{sum(p.numel() for p in trainer.model.parameters()):,}", len(job.dataset), device,
@@ -81,6 +85,7 @@ def prepare(options: TrainOptions) -> Job:
     system = systems.of_preset(options.preset)
     recipe = options.recipe.applied_to(presets.recipe(options.preset))
     with distributed.raise_on_all_ranks():
+        check_not_a_file("out", options.out)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
         dataset = _open_clips(options, config.resolution, captions=embeddings is not None)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -20,19 +19,13 @@ from torch.utils.data import Dataset, get_worker_info
 
 from hpdm.checks import at_least, check_choice
 from hpdm.data.cache import ClipCache
+from hpdm.data.captions import check_captions
 from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, VideoInfo, probe, read_clip
-from hpdm.data.layout import (
-    Split,
-    VideoFile,
-    add_captions,
-    check_captions,
-    find_split_file,
-    find_videos,
-    has_videos,
-)
+from hpdm.data.finding import find_clips as find_clips
+from hpdm.data.finding import survey
+from hpdm.data.layout import Split
 from hpdm.data.order import ClipKey
 from hpdm.data.resize import resize_and_crop
-from hpdm.data.shards import find_shards, read_shards
 from hpdm.data.windows import Window
 
 log = logging.getLogger(__name__)
@@ -63,13 +56,16 @@ class VideoDataset(Dataset[ClipItem]):
 
     Four layouts, told apart by what the folder holds:
 
-    - class folders, ``root/Class/clip.avi``: labels follow ``classInd.txt`` where there is one, else the sorted names;
+    - class folders, ``root/Class/clip.avi``, with clips at any depth below them: labels follow ``classInd.txt`` where
+      there is one, else the sorted names;
     - the same with UCF-101's official split files (``trainlist01.txt``, ``testlist01.txt``, ``classInd.txt``, in
       ``root``, in ``root/ucfTrainTestlist`` or beside ``root``), when ``split`` or ``split_file`` is given; a listed
-      clip may have another video suffix on disk, as transcoded copies do;
+      clip may have another video suffix on disk, as transcoded copies do, and another case;
     - a flat folder of videos: no classes, every label is 0 and ``class_names`` is empty;
     - tar shards in webdataset's layout (:mod:`hpdm.data.shards`): ``root`` is their folder, one ``.tar``, or a pattern
       such as ``data/shard-{000000..000009}.tar`` or ``data/*.tar``. They have no ``split``.
+
+    What a set holds besides is left out, and ``found`` says what and why (:class:`hpdm.data.found.Found`).
 
     A clip or window that turns out damaged is replaced by the next good clip in the order of files, and the log names
     it. Damage that a codec conceals is not noticed here: ``hpdm data inspect --full`` finds it. A clip that does not
@@ -146,9 +142,8 @@ class VideoDataset(Dataset[ClipItem]):
         check_choice("decoder", decoder, Decoder)
         if split is not None and split_file is not None:
             raise ValueError("split_file: got both split and split_file, expected one of them")
-        self.class_names, self.files = find_clips(
-            root, split=split, fold=fold, split_file=split_file, captions=captions
-        )
+        self.found = survey(root, split=split, fold=fold, split_file=split_file, captions=captions)
+        self.class_names, self.files = self.found.class_names, self.found.files
         if captions:
             check_captions(root, self.files)
         self.window = Window(frames, stride, fps)
@@ -288,27 +283,3 @@ class VideoDataset(Dataset[ClipItem]):
         except _READ_ERRORS:
             self._uncacheable.add(index)
         return self._cache.get(index)
-
-
-def find_clips(
-    root: str | os.PathLike[str],
-    *,
-    split: Split | None = None,
-    fold: int = 1,
-    split_file: str | os.PathLike[str] | None = None,
-    captions: bool = False,
-) -> tuple[list[str], list[VideoFile]]:
-    """Class names (empty for none) and clips of a folder or of shards; arguments and errors as :class:`VideoDataset`.
-
-    With ``captions``, a clip without one has the caption ``""``; else all captions are ``""``.
-    """
-    shards = find_shards(root)
-    if shards is None:
-        names, files = find_videos(root, find_split_file(Path(root), split, fold) if split is not None else split_file)
-        return names, add_captions(root, files) if captions else files
-    if split is not None or split_file is not None:
-        raise ValueError(f"split: got one for shards ({root}), which have none; name its shards, as in 'train-*.tar'")
-    if Path(root).is_dir() and has_videos(root):
-        raise ValueError(f"root: {root} holds videos beside shards ({shards[0].name}), expected one")
-    names, files = read_shards(shards)
-    return names, files if captions else [replace(file, caption="") for file in files]

@@ -77,6 +77,7 @@ class VideoInfo:
     stream: int  # the container's index of the stream that is read
     pixel_aspect: float = 1.0  # width of a pixel over its height, as an upright frame is shown
     times: tuple[float, ...] | None = None  # seconds from the first frame to each; None where they are evenly spaced
+    damage: str = ""  # which frames cannot be read; windows that hold them are skipped
 
 
 class DecodedClip(NamedTuple):

@@ -1,39 +1,53 @@
-"""From a folder of videos to a list of files with labels and captions.
+"""From a folder of videos to a list of files with labels.
 
-The folder may hold class folders, with or without UCF-101's split files, or be flat; captions are in text files beside
-the clips or in one file for all.
+The folder may hold class folders, with or without UCF-101's split files, or be flat. Captions are in
+:mod:`hpdm.data.captions`, lists of classes and clips in :mod:`hpdm.data.split_lists`.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpdm.data.decode import Member
+from hpdm.data.class_names import ClassIndex, check_class_name
+from hpdm.data.found import EMPTY, Found, Report, VideoFile
+from hpdm.data.split_lists import ClassFolder, read_class_index, read_split
 
 Split = Literal["train", "test"]
 """A side of UCF-101's official splits."""
 SUFFIXES = frozenset((".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"))
 SPLIT_FOLDER = "ucfTrainTestlist"
-CAPTIONS_FILE = "captions.jsonl"
+# Files beside the clips that are not meant as clips, and so are no news when they are left out.
+_SIDE_SUFFIXES = frozenset((".csv", ".json", ".jsonl", ".md", ".txt"))
+# Folders of these names hold whole sets, whose folders are the classes.
+_PARTS = frozenset(("dev", "eval", "test", "testing", "train", "training", "val", "valid", "validation"))
 
 
 @dataclass(frozen=True, slots=True)
-class VideoFile:
-    """A clip of a set: its source, its label (0 where there are no classes) and its caption (``""`` for none)."""
+class Tree:
+    """The videos below a folder, sorted: those directly in it, and those of each class folder."""
 
-    source: str | Member
-    label: int
-    caption: str = ""
+    root: Path
+    flat: list[Path]
+    folders: dict[str, list[Path]]
+    """A class whose videos are all empty has an empty list."""
+    empty: frozenset[Path]
+    """Videos without a single byte, which are not among the others."""
 
-    @property
-    def path(self) -> str:
-        """The source as text, for messages: the file, or the shard and the member."""
-        return str(self.source)
+    def videos(self) -> Iterator[Path]:
+        """All videos, those without a byte last."""
+        yield from self.flat
+        for paths in self.folders.values():
+            yield from paths
+        yield from sorted(self.empty)
+
+    def names(self) -> set[str]:
+        """The path of every video relative to the root, with slashes."""
+        return {path.relative_to(self.root).as_posix() for path in self.videos()}
 
 
 def find_videos(
@@ -45,123 +59,182 @@ def find_videos(
         FileNotFoundError: no such folder, split file or listed clip.
         ValueError: no videos, videos both beside and inside class folders, a class that the set does not have.
     """
-    root = Path(root)
+    report = Report()
+    found = find_in_tree(read_tree(Path(root), report), split_file, report)
+    return found.class_names, found.files
+
+
+def read_tree(root: Path, report: Report, ignore: Set[Path] = frozenset()) -> Tree:
+    """The videos of a folder: directly in it, and at any depth below the folders in it.
+
+    Args:
+        root: the folder.
+        report: receives what is left out.
+        ignore: files that are something else, and are not left out.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root} is not a folder")
-    flat, folders = _videos_in(root), _class_folders(root)
+    walk = _Walk(report, ignore)
+    flat, folders = walk.scan(root)
+    by_class: dict[str, list[Path]] = {}
+    for folder in folders:
+        # A link may lead back to the root or to a folder above itself.
+        seen, waiting, videos, empty_before = {_identity(root)}, [folder], list[Path](), len(walk.empty)
+        while waiting:
+            current = waiting.pop()
+            if _identity(current) in seen:
+                report.leave_out("folders that were read already, under another name", current)
+                continue
+            seen.add(_identity(current))
+            direct, deeper = walk.scan(current)
+            videos += direct
+            waiting += reversed(deeper)
+        if videos or len(walk.empty) > empty_before:
+            by_class[folder.name] = sorted(videos, key=lambda path: path.parts)
+        elif not _holds_lists(folder):
+            report.leave_out("folders without videos", folder)
+    return Tree(root, flat, by_class, frozenset(walk.empty))
+
+
+class _Walk:
+    """Sorts the entries of folders into videos, folders, and what is left out."""
+
+    def __init__(self, report: Report, ignore: Set[Path]) -> None:
+        self.report, self.ignore = report, ignore
+        self.empty: set[Path] = set()
+
+    def scan(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """The videos and the folders directly in ``folder``, both sorted."""
+        videos, folders = [], []
+        with os.scandir(folder) as entries:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+        for entry in ordered:
+            path, kind = folder / entry.name, _kind(entry)
+            if kind == "folder" and entry.name.startswith("."):
+                self.report.leave_out("hidden folders", path)
+            elif kind == "folder":
+                folders.append(path)
+            elif path not in self.ignore and self._is_video(path, entry, kind):
+                videos.append(path)
+        return videos, folders
+
+    def _is_video(self, path: Path, entry: os.DirEntry[str], kind: str) -> bool:
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
+            if suffix not in _SIDE_SUFFIXES and not entry.name.startswith(".") and kind == "file":
+                self.report.leave_out(_name_of(suffix), path)
+        elif kind != "file":
+            self.report.leave_out("links that lead nowhere, and special files", path)
+        elif entry.name.startswith("."):
+            # A file being written, or one that a desktop environment left.
+            self.report.leave_out("hidden files", path)
+        elif entry.stat().st_size == 0:
+            self.report.leave_out(EMPTY, path)
+            self.empty.add(path)
+        else:
+            return True
+        return False
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """What an entry is, or what it links to: "folder", "file" or "other"."""
+    try:
+        return "folder" if entry.is_dir() else "file" if entry.is_file() else "other"
+    except OSError:
+        return "other"  # a link to itself
+
+
+def _name_of(suffix: str) -> str:
+    """What files of a suffix are called in reports. Numbers at the end of names are not taken for suffixes."""
+    if not suffix:
+        return "files without a suffix"
+    return f"files ending in {suffix}" if re.fullmatch(r"\.[0-9]?[a-z]\w{0,7}", suffix) else "files of other kinds"
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    stat = folder.stat()
+    return stat.st_dev, stat.st_ino
+
+
+def _holds_lists(folder: Path) -> bool:
+    return (folder / "classInd.txt").is_file() or any(folder.glob("t*list0?.txt"))
+
+
+def find_in_tree(tree: Tree, split_file: str | os.PathLike[str] | None, report: Report) -> Found:
+    """The clips of a folder with their labels; arguments and errors as :func:`find_videos`."""
+    root, flat, folders = tree.root, tree.flat, tree.folders
     if flat and folders:
         raise ValueError(
             f"root: {root} holds videos beside class folders ({', '.join(list(folders)[:3])}), expected one"
         )
-    if not flat and not folders:
+    if not flat and not any(folders.values()):
+        empty = f"; {len(tree.empty)} are empty" if tree.empty else ""
         raise ValueError(
             f"root: no videos in {root} or the folders in it, expected names ending in {' '.join(sorted(SUFFIXES))}"
+            f"{empty}"
         )
     if flat and split_file is not None:
         raise ValueError(f"split_file: {root} has no class folders, which a split needs")
     if flat:
-        return [], [VideoFile(str(path), 0) for path in flat]
-    lists = [Path(split_file).parent] if split_file is not None else _split_folders(root)
-    index = next((path for folder in lists if (path := folder / "classInd.txt").is_file()), None)
-    names = read_class_index(index) if index is not None else list(folders)
+        return Found([], [VideoFile(str(path), 0) for path in flat])
+    lists = [Path(split_file).parent] if split_file is not None else split_folders(root)
+    listing = next((path for folder in lists if (path := folder / "classInd.txt").is_file()), None)
+    for name in folders:
+        check_class_name(name, f"root: a folder in {root}")
+    if listing is None and split_file is None:
+        _check_depth(root, folders)
+    names = read_class_index(listing) if listing is not None else list(folders)
+    index = ClassIndex(names, listing or root)
+    classes = index.find_folders(folders, root)
+    unknown = [folder for folder, name in classes.items() if name is None]
+    if unknown and split_file is None:
+        raise ValueError(f"root: class folder {unknown[0]!r} is not in {listing}")
+    report.notes += [
+        f"class folder {folder!r} is read as class {name!r} of {listing}"
+        for folder, name in classes.items()
+        if name is not None and name != folder
+    ]
     if split_file is not None:
-        return names, _read_split(root, Path(split_file), names, folders)
-    unknown = [name for name in folders if name not in names]
-    if unknown:
-        raise ValueError(f"root: class folder {unknown[0]!r} is not in {index}")
-    return names, [VideoFile(str(path), names.index(name)) for name, paths in folders.items() for path in paths]
+        by_class = {
+            name: ClassFolder(root / folder, folders[folder]) for folder, name in classes.items() if name is not None
+        }
+        return Found(names, _listed(tree, Path(split_file), index, by_class, report))
+    labels = {folder: index.labels[name] for folder, name in classes.items() if name is not None}
+    return Found(names, [VideoFile(str(path), labels[name]) for name, paths in folders.items() for path in paths])
 
 
-def has_videos(root: str | os.PathLike[str]) -> bool:
-    """Whether there are videos in a folder or in the folders directly below it."""
-    return bool(_videos_in(Path(root)) or _class_folders(Path(root)))
+def _listed(
+    tree: Tree, split_file: Path, index: ClassIndex, folders: dict[str, ClassFolder], report: Report
+) -> list[VideoFile]:
+    """The clips that a split lists; those that it does not list are left out."""
+    files = read_split(split_file, tree.root, index, folders, tree.empty, report)
+    listed = {file.path for file in files}
+    others = [path for paths in tree.folders.values() for path in paths if str(path) not in listed]
+    for path in others:
+        report.leave_out(f"clips that {split_file.name} does not list", path)
+    return files
 
 
-def add_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> list[VideoFile]:
-    """The files of a folder with their captions, ``""`` where there is none.
-
-    A caption comes from ``root/captions.jsonl``, UTF-8 lines ``{"file": "relative/path.mp4", "caption": "..."}``, or
-    else from a UTF-8 text file of the clip's name beside it.
-
-    Raises:
-        ValueError: a line in another format, a file that is not UTF-8.
-    """
-    root = Path(root)
-    listed = _read_captions(root / CAPTIONS_FILE) if (root / CAPTIONS_FILE).is_file() else {}
-    captioned = []
-    for file in files:
-        path = Path(file.path)
-        caption = listed.get(path.relative_to(root).as_posix(), "")
-        if not caption and (sidecar := path.with_suffix(".txt")).is_file():
-            caption = read_text(sidecar).strip()
-        captioned.append(replace(file, caption=caption))
-    return captioned
-
-
-def check_captions(root: str | os.PathLike[str], files: list[VideoFile]) -> None:
-    """Checks that every file has a caption.
+def _check_depth(root: Path, folders: dict[str, list[Path]]) -> None:
+    """Checks that the folders are classes, not parts of a set or the whole set, whose folders are the classes.
 
     Raises:
-        ValueError: some have none; the message counts them and names the first.
+        ValueError: a folder named as a part of a set, or the only folder, has its videos in folders of its own.
     """
-    missing = [file.path.removeprefix(f"{root}{os.sep}") for file in files if not file.caption]
-    if missing:
-        more = ", ..." if len(missing) > 3 else ""
-        raise ValueError(
-            f"captions: {len(missing)} of {len(files)} clips of {root} have none ({', '.join(missing[:3])}{more}), "
-            f"expected each in {CAPTIONS_FILE} or in a .txt of the clip's name"
-        )
+    for name, paths in folders.items():
+        is_suspect = len(folders) == 1 or name.lower() in _PARTS
+        if is_suspect and paths and all(path.parent != root / name for path in paths):
+            raise ValueError(
+                f"root: no videos directly in {root / name}, but in folders below it ({paths[0].relative_to(root)}), "
+                f"expected the folder whose folders are the classes, such as {root / name}"
+            )
 
 
-def _read_captions(path: Path) -> dict[str, str]:
-    """The captions of a ``captions.jsonl``, by the files' paths relative to its folder."""
-    captions: dict[str, str] = {}
-    for place, line in _lines(path):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("file", "caption")):
-            raise ValueError(f'{place}: got {line!r}, expected {{"file": "relative/path.mp4", "caption": "..."}}')
-        if record["file"] in captions:
-            raise ValueError(f"{place}: {record['file']} has a caption already, expected one line per clip")
-        captions[record["file"]] = record["caption"].strip()
-    return captions
-
-
-def read_text(path: Path) -> str:
-    """The contents of a UTF-8 file.
-
-    Raises:
-        ValueError: it is not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a text file that are not blank, each with ``path:line number`` for messages."""
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line.rstrip("\r")
-
-
-def _videos_in(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file()]
-    # A name that starts with a dot is a file being written, or one that a desktop environment left.
-    return [folder / name for name in sorted(names) if not name.startswith(".")]
-
-
-def _class_folders(root: Path) -> dict[str, list[Path]]:
-    return {
-        folder.name: videos for folder in sorted(root.iterdir()) if folder.is_dir() and (videos := _videos_in(folder))
-    }
-
-
-def _split_folders(root: Path) -> list[Path]:
+def split_folders(root: Path) -> list[Path]:
+    """Where UCF-101's lists may lie."""
     return [root, root / SPLIT_FOLDER, root.parent / SPLIT_FOLDER]
 
 
@@ -172,51 +245,8 @@ def find_split_file(root: Path, split: Split, fold: int) -> Path:
         FileNotFoundError: it is in none of them.
     """
     name = f"{split}list{fold:02d}.txt"
-    for folder in _split_folders(root):
+    for folder in split_folders(root):
         if (folder / name).is_file():
             return folder / name
-    searched = ", ".join(str(folder) for folder in _split_folders(root))
+    searched = ", ".join(str(folder) for folder in split_folders(root))
     raise FileNotFoundError(f"split: no {name} in {searched}")
-
-
-def read_class_index(path: Path) -> list[str]:
-    """The class names of a ``classInd.txt``, lines ``1 ClassName`` in order.
-
-    Raises:
-        ValueError: a line in another format.
-    """
-    names: list[str] = []
-    for place, line in _lines(path):
-        fields = line.split()
-        if len(fields) != 2 or fields[0] != str(len(names) + 1):
-            raise ValueError(f"{place}: got {line!r}, expected '{len(names) + 1} ClassName'")
-        names.append(fields[1])
-    return names
-
-
-def _read_split(root: Path, path: Path, names: list[str], folders: dict[str, list[Path]]) -> list[VideoFile]:
-    """Reads lines ``Class/clip.avi 1`` (train) or ``Class/clip.avi`` (test)."""
-    if not path.is_file():
-        raise FileNotFoundError(f"split_file: {path} is not a file")
-    by_stem = {(name, video.stem): video for name, videos in folders.items() for video in videos}
-    files = []
-    for place, line in _lines(path):
-        listed, *label = line.split()
-        name, _, clip = listed.rpartition("/")
-        if not name or not clip or len(label) > 1 or (label and not label[0].isdecimal()):
-            raise ValueError(f"{place}: got {line!r}, expected 'Class/clip.avi' or 'Class/clip.avi label'")
-        if name not in names:
-            raise ValueError(f"{place}: class {name!r} is not one of the {len(names)} classes of {root}")
-        if label and label != [str(names.index(name) + 1)]:
-            raise ValueError(f"{place}: got label {' '.join(label)} for {name}, expected {names.index(name) + 1}")
-        video = root / listed
-        if not video.is_file():
-            # Copies of UCF-101 are often transcoded from avi to mp4.
-            transcoded = by_stem.get((name, Path(clip).stem))
-            if transcoded is None:
-                raise FileNotFoundError(f"{place}: {video} does not exist, under no video suffix")
-            video = transcoded
-        files.append(VideoFile(str(video), names.index(name)))
-    if not files:
-        raise ValueError(f"split_file: {path} lists no clips")
-    return files

@@ -16,10 +16,10 @@ from typing import IO
 from tqdm import tqdm
 
 from hpdm.data.decode import DecodeError
-from hpdm.data.layout import VideoFile
+from hpdm.data.found import VideoFile
 from hpdm.data.reencode import reencode
-from hpdm.data.shards import CLASSES_FILE
-from hpdm.files import atomic_folder, write_text
+from hpdm.data.shard_labels import CLASSES_FILE
+from hpdm.files import atomic_folder, check_not_a_file, write_text
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def write_shards(
 
     Raises:
         ValueError: ``clips_per_shard`` below 1, ``resize`` below 16, two files of one key, or no clip that can be read.
-        FileExistsError: ``out`` is not empty.
+        FileExistsError: ``out`` is a file, or is not empty.
         FileNotFoundError: the folder that is to hold ``out`` does not exist.
     """
     if clips_per_shard < 1:
@@ -62,7 +62,8 @@ def write_shards(
     if resize is not None and resize < 16:
         raise ValueError(f"resize: got {resize}, expected at least 16")
     out, root = Path(out), Path(root)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_not_a_file("out", out)
+    if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"out: {out} is not empty; choose another folder")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"out: folder {out.absolute().parent} does not exist")

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hpdm.data.layout import CAPTIONS_FILE, SPLIT_FOLDER
-from hpdm.files import write_text
+from hpdm.data.captions import CAPTIONS_FILE
+from hpdm.data.layout import SPLIT_FOLDER
+from hpdm.files import check_not_a_file, make_folder, write_text
 from hpdm.video import write_video
 
 RADIUS = (0.36, 0.40)
@@ -255,9 +256,10 @@ def render_synthetic(
     _check_set(names, clips, seed)
     _check_numbers(frames, size, radius)
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not overwrite:
+    check_not_a_file("out", out)
+    if out.exists() and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"out: {out} is not empty; choose another folder or pass overwrite")
-    (out / SPLIT_FOLDER).mkdir(parents=True, exist_ok=True)
+    make_folder("out", out / SPLIT_FOLDER)
     group_size = min(_GROUP_CLIPS, max(1, clips // 4))
     test_groups = max(1, round(math.ceil(clips / group_size) / 4))
     records: list[dict[str, Any]] = []

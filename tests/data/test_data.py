@@ -389,7 +389,7 @@ def test_bad_split_files_name_the_line(synthetic, tmp_path):
         (f"{good}\nv_RedDisc_g01_c01\n", ValueError, r"trainlist01\.txt:2: got 'v_Red.*', expected 'Class/clip\.avi'"),
         ("path,label\n", ValueError, r"trainlist01\.txt:1: got 'path,label', expected 'Class/clip\.avi' or"),
         ("RedDisc/a.avi RedDisc\n", ValueError, r"trainlist01\.txt:1: got .* expected 'Class/clip\.avi' or"),
-        ("RedDisc/a b.avi 1\n", ValueError, r"trainlist01\.txt:1: got .* expected 'Class/clip\.avi' or"),
+        ("RedDisc/a b.avi 1\n", FileNotFoundError, r"trainlist01\.txt:1: .*RedDisc/a b\.avi does not exist"),
     ]:
         (root / "ucfTrainTestlist/trainlist01.txt").write_text(text)
         with pytest.raises(error, match=match):
@@ -448,7 +448,7 @@ def test_commands(tmp_path, capsys):
     assert "6 frames 32x16 16 fps h264, decord" in out
     assert "2 files of 1 classes: 2 read with decord" in out
     assert Inspect(root, frames=4, stride=2).run() == 1
-    assert "would be skipped: a window spans 7 frames" in capsys.readouterr().out
+    assert "would end training: got 6 frames, expected >= 7 (frames=4, stride=2)" in capsys.readouterr().out
     (root / "RedDisc" / "bad.mp4").write_text("no video")
     assert Inspect(root).run() == 1
     assert "1 skipped" in capsys.readouterr().out

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from hpdm.commands.data import Shard
-from hpdm.data.clips import VideoDataset, find_clips
+from hpdm.data.clips import VideoDataset
 from hpdm.data.decode import DecodeError, probe, read_clip
+from hpdm.data.finding import find_clips
 from hpdm.data.reencode import reencode
 from hpdm.data.shard_writer import write_shards
 from hpdm.data.shards import read_shards
@@ -161,7 +162,7 @@ def test_labels_captions_and_names_are_kept(labeled, tmp_path):
     assert data.class_names == ["Jump", "Run"]
     assert data.labels == [0, 1]
     shards = sorted((tmp_path / "out").glob("*.tar"))
-    files = read_shards(shards)[1]
+    files = read_shards(shards).files
     assert [file.caption for file in files] == ["a jump", ""]
     with tarfile.open(shards[0]) as tar:
         assert tar.getnames() == ["Jump/a_b.mp4", "Jump/a_b.cls", "Jump/a_b.txt", "Run/c.mp4", "Run/c.cls"]

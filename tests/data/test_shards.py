@@ -13,12 +13,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from hpdm.commands.data import Inspect, Shard
-from hpdm.data import shards as shards_module
-from hpdm.data.clips import VideoDataset, find_clips
+from hpdm.data import shard_index
+from hpdm.data.clips import VideoDataset
 from hpdm.data.decode import DecodeError, Member, probe, read_clip, verify
+from hpdm.data.finding import find_clips
 from hpdm.data.order import ClipKey
+from hpdm.data.shard_index import index_shard
 from hpdm.data.shard_writer import write_shards
-from hpdm.data.shards import find_shards, index_shard, read_shards
+from hpdm.data.shards import find_shards, read_shards
 from hpdm.data.synthetic import render_synthetic
 from hpdm.training.batches import MicroBatches
 
@@ -148,8 +150,9 @@ def test_webdatasets_layout(tmp_path, video):
     ]
     for number, form in enumerate((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)):
         path = tar(tmp_path / f"{number}.tar", members, format=form)
-        names, files = read_shards([path])
-        assert names == ["Cat", "1", "2"]
+        found = read_shards([path])
+        files = found.files
+        assert found.class_names == ["Cat", "1", "2"]
         assert [(f.label, f.caption) for f in files] == [(1, "über"), (0, "two"), (2, "")]
         assert files[0].path == f"{path}/dir.with.dots/k1.mp4"
         for file in files:
@@ -167,8 +170,8 @@ def test_classes(tmp_path, video):
         (tmp_path / "classes.json").unlink(missing_ok=True)
         if listed is not None:
             (tmp_path / "classes.json").write_text(json.dumps(listed))
-        got, files = read_shards([tar(tmp_path / "a.tar", members)])
-        return got, [file.label for file in files]
+        found = read_shards([tar(tmp_path / "a.tar", members)])
+        return found.class_names, [file.label for file in found.files]
 
     assert names(None, {}) == ([], [0, 0])
     assert names({"class": "b"}, {"class": "a"}) == (["a", "b"], [1, 0])
@@ -210,7 +213,7 @@ def test_class_files_of_several_folders_must_agree(tmp_path, video):
 def test_bad_shards_are_named(tmp_path, copy, video):
     shard = copy / "shard-000001.tar"
     data = shard.read_bytes()
-    entries = index_shard(shard)
+    entries = index_shard(shard).clips
     header = data.index(b"RedDisc/v_RedDisc_g02_c01.mp4")
     (copy / "shard-000001.tar.index.json").unlink()
     zeros = bytearray(data)
@@ -268,15 +271,15 @@ def test_the_index_is_kept_and_follows_the_shard(copy, video, monkeypatch):
     first = index_shard(path)
     kept = path.with_name("shard-000000.tar.index.json")
     stamp = kept.stat().st_mtime_ns
-    monkeypatch.setattr(shards_module, "_scan", lambda path: pytest.fail("read although its index is there"))
+    monkeypatch.setattr(shard_index, "scan", lambda path: pytest.fail("read although its index is there"))
     assert index_shard(path) == first
     monkeypatch.undo()
     for damaged in ("", "{}", "[]", '{"version": 1', json.dumps({**json.loads(kept.read_text()), "version": 0})):
         kept.write_text(damaged)
         assert index_shard(path) == first
-        assert json.loads(kept.read_text())["clips"][0]["name"] == first[0].name
+        assert json.loads(kept.read_text())["clips"][0]["name"] == first.clips[0].name
     tar(path, [("new.mp4", video), ("new.cls", "1")])
-    assert [entry.name for entry in index_shard(path)] == ["new.mp4"]
+    assert [entry.name for entry in index_shard(path).clips] == ["new.mp4"]
     assert kept.stat().st_mtime_ns != stamp
     # In a folder that cannot be written to, nothing is kept and nothing fails.
     kept.unlink()
@@ -284,8 +287,8 @@ def test_the_index_is_kept_and_follows_the_shard(copy, video, monkeypatch):
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(shards_module, "write_text", refuse)
-    assert [entry.name for entry in index_shard(path)] == ["new.mp4"]
+    monkeypatch.setattr(shard_index, "write_text", refuse)
+    assert [entry.name for entry in index_shard(path).clips] == ["new.mp4"]
     assert not kept.exists()
 
 

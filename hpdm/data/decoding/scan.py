@@ -86,7 +86,8 @@ class Scan:
         """What is damaged of the sorted frames ``numbers`` or between them; ``None`` if nothing is."""
         corrupt = sorted(set(numbers) & set(self.corrupt))
         if corrupt:
-            return f"frame {corrupt[0]} of {self.frames} is damaged"
+            others = f", and {len(corrupt) - 1} more" if len(corrupt) > 1 else ""
+            return f"frame {corrupt[0]} of {self.frames} is damaged{others}"
         gap = next((gap for gap in self.gaps if gap[0] <= numbers[-1] and numbers[0] < gap[1]), None)
         return None if gap is None else f"packets before frame {gap[0]} of {self.frames} cannot be decoded"
 

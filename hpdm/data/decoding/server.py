@@ -173,6 +173,7 @@ def describe(scan: Scan) -> Message:
         "stream": scan.stream,
         "pixel_aspect": scan.pixel_aspect,
         "times": None if times is None else times.tolist(),
+        "damage": scan.damage(list(range(scan.frames))) or "",
     }
 
 
