@@ -82,7 +82,7 @@ def decord() -> Read:
 
 
 def torchcodec() -> Read:
-    """torchcodec with its defaults, which look through all packets first, and one thread."""
+    """Torchcodec with its defaults, which look through all packets first, and one thread."""
     from torchcodec.decoders import VideoDecoder
 
     def read(path: str, numbers: Sequence[int]) -> np.ndarray:

@@ -30,16 +30,17 @@ class Kind:
 
 
 def _h264(name: str, height: int, width: int, frames: int, **options: str) -> Kind:
-    options = {"preset": "veryfast", "crf": "23", "g": "250"} | options
+    options = {"preset": "veryfast", "crf": "23", "g": "60"} | options
     return Kind(name, height, width, frames, "libx264", tuple(options.items()), ".mp4")
 
 
-# As the clips of UCF-101: XviD in AVI, two B-frames between others, one keyframe at the start of the shot.
+# As the clips of UCF-101: XviD in AVI, two B-frames between others, one keyframe at the start of the shot. The others
+# are short, since they are made and read in every run.
 _XVID = (("bf", "2"), ("g", "300"), ("qscale", "4"), ("flags", "+qscale"))
 XVID = Kind("XviD 240x320", 240, 320, 190, "mpeg4", _XVID, ".avi", "XVID")
-H264_720 = _h264("H.264 720p", 720, 1280, 192)
-H264_1080 = _h264("H.264 1080p", 1080, 1920, 160)
-H264_2160 = _h264("H.264 2160p", 2160, 3840, 80, preset="ultrafast", g="48")
+H264_720 = _h264("H.264 720p", 720, 1280, 160)
+H264_1080 = _h264("H.264 1080p", 1080, 1920, 120)
+H264_2160 = _h264("H.264 2160p", 2160, 3840, 72, preset="ultrafast", g="24")
 KINDS = (XVID, H264_720, H264_1080, H264_2160)
 
 
