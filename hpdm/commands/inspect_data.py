@@ -18,6 +18,7 @@ from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, Source, StalledErr
 from hpdm.data.finding import survey
 from hpdm.data.found import EMPTY, Found, VideoFile
 from hpdm.data.shards import find_shards
+from hpdm.data.suffixes import is_image
 from hpdm.data.windows import Window
 from hpdm.printable import printable
 
@@ -36,7 +37,7 @@ class Inspect:
     """Step between the frames of a window."""
     fps: float | None = None
     """Frames per second of training, as in `hpdm train --fps`."""
-    short: Short = "error"
+    short: Short = "skip"
     """What training does with a clip that is too short."""
     captions: bool = False
     """Read the captions as well, as training with --embeddings does; clips without one are reported."""
@@ -104,9 +105,11 @@ class Inspect:
 
     def _judge(self, info: VideoInfo, file: VideoFile) -> tuple[str, str, str]:
         """Outcome, problem and consequence for a file that can be read; all empty where training would use it."""
-        if self.fps is not None and not info.fps:
-            return "skipped", "without a frame rate", "would be skipped: no frame rate, which --fps needs"
         window = Window(self.frames, self.stride, self.fps)
+        if is_image(file.path):
+            window = Window(1, 1, None)  # its one frame fills any window
+        if window.fps is not None and not info.fps:
+            return "skipped", "without a frame rate", "would be skipped: no frame rate, which --fps needs"
         if self.short != "loop" and not window.starts(info):
             outcome, end = ("skipped", "be skipped") if self.short == "skip" else ("too short", "end training")
             return outcome, "shorter than a window", f"would {end}: {window.too_short(info)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from hpdm import distributed, presets, runs, systems
-from hpdm.data.clips import VideoDataset
+from hpdm.data.clips import Short, VideoDataset
+from hpdm.data.layout import Split, split_applies
+from hpdm.data.mixture import Mixture, parse_root
 from hpdm.data.summary import log_summary
 from hpdm.files import check_not_a_file
 from hpdm.recipe import Recipe
@@ -57,10 +59,10 @@ def train(options: TrainOptions) -> nn.Module:
         trainer = Trainer(job, device)
         with distributed.raise_on_all_ranks():
             if distributed.is_first():
-                values = options.as_json(job.recipe) | {"micro_batch": job.micro_batch}
+                values = job.options.as_json(job.recipe) | {"micro_batch": job.micro_batch}
                 runs.save_run_config(options.out, RunConfig(job.system, job.config, _class_names(job), values))
         if distributed.is_first():
-            log_summary(options.data, job.dataset.found)
+            _describe(job.dataset)
         logger.info(
             "%s: %s parameters, %d clips, device %s, %d process(es)",
             options.preset, f"{sum(p.numel() for p in trainer.model.parameters()):,}", len(job.dataset), device,
@@ -86,6 +88,7 @@ def prepare(options: TrainOptions) -> Job:
     recipe = options.recipe.applied_to(presets.recipe(options.preset))
     with distributed.raise_on_all_ranks():
         check_not_a_file("out", options.out)
+        options = _with_short_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
         dataset = _open_clips(options, config.resolution, captions=embeddings is not None)
@@ -104,20 +107,64 @@ def prepare(options: TrainOptions) -> Job:
     return job
 
 
-def _open_clips(options: TrainOptions, resolution: tuple[int, int, int], captions: bool) -> VideoDataset:
+def _describe(clips: Mixture) -> None:
+    """Logs what each set holds and leaves out, and the shares of several sets."""
+    for part, weight in zip(clips.sets, clips.weights):
+        log_summary(part.root, part.found)
+        if len(clips.sets) > 1:
+            logger.info("%s: gives %.4g %% of all clips", part.root, 100 * weight / sum(clips.weights))
+
+
+def _with_short_of_run(options: TrainOptions) -> TrainOptions:
+    """``options`` with ``short``, where it is not given, as in the run to resume, or "skip" for a new run."""
+    if options.short is not None:
+        return options
+    short: Short = "skip"
+    if list_checkpoints(options.out):
+        short = runs.load_run_config(options.out).training.get("short", "error")
+    return dataclasses.replace(options, short=short)
+
+
+def _open_clips(options: TrainOptions, resolution: tuple[int, int, int], captions: bool) -> Mixture:
+    """Opens all sets of ``--data``; labels do not matter where there are captions."""
     frames, height, width = resolution
-    return VideoDataset(
-        options.data,
-        frames=frames,
-        size=(height, width),
-        stride=options.stride,
-        fps=options.fps,
-        split=options.split,
-        captions=captions,
-        short=options.short,
-        seed=options.seed,
-        cache_bytes=options.cache_mb * 2**20,
-    )
+    roots = [parse_root(root) for root in options.data]
+    splits = _splits(options, [part.root for part in roots])
+    total = sum(part.weight for part in roots)
+    sets = [
+        VideoDataset(
+            part.root,
+            frames=frames,
+            size=(height, width),
+            stride=options.stride,
+            fps=options.fps,
+            split=split,
+            captions=captions,
+            short=options.short or "skip",
+            seed=options.seed,
+            cache_bytes=int(options.cache_mb * 2**20 * part.weight / total),
+        )
+        for part, split in zip(roots, splits)
+    ]
+    return Mixture(sets, [part.weight for part in roots], labeled=not captions)
+
+
+def _splits(options: TrainOptions, roots: Sequence[Path]) -> list[Split | None]:
+    """The split of each set: of several sets, those that the lists do not name are used whole, which the log says.
+
+    Raises:
+        FileNotFoundError: the split applies to none of the sets.
+    """
+    split = options.split
+    if split is None or len(roots) == 1:
+        return [split] * len(roots)
+    splits = [split if root.is_dir() and split_applies(root, split) else None for root in roots]
+    if not any(splits):
+        raise FileNotFoundError(f"split: no {split}list01.txt names clips of {', '.join(map(str, roots))}")
+    for root in (root for root, applied in zip(roots, splits) if applied is None):
+        if distributed.is_first():
+            logger.info("%s: used whole, as no %slist01.txt names clips of it", root, split)
+    return splits
 
 
 def _with_conditioning(config: Any, preset: str, class_names: list[str], embeddings: EmbeddingStore | None) -> Any:
@@ -142,14 +189,15 @@ def _with_conditioning(config: Any, preset: str, class_names: list[str], embeddi
     return config.replace(conditioning="class" if class_names else "none", classes=max(1, len(class_names)))
 
 
-def _check_embedded(embeddings: EmbeddingStore, dataset: VideoDataset) -> None:
+def _check_embedded(embeddings: EmbeddingStore, dataset: Mixture) -> None:
     """Raises ValueError if the store lacks captions of the clips."""
-    missing = embeddings.missing(file.caption for file in dataset.files)
-    if missing:
-        raise ValueError(
-            f"embeddings: {embeddings.folder} lacks {len(missing)} of the clips' captions, the first is "
-            f"{missing[0]!r}; run `hpdm data embed --data {dataset.root}` first"
-        )
+    for part in dataset.sets:
+        missing = embeddings.missing(file.caption for file in part.files)
+        if missing:
+            raise ValueError(
+                f"embeddings: {embeddings.folder} lacks {len(missing)} of the clips' captions, the first is "
+                f"{missing[0]!r}; run `hpdm data embed --data {part.root}` first"
+            )
 
 
 def _start_from(options: TrainOptions, system: System) -> Callable[[nn.Module], None] | None:
@@ -183,9 +231,12 @@ def _check_resumable(job: Job) -> int:
         raise ValueError(f"data: got classes {names}, expected {old.classes} as in the run at {out}")
     # A run of an earlier version lacks the options that were added later; it ran with what is now their default.
     defaults = TrainOptions(data=options.data, out=out, preset=options.preset)
-    before = defaults.as_json(_default_recipe(options)) | old.training
+    before = defaults.as_json(_default_recipe(options)) | {"data_weights": [1.0], "short": "error"} | old.training
     now = options.as_json(job.recipe) | ({} if options.micro_batch else {"micro_batch": before["micro_batch"]})
-    changed = _changes(before, {name: value for name, value in now.items() if name not in _MAY_CHANGE})
+    may_change = set(_MAY_CHANGE)
+    if "loop" not in (before["short"], now["short"]):
+        may_change.add("short")  # as long as no clip is short, skip and error are the same
+    changed = _changes(before, {name: value for name, value in now.items() if name not in may_change})
     if changed:
         raise ValueError(f"out: {out} holds a run with other options ({changed}); choose another folder")
     return int(before["micro_batch"])

@@ -26,6 +26,7 @@ from hpdm.data.finding import survey
 from hpdm.data.layout import Split
 from hpdm.data.order import ClipKey
 from hpdm.data.resize import resize_and_crop
+from hpdm.data.suffixes import is_image
 from hpdm.data.windows import Window
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,9 @@ class VideoDataset(Dataset[ClipItem]):
     - tar shards in webdataset's layout (:mod:`hpdm.data.shards`): ``root`` is their folder, one ``.tar``, or a pattern
       such as ``data/shard-{000000..000009}.tar`` or ``data/*.tar``. They have no ``split``.
 
+    A set without any video may hold images (:mod:`hpdm.data.suffixes`). An image is a clip of one frame, and its window
+    is that frame, repeated; ``stride``, ``fps`` and ``short`` do not apply to it.
+
     What a set holds besides is left out, and ``found`` says what and why (:class:`hpdm.data.found.Found`).
 
     A clip or window that turns out damaged is replaced by the next good clip in the order of files, and the log names
@@ -88,8 +92,8 @@ class VideoDataset(Dataset[ClipItem]):
             ``key.txt`` or ``key.json``.
         train: ``True`` draws the window at random from (seed, epoch, number of the clip); ``False`` takes the middle
             one.
-        short: a clip shorter than a window is an ``"error"``, is replaced like a damaged one (``"skip"``), or is played
-            in a ``"loop"``.
+        short: a clip shorter than a window is replaced like a damaged one (``"skip"``; :meth:`short_clips` counts
+            them), is an ``"error"``, or is played in a ``"loop"``.
         seed: >= 0.
         cache_bytes: bound on the memory for whole clips at the output size, shared between the loader's processes; 0
             for none.
@@ -98,8 +102,8 @@ class VideoDataset(Dataset[ClipItem]):
 
     Raises:
         FileNotFoundError: no such folder, shard, split file or listed clip.
-        ValueError: a folder without videos, a damaged shard, a class that the set does not have, clips without a
-            caption, a bad number.
+        ValueError: a folder without videos and images, a damaged shard, a class that the set does not have, clips
+            without a caption, a bad number.
 
     Reading an item raises :class:`ShortClipError`, :class:`hpdm.data.decode.StalledError` or, when no clip of the set
     is good, :class:`hpdm.data.decode.DecodeError`.
@@ -119,7 +123,7 @@ class VideoDataset(Dataset[ClipItem]):
         split_file: str | os.PathLike[str] | None = None,
         captions: bool = False,
         train: bool = True,
-        short: Short = "error",
+        short: Short = "skip",
         seed: int = 0,
         cache_bytes: int = 0,
         decoder: Decoder = "auto",
@@ -150,6 +154,9 @@ class VideoDataset(Dataset[ClipItem]):
         self._infos: dict[int, VideoInfo] = {}
         self._unusable: dict[int, str] = {}  # why, for clips of which no window can be used
         self._warned: set[int] = set()
+        # Numbers of frames of the clips that were found too short, else 0; shared with the loader's processes.
+        self._short = torch.zeros(len(self.files), dtype=torch.int32).share_memory_()
+        self._short_told = False
         self._first_info: VideoInfo | None = None  # the first clip with a frame rate: the others are compared with it
         self._rates_differ = False
         self._doubts: set[str] = set()  # reasons against decord that the log has told
@@ -167,6 +174,15 @@ class VideoDataset(Dataset[ClipItem]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def short_clips(self) -> dict[int, int]:
+        """The clips that were left out so far because they are shorter than a window: their numbers of frames.
+
+        A clip is examined when it is first asked for, by this process or one of the loader's: what this returns grows
+        in the first epoch.
+        """
+        numbers = self._short.nonzero()[:, 0].tolist()
+        return dict(zip(numbers, self._short[numbers].tolist()))
 
     def __getitem__(self, key: int | ClipKey) -> ClipItem:
         """The window that a :class:`~hpdm.data.order.ClipKey` names, or the window of clip ``key`` in epoch 0.
@@ -190,11 +206,21 @@ class VideoDataset(Dataset[ClipItem]):
                 except _READ_ERRORS as error:
                     # Not kept in _unusable: an item must not depend on which windows of a clip were read before.
                     reason = str(error)
-            if candidate not in self._warned:
-                self._warned.add(candidate)
-                log.warning("clip skipped: %s", reason)
+            self._tell(candidate, reason)
             reasons.append(reason)
         raise DecodeError(f"{self.root}: none of the {len(self)} clips can be used; the first: {reasons[0]}")
+
+    def _tell(self, index: int, reason: str) -> None:
+        """Logs that a clip is left out, once: each damaged clip, but of the short ones the first alone."""
+        if index in self._warned:
+            return
+        self._warned.add(index)
+        if self._short[index]:
+            if self._short_told or not _is_first_reader():
+                return
+            self._short_told = True
+            reason += "; other short clips are not named"
+        log.warning("clip skipped: %s", reason)
 
     def _examine(self, index: int) -> str | None:
         """Probes a clip, once; returns why no window of it can be used, ``None`` if one can."""
@@ -205,8 +231,10 @@ class VideoDataset(Dataset[ClipItem]):
             except _READ_ERRORS as error:
                 self._unusable[index] = str(error)
                 return self._unusable[index]
-            if self.fps is None:
+            if self.fps is None and not is_image(path):
                 self._compare_rates(self._infos[index])
+        if is_image(path):
+            return None
         info = self._infos[index]
         if self.fps is not None and not info.fps:
             self._unusable[index] = f"{path}: nothing tells its frame rate, which fps={self.fps:g} needs"
@@ -217,13 +245,13 @@ class VideoDataset(Dataset[ClipItem]):
         if self.short == "error":
             raise ShortClipError(reason)
         self._unusable[index] = reason
+        self._short[index] = info.frames
         return reason
 
     def _compare_rates(self, info: VideoInfo) -> None:
         """Warns, once, when a clip's frame rate differs by more than 1 % from the first clip's."""
-        worker = get_worker_info()
-        if self._rates_differ or not info.fps or (worker is not None and worker.id > 0):
-            return  # every worker sees clips of the whole set, so the first worker's warning is enough
+        if self._rates_differ or not info.fps or not _is_first_reader():
+            return
         self._first_info = self._first_info or info
         if abs(info.fps / self._first_info.fps - 1) > 0.01:  # 29.97 and 30 count as equal
             self._rates_differ = True
@@ -235,12 +263,8 @@ class VideoDataset(Dataset[ClipItem]):
 
     def _read(self, index: int, epoch: int) -> ClipItem:
         """Draws the window of ``epoch`` and reads it, out of the cache or from the file."""
-        file, info = self.files[index], self._infos[index]
-        starts = max(1, self.window.starts(info))
-        start = (starts - 1) // 2
-        if self.train:
-            start = int(np.random.default_rng([self.seed, epoch, index]).integers(starts))
-        numbers = self.window.numbers(info, start)
+        file = self.files[index]
+        start, numbers = self._draw_window(index, epoch)
         cached = self._cached(index)
         if cached is not None:
             whole, decoder = cached
@@ -256,6 +280,17 @@ class VideoDataset(Dataset[ClipItem]):
             "decoder": decoder,
         }
 
+    def _draw_window(self, index: int, epoch: int) -> tuple[int, list[int]]:
+        """The first frame of the window of ``epoch``, and the numbers of all its frames."""
+        if is_image(self.files[index].path):
+            return 0, [0] * self.frames
+        info = self._infos[index]
+        starts = max(1, self.window.starts(info))
+        start = (starts - 1) // 2
+        if self.train:
+            start = int(np.random.default_rng([self.seed, epoch, index]).integers(starts))
+        return start, self.window.numbers(info, start)
+
     def _decode(self, index: int, numbers: Sequence[int]) -> tuple[Tensor, str]:
         """Frames of a clip at the output size, uint8 ``[F, H, W, 3]``, and their decoder."""
         aspect = self._infos[index].pixel_aspect
@@ -265,8 +300,7 @@ class VideoDataset(Dataset[ClipItem]):
 
         source = self.files[index].source
         clip = read_clip(source, numbers, decoder=self.decoder, timeout=self.timeout, transform=resized)
-        worker = get_worker_info()
-        if clip.doubt and clip.doubt not in self._doubts and (worker is None or worker.id == 0):
+        if clip.doubt and clip.doubt not in self._doubts and _is_first_reader():
             self._doubts.add(clip.doubt)
             log.info("%s: PyAV reads clips with %s; the first is %s", self.root, clip.doubt, source)
         return torch.from_numpy(clip.frames), clip.decoder
@@ -283,3 +317,9 @@ class VideoDataset(Dataset[ClipItem]):
         except _READ_ERRORS:
             self._uncacheable.add(index)
         return self._cache.get(index)
+
+
+def _is_first_reader() -> bool:
+    """Whether this process may speak of the whole set: of the loader's workers, which all see all of it, the first."""
+    worker = get_worker_info()
+    return worker is None or worker.id == 0

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from hpdm.data.captions import add_captions
 from hpdm.data.found import Found, Report, VideoFile
-from hpdm.data.layout import Split, find_in_tree, find_split_file, read_tree
+from hpdm.data.layout import Split, find_in_tree, find_split_file, read_tree, read_tree_of
 from hpdm.data.shards import find_shards, read_shards
+from hpdm.data.suffixes import VIDEO_SUFFIXES
 
 
 def find_clips(
@@ -70,6 +71,6 @@ def _check_beside(root: str | os.PathLike[str], shards: Sequence[Path], report: 
     """
     if not os.path.isdir(root):
         return
-    tree = read_tree(Path(root), report, frozenset(shards))
+    tree = read_tree_of(Path(root), VIDEO_SUFFIXES, report, frozenset(shards))
     if tree.flat or tree.folders:
         raise ValueError(f"root: {root} holds videos beside shards ({shards[0].name}), expected one")

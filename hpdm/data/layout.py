@@ -15,11 +15,11 @@ from typing import Literal
 
 from hpdm.data.class_names import ClassIndex, check_class_name
 from hpdm.data.found import EMPTY, Found, Report, VideoFile
-from hpdm.data.split_lists import ClassFolder, read_class_index, read_split
+from hpdm.data.split_lists import ClassFolder, numbered_lines, read_class_index, read_split
+from hpdm.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, listed
 
 Split = Literal["train", "test"]
 """A side of UCF-101's official splits."""
-SUFFIXES = frozenset((".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv"))
 SPLIT_FOLDER = "ucfTrainTestlist"
 # Files beside the clips that are not meant as clips, and so are no news when they are left out.
 _SIDE_SUFFIXES = frozenset((".csv", ".json", ".jsonl", ".md", ".txt"))
@@ -29,7 +29,10 @@ _PARTS = frozenset(("dev", "eval", "test", "testing", "train", "training", "val"
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """The videos below a folder, sorted: those directly in it, and those of each class folder."""
+    """The videos below a folder, sorted: those directly in it, and those of each class folder.
+
+    In a set of images, the images are what is called videos here.
+    """
 
     root: Path
     flat: list[Path]
@@ -57,18 +60,39 @@ def find_videos(
 
     Raises:
         FileNotFoundError: no such folder, split file or listed clip.
-        ValueError: no videos, videos both beside and inside class folders, a class that the set does not have.
+        ValueError: no videos and no images, videos both beside and inside class folders, a class that the set does not
+            have.
     """
     report = Report()
     found = find_in_tree(read_tree(Path(root), report), split_file, report)
     return found.class_names, found.files
 
 
-def read_tree(root: Path, report: Report, ignore: Set[Path] = frozenset()) -> Tree:
-    """The videos of a folder: directly in it, and at any depth below the folders in it.
+def read_tree(root: Path, report: Report) -> Tree:
+    """The videos of a folder, or its images where it holds no video: beside videos, images are thumbnails.
 
     Args:
         root: the folder.
+        report: receives what is left out.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    beside_videos, beside_images = Report(), Report()
+    tree = read_tree_of(root, VIDEO_SUFFIXES, beside_videos)
+    images = None if tree.flat or tree.folders else read_tree_of(root, IMAGE_SUFFIXES, beside_images)
+    has_images = images is not None and bool(images.flat or images.folders)
+    for left_out in (beside_images if has_images else beside_videos).left_out():
+        report.add(left_out)
+    return images if images is not None and has_images else tree
+
+
+def read_tree_of(root: Path, suffixes: Set[str], report: Report, ignore: Set[Path] = frozenset()) -> Tree:
+    """The files of a kind: directly in a folder, and at any depth below the folders in it.
+
+    Args:
+        root: the folder.
+        suffixes: those of the kind.
         report: receives what is left out.
         ignore: files that are something else, and are not left out.
 
@@ -77,7 +101,7 @@ def read_tree(root: Path, report: Report, ignore: Set[Path] = frozenset()) -> Tr
     """
     if not root.is_dir():
         raise FileNotFoundError(f"root: {root} is not a folder")
-    walk = _Walk(report, ignore)
+    walk = _Walk(suffixes, report, ignore)
     flat, folders = walk.scan(root)
     by_class: dict[str, list[Path]] = {}
     for folder in folders:
@@ -102,8 +126,8 @@ def read_tree(root: Path, report: Report, ignore: Set[Path] = frozenset()) -> Tr
 class _Walk:
     """Sorts the entries of folders into videos, folders, and what is left out."""
 
-    def __init__(self, report: Report, ignore: Set[Path]) -> None:
-        self.report, self.ignore = report, ignore
+    def __init__(self, suffixes: Set[str], report: Report, ignore: Set[Path]) -> None:
+        self.suffixes, self.report, self.ignore = suffixes, report, ignore
         self.empty: set[Path] = set()
 
     def scan(self, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -123,9 +147,10 @@ class _Walk:
 
     def _is_video(self, path: Path, entry: os.DirEntry[str], kind: str) -> bool:
         suffix = path.suffix.lower()
-        if suffix not in SUFFIXES:
+        if suffix not in self.suffixes:
             if suffix not in _SIDE_SUFFIXES and not entry.name.startswith(".") and kind == "file":
-                self.report.leave_out(_name_of(suffix), path)
+                is_thumbnail = suffix in IMAGE_SUFFIXES and self.suffixes == VIDEO_SUFFIXES
+                self.report.leave_out("images beside videos" if is_thumbnail else _name_of(suffix), path)
         elif kind != "file":
             self.report.leave_out("links that lead nowhere, and special files", path)
         elif entry.name.startswith("."):
@@ -173,8 +198,8 @@ def find_in_tree(tree: Tree, split_file: str | os.PathLike[str] | None, report: 
     if not flat and not any(folders.values()):
         empty = f"; {len(tree.empty)} are empty" if tree.empty else ""
         raise ValueError(
-            f"root: no videos in {root} or the folders in it, expected names ending in {' '.join(sorted(SUFFIXES))}"
-            f"{empty}"
+            f"root: no videos in {root} or the folders in it, expected names ending in {listed(VIDEO_SUFFIXES)}, or "
+            f"images alone ({listed(IMAGE_SUFFIXES)}){empty}"
         )
     if flat and split_file is not None:
         raise ValueError(f"split_file: {root} has no class folders, which a split needs")
@@ -250,3 +275,17 @@ def find_split_file(root: Path, split: Split, fold: int) -> Path:
             return folder / name
     searched = ", ".join(str(folder) for folder in split_folders(root))
     raise FileNotFoundError(f"split: no {name} in {searched}")
+
+
+def split_applies(root: Path, split: Split, fold: int = 1) -> bool:
+    """Whether there is an official list of the split that names a clip of this folder.
+
+    Lists that lie beside the folder may be those of another set beside it.
+    """
+    try:
+        path = find_split_file(root, split, fold)
+    except FileNotFoundError:
+        return False
+    folders = read_tree(root, Report()).folders
+    stems = {f"{name}/{file.stem}" for name, files in folders.items() for file in files}
+    return any(os.path.splitext(line.split()[0])[0] in stems for _, line in numbered_lines(path))

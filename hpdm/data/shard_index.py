@@ -14,7 +14,7 @@ from typing import IO, Any
 from hpdm.data.captions import MAX_CAPTION_BYTES, check_caption
 from hpdm.data.class_names import check_class_name
 from hpdm.data.found import EMPTY, LeftOut, Report
-from hpdm.data.layout import SUFFIXES
+from hpdm.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_video, listed
 from hpdm.data.tar_members import TarDamageError, TarMember, follow_links, read_members
 from hpdm.files import decode_text, write_text
 
@@ -127,10 +127,13 @@ class _Scan:
                 self._leave_out(_why_not_read(member), member)
                 continue
             key, kind = match[1], match[2].lower()
-            kind = "video" if f".{kind.rpartition('.')[2]}" in SUFFIXES else kind
+            kind = "video" if is_video(member.name) else kind
             if kind in samples.setdefault(key, {}):
                 raise ValueError(f"{self.path}: {member.name!r} is the second {kind} of its key, expected one")
             samples[key][kind] = member
+        if not any("video" in sample for sample in samples.values()):
+            for sample in samples.values():
+                _take_image(sample)
         clips = []
         for sample in samples.values():
             if "video" not in sample:
@@ -148,7 +151,10 @@ class _Scan:
                 continue
             clips.append(self._entry(sample, files))
         if not clips:
-            raise ValueError(f"{self.path}: no videos in it, expected names ending in {' '.join(sorted(SUFFIXES))}")
+            raise ValueError(
+                f"{self.path}: no videos in it, expected names ending in {listed(VIDEO_SUFFIXES)}, or images, one of "
+                f"each key ({listed(IMAGE_SUFFIXES)})"
+            )
         return ShardIndex(clips, self.report.left_out())
 
     def _leave_out(self, reason: str, member: TarMember) -> None:
@@ -180,6 +186,13 @@ class _Scan:
             raise ValueError(f"{self._place(member)}: got {file.size} bytes, expected at most {limit}")
         self.file.seek(file.offset)
         return decode_text(self.file.read(file.size), self._place(member)).strip()
+
+
+def _take_image(sample: dict[str, TarMember]) -> None:
+    """In a shard without videos, takes the one image of a key for its video; ``key.thumb.jpg`` is no image of it."""
+    images = [kind for kind in sample if f".{kind}" in IMAGE_SUFFIXES]
+    if len(images) == 1:
+        sample["video"] = sample.pop(images[0])
 
 
 def _why_not_read(member: TarMember) -> str:

@@ -2,7 +2,8 @@
 
 A shard is an uncompressed tar in which the files of one clip share a key, the name up to its first dot: ``key.mp4``,
 ``key.cls`` (the label, an integer) or ``key.json`` (with ``label``, ``class`` or ``caption``), ``key.txt`` (the
-caption). Class names come from ``classes.json`` (a list) or ``classInd.txt`` beside the shards, else from the members.
+caption). Where no key of the shards has a video, ``key.jpg`` and other images are the clips. Class names come from
+``classes.json`` (a list) or ``classInd.txt`` beside the shards, else from the members.
 A hard or symbolic link to another member is read as that member; tars joined with ``cat`` are read to the end.
 
 The package webdataset itself is not used. It reads shards as streams, in an order that depends on the number of workers
@@ -27,6 +28,7 @@ from hpdm.data.decode import Member
 from hpdm.data.found import Found, Report, VideoFile
 from hpdm.data.shard_index import index_shard
 from hpdm.data.shard_labels import assign_labels, listed_classes
+from hpdm.data.suffixes import is_image
 
 _MOST_NAMES = 1_000_000
 
@@ -101,6 +103,11 @@ def read_shards(paths: Sequence[Path], report: Report | None = None) -> Found:
         entries += [(path, entry) for entry in shard.clips]
         for left_out in shard.left_out:
             report.add(left_out)
+    images = [(path, entry) for path, entry in entries if is_image(entry.name)]
+    if len(images) < len(entries):
+        entries = [(path, entry) for path, entry in entries if not is_image(entry.name)]
+        for path, entry in images:
+            report.leave_out("images beside videos", f"{path.name}/{entry.name}")
     names, labels = assign_labels(listed_classes(paths), entries)
     files = [
         VideoFile(Member(str(path), entry.name, entry.offset, entry.size), label, entry.caption)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpdm import distributed
-from hpdm.data.clips import ClipItem, VideoDataset
+from hpdm.data.clips import ClipItem
 from hpdm.data.loader import load
+from hpdm.data.mixture import Mixture
 from hpdm.data.order import ClipKey, ClipOrder
 from hpdm.text import EmbeddingStore, collate_text
 
@@ -52,7 +53,7 @@ class MicroBatches(Sampler[list[ClipKey]]):
     """This rank's micro-batches, without end: those of step ``start``, then those of the next step, and so on.
 
     Args:
-        clips: number of clips in the set.
+        clips: the clips, or the number of clips in a single set.
         batch: clips of a step, over all ranks.
         micro: clips of a micro-batch, a divisor of ``batch / world_size``.
         seed: of the data's order.
@@ -62,7 +63,7 @@ class MicroBatches(Sampler[list[ClipKey]]):
         ValueError: ``batch`` is no multiple of ``world_size * micro``.
     """
 
-    def __init__(self, clips: int, batch: int, micro: int, seed: int, start: int = 0) -> None:
+    def __init__(self, clips: Mixture | int, batch: int, micro: int, seed: int, start: int = 0) -> None:
         self.rank, world_size = distributed.rank(), distributed.world_size()
         if batch % (world_size * micro):
             raise ValueError(
@@ -71,7 +72,7 @@ class MicroBatches(Sampler[list[ClipKey]]):
         self.per_step = batch // micro
         self.own = self.per_step // world_size
         self.start = start
-        self.order = ClipOrder(clips, micro, seed)
+        self.order = clips.order(micro, seed) if isinstance(clips, Mixture) else ClipOrder(clips, micro, seed)
 
     def numbers(self, step: int) -> range:
         """The numbers of this rank's micro-batches of a step, counted over the whole run."""
@@ -87,7 +88,7 @@ class MicroBatches(Sampler[list[ClipKey]]):
 
 
 def loader(
-    dataset: VideoDataset, sampler: MicroBatches, workers: int, device: torch.device,
+    dataset: Dataset[ClipItem], sampler: MicroBatches, workers: int, device: torch.device,
     embeddings: EmbeddingStore | None = None,
 ) -> Iterator[Batch]:  # fmt: skip
     """Micro-batches in order, decoded by ``workers`` processes (0: by this one), pinned for a GPU."""

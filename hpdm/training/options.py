@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from hpdm.checks import at_least
+from hpdm.data.mixture import parse_root
 from hpdm.recipe import Recipe, RecipeChanges
 from hpdm.system import Architecture
 
@@ -19,8 +21,9 @@ from hpdm.system import Architecture
 class TrainOptions:
     """Train a model on videos. Options that are not given take the preset's values (Table 8). Works under torchrun."""
 
-    data: Path
-    """Folder of videos (UCF-101's layout, class folders, or flat) or of tar shards, or a pattern of shards."""
+    data: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
+    """Required. Folder of videos or images (UCF-101's layout, class folders, or flat) or of tar shards, or a pattern of
+    shards. Given several times, the sets are mixed; --data images:0.5 gives a set the weight 0.5 instead of 1."""
     out: Path
     """Folder of the run; a run that exists already is resumed."""
     embeddings: Path | None = None
@@ -51,13 +54,14 @@ class TrainOptions:
     times: Literal["uniform", "logit-normal"] = "uniform"
     """Distribution of diffusion times; "logit-normal" favors the middle."""
     split: Literal["train", "test"] | None = None
-    """Use UCF-101's official split."""
+    """Use UCF-101's official split, of each set that has one."""
     stride: int = 1
     """Step between the frames of a clip."""
     fps: float | None = None
     """Frame rate to which clips are resampled before --stride counts; each clip's own if not given."""
-    short: Literal["error", "skip", "loop"] = "error"
-    """What to do with a clip that is too short."""
+    short: Literal["error", "skip", "loop"] | None = None
+    """What to do with a clip that is shorter than a window: leave it out and count it, stop, or play it again from its
+    start. Default: skip, or what the run had that is resumed."""
     seed: int = 0
     workers: int = 1
     """Processes that read clips ahead, per training process; with 0 the training process reads them itself."""
@@ -77,6 +81,10 @@ class TrainOptions:
     """"auto" takes CUDA when there is one."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str | os.PathLike):
+            raise TypeError(f"data: got {self.data!r}, expected a tuple of folders; train_options() takes one as it is")
+        if not self.data:
+            raise ValueError("data: got none, expected --data with a folder of videos or shards")
         at_least(self.recipe, 1, "steps", "batch")
         at_least(self.recipe, 0, "lr", "warmup", "weight_decay")
         at_least(self, 1, "micro_batch", "stride", "log_every", "save_every", "sample_steps")
@@ -88,12 +96,18 @@ class TrainOptions:
         """All options as one flat dictionary of JSON values, with the full ``recipe`` in place of the changes to it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["recipe"], values["architecture"]
+        if len(self.data) == 1:
+            values["data"] = self.data[0]
+        weights = [parse_root(root).weight for root in self.data]
+        values["data_weights"] = [weight / weights[0] for weight in weights]
         values |= dataclasses.asdict(self.architecture) | dataclasses.asdict(recipe)
         return json.loads(json.dumps(values, default=str))
 
 
 def train_options(**values: Any) -> TrainOptions:
     """:class:`TrainOptions` from flat names, as on the command line: ``train_options(steps=9, ...)``.
+
+    ``data`` is one folder, or several in a list or tuple.
 
     Raises:
         TypeError: an unknown name, or ``data`` or ``out`` missing.
@@ -102,4 +116,8 @@ def train_options(**values: Any) -> TrainOptions:
     parts = {"recipe": RecipeChanges, "architecture": Architecture}
     names = {part: {f.name for f in dataclasses.fields(kind)} for part, kind in parts.items()}
     nested = {part: kind(**{n: values.pop(n) for n in names[part] & set(values)}) for part, kind in parts.items()}
+    if isinstance(values.get("data"), str | os.PathLike):
+        values["data"] = [values["data"]]
+    if "data" in values:
+        values["data"] = tuple(map(Path, values["data"]))
     return TrainOptions(**nested, **values)

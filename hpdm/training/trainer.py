@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from hpdm import distributed
-from hpdm.data.clips import VideoDataset
+from hpdm.data.mixture import Mixture
 from hpdm.recipe import Recipe
 from hpdm.sampling import SamplerOptions
 from hpdm.system import System
@@ -31,6 +31,7 @@ from hpdm.training.optim import EMA, learning_rate, make_optimizer
 from hpdm.training.options import TrainOptions
 from hpdm.training.parallel import parallelize
 from hpdm.training.profiling import profiled
+from hpdm.training.short_clips import ShortClips
 from hpdm.training.shutdown import Stop
 from hpdm.training.step import update
 from hpdm.video import to_uint8, write_contact_sheet
@@ -50,7 +51,7 @@ class Job:
     system: System
     config: Any
     """The model's."""
-    dataset: VideoDataset
+    dataset: Mixture
     """Clips at the config's resolution."""
     embeddings: EmbeddingStore | None
     """Of the clips' captions, for a model with text."""
@@ -91,7 +92,8 @@ class Trainer:
             elif options.init is not None:
                 load_checkpoint(newest_checkpoint(options.init), self.model, self.ema)
         self.saved = self.step
-        self.batches = MicroBatches(len(job.dataset), recipe.batch, job.micro_batch, options.seed, self.step)
+        self.batches = MicroBatches(job.dataset, recipe.batch, job.micro_batch, options.seed, self.step)
+        self.short_clips = ShortClips(job.dataset)
 
     def fit(self) -> None:
         """Trains to the recipe's last step; raises as :func:`hpdm.commands.train.train`."""
@@ -118,6 +120,7 @@ class Trainer:
         if logged:
             values = distributed.mean(torch.stack(list(losses.values())))
             reports.write(_row(self.step, dict(zip(losses, values.tolist())), values, full_tensor(norm), rate))
+            self.short_clips.report(last=self.step == last)
             self.check_finite(values)
         if self.step % options.save_every == 0 or self.step == last:
             self.save()

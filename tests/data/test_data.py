@@ -171,7 +171,7 @@ def test_clips_of_any_rate_and_size_are_resampled_to_one(tmp_path):
     with pytest.raises(
         ShortClipError, match=r"c\.mp4: got 40 frames, expected >= 49 \(frames=5, stride=4, fps=10 of 30"
     ):
-        VideoDataset(tmp_path, frames=5, size=8, fps=10, stride=4)[2]
+        VideoDataset(tmp_path, frames=5, size=8, fps=10, stride=4, short="error")[2]
     for rate in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"fps: got {rate}, expected > 0"):
             VideoDataset(tmp_path, frames=5, size=8, fps=rate)
@@ -265,11 +265,11 @@ def test_resize_keeps_the_aspect_and_crops_the_center(generator):
 
 def test_short_clips(flat, caplog):
     options = {"frames": 6, "stride": 2, "size": 16}
-    data = VideoDataset(flat, **options)  # spans 11 frames; 0.mp4 has 10
+    data = VideoDataset(flat, short="error", **options)  # spans 11 frames; 0.mp4 has 10
     with pytest.raises(ShortClipError, match=r"0\.mp4: got 10 frames, expected >= 11 \(frames=6, stride=2\)"):
         data[0]
     assert data[1]["path"].endswith("1.mp4")
-    data = VideoDataset(flat, short="skip", **options)
+    data = VideoDataset(flat, **options)
     assert data[0]["path"].endswith("1.mp4")
     assert re.search(r"clip skipped: .*0\.mp4: got 10 frames", caplog.text)
     item = VideoDataset(flat, short="loop", **options)[0]
@@ -448,7 +448,7 @@ def test_commands(tmp_path, capsys):
     assert "6 frames 32x16 16 fps h264, decord" in out
     assert "2 files of 1 classes: 2 read with decord" in out
     assert Inspect(root, frames=4, stride=2).run() == 1
-    assert "would end training: got 6 frames, expected >= 7 (frames=4, stride=2)" in capsys.readouterr().out
+    assert "would be skipped: got 6 frames, expected >= 7 (frames=4, stride=2)" in capsys.readouterr().out
     (root / "RedDisc" / "bad.mp4").write_text("no video")
     assert Inspect(root).run() == 1
     assert "1 skipped" in capsys.readouterr().out

@@ -158,7 +158,7 @@ def test_a_class_of_empty_files_stays_a_class(tmp_path):
 
 def test_many_are_counted_and_the_first_hundred_named(tmp_path):
     put(tmp_path, "a.mp4", *(f"{i:03d}.jpg" for i in range(130)))
-    count, places = left_out(tmp_path)["files ending in .jpg"]
+    count, places = left_out(tmp_path)["images beside videos"]
     assert (count, len(places), places[-1]) == (130, 100, "099.jpg")
 
 

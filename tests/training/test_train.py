@@ -13,6 +13,7 @@ import hpdm.training.trainer as training
 from hpdm import presets, runs
 from hpdm.commands.train import prepare, train
 from hpdm.data.clips import VideoDataset
+from hpdm.data.decode import DecodeError
 from hpdm.data.synthetic import render_synthetic
 from hpdm.patch.system import PatchDiffusion
 from hpdm.text import EmbeddingInfo, EmbeddingStore
@@ -226,11 +227,15 @@ def test_another_config_or_schedule_is_refused(clips, saved_run, tmp_path):
         ({"preset": "huge"}, "preset: got 'huge'"),
         ({"preset": "hpdm_t2v", "patch": None, "resolution": None}, "conditioned on text"),
         ({"resolution": (8, 32, 24)}, "resolution: got"),
-        ({"resolution": (16, 64, 64)}, "frames"),
+        ({"resolution": (16, 64, 64), "short": "error"}, r"got 12 frames, expected >= 16 \(frames=16, stride=1\)"),
+        (
+            {"resolution": (16, 64, 64)},
+            r"none of the 6 clips can be used; .* got 12 frames, expected >= 16 \(frames=16",
+        ),
     ],
 )
 def test_bad_choices_are_named_before_anything_is_written(clips, tmp_path, changes, match):
-    with pytest.raises(ValueError, match=match):
+    with pytest.raises((ValueError, DecodeError), match=match):
         train(options(clips, tmp_path / "run", **changes))
     assert not list_checkpoints(tmp_path / "run")
 

@@ -11,6 +11,9 @@ from tests.video import claims
 from tests.video.claims import Claim
 from tests.video.encoding import Video, write
 
+DAMAGED = r"(?i)damage|corrupt|invalid|decod|error|broken|lost|missing|differ"
+"""Reasons for which a damaged file, or a window of it, may be refused."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -32,6 +35,8 @@ class Case:
     """When the encoder was told to show each frame; empty where times are not the case's to know."""
     pixel_aspect: float | None = None
     """Width of a pixel over its height, upright."""
+    undefined: range = range(0)
+    """Frames with parts that a decoder leaves as it finds its memory: they may look in any way, or be refused."""
     by_command: str = ""
     """Why the ffmpeg program of another version honestly shows something else; ``""`` where both agree."""
     needs_command: bool = False

@@ -341,7 +341,7 @@ def shows(numbers: Sequence[int]) -> Claim:
     """The claim that a decode shows the pictures ``numbers``, read from the pictures themselves."""
 
     def claim(path: Path) -> bool:
-        shown = [number_in(image) for image in sequential(path)]
+        shown = [number_in(image) for image in sequential(path, upright=False)]
         return shown == [shown_number(number) for number in numbers]
 
     claim.__name__ = f"shows {', '.join(map(str, numbers))}"

@@ -53,6 +53,7 @@ def _web() -> list[Case]:
     vp8 = Video("libvpx", options=_FAST, gop=12)
     vp9, low_delay = Video("libvpx-vp9", options=_FAST), {"preset": "12", "svtav1-params": "lp=1:pred-struct=1"}
     av1 = Video("libsvtav1", gop=16, bit_rate=None, options={"preset": "12", "crf": "20", "svtav1-params": "lp=1"})
+    grain = {"preset": "12", "crf": "20", "svtav1-params": "lp=1:film-grain=25"}
     cases = [
         surgical("vp8-hidden.webm", "VP8 hidden frames", vp8, _hide(4), claims.hidden_vp8),
         surgical("vp8-hidden.mkv", "VP8 hidden frames", vp8, _hide(3), claims.hidden_vp8),
@@ -68,6 +69,7 @@ def _web() -> list[Case]:
         encoded("av1.webm", "AV1", av1, claims.hidden_av1),
         encoded("av1-long-gop.mkv", "AV1", replace(av1, gop=300), claims.hidden_av1, claims.one_keyframe),
         encoded("av1-10-bit.mp4", "AV1", replace(av1, pix_fmt="yuv420p10le"), claims.as_format("yuv420p10le")),
+        encoded("av1-film-grain.mkv", "AV1", replace(av1, options=grain)),
         encoded("av1-low-delay.mp4", "AV1", replace(av1, options=low_delay)),
     ]
     return cases

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.video import claims
-from tests.video.cases import Case
+from tests.video.cases import DAMAGED, Case
 from tests.video.corpus_codecs import gif
-from tests.video.corpus_damage import DAMAGED
 from tests.video.corpus_h264 import FRAGMENTED, h264, hevc
 from tests.video.corpus_mpeg import mpeg2, mpeg4
 from tests.video.encoding import Video, encode, encoded_beside, read_chunks, remux, write, write_chunks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.video import claims
-from tests.video.cases import Case
+from tests.video.cases import DAMAGED, Case
 from tests.video.corpus_h264 import h264, hevc
 from tests.video.corpus_mpeg import mpeg2, mpeg4
 from tests.video.encoding import Chunk, Video, encoded_beside, read_chunks, remux, write
@@ -19,9 +19,7 @@ _CLOSED = h264("keyint=12:min-keyint=12:scenecut=0:bframes=2")
 _OPEN = h264("open-gop=1:keyint=12:min-keyint=12:scenecut=0:bframes=3")
 _NO_B = h264("keyint=12:min-keyint=12:scenecut=0:bframes=0")
 _HEVC_OPEN = hevc("open-gop=1:keyint=12:min-keyint=12:bframes=3")
-_CONCEALED = "versions fill in the missing part of a damaged picture with other contents"
-DAMAGED = r"(?i)damage|corrupt|invalid|decod|error|broken|lost|missing|differ"
-"""Reasons for which a damaged file, or a window of it, may be refused."""
+_CONCEALED = "the missing part of a damaged picture shows what was in memory"
 
 
 def _damaged(name: str, video: Video, number: int, change: Callable[[bytes], bytes], **rest: Any) -> Case:
@@ -73,9 +71,9 @@ def _damage() -> list[Case]:
         _damaged("damage-mpeg2.mpg", mpeg2(2), 17, flipped),
         _damaged("damage-mpeg2.ts", mpeg2(2), 12, zeroed),
         _damaged("damage-hevc.mp4", _HEVC_OPEN, 17, flipped),
-        _damaged("damage-vp8.webm", vp8, 17, shortened, by_command=_CONCEALED),
+        _damaged("damage-vp8.webm", vp8, 17, shortened, by_command=_CONCEALED, undefined=range(17, 24)),
         _damaged("damage-vp9.webm", vp9, 17, flipped),
-        _damaged("damage-mjpeg.avi", mjpeg, 17, shortened, by_command=_CONCEALED),
+        _damaged("damage-mjpeg.avi", mjpeg, 17, shortened, by_command=_CONCEALED, undefined=range(17, 18)),
         _damaged("damage-mjpeg-no-picture.avi", mjpeg, 17, lambda data: bytes(len(data))),
         _damaged("damage-wmv2.wmv", wmv2, 17, flipped),
         _dropped("damage-dropped.mp4", _NO_B, 17),
@@ -134,6 +132,7 @@ def _sizes() -> list[Case]:
         ("sizes-change-h264.ts", "ts", _CLOSED),
         ("sizes-change-mpeg2.ts", "ts", mpeg2(2)),
         ("sizes-change-vp8.webm", "webm", vp8),
+        ("sizes-change-vp9.webm", "webm", replace(vp8, codec="libvpx-vp9")),
         ("sizes-change-mjpeg.avi", "avi", mjpeg),
     ]
     return [

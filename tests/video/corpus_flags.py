@@ -11,7 +11,7 @@ import av
 import numpy as np
 
 from tests.video import claims
-from tests.video.cases import Case, encoded
+from tests.video.cases import DAMAGED, Case, encoded
 from tests.video.claims import nal_units
 from tests.video.corpus_h264 import h264
 from tests.video.corpus_mpeg import mpeg2, mpeg4, surgical
@@ -93,6 +93,9 @@ def _without_index() -> list[Case]:
         encoded("no-index-default-base.mp4", kind, _OPEN, movflags="frag_keyframe+empty_moov+default_base_moof"),
         encoded("no-index-dash.mp4", kind, _OPEN, movflags="dash+frag_keyframe+empty_moov"),
         Case("no-index.avi", kind, _avi_without_index, (_SHOWN,), encoders=("mpeg4",)),
+        # FFmpeg reads such a file by its list, from wrong places, and finds damage there.
+        Case("index-wrong.avi", "wrong index", _wrong_index, encoders=("mpeg4",), may_refuse=DAMAGED),
+        Case("index-half.avi", "wrong index", _half_an_index, (_SHOWN,), encoders=("mpeg4",)),
         encoded("packets-of-192.ts", kind, mpeg2(2), mpegts_m2ts_mode="1"),
     ]
 
@@ -102,6 +105,26 @@ def _avi_without_index(path: Path) -> None:
     write(path, mpeg4(2))
     data = path.read_bytes()
     path.write_bytes(data[: data.rindex(b"idx1")])
+
+
+def _wrong_index(path: Path) -> None:
+    """An AVI whose list of frames tells the places of the frames in the wrong order."""
+    write(path, mpeg4(2))
+    data = bytearray(path.read_bytes())
+    at = data.rindex(b"idx1") + 8
+    entries = [data[place : place + 16] for place in range(at, at + 16 * 40, 16)]
+    places = [entry[8:] for entry in entries]
+    for number, (entry, place) in enumerate(zip(entries, [*places[5:], *places[:5]])):
+        data[at + 16 * number : at + 16 * number + 16] = entry[:8] + place
+    path.write_bytes(data)
+
+
+def _half_an_index(path: Path) -> None:
+    """An AVI that lists the first half of its frames."""
+    write(path, mpeg4(2))
+    data = path.read_bytes()
+    at = data.rindex(b"idx1")
+    path.write_bytes(data[: at + 4] + (16 * 20).to_bytes(4, "little") + data[at + 8 : at + 8 + 16 * 20])
 
 
 # ---- files without pictures ----

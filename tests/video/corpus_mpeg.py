@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from tests.video import claims
-from tests.video.cases import Case, encoded
+from tests.video.cases import DAMAGED, Case, encoded
 from tests.video.encoding import Chunk, Video, encode, write_chunks
 from tests.video.surgery import empty_chunks, empty_vop, pack_b_frames
 
@@ -77,15 +77,25 @@ def _insert(every: int, content: Callable[[bytes], bytes]) -> Callable[[list[Chu
     return change
 
 
-def _without_bytes(path: Path) -> None:
+def _one_byte(path: Path) -> None:
+    """Packets of one byte, which no decoder takes, between the frames."""
+    write_chunks(path, _xvid(0), _insert(4, lambda _: b"\x7f")(encode(_xvid(0))[0]))
+
+
+def _without_bytes(video: Video) -> Callable[[Path], None]:
     """AVI with empty chunks, where a recorder dropped frames."""
     filler = b"\x7f" * 24
-    write_chunks(path, _xvid(0), _insert(4, lambda _: filler)(encode(_xvid(0))[0]))
-    empty_chunks(path, filler)
+
+    def make(path: Path) -> None:
+        write_chunks(path, video, _insert(4, lambda _: filler)(encode(video)[0]))
+        empty_chunks(path, filler)
+
+    return make
 
 
 def _mpeg4() -> list[Case]:
     in_order = claims.shows(range(40))
+    plain = Video("libx264", options={"x264-params": "keyint=12:min-keyint=12:bframes=2:scenecut=0"}, gop=None)
     cases = [
         encoded(f"mpeg4-{b}b.{suffix}", "MPEG-4", mpeg4(b), *([claims.b_vops] if b else []))
         for suffix in ("avi", "mp4", "mkv", "mov", "ts", "mpg")
@@ -98,10 +108,12 @@ def _mpeg4() -> list[Case]:
         encoded("mpeg4-interlaced.avi", "MPEG-4", mpeg4(2, flags="+ildct+ilme"), claims.interlaced),
         encoded("mpeg4-qpel.avi", "MPEG-4", mpeg4(2, flags="+qpel+mv4+aic"), claims.b_vops),
         encoded("mpeg4-xvid.avi", "MPEG-4", _xvid(2), claims.b_vops),
-        # Recorders of a fixed rate repeat a frame by an empty picture, or by a packet of one byte.
+        # Recorders of a fixed rate repeat a frame by an empty picture.
         surgical("mpeg4-repeats.avi", "MPEG-4", _xvid(0), _insert(3, empty_vop), claims.empty_vops, in_order),
-        Case("mpeg4-no-bytes.avi", "MPEG-4", _without_bytes, (in_order,), encoders=("mpeg4",)),
-        surgical("mpeg4-no-content.avi", "MPEG-4", _xvid(0), _insert(4, lambda _: b"\x7f"), in_order),
+        Case("mpeg4-no-bytes.avi", "MPEG-4", _without_bytes(_xvid(0)), (in_order,), encoders=("mpeg4",)),
+        Case("mpeg4-2b-no-bytes.avi", "MPEG-4", _without_bytes(_xvid(2)), (in_order,), encoders=("mpeg4",)),
+        Case("h264-no-bytes.avi", "H.264 closed-gop", _without_bytes(plain), (in_order,), encoders=("libx264",)),
+        Case("mpeg4-no-content.avi", "MPEG-4", _one_byte, (in_order,), encoders=("mpeg4",), may_refuse=DAMAGED),
     ]
     return cases
 

@@ -20,8 +20,11 @@ from av.video.reformatter import Interpolation
 FFMPEG = shutil.which("ffmpeg")
 
 
-def sequential(path: Path) -> list[np.ndarray]:
-    """All frames of a file in order of output: uint8 RGB ``[H, W, 3]`` each, all of the first one's size."""
+def sequential(path: Path, upright: bool = True) -> list[np.ndarray]:
+    """All frames of a file in order of output: uint8 RGB ``[H, W, 3]`` each, all of the first one's size.
+
+    They are as stored if not ``upright``.
+    """
     number, exif = chosen_stream(path), _exif_matrix(path)
     frames: list[np.ndarray] = []
     size: tuple[int, int] | None = None
@@ -34,7 +37,7 @@ def sequential(path: Path) -> list[np.ndarray]:
                 image = frame.to_ndarray(format="rgb24")
             else:
                 image = frame.reformat(*size, format="rgb24", interpolation=Interpolation.BICUBIC).to_ndarray()
-            frames.append(turned(image, exif or _matrix(frame)))
+            frames.append(turned(image, exif or _matrix(frame)) if upright else image)
     return frames
 
 

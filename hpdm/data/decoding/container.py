@@ -39,7 +39,8 @@ def open_video(url: str, number: int | None = None) -> Iterator[tuple[InputConta
     """
     import av
 
-    with av.open(url) as container:
+    # A name with %03d in it is a name, not the names of a sequence of images.
+    with av.open(url, options={"pattern_type": "none"}) as container:
         stream = container.streams.video[number] if number is not None else choose_stream(container)
         stream.codec_context.thread_count = 1
         yield container, stream
@@ -96,6 +97,8 @@ def decode(
             lost()
             yield from stream.codec_context.decode(None)
             return
+        if not packet.size and packet.dts is not None:
+            continue  # says that nothing changes; a decoder would take it for the end, which has no time
         seen(packet)
         try:
             frames = packet.decode()
@@ -132,6 +135,7 @@ def orientation(frame: VideoFrame) -> Orientation:
     Raises:
         ValueError: it turns by an angle that is no multiple of 90 degrees.
     """
+    _accept_unnamed_side_data()
     side_data = cast("Mapping[str, bytes]", frame.side_data)
     if "DISPLAYMATRIX" not in side_data:
         return Orientation()
@@ -144,3 +148,19 @@ def orientation(frame: VideoFrame) -> Orientation:
     if straight <= slant * across:
         return Orientation(transpose=True, flip_rows=b < 0, flip_columns=c < 0)
     raise ValueError(f"is shown turned by {math.degrees(math.atan2(b, a)):.0f} degrees, expected a multiple of 90")
+
+
+def _accept_unnamed_side_data() -> None:
+    """Lets PyAV list the side data of a frame that has a kind PyAV has no name for, such as the EXIF of a photo.
+
+    It would raise an error and so hide the display matrix, which lies beside it.
+    """
+    from av.sidedata.sidedata import Type
+
+    def unnamed(kind: type[Any], value: int) -> Any:
+        member = object.__new__(kind)
+        member._name_, member._value_ = f"UNNAMED_{value}", value
+        return member
+
+    if "_missing_" not in vars(Type):
+        cast(Any, Type)._missing_ = classmethod(unnamed)

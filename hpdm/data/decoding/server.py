@@ -98,7 +98,7 @@ class Server:
 
     def read(self, reader: Reader, request: Message) -> Message:
         """Sends the frames of a request, decoded by decord if it is asked for and trusted, else by PyAV."""
-        left, doubt = list(request["numbers"]), "not asked for"
+        left, doubt = list(request["numbers"]), ""
         if request["decoder"] != "pyav":
             doubt = self.doubt(reader, request)
             if not doubt:
@@ -134,7 +134,8 @@ class Server:
                         scan.decord = f"it gives another picture for frame {number}"
             except Refused as refusal:
                 scan.decord = str(refusal)
-            memory.save(memory.fingerprint(request), scan)
+            if scan.frames > 1:
+                memory.save(memory.fingerprint(request), scan)
         return scan.decord
 
     def reader(self, request: Message, *, remembered: bool = True) -> Reader:
@@ -146,7 +147,8 @@ class Server:
             found = memory.load(name) if remembered else None
             if found is None:
                 found = scan(key[0], self.progress("scan"))
-                memory.save(name, found)
+                if found.frames > 1:  # one frame, of an image, costs no more to decode than its scan to find
+                    memory.save(name, found)
             self.readers[key] = name, Reader(key[0], found)
             if len(self.readers) > _READERS:
                 self.readers.popitem(last=False)

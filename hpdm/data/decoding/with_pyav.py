@@ -18,6 +18,7 @@ from hpdm.data.decoding.scan import Scan, checksum
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
 
 
 class Changed(Exception):
@@ -86,11 +87,17 @@ class Reader:
                     continue
                 if number > numbers[wanted] or checksum(frame) != scan.checksums[number]:
                     return
-                size = {"width": scan.stored_width, "height": scan.stored_height}
-                yield scan.orientation.apply(_view(converter.reformat(frame, format="rgb24", **size)))
+                yield scan.orientation.apply(self._to_rgb(frame, converter))
                 wanted += 1
                 if wanted == len(numbers):
                     return
+
+    def _to_rgb(self, frame: VideoFrame, converter: VideoReformatter) -> np.ndarray:
+        """The pixels of a frame, at the size of the file's first one: uint8 ``[H, W, 3]``."""
+        height, width = self.scan.stored_height, self.scan.stored_width
+        # Frames of another size are scaled as the ffmpeg command does it.
+        how = "BICUBIC" if (frame.height, frame.width) != (height, width) else None
+        return _view(converter.reformat(frame, width, height, "rgb24", interpolation=how))
 
     def _numbered(self, frames: Iterator[VideoFrame], entry: int | None) -> Iterator[tuple[int, VideoFrame]]:
         """Frames with their numbers, by their time stamps where these are unique, else counted from the keyframe."""
