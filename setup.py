@@ -39,6 +39,10 @@ setup(
             "tensorboard",
             "transformers>=4.56",  # tests encode captions with a tiny T5 of random weights
         ],
+        "bench-video": [
+            # Peers in the benchmark of reading. decord2, another one, has decord's module name and cannot be beside it.
+            "torchcodec",  # the PyPI build needs a CUDA build of torch of a version that it was made for
+        ],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "t2v": [
