@@ -41,13 +41,14 @@ def open_video(url: str, number: int | None = None) -> Iterator[tuple[InputConta
 
     # A name with %03d in it is a name, not the names of a sequence of images.
     with av.open(url, options={"pattern_type": "none"}) as container:
-        stream = container.streams.video[number] if number is not None else choose_stream(container)
+        stream = container.streams.video[choose_streams(container)[0] if number is None else number]
         stream.codec_context.thread_count = 1
         yield container, stream
 
 
-def choose_stream(container: InputContainer) -> VideoStream:
-    """The stream that the ``ffmpeg`` command takes by itself: marked as default, then of most pixels, then the first.
+def choose_streams(container: InputContainer) -> list[int]:
+    """The video streams in the order in which the ``ffmpeg`` command prefers them, by their numbers among the video
+    streams: marked as default, then of most pixels, then the first. It takes the first that holds anything.
 
     The picture on an album's cover is no video.
 
@@ -56,16 +57,18 @@ def choose_stream(container: InputContainer) -> VideoStream:
     """
     from av.stream import Disposition
 
-    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    streams = container.streams.video
+    videos = [n for n, stream in enumerate(streams) if not stream.disposition & Disposition.attached_pic]
     if not videos:
-        cover = " but a cover picture" if container.streams.video else ""
+        cover = " but a cover picture" if streams else ""
         raise ValueError(f"holds no video stream{cover}")
 
-    def score(stream: VideoStream) -> int:
+    def score(number: int) -> int:
         # ffmpeg's own weighing: a stream of more than 5 million pixels outdoes one that is marked.
+        stream = streams[number]
         return stream.width * stream.height + 5_000_000 * bool(stream.disposition & Disposition.default)
 
-    return max(videos, key=score)
+    return sorted(videos, key=score, reverse=True)
 
 
 def decode(

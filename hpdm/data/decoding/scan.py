@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hpdm.data.decoding.container import Orientation, decode, open_video, orientation
+from hpdm.data.decoding.container import Orientation, choose_streams, decode, open_video, orientation
 from hpdm.data.decoding.keyframes import holds_idr
 
 if TYPE_CHECKING:
@@ -108,18 +108,30 @@ class _Packets:
     def __init__(self, stream: VideoStream) -> None:
         self.codec = stream.codec_context.codec.canonical_name
         self.extradata = stream.codec_context.extradata
+        self.stream = stream
         self.count = 0
         self.keyframes: list[tuple[int | None, int | None]] = []  # (presentation time, decoding time) of each
-        self.random_access = True
+        self.refreshes: set[int | None] = set()  # both times of each packet that is an IDR picture of H.264
 
     def add(self, packet: Packet) -> None:
         """Notes a packet; the empty one at the end of the file does not count."""
         if not packet.size:
             return
         self.count += 1
+        if self.codec == "h264" and holds_idr(bytes(packet), self.extradata):
+            self.refreshes |= {packet.pts, packet.dts}
         if packet.is_keyframe:
             self.keyframes.append((packet.pts, packet.dts))
-            self.random_access &= self.codec == "h264" and holds_idr(bytes(packet), self.extradata)
+
+    def random_access(self) -> bool:
+        """Whether all keyframes, those of the container's index too, are full refreshes (IDR of H.264).
+
+        The index may mark keyframes where packets do not, and decoders seek by it.
+        """
+        marked = {shown for shown, _ in self.keyframes} | {
+            e.timestamp for e in self.stream.index_entries if e.is_keyframe
+        }
+        return bool(self.refreshes) and marked <= self.refreshes
 
     def entries(self, pts: list[int | None], key_numbers: list[int]) -> list[tuple[int, int]]:
         """Each keyframe's number among the frames, and the time stamp to seek to, sorted; without those unknown.
@@ -145,6 +157,21 @@ def scan(url: str, progress: Callable[[], None] = lambda: None) -> Scan:
     Raises:
         ValueError: no video stream, no frame that can be decoded, or frames turned by an odd angle.
     """
+    with open_video(url) as (container, _):
+        numbers = choose_streams(container)
+    for number in numbers:
+        found = _scan_stream(url, number, progress)
+        if found is not None:
+            return found
+    raise ValueError("holds no video frames")
+
+
+def _scan_stream(url: str, number: int, progress: Callable[[], None]) -> Scan | None:
+    """Scans a video stream; ``None`` for one without packets.
+
+    Raises:
+        ValueError: no frame that can be decoded, or frames turned by an odd angle.
+    """
     found: Scan | None = None
     lost = 0
     key_numbers = []
@@ -153,7 +180,7 @@ def scan(url: str, progress: Callable[[], None] = lambda: None) -> Scan:
         nonlocal lost
         lost += 1
 
-    with open_video(url) as (container, stream):
+    with open_video(url, number) as (container, stream):
         packets = _Packets(stream)
         for frame in decode(container, stream, packets.add, count_lost):
             if found is None:
@@ -169,9 +196,12 @@ def scan(url: str, progress: Callable[[], None] = lambda: None) -> Scan:
             found.pts.append(frame.pts)
             found.checksums.append(checksum(frame))
             progress()
+        random_access = packets.random_access()
+    if not packets.count:
+        return None
     if found is None:
-        raise ValueError("no frame can be decoded" if packets.count else "holds no video frames")
-    found.packets, found.random_access = packets.count, packets.random_access
+        raise ValueError("no frame can be decoded")
+    found.packets, found.random_access = packets.count, random_access
     found.entries = packets.entries(found.pts, key_numbers)
     return found
 
