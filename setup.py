@@ -22,7 +22,7 @@ setup(
         "einops",  # readable reshapes between videos, patches and tokens
         "numpy",
         "decord",  # the first video decoder: fast seeking, decodes a clip at a time
-        "av>=12",  # the second decoder (AV1, GIF, damaged files), and the only writer of mp4
+        "av>=18",  # decodes every file once and most of them always; the only writer of mp4; 18 has all that is used of it
         "safetensors",  # weights in a format that cannot run code and is mapped, not read
         "tqdm",  # progress bars with rate and ETA
         "tyro",  # the command line, made from typed dataclasses
@@ -38,6 +38,10 @@ setup(
             "matplotlib",
             "tensorboard",
             "transformers>=4.56",  # tests encode captions with a tiny T5 of random weights
+        ],
+        "bench-video": [
+            # Peers in the benchmark of reading. decord2, another one, has decord's module name and cannot be beside it.
+            "torchcodec",  # the PyPI build needs a CUDA build of torch of a version that it was made for
         ],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],

@@ -74,6 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="write the results to this file alone, and leave out tests that have one there",
     )
     group.addoption("--seconds", type=float, default=1.0, help="timing per comparison, all contenders together")
+    group.addoption("--decord2", metavar="DIR", help="folder of a decord2 to measure, installed there alone")
 
 
 def pytest_configure(config: pytest.Config) -> None:

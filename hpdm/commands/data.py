@@ -61,7 +61,7 @@ class Synthetic:
 
 @dataclass(frozen=True)
 class Shard:
-    """Pack a folder of videos, unchanged, into tar shards (webdataset's layout), with labels and captions."""
+    """Pack a folder of videos into tar shards (webdataset's layout), with labels and captions."""
 
     src: tyro.conf.Positional[Path]
     """Folder in any layout that training reads."""
@@ -69,25 +69,29 @@ class Shard:
     """Folder to create."""
     clips_per_shard: int = 1000
     """Clips per shard; shards of a few hundred MB to a few GB suit most file systems."""
+    resize: int | None = None
+    """Encode the clips anew for fast reading, with this many pixels on the shorter side; none packs them unchanged."""
     split: Split | None = None
     """Pack only one side of UCF-101's official split."""
     fold: int = 1
     """Which official split, 1 to 3."""
 
     def run(self) -> int:
-        """Packs the shards, reads them back and returns the exit status."""
+        """Packs the shards and reads them back; the exit status is 1 when a clip was left out as damaged."""
         if find_shards(self.src) is not None:
             raise ValueError(f"src: {self.src} holds shards already, expected a folder of videos")
         found = survey(self.src, split=self.split, fold=self.fold, captions=True)
         log_summary(self.src, found)
-        shards = write_shards(self.out, self.src, found.class_names, found.files, self.clips_per_shard)
+        shards = write_shards(self.out, self.src, found.class_names, found.files, self.clips_per_shard, self.resize)
         packed = read_shards(shards)
         captions = sum(bool(file.caption) for file in packed.files)
+        left_out = len(found.files) - len(packed.files)
         print(
             f"{self.out}: {len(shards)} shards, {len(packed.files)} clips of {len(packed.class_names)} classes, "
             f"{captions} with a caption"
+            + (f"; {left_out} of {len(found.files)} clips left out, which cannot be read" if left_out else "")
         )
-        return 0
+        return 1 if left_out else 0
 
 
 DataCommand = (

@@ -13,7 +13,8 @@ class ClipCache:
     changes how long a read takes, never its result.
 
     Args:
-        capacity: bytes, shared equally between the worker processes of a DataLoader; 0 for no cache.
+        capacity: bytes, for clips and what decodes them, shared equally between the worker processes of a DataLoader;
+            0 for no cache.
         size: (height, width) of the clips.
     """
 
@@ -29,11 +30,11 @@ class ClipCache:
         """Clip ``number`` and its decoder, if the cache has it."""
         return self.clips.get(number)
 
-    def has_room(self, frames: int) -> bool:
-        """Whether a clip of that many frames fits."""
+    def has_room(self, frames: int, decoder: int) -> bool:
+        """Whether a clip of that many frames fits, beside a decoding process of ``decoder`` bytes."""
         worker = get_worker_info()
         share = self.capacity // (worker.num_workers if worker else 1)
-        return self.used + self._bytes(frames) <= share
+        return self.used + self._bytes(frames) + decoder <= share
 
     def add(self, number: int, clip: Tensor, decoder: str) -> None:
         """Keeps a whole clip, uint8 ``[F, H, W, 3]``, for which there must be room."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from hpdm.checks import at_least, check_choice
+from hpdm.data import decoder_process
 from hpdm.data.cache import ClipCache
 from hpdm.data.captions import check_captions
 from hpdm.data.decode import TIMEOUT_S, DecodeError, Decoder, VideoInfo, probe, read_clip
@@ -95,8 +96,8 @@ class VideoDataset(Dataset[ClipItem]):
         short: a clip shorter than a window is replaced like a damaged one (``"skip"``; :meth:`short_clips` counts
             them), is an ``"error"``, or is played in a ``"loop"``.
         seed: >= 0.
-        cache_bytes: bound on the memory for whole clips at the output size, shared between the loader's processes; 0
-            for none.
+        cache_bytes: bound on the memory for whole clips at the output size and for the processes that decode them,
+            shared between the loader's processes; 0 for no cache.
         decoder: as :func:`hpdm.data.decode.read_clip`.
         timeout: seconds without progress, for one read.
 
@@ -310,7 +311,7 @@ class VideoDataset(Dataset[ClipItem]):
         if (cached := self._cache.get(index)) is not None:
             return cached
         frames = self._infos[index].frames
-        if index in self._uncacheable or not self._cache.has_room(frames):
+        if index in self._uncacheable or not self._cache.has_room(frames, decoder_process.process.memory()):
             return None
         try:
             self._cache.add(index, *self._decode(index, range(frames)))

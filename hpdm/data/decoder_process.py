@@ -185,6 +185,16 @@ class DecoderProcess:
                 raise EOFError
             view = view[count:]
 
+    def memory(self) -> int:
+        """The most bytes that the process had in memory so far; 0 where there is none, or the system does not tell."""
+        if self.process is None:
+            return 0
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+        except OSError:
+            return 0
+        return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), 0)
+
     def stop(self) -> int | None:
         """Kills the worker, if there is one, and returns its exit status."""
         process, self.process = self.process, None

@@ -66,7 +66,7 @@ class TrainOptions:
     workers: int = 1
     """Processes that read clips ahead, per training process; with 0 the training process reads them itself."""
     cache_mb: int = 1024
-    """Memory for decoded clips."""
+    """Memory for decoded clips and for the processes that decode, shared between the workers."""
     log: Literal["jsonl", "tensorboard"] = "jsonl"
     """log.jsonl is always written; "tensorboard" writes both."""
     log_every: int = 10

@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 from hpdm import distributed
 from hpdm.commands.data import Inspect, Synthetic
 from hpdm.data import clips as data_module
+from hpdm.data import decoder_process
 from hpdm.data.clips import ShortClipError, VideoDataset
 from hpdm.data.decode import DecodeError
+from hpdm.data.decoder_process import DecoderProcess
 from hpdm.data.layout import find_videos
 from hpdm.data.order import ClipKey, ClipOrder
 from hpdm.data.resize import resize_and_crop
@@ -214,10 +216,11 @@ def test_windows_depend_on_seed_epoch_and_index_alone(flat):
 
 
 def test_all_starts_are_drawn(flat):
-    data = VideoDataset(flat, frames=8, size=16, cache_bytes=10**6)
+    data = VideoDataset(flat, frames=8, size=16, cache_bytes=10**9)
     assert {data[ClipKey(0, epoch)]["start"] for epoch in range(60)} == {0, 1, 2}
 
 
+@pytest.mark.usefixtures("weightless")
 @pytest.mark.parametrize(("context", "workers"), [(None, 0), ("fork", 2), ("spawn", 1)])
 def test_batches_do_not_depend_on_the_number_of_processes(flat, context, workers):
     data = VideoDataset(flat, frames=4, size=(8, 12), cache_bytes=3000)
@@ -232,6 +235,26 @@ def test_batches_do_not_depend_on_the_number_of_processes(flat, context, workers
         assert batch["path"] == [item["path"] for item in items]
 
 
+@pytest.fixture
+def weightless(monkeypatch):
+    """Decoding processes that take nothing of the cache's memory."""
+    monkeypatch.setattr(DecoderProcess, "memory", lambda self: 0)
+
+
+def test_the_decoder_counts_as_memory_of_the_cache(flat, monkeypatch):
+    clips = VideoDataset(flat, frames=3, size=8, cache_bytes=10**9)
+    assert clips[0]["start"] >= 0
+    taken = decoder_process.process.memory()
+    assert 2**24 < taken < 2**28, "an interpreter and its codecs"
+    one_clip = 13 * 8 * 8 * 3
+    for extra, kept in ((0, 0), (one_clip, 1)):
+        monkeypatch.setattr(DecoderProcess, "memory", lambda self: taken)
+        data = VideoDataset(flat, frames=3, size=8, cache_bytes=taken + extra)
+        assert data[3]["start"] >= 0
+        assert len(data._cache.clips) == kept
+
+
+@pytest.mark.usefixtures("weightless")
 def test_cache_is_bounded_and_changes_nothing(flat):
     one_clip = 13 * 8 * 8 * 3
     plain, small, large = (VideoDataset(flat, frames=3, size=8, cache_bytes=n) for n in (0, one_clip, 10**6))
@@ -296,7 +319,7 @@ def test_a_damaged_clip_is_replaced_by_the_next_and_the_log_says_so(flat, damage
     assert torch.equal(data[ClipKey(2, 7)]["video"], data[ClipKey(0, 7)]["video"])
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 10**7])
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
 @pytest.mark.parametrize("change", ["gone", "shorter"])
 def test_a_clip_that_changes_under_a_run_is_replaced(flat, change, cache_bytes, caplog):
     data = VideoDataset(flat, frames=4, size=16, cache_bytes=cache_bytes)
@@ -310,7 +333,7 @@ def test_a_clip_that_changes_under_a_run_is_replaced(flat, change, cache_bytes, 
     assert re.search(rf"clip skipped: .*2\.mp4.* {reason}", caplog.text)
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 10**7])
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
 def test_a_damaged_window_does_not_spoil_its_clip(tmp_path, generator, cache_bytes, caplog):
     """What a clip gives must not depend on the windows that were read before, or a resumed run would differ."""
     noise = torch.randint(0, 256, (3, 60, 32, 32), generator=generator, dtype=torch.uint8)

@@ -435,3 +435,16 @@ def test_a_forked_process_reads_with_a_worker_of_its_own(tmp_path, worker):
     assert os.read(receive, 8) == b"3"
     os.waitpid(child, 0)
     assert number_of(read_clip(path, [2]).frames[0], 6) == 2
+
+
+def test_a_reader_that_takes_its_time_ends_no_decoder(tmp_path, patch_worker):
+    """While frames are being sent, nothing else is heard of the decoding process, and its alarm must not go off."""
+    patch_worker("server.GRACE_S = 0")
+    path = encode(tmp_path / "a.mp4", [numbered(40, 256, 256)])
+
+    def slow(frame):
+        time.sleep(0.1)
+        return frame
+
+    clip = read_clip(path, range(40), decoder="pyav", timeout=2, transform=slow)  # 4 s in all
+    assert [number_of(frame, 40) for frame in clip.frames] == list(range(40))

@@ -43,7 +43,7 @@ def test_suffixes_tell_images_from_videos():
     assert not any(is_image(name) or is_video(name) for name in ("a.txt", "png", "a.png.txt", "a.mp4/x"))
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 10**6])
+@pytest.mark.parametrize("cache_bytes", [0, 10**9])
 def test_the_window_of_an_image_is_the_image_repeated(images, caplog, cache_bytes):
     """Whatever the options of windows are."""
     for options in ({}, {"stride": 7}, {"fps": 100}, {"short": "error"}, {"short": "loop"}, {"train": False}):

@@ -296,7 +296,7 @@ def test_the_index_is_kept_and_follows_the_shard(copy, video, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_batches_do_not_depend_on_workers_and_resume_anywhere(folder, packed, kind, workers):
     data = VideoDataset(
-        {"folder": folder, "shards": packed}[kind], frames=4, size=(8, 12), cache_bytes=4000, seed=2, captions=True
+        {"folder": folder, "shards": packed}[kind], frames=4, size=(8, 12), cache_bytes=10**9, seed=2, captions=True
     )
     alone = VideoDataset(folder, frames=4, size=(8, 12), seed=2, captions=True)
     # Seven clips of eight per step: epochs end inside of batches. The run is cut after step 2.

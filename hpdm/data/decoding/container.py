@@ -97,6 +97,8 @@ def decode(
             lost()
             yield from stream.codec_context.decode(None)
             return
+        if not packet.size and packet.dts is not None:
+            continue  # says that nothing changes; a decoder would take it for the end, which has no time
         seen(packet)
         try:
             frames = packet.decode()

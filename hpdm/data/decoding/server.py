@@ -28,8 +28,7 @@ from hpdm.data.decoding.with_pyav import Changed, Reader
 
 GRACE_S = 10  # seconds beyond a request's timeout after which this process ends itself
 _REPORT_S = 0.2  # seconds between two reports of progress
-_READERS = 4096  # files whose scan is kept in memory; one takes about 100 bytes per frame
-
+_KEPT_FRAMES = 200_000  # frames of the files whose scans are kept in memory, 200 bytes each
 _UNEVEN = 0.15  # of the mean time between frames: frames that are farther than this from even spacing are not even
 
 Message = dict[str, Any]
@@ -44,16 +43,20 @@ class Server:
 
     def __init__(self, reply: Callable[[Message, np.ndarray | None], None]) -> None:
         self.reply = reply
-        self.readers: OrderedDict[tuple[str, int, int], tuple[str, Reader]] = OrderedDict()
+        self.readers: OrderedDict[tuple[str, int, int], Reader] = OrderedDict()
         self.reported = 0.0
         self.timeout = math.inf
 
-    def busy(self, stage: str) -> None:
-        """Says what goes on now, so that the other process can tell slow work from a hang."""
+    def send(self, message: Message, frame: np.ndarray | None = None) -> None:
+        """Sends a message, from which the other process sees that this one does not hang."""
         self.reported = time.monotonic()
         # The process that asked kills this one when it hangs; if that process is gone, the alarm does.
         signal.alarm(math.ceil(self.timeout) + GRACE_S)
-        self.reply({"status": "busy", "stage": stage}, None)
+        self.reply(message, frame)
+
+    def busy(self, stage: str) -> None:
+        """Says what goes on now."""
+        self.send({"status": "busy", "stage": stage})
 
     def progress(self, stage: str) -> Callable[[], None]:
         """A function to call at every frame, which reports now and then."""
@@ -92,33 +95,32 @@ class Server:
             if not remembered:
                 return {"status": "error", "error": "two sequential decodes of it differ"}
         # The file is another one than when it was scanned, and so are the frames that were sent.
-        self.reply({"status": "restart"}, None)
+        self.send({"status": "restart"})
         self.forget(request)
         return self.serve(request, remembered=False)
 
     def read(self, reader: Reader, request: Message) -> Message:
         """Sends the frames of a request, decoded by decord if it is asked for and trusted, else by PyAV."""
-        left, doubt = list(request["numbers"]), "not asked for"
+        left, doubt = list(request["numbers"]), ""
         if request["decoder"] != "pyav":
             doubt = self.doubt(reader, request)
             if not doubt:
                 self.busy("decord")
                 try:
-                    self.send(with_decord.read(reader.url, reader.scan, list(left)), left)
+                    self.send_frames(with_decord.read(reader.url, reader.scan, list(left)), left)
                     return {"status": "ok", "decoder": "decord", "doubt": ""}
                 except Refused as refusal:
                     doubt = str(refusal)
             if request["decoder"] == "decord":
                 return {"status": "error", "error": f"decord does not read it: {doubt}"}
         self.busy("pyav")
-        self.send(reader.read(list(left), self.progress("pyav")), left)
+        self.send_frames(reader.read(list(left), self.progress("pyav")), left)
         return {"status": "ok", "decoder": "pyav", "doubt": doubt}
 
-    def send(self, frames: Iterator[np.ndarray], left: list[int]) -> None:
+    def send_frames(self, frames: Iterator[np.ndarray], left: list[int]) -> None:
         """Sends frames as they come, and takes their numbers off ``left``."""
         for frame in frames:
-            self.reported = time.monotonic()
-            self.reply({"status": "frame"}, frame)
+            self.send({"status": "frame"}, frame)
             left.pop(0)
 
     def doubt(self, reader: Reader, request: Message) -> str:
@@ -134,7 +136,8 @@ class Server:
                         scan.decord = f"it gives another picture for frame {number}"
             except Refused as refusal:
                 scan.decord = str(refusal)
-            memory.save(memory.fingerprint(request), scan)
+            if scan.frames > 1:
+                memory.save(memory.fingerprint(request), scan)
         return scan.decord
 
     def reader(self, request: Message, *, remembered: bool = True) -> Reader:
@@ -146,12 +149,13 @@ class Server:
             found = memory.load(name) if remembered else None
             if found is None:
                 found = scan(key[0], self.progress("scan"))
-                memory.save(name, found)
-            self.readers[key] = name, Reader(key[0], found)
-            if len(self.readers) > _READERS:
+                if found.frames > 1:  # one frame, of an image, costs no more to decode than its scan to find
+                    memory.save(name, found)
+            self.readers[key] = Reader(key[0], found)
+            while len(self.readers) > 1 and sum(r.scan.frames for r in self.readers.values()) > _KEPT_FRAMES:
                 self.readers.popitem(last=False)
         self.readers.move_to_end(key)
-        return self.readers[key][1]
+        return self.readers[key]
 
     def forget(self, request: Message) -> None:
         """Drops what is known of a file."""

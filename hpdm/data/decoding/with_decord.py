@@ -17,7 +17,7 @@ from hpdm.data.decoding.scan import Scan
 
 _CONTAINERS = ("mov", "matroska")
 _PIXEL_FORMATS = ("yuv420p", "yuvj420p")
-_MOST_PIXELS = 1280 * 720  # decord decodes ahead, hundreds of megabytes of larger frames
+_MOST_PIXELS = 640 * 480  # decord decodes ahead: a window of 1280x720 costs it 330 MB, PyAV 80
 _BATCH = 16  # frames of one call, after which the other process hears of the progress
 
 

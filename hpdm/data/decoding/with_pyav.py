@@ -17,7 +17,12 @@ from hpdm.data.decoding.container import decode, open_video
 from hpdm.data.decoding.scan import Scan, checksum
 
 if TYPE_CHECKING:
+    from av.packet import Packet
     from av.video.frame import VideoFrame
+    from av.video.reformatter import VideoReformatter
+    from av.video.stream import VideoStream
+
+_NEAR = 4  # frames
 
 
 class Changed(Exception):
@@ -38,6 +43,8 @@ class Reader:
         self.back = 0
         number_of = {pts: number for number, pts in enumerate(scan.pts)}
         self.number_of = number_of if len(number_of) == scan.frames and None not in number_of else None
+        # Whether pictures that no other one refers to are left out where they are not asked for.
+        self.skip = self.number_of is not None
 
     def read(self, numbers: list[int], progress: Callable[[], None] = lambda: None) -> Iterator[np.ndarray]:
         """Yields frames as uint8 RGB ``[H, W, 3]``, upright.
@@ -54,15 +61,17 @@ class Reader:
         if damage is not None:
             raise ValueError(damage)
         left = list(numbers)
-        entry: int | None = 0
-        while left and entry is not None:
-            entry = self._entry(left[0])
-            for image in self._read_from(entry, list(left), progress):
+        while left:
+            entry, skip = self._entry(left[0]), self.skip
+            for image in self._read_from(entry, list(left), progress, skip=skip):
                 yield image
                 left.pop(0)
-            self.back = self.back if not left else 2 * self.back + 1
-        if left:
-            raise Changed
+            if left and skip:
+                self.skip = False
+            elif left and entry is None:
+                raise Changed
+            elif left:
+                self.back = 2 * self.back + 1
 
     def _entry(self, number: int) -> int | None:
         """The place in ``scan.entries`` of the keyframe to read a frame from, ``None`` for the file's start."""
@@ -71,7 +80,9 @@ class Reader:
         # The first keyframe is the start, unless the stream began inside of a group of pictures.
         return place if place > 0 else None
 
-    def _read_from(self, entry: int | None, numbers: list[int], progress: Callable[[], None]) -> Iterator[np.ndarray]:
+    def _read_from(
+        self, entry: int | None, numbers: list[int], progress: Callable[[], None], *, skip: bool
+    ) -> Iterator[np.ndarray]:
         """Yields the first of the frames ``numbers``, as far as they decode to what the scan recorded."""
         from av.video.reformatter import VideoReformatter
 
@@ -80,28 +91,53 @@ class Reader:
         with open_video(self.url, scan.number) as (container, stream):
             if entry is not None:
                 container.seek(scan.entries[entry][1], stream=stream)
-            for number, frame in self._numbered(decode(container, stream), entry):
+            before = self._skipper(stream, numbers) if skip else lambda packet: None
+            for number, frame in self._numbered(decode(container, stream, before), entry, by_time=skip):
                 progress()
                 if number < numbers[wanted]:
                     continue
                 if number > numbers[wanted] or checksum(frame) != scan.checksums[number]:
                     return
-                size = {"width": scan.stored_width, "height": scan.stored_height}
-                yield scan.orientation.apply(_view(converter.reformat(frame, format="rgb24", **size)))
+                yield scan.orientation.apply(self._to_rgb(frame, converter))
                 wanted += 1
                 if wanted == len(numbers):
                     return
 
-    def _numbered(self, frames: Iterator[VideoFrame], entry: int | None) -> Iterator[tuple[int, VideoFrame]]:
+    def _to_rgb(self, frame: VideoFrame, converter: VideoReformatter) -> np.ndarray:
+        """The pixels of a frame, at the size of the file's first one: uint8 ``[H, W, 3]``."""
+        height, width = self.scan.stored_height, self.scan.stored_width
+        # Frames of another size are scaled as the ffmpeg command does it.
+        how = "BICUBIC" if (frame.height, frame.width) != (height, width) else None
+        return _view(converter.reformat(frame, width, height, "rgb24", interpolation=how, threads=1))
+
+    def _skipper(self, stream: VideoStream, numbers: list[int]) -> Callable[[Packet], None]:
+        """What to call with each packet before it is decoded: lets the codec leave out a picture that is not wanted."""
+        context, pts = stream.codec_context, self.scan.pts
+        wanted = {pts[number] for number in numbers}
+        # Where packets have decoding times alone, as in AVI, a picture is shown at most a few frames from that time.
+        near = pts[max(0, numbers[0] - _NEAR)]
+
+        def choose(packet: Packet) -> None:
+            if packet.pts is not None:
+                needed = packet.pts in wanted
+            else:
+                needed = packet.dts is None or near is None or packet.dts >= near
+            context.skip_frame = "DEFAULT" if needed else "NONREF"
+
+        return choose
+
+    def _numbered(
+        self, frames: Iterator[VideoFrame], entry: int | None, *, by_time: bool
+    ) -> Iterator[tuple[int, VideoFrame]]:
         """Frames with their numbers, by their time stamps where these are unique, else counted from the keyframe."""
-        if entry is None:
+        if entry is None and not by_time:
             yield from enumerate(frames)
         elif self.number_of is not None:
             for frame in frames:
                 number = self.number_of.get(frame.pts)
                 if number is not None:
                     yield number, frame
-        else:
+        elif entry is not None:
             count = None
             for frame in frames:
                 if count is None and frame.key_frame:
