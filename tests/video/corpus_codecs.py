@@ -136,7 +136,9 @@ def _older() -> list[Case]:
         ("msvideo1", "avi", "rgb555le", {}),
     ]
     sizes = {"cinepak": (48, 80)}  # its encoder is slow
-    cases = [encoded("h263.mov", kind, Video("h263", size=(96, 128), frames=30))]  # one of the few sizes of H.263
+    cases = [
+        encoded("h263.mov", kind, Video("h263", size=(96, 128), frames=30), pixel_aspect=12 / 11)
+    ]  # a size and shape of H.263
     for codec, suffix, pix_fmt, options in some:
         video = Video(codec, pix_fmt=pix_fmt, options=options, frames=30, size=sizes.get(codec, (96, 160)))
         cases.append(encoded(f"ffv1-context.{suffix}" if codec == "ffv1" else f"{codec}.{suffix}", kind, video))
