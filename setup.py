@@ -22,7 +22,7 @@ setup(
         "einops",  # readable reshapes between videos, patches and tokens
         "numpy",
         "decord",  # the first video decoder: fast seeking, decodes a clip at a time
-        "av>=18",  # decodes every file once and most of them always; the only writer of mp4; 18 has all that is used of it
+        "av>=18",  # decodes every file once, and most of them always; the only writer of mp4
         "safetensors",  # weights in a format that cannot run code and is mapped, not read
         "tqdm",  # progress bars with rate and ETA
         "tyro",  # the command line, made from typed dataclasses
