@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import atexit
-import fcntl
 import json
 import logging
 import os
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from hpdm.data.decoding import messages
+from hpdm.data.decoding.messages import Message
+from hpdm.data.decoding.ring import Ring
 
 log = logging.getLogger(__name__)
 
 COMMAND = [sys.executable, "-P", "-m", "hpdm.data.decoding"]
 _START_TIMEOUT_S = 120.0  # enough for the imports on a busy machine with a slow disk
-_PIPE_BYTES = 1 << 20  # holds several small frames, so that both processes seldom wait for each other
 
-Message = dict[str, Any]
 Transform = Callable[[np.ndarray], np.ndarray]
 
 
 class _Clip:
-    """Frames that arrive one by one, in one array: every fresh array costs more than a copy.
+    """Frames that arrive one by one, in one array.
 
     Args:
         count: of the frames.
@@ -42,30 +41,18 @@ class _Clip:
     def __init__(self, count: int, transform: Transform | None) -> None:
         self.count, self.transform = count, transform
         self.frames: np.ndarray | None = None
-        self.buffer: np.ndarray | None = None  # of one frame before it is transformed
         self.done = 0
 
     def restart(self) -> None:
         """Forgets the frames that have arrived."""
         self.frames, self.done = None, 0
 
-    def place(self, shape: list[int]) -> np.ndarray:
-        """Where to put the next frame, uint8 of that shape."""
-        if self.transform is not None:
-            if self.buffer is None or list(self.buffer.shape) != shape:
-                self.buffer = np.empty(shape, np.uint8)
-            return self.buffer
+    def add(self, frame: np.ndarray) -> None:
+        """Takes a copy of the next frame, or of what becomes of it."""
+        frame = frame if self.transform is None else self.transform(frame)
         if self.frames is None:
-            self.frames = np.empty((self.count, *shape), np.uint8)
-        return self.frames[self.done]
-
-    def placed(self) -> None:
-        """Says that the next frame is in its place."""
-        if self.transform is not None and self.buffer is not None:
-            frame = self.transform(self.buffer)
-            if self.frames is None:
-                self.frames = np.empty((self.count, *frame.shape), frame.dtype)
-            self.frames[self.done] = frame
+            self.frames = np.empty((self.count, *frame.shape), frame.dtype)
+        self.frames[self.done] = frame
         self.done += 1
 
 
@@ -75,6 +62,7 @@ class DecoderProcess:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
+        self.ring: Ring | None = None
         self.stage = "start"  # what the process said last that it is doing
 
     def call(
@@ -119,8 +107,8 @@ class DecoderProcess:
         while True:
             message = self.receive(time.monotonic() + timeout)
             if message["status"] == "frame":
-                self.read(clip.place(message["shape"]), time.monotonic() + timeout)
-                clip.placed()
+                clip.add(self._ring().slot(clip.done, message["shape"]))
+                self._pipes()[0].write(messages.TAKEN)
             elif message["status"] == "busy":
                 self.stage = message["stage"]
             elif message["status"] == "restart":
@@ -136,12 +124,12 @@ class DecoderProcess:
         """
         # The package may be on this process's path alone. Without -P, so would be its working directory.
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        self.ring = Ring(_open_memory())
         self.process = subprocess.Popen(
-            COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+            [*COMMAND, str(self.ring.file)], pass_fds=[self.ring.file],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
-        with suppress(AttributeError, OSError):  # Linux alone has it, and bounds it
-            fcntl.fcntl(self._pipes()[1], fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         try:
             reply = self.receive(time.monotonic() + _START_TIMEOUT_S)
         except (TimeoutError, EOFError) as error:
@@ -159,21 +147,27 @@ class DecoderProcess:
         self.read(body, deadline)
         return json.loads(body)
 
+    def _ring(self) -> Ring:
+        """The memory in which the process leaves frames."""
+        if self.ring is None:
+            raise EOFError("the decoding process is not running")
+        return self.ring
+
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
         """The worker's standard input and output."""
         if self.process is None or self.process.stdin is None or self.process.stdout is None:
             raise EOFError("the decoding process is not running")
         return self.process.stdin, self.process.stdout
 
-    def read(self, into: bytearray | np.ndarray, deadline: float) -> None:
-        """Fills a contiguous buffer.
+    def read(self, into: bytearray, deadline: float) -> None:
+        """Fills a buffer.
 
         Raises:
             TimeoutError: the bytes did not arrive by ``deadline``, a time of the monotonic clock in seconds.
             EOFError: the process ended.
         """
         pipe = self._pipes()[1].fileno()
-        view = (into.data if isinstance(into, np.ndarray) else memoryview(into)).cast("B")
+        view = memoryview(into)
         poller = select.poll()
         poller.register(pipe, select.POLLIN)
         while view:
@@ -198,6 +192,7 @@ class DecoderProcess:
     def stop(self) -> int | None:
         """Kills the worker, if there is one, and returns its exit status."""
         process, self.process = self.process, None
+        self._close_ring()
         if process is None:
             return None
         process.kill()
@@ -207,15 +202,29 @@ class DecoderProcess:
                 pipe.close()
         return code
 
+    def _close_ring(self) -> None:
+        ring, self.ring = self.ring, None
+        if ring is not None:
+            os.close(ring.file)
+
     def forget(self) -> None:
         """For a forked child: closes its copies of the pipes, and leaves the worker to the parent."""
         self.lock = threading.Lock()
         process, self.process = self.process, None
+        self._close_ring()
         if process is not None:
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     pipe.close()
             process.returncode = 0  # so that Popen does not wait for a process that is not this one's child
+
+
+def _open_memory() -> int:
+    """Descriptor of an empty file without a name, in memory where the system has such files."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("frames", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 process = DecoderProcess()

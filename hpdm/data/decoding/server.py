@@ -14,13 +14,13 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 
 from hpdm.data.decoding import memory, with_decord
 from hpdm.data.decoding.container import locate
-from hpdm.data.decoding.messages import receive, send
+from hpdm.data.decoding.messages import Message, Port, send
+from hpdm.data.decoding.ring import Ring
 from hpdm.data.decoding.scan import Scan, scan
 from hpdm.data.decoding.verify import verify
 from hpdm.data.decoding.with_decord import Refused, first_line
@@ -31,32 +31,30 @@ _REPORT_S = 0.2  # seconds between two reports of progress
 _KEPT_FRAMES = 200_000  # frames of the files whose scans are kept in memory, 200 bytes each
 _UNEVEN = 0.15  # of the mean time between frames: frames that are farther than this from even spacing are not even
 
-Message = dict[str, Any]
-
 
 class Server:
     """Answers requests, and keeps the scans of the files it has seen.
 
     Args:
-        reply: sends a message, and a frame with it.
+        port: where requests come from and answers go.
     """
 
-    def __init__(self, reply: Callable[[Message, np.ndarray | None], None]) -> None:
-        self.reply = reply
+    def __init__(self, port: Port) -> None:
+        self.port = port
         self.readers: OrderedDict[tuple[str, int, int], Reader] = OrderedDict()
         self.reported = 0.0
         self.timeout = math.inf
 
-    def send(self, message: Message, frame: np.ndarray | None = None) -> None:
-        """Sends a message, from which the other process sees that this one does not hang."""
+    def alive(self) -> None:
+        """To be called before a message, from which the other process sees that this one does not hang."""
         self.reported = time.monotonic()
         # The process that asked kills this one when it hangs; if that process is gone, the alarm does.
         signal.alarm(math.ceil(self.timeout) + GRACE_S)
-        self.reply(message, frame)
 
     def busy(self, stage: str) -> None:
         """Says what goes on now."""
-        self.send({"status": "busy", "stage": stage})
+        self.alive()
+        self.port.send({"status": "busy", "stage": stage})
 
     def progress(self, stage: str) -> Callable[[], None]:
         """A function to call at every frame, which reports now and then."""
@@ -75,8 +73,9 @@ class Server:
             end = self.serve(request)
         except Exception as error:
             end = {"status": "error", "error": first_line(error).replace(locate(request), request["path"])}
+        self.port.settle()
         signal.alarm(0)
-        self.reply(end, None)
+        self.port.send(end)
 
     def serve(self, request: Message, *, remembered: bool = True) -> Message:
         """Does what a request asks for and returns the message that ends the answer."""
@@ -95,7 +94,8 @@ class Server:
             if not remembered:
                 return {"status": "error", "error": "two sequential decodes of it differ"}
         # The file is another one than when it was scanned, and so are the frames that were sent.
-        self.send({"status": "restart"})
+        self.port.settle()
+        self.port.send({"status": "restart"})
         self.forget(request)
         return self.serve(request, remembered=False)
 
@@ -120,7 +120,8 @@ class Server:
     def send_frames(self, frames: Iterator[np.ndarray], left: list[int]) -> None:
         """Sends frames as they come, and takes their numbers off ``left``."""
         for frame in frames:
-            self.send({"status": "frame"}, frame)
+            self.alive()
+            self.port.send_frame(frame)
             left.pop(0)
 
     def doubt(self, reader: Reader, request: Message) -> str:
@@ -195,10 +196,9 @@ def spacing(scan: Scan) -> tuple[float, np.ndarray | None]:
 
 
 def main() -> None:
-    """Serves until the pipe ends."""
+    """Serves until the pipe ends; the last argument of the command is the descriptor of the file for frames."""
     # Ctrl-C reaches every process of the terminal, but the training process finishes its step and still needs clips.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    source = sys.stdin.buffer
     # Replies alone go to the original stdout; what a codec prints goes to stderr.
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
@@ -208,8 +208,9 @@ def main() -> None:
         send(sink, {"status": "error", "error": f"{type(error).__name__}: {error}"})
         return
     send(sink, {"status": "ready"})
-    server = Server(lambda message, frame: send(sink, message, frame))
-    while (request := receive(source)) is not None:
+    port = Port(sys.stdin.buffer, sink, Ring(int(sys.argv[-1])))
+    server = Server(port)
+    while (request := port.receive()) is not None:
         server.answer(request)
 
 
