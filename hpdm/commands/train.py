@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Options that may change when a run is resumed: they change its loss curve by rounding at most.
 _MAY_CHANGE = {
-    "data", "out", "kernels", "recompute", "parallel", "compile", "workers", "cache_mb", "device", "log", "log_every",
-    "save_every", "sample_every", "sample_steps", "profile",
+    "data", "out", "decoder", "kernels", "recompute", "parallel", "compile", "workers", "cache_mb", "device", "log",
+    "log_every", "save_every", "sample_every", "sample_steps", "profile",
 }  # fmt: skip
 
 
@@ -142,6 +142,7 @@ def _open_clips(options: TrainOptions, resolution: tuple[int, int, int], caption
             captions=captions,
             short=options.short or "skip",
             seed=options.seed,
+            decoder=options.decoder,
             cache_bytes=int(options.cache_mb * 2**20 * part.weight / total),
         )
         for part, split in zip(roots, splits)

@@ -62,6 +62,8 @@ class TrainOptions:
     short: Literal["error", "skip", "loop"] | None = None
     """What to do with a clip that is shorter than a window: leave it out and count it, stop, or play it again from its
     start. Default: skip, or what the run had that is resumed."""
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+    """What decodes videos; all give the same frames. "auto" takes decord where it is proven to, else PyAV."""
     seed: int = 0
     workers: int = 1
     """Processes that read clips ahead, per training process; with 0 the training process reads them itself."""
