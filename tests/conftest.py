@@ -4,6 +4,7 @@ The fixtures here are shared by several folders. What takes seconds to make is m
 one set per worker) and must not be written to: copy it first.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hpdm_kernels.testing import poisoned_allocations
+
+# Pictures that a test decoded in this process hold swscale's threads. A forked process does not have these threads and
+# would wait for them forever if it collected such a picture as garbage, so it must not collect what it inherits.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pytest.fixture(autouse=True, scope="session")
