@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,18 @@ _SAMPLE = 1 << 16  # bytes at the start, in the middle and at the end
 
 
 def folder() -> Path:
-    """Where scans are kept."""
+    """Where scans are kept.
+
+    Raises:
+        OSError: the user has no home folder, and nothing else names one.
+    """
     base = os.environ.get("HPDM_CACHE")
     if base:
         return Path(base) / "scans"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpdm" / "scans"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hpdm" / "scans"
+    except RuntimeError as error:  # as in a container that runs under a number without a name
+        raise OSError(str(error)) from None
 
 
 def fingerprint(request: dict[str, Any]) -> str:
@@ -58,19 +66,20 @@ def load(name: str) -> Scan | None:
         return None
     scan.entries = [(number, target) for number, target in scan.entries]
     scan.gaps = [(first, last) for first, last in scan.gaps]
-    return scan if len(scan.pts) == len(scan.checksums) else None
+    return scan if scan.frames and len(scan.pts) == scan.frames else None
 
 
 def save(name: str, scan: Scan) -> None:
     """Keeps a scan, if the folder can be written."""
-    path = _path(name)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
+    with suppress(OSError):
+        path = _path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(scan), separators=(",", ":")), encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+        try:
+            temporary.write_text(json.dumps(asdict(scan), separators=(",", ":")), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
 
 
 def _path(name: str) -> Path:
