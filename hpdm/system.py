@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.checks import Triple
+from hpdm.objective import Context, Objective
 from hpdm.recipe import Recipe
 from hpdm.sampling import Sampler, SamplerOptions
 
@@ -124,7 +125,7 @@ class System(ABC):
         generator: torch.Generator,
         *,
         times: tuple[float, float] = (0.0, 1.0),
-        time_distribution: str = "uniform",
+        objective: Objective | None = None,
         dropout: float = 0.0,
         images: float = 0.0,
         network: Callable[..., Any] | None = None,
@@ -137,11 +138,33 @@ class System(ABC):
                 ``text [B, S, W]`` and ``text_mask [B, S]``; on the model's device.
             generator: CPU generator, the only source of randomness.
             times: range of the diffusion time, from clean 0 to noise 1.
-            time_distribution: distribution of the times over that range, ``"uniform"`` or ``"logit-normal"``.
+            objective: how the samples are drawn and weighted; ``None`` for the default.
             dropout: share of the clips whose label or text is dropped.
             images: share of the clips that become still images.
             network: called in place of the model, e.g. its DDP wrapper.
         """
+
+    def errors(
+        self,
+        model: Any,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator,
+        *,
+        times: tuple[float, float] = (0.0, 1.0),
+        context: Context = "clean",
+        context_noise: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """What an evaluation reports of a batch: errors by name, each ``[n]``, one value for each patch that counts.
+
+        Here, for a model without levels: its losses.
+
+        Args:
+            model, batch, generator: as of :meth:`losses`.
+            times: range of the diffusion time of what is measured.
+            context: noise of the lower levels meanwhile; a model without levels has none.
+            context_noise: diffusion time of clean lower levels.
+        """
+        return self.losses(model, batch, generator, times=times)
 
     @abstractmethod
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:

@@ -34,6 +34,7 @@ from hpdm.evaluation.generated import class_of_file, find_generated, read_genera
 from hpdm.evaluation.motion import evaluate_motion, motion_table, read_synthetic_set
 from hpdm.evaluation.real_statistics import real_statistics
 from hpdm.files import write_json
+from hpdm.objective import Context
 from hpdm.runs import Run
 from hpdm.sampling import SamplerOptions
 from hpdm.text import EmbeddingStore
@@ -62,6 +63,9 @@ class EvaluateOptions:
     """Denoising of a run with text: folder of the captions' embeddings, written by `hpdm data embed`."""
     bins: int = 4
     """Denoising: number of ranges of the diffusion time, from clean to noise."""
+    context: Context = "clean"
+    """Denoising: noise of the levels below the one that is measured: "clean", none, as when sampling; "same", in the
+    same range; "independent", any, as in training."""
     samples: int | None = None
     """Number of videos to sample. Default: the protocol's for fvd and is, 96 for motion. Motion takes the classes in
     turn and measures as many real clips."""
@@ -131,7 +135,8 @@ def report_lines(options: EvaluateOptions, result: dict[str, Any]) -> list[str]:
     split = options.split or "none"
     lines = [f"step {result['step']} of {options.run_folder} ({options.weights}), {options.data}, split {split}"]
     if "denoising" in options.metrics:
-        lines += [f"mean squared error of v, {result['clips']} clips", denoising_table(result)]
+        lines += [f"mean squared error of v, {result['clips']} clips, context {options.context}"]
+        lines += [denoising_table(result)]
     if "motion" in options.metrics:
         lines.append(motion_table(result["motion"]))
     if "distribution" in result:
@@ -220,6 +225,7 @@ def _denoising(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
         bins=options.bins,
         batch=options.batch,
         seed=options.seed,
+        context=options.context,
         embeddings=store,
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpdm import distributed, presets, runs, systems
-from hpdm.data.clips import Short, VideoDataset
+from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split, split_applies
 from hpdm.data.mixture import Mixture, parse_root
 from hpdm.data.summary import log_summary
@@ -32,6 +32,9 @@ _MAY_CHANGE = {
     "data", "out", "decoder", "kernels", "recompute", "parallel", "compile", "workers", "cache_mb", "device", "log",
     "log_every", "save_every", "sample_every", "sample_steps", "profile",
 }  # fmt: skip
+
+# How runs were trained before these options existed, where that is not the default of new runs.
+_BEFORE: dict[str, Any] = {"data_weights": [1.0], "short": "error", "boxes": "nested"}
 
 
 def run(options: TrainOptions) -> int:
@@ -88,7 +91,7 @@ def prepare(options: TrainOptions) -> Job:
     recipe = options.recipe.applied_to(presets.recipe(options.preset))
     with distributed.raise_on_all_ranks():
         check_not_a_file("out", options.out)
-        options = _with_short_of_run(options)
+        options = _with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
         dataset = _open_clips(options, config.resolution, captions=embeddings is not None)
@@ -115,14 +118,17 @@ def _describe(clips: Mixture) -> None:
             logger.info("%s: gives %.4g %% of all clips", part.root, 100 * weight / sum(clips.weights))
 
 
-def _with_short_of_run(options: TrainOptions) -> TrainOptions:
-    """``options`` with ``short``, where it is not given, as in the run to resume, or "skip" for a new run."""
-    if options.short is not None:
-        return options
-    short: Short = "skip"
+def _with_options_of_run(options: TrainOptions) -> TrainOptions:
+    """``options`` whose open choices are made: as in the run to resume, or the default of new runs."""
+    made: dict[str, Any] = {"short": "skip", "boxes": "uniform"}
     if list_checkpoints(options.out):
-        short = runs.load_run_config(options.out).training.get("short", "error")
-    return dataclasses.replace(options, short=short)
+        made = _BEFORE | runs.load_run_config(options.out).training
+    objective = options.objective
+    return dataclasses.replace(
+        options,
+        short=options.short or made["short"],
+        objective=dataclasses.replace(objective, boxes=objective.boxes or made["boxes"]),
+    )
 
 
 def _open_clips(options: TrainOptions, resolution: tuple[int, int, int], captions: bool) -> Mixture:
@@ -230,9 +236,10 @@ def _check_resumable(job: Job) -> int:
     names = _class_names(job)
     if old.classes != names:
         raise ValueError(f"data: got classes {names}, expected {old.classes} as in the run at {out}")
-    # A run of an earlier version lacks the options that were added later; it ran with what is now their default.
+    # A run of an earlier version lacks the options that were added later; it ran with what is now their default, unless
+    # _BEFORE has another value.
     defaults = TrainOptions(data=options.data, out=out, preset=options.preset)
-    before = defaults.as_json(_default_recipe(options)) | {"data_weights": [1.0], "short": "error"} | old.training
+    before = defaults.as_json(_default_recipe(options)) | _BEFORE | old.training
     now = options.as_json(job.recipe) | ({} if options.micro_batch else {"micro_batch": before["micro_batch"]})
     may_change = set(_MAY_CHANGE)
     if "loop" not in (before["short"], now["short"]):

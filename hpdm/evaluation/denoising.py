@@ -1,7 +1,7 @@
 """The denoising error of a model on clips, per training loss (the level of a pyramid) and per noise level.
 
-It is the training loss on fixed clips, times and noise, so that two runs, or the training and the held-out clips of one
-run, can be compared.
+It is the training loss without weights, on fixed clips, boxes, times and noise, so that two runs, or the training and
+the held-out clips of one run, can be compared.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from hpdm import distributed
 from hpdm.data.clips import VideoDataset
+from hpdm.objective import Context
 from hpdm.runs import Run
 from hpdm.text import EmbeddingStore
 from hpdm.training.batches import collate, noise_generator
@@ -29,9 +30,11 @@ def evaluate_denoising(
     bins: int,
     batch: int,
     seed: int,
+    context: Context = "clean",
+    context_noise: float = 0.0,
     embeddings: EmbeddingStore | None = None,
 ) -> dict[str, Any]:
-    """Mean of every training loss on clips spread evenly over a set. A collective: ranks share the clips.
+    """Mean errors on clips spread evenly over a set (:meth:`hpdm.system.System.errors`). Ranks share the clips.
 
     Args:
         run: the model and its system.
@@ -39,13 +42,22 @@ def evaluate_denoising(
         clips: number of clips; all of the set if it has fewer.
         bins: number of equal ranges of the diffusion time, from clean to noise.
         batch: clips at a time. The noise depends on it.
-        seed: seed of times and noise.
+        seed: seed of boxes, times and noise.
+        context: noise of the levels below the one that is measured: ``"clean"``, none, as when sampling; ``"same"``,
+            in the same range; ``"independent"``, any, as in training.
+        context_noise: diffusion time of clean levels below.
         embeddings: of the clips' captions, for a model with text.
 
     Returns:
-        ``clips``, their number; ``times``, the ranges; ``losses``, their names; and ``error[loss][range]``. The same on
-        all ranks.
+        ``clips``, their number; ``context`` and ``context_noise``; ``times``, the ranges; ``losses``, the names of the
+        errors; ``patches[loss]``, how many patches each is the mean of, over all ranges; and ``error[loss][range]``,
+        ``None`` where there is no such patch. The same on all ranks.
+
+    Raises:
+        ValueError: ``context_noise`` outside of 0..1, or with a context that is not clean.
     """
+    if not 0 <= context_noise <= 1 or (context_noise and context != "clean"):
+        raise ValueError(f"context_noise: got {context_noise}, expected 0 to 1, and 0 unless context is 'clean'")
     count = min(clips, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
     times = list(pairwise(i / bins for i in range(bins + 1)))
@@ -57,20 +69,29 @@ def evaluate_denoising(
         inputs = clips_of_batch.inputs(run.config.conditioning, run.device)
         columns = []
         for n, span in enumerate(times):
-            losses = run.system.losses(run.model, inputs, noise_generator(seed, first * bins + n), times=span)
-            names = list(losses)
-            columns.append(torch.stack(list(losses.values()), dim=1).double().sum(0).cpu())  # [B, L] -> [L]
-        sums[first] = torch.stack(columns, dim=1)  # [L, bins]
-    total = torch.stack(distributed.gather(sums)).sum(0)  # [L, bins]
+            errors = run.system.errors(
+                run.model, inputs, noise_generator(seed, first * bins + n), times=span, context=context,
+                context_noise=context_noise,
+            )  # fmt: skip
+            names = list(errors)
+            rows = [(float(error.double().sum()), len(error)) for error in errors.values()]
+            columns.append(torch.tensor(rows, dtype=torch.float64))
+        sums[first] = torch.stack(columns, dim=1)  # [rows, bins, 2]: sums, and of how many patches
+    total, patches = torch.stack(distributed.gather(sums)).sum(0).unbind(2)  # [rows, bins] both
     names = distributed.broadcast(names)  # rank 0 has at least one batch, others may have none
-    return {"clips": count, "times": times, "losses": names, "error": (total / count).tolist()}
+    error = [[s / n if n else None for s, n in zip(*row)] for row in zip(total.tolist(), patches.tolist())]
+    return {
+        "clips": count, "context": context, "context_noise": context_noise, "times": times, "losses": names,
+        "patches": patches.sum(1).long().tolist(), "error": error,
+    }  # fmt: skip
 
 
 def denoising_table(result: dict[str, Any]) -> str:
-    """A row per loss, a column per range of times and their mean."""
+    """A row per error, a column per range of times and their mean; "-" where there is no such patch."""
     heads = [f"t {low:.2f}-{high:.2f}" for low, high in result["times"]]
-    lines = [f"{'':<12}" + "".join(f"{head:>14}" for head in (*heads, "mean"))]
+    lines = [f"{'':<18}" + "".join(f"{head:>14}" for head in (*heads, "mean"))]
     for name, row in zip(result["losses"], result["error"]):
-        cells = (*row, sum(row) / len(row))
-        lines.append(f"{name.replace('_', ' '):<12}" + "".join(f"{value:14.5f}" for value in cells))
+        cells = (*row, None if None in row else sum(row) / len(row))
+        text = (f"{'-' if value is None else format(value, '.5f'):>14}" for value in cells)
+        lines.append(f"{name.replace('_', ' '):<18}" + "".join(text))
     return "\n".join(lines)

@@ -116,6 +116,8 @@ class HPDM(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Predicts v for one patch of every level, jointly (paper eq. 4).
 
+        It also takes the lowest levels alone, L then being their number: no level depends on those above it.
+
         Args:
             x: noised patches ``[B, L, C, f, h, w]``, scaled by :func:`hpdm.process.network_input`.
             boxes: ``[B, L, 6]`` float32, nested.
@@ -136,22 +138,23 @@ class HPDM(nn.Module):
             ValueError: shapes that do not match the config, or conditioning of another kind than the config's.
         """
         cfg, batch = self.config, x.shape[0]
-        check_shape("x", x, (batch, cfg.levels, cfg.channels, *cfg.patch))
-        check_shape("boxes", boxes, (batch, cfg.levels, 6))
-        check_shape("t", t, (batch, cfg.levels))
+        levels = min(max(x.shape[1], 1), cfg.levels) if x.ndim > 1 else cfg.levels
+        check_shape("x", x, (batch, levels, cfg.channels, *cfg.patch))
+        check_shape("boxes", boxes, (batch, levels, 6))
+        check_shape("t", t, (batch, levels))
         # Rows are level-major from here on, so that the rows of levels 0 .. n-1 are a slice.
         conditioning = self.conditioner(
-            t.transpose(0, 1), torch.arange(cfg.levels, device=x.device), labels, text, text_mask
+            t.transpose(0, 1), torch.arange(levels, device=x.device), labels, text, text_mask
         )  # L * B rows
         level_boxes = boxes.unbind(1)  # L x [B, 6]
         patches = self._fuse_pixels(x.unbind(1), level_boxes)  # L x [B, C or 2C, f, h, w]
         tokens = [self._maybe_recomputed(self._tokenize, patch) for patch in patches]  # L x [B, N, D]
         z = [
-            self._initial_latents(batch, None if latents is None else latents[:, k]) for k in range(cfg.levels)
+            self._initial_latents(batch, None if latents is None else latents[:, k]) for k in range(levels)
         ]  # L x [B, M, E]
         run_block = recomputed if self.recompute == "block" else _call
         for block in self.rin_blocks:
-            n = block.levels
+            n = min(block.levels, levels)
             tokens[:n], z[:n] = run_block(
                 self._run_block, block, tokens[:n], z[:n], level_boxes[:n], *conditioning.first(n * batch)
             )  # n x [B, N, D], n x [B, M, E]
@@ -260,10 +263,10 @@ class HPDM(nn.Module):
         """
         fused = [
             self._fuse(block, tokens[k], k, tuple(tokens[:k]), boxes[:k], boxes[k], None) if k else tokens[0]
-            for k in range(block.levels)
+            for k in range(len(tokens))
         ]  # n x [B, N, D]
         x, latents = block(_cat(fused), _cat(z), c, text, text_mask)  # [n * B, N, D], [n * B, M, E]
-        return x.chunk(block.levels), latents.chunk(block.levels)
+        return x.chunk(len(tokens)), latents.chunk(len(tokens))
 
     def _condition_level(
         self, x: Tensor, level: int, t: Tensor, labels: Tensor | None, text: Tensor | None, text_mask: Tensor | None

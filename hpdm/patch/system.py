@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpdm.objective import Context, Objective
 from hpdm.patch import sampling_cost
 from hpdm.patch.base_model import start_from_base
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
-from hpdm.patch.objective import denoising_error, example_inputs
+from hpdm.patch.objective import denoising_error, evaluation_error, example_inputs
 from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES
 from hpdm.patch.sampler import Sampler
 from hpdm.sampling import SamplerOptions
@@ -51,7 +52,7 @@ class PatchDiffusion(System):
         generator: torch.Generator,
         *,
         times: tuple[float, float] = (0.0, 1.0),
-        time_distribution: str = "uniform",
+        objective: Objective | None = None,
         dropout: float = 0.0,
         images: float = 0.0,
         network: Callable[..., Any] | None = None,
@@ -64,13 +65,42 @@ class PatchDiffusion(System):
             generator,
             times,
             dropout=dropout,
-            time_distribution=time_distribution,
+            objective=objective,
             text=batch.get("text"),
             text_mask=batch.get("text_mask"),
             images=images,
             network=network,
         )  # [B, L]
         return {f"level_{level}": error for level, error in enumerate(errors.unbind(1))}
+
+    def errors(
+        self,
+        model: HPDM,
+        batch: Mapping[str, Tensor],
+        generator: torch.Generator,
+        *,
+        times: tuple[float, float] = (0.0, 1.0),
+        context: Context = "clean",
+        context_noise: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """The error of v of every level, then that of the patches at the video's border and inside, from level 1 up."""
+        errors, border = evaluation_error(
+            model,
+            batch["video"],
+            batch.get("labels"),
+            generator,
+            times,
+            context,
+            context_noise,
+            text=batch.get("text"),
+            text_mask=batch.get("text_mask"),
+        )  # [B, L] both
+        rows = {f"level_{level}": error for level, error in enumerate(errors.unbind(1))}
+        for level in range(1, model.config.levels):
+            at_border = border[:, level].to(errors.device)
+            rows[f"level_{level}_border"] = errors[at_border, level]
+            rows[f"level_{level}_interior"] = errors[~at_border, level]
+        return rows
 
     def sampler(self, model: HPDM, options: SamplerOptions) -> Sampler:
         return Sampler(model, options)

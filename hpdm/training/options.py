@@ -13,6 +13,7 @@ import tyro
 
 from hpdm.checks import at_least
 from hpdm.data.mixture import parse_root
+from hpdm.objective import Objective
 from hpdm.recipe import Recipe, RecipeChanges
 from hpdm.system import Architecture
 
@@ -51,8 +52,8 @@ class TrainOptions:
     precision trains worse."""
     clip_norm: float = 1.0
     """Largest gradient norm; 0 for no clipping."""
-    times: Literal["uniform", "logit-normal"] = "uniform"
-    """Distribution of diffusion times; "logit-normal" favors the middle."""
+    objective: Annotated[Objective, tyro.conf.arg(name="")] = field(default_factory=Objective)
+    """What training samples show."""
     split: Literal["train", "test"] | None = None
     """Use UCF-101's official split, of each set that has one."""
     stride: int = 1
@@ -97,12 +98,13 @@ class TrainOptions:
     def as_json(self, recipe: Recipe) -> dict[str, Any]:
         """All options as one flat dictionary of JSON values, with the full ``recipe`` in place of the changes to it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["recipe"], values["architecture"]
+        del values["recipe"], values["architecture"], values["objective"]
         if len(self.data) == 1:
             values["data"] = self.data[0]
         weights = [parse_root(root).weight for root in self.data]
         values["data_weights"] = [weight / weights[0] for weight in weights]
-        values |= dataclasses.asdict(self.architecture) | dataclasses.asdict(recipe)
+        for part in (self.architecture, self.objective, recipe):
+            values |= dataclasses.asdict(part)
         return json.loads(json.dumps(values, default=str))
 
 
@@ -115,7 +117,7 @@ def train_options(**values: Any) -> TrainOptions:
         TypeError: an unknown name, or ``data`` or ``out`` missing.
         ValueError: a value out of range.
     """
-    parts = {"recipe": RecipeChanges, "architecture": Architecture}
+    parts = {"recipe": RecipeChanges, "architecture": Architecture, "objective": Objective}
     names = {part: {f.name for f in dataclasses.fields(kind)} for part, kind in parts.items()}
     nested = {part: kind(**{n: values.pop(n) for n in names[part] & set(values)}) for part, kind in parts.items()}
     if isinstance(values.get("data"), str | os.PathLike):

@@ -172,7 +172,7 @@ class Trainer:
             self.model,
             batch.inputs(config.conditioning, self.device),
             generator,
-            time_distribution=self.options.times,
+            objective=self.options.objective,
             dropout=config.conditioning_dropout,
             images=self.recipe.images,
             network=self.network,

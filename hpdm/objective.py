@@ -1,0 +1,122 @@
+"""What a training sample shows and how its error counts: noise levels, boxes, contexts, weights.
+
+A kind of model uses the settings that apply to it; :mod:`hpdm.system` hands them to its losses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hpdm.checks import at_least, check_choice
+from hpdm.process import gamma
+
+Times = Literal["uniform", "logit-normal"]
+""""logit-normal" favors the middle, where shapes are decided (Esser et al. 2024, section 3.1, mean 0, variance 1)."""
+Weighting = Literal["none", "min-snr"]
+BoxLaw = Literal["uniform", "nested"]
+Context = Literal["clean", "same", "independent"]
+"""Noise of the lower levels under which the error of a level is measured: none, as when sampling; in the same range of
+noise as the level; or any, as in training."""
+
+SNR_CAP = 5.0
+"""Gamma of min-SNR (Hang et al. 2023, section 3.4)."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the samples of a training run are drawn and weighted.
+
+    Raises:
+        ValueError: a share or a time outside of its range.
+    """
+
+    times: Times = "uniform"
+    """Distribution of diffusion times; "logit-normal" favors the middle."""
+    low_discrepancy: bool = False
+    """Spread the times of a micro-batch evenly over their distribution, on each level, which makes losses and gradients
+    less noisy. Each time alone is distributed as before."""
+    weighting: Weighting = "none"
+    """Weight of an error by its noise level: none, or "min-snr": min(SNR, 5) times the error of the clean video. The
+    logged losses are weighted; the errors of `hpdm evaluate` are not."""
+    boxes: BoxLaw | None = None
+    """Positions of patches: "uniform" over the video on the finest level, or "nested", each level uniform inside the
+    level below, which hardly ever shows borders. Default: uniform, or what the run had that is resumed."""
+    clean_context: float = 0.0
+    """Share of the samples that show finished lower levels, as sampling does, below a random level."""
+    context_t_max: float = 0.2
+    """Largest diffusion time of finished lower levels in training; half of them are exactly clean."""
+    flip: bool = False
+    """Mirror every second clip, at random. Not for clips whose class or caption tells left from right."""
+    cuts: bool = False
+    """Train a random number of levels per micro-batch, the lowest two or more (appendix D.6): cheaper steps."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "clean_context", "context_t_max")
+        for name, bound in (("clean_context", "below 1"), ("context_t_max", "at most 1")):
+            value = getattr(self, name)
+            if value > 1 or (name == "clean_context" and value == 1):
+                raise ValueError(f"{name}: got {value}, expected {bound}")
+
+
+def draw_times(
+    shape: tuple[int, int], span: tuple[float, float], generator: torch.Generator, objective: Objective | None = None
+) -> Tensor:
+    """Diffusion times of B samples on L levels, ``[B, L]`` float32 on the CPU.
+
+    Args:
+        shape: ``(B, L)``.
+        span: range of the times.
+        generator: CPU generator.
+        objective: gives their distribution over the range; ``None`` for the default.
+
+    Raises:
+        ValueError: an unknown distribution.
+    """
+    objective = objective or Objective()
+    check_choice("times", objective.times, Times)
+    first, last = span
+    if objective.low_discrepancy:
+        # Sample i of a level takes the quantile (rank_i + shift) / B with a random rank and one shift for all.
+        shift = torch.rand(1, shape[1], generator=generator, dtype=torch.float64)
+        rank = torch.rand(shape, generator=generator, dtype=torch.float64).argsort(dim=0)
+        share = (rank + shift) / shape[0]
+        if objective.times == "logit-normal":
+            share = torch.special.ndtri(share).sigmoid()
+        share = share.float()
+    elif objective.times == "uniform":
+        share = torch.rand(shape, generator=generator)
+    else:
+        share = torch.randn(shape, generator=generator).sigmoid()
+    return first + (last - first) * share
+
+
+def loss_weight(weighting: Weighting, t: Tensor, signal: Tensor) -> Tensor:
+    """Weight of the squared error of v, of the shape of ``t``.
+
+    min-SNR weights the squared error of the clean video ``x`` by ``min(SNR, 5)``, where ``SNR = b^2 g / (1 - g)``.
+    The error of x is that of v times ``(1 - g) / b^2``, so the weight of v is ``min(g, 5 (1 - g) / b^2)``; for b = 1 it
+    is ``min(SNR, 5) / (SNR + 1)`` (Hang et al. 2023, section 3.4).
+
+    Args:
+        weighting: which weight.
+        t: diffusion times.
+        signal: scale b of the clean signal (:mod:`hpdm.process`), broadcastable to ``t``.
+
+    Raises:
+        ValueError: an unknown weighting.
+    """
+    check_choice("weighting", weighting, Weighting)
+    if weighting == "none":
+        return torch.ones_like(t)
+    g = gamma(t)
+    return torch.minimum(g, SNR_CAP * (1 - g) / signal.square())
+
+
+def flipped(video: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirrors random clips of ``[B, C, F, H, W]`` left to right, each with probability 1/2."""
+    mirrored = (torch.rand(len(video), generator=generator) < 0.5).to(video.device)
+    return torch.where(mirrored[:, None, None, None, None], video.flip(-1), video)
