@@ -31,7 +31,7 @@ class Objective:
     """How the samples of a training run are drawn and weighted.
 
     Raises:
-        ValueError: a share or a time outside of its range.
+        ValueError: an unknown choice, or a share or a time outside of its range; the message names the field.
     """
 
     times: Times = "uniform"
@@ -55,6 +55,10 @@ class Objective:
     """Train a random number of levels per micro-batch, the lowest two or more (appendix D.6): cheaper steps."""
 
     def __post_init__(self) -> None:
+        check_choice("times", self.times, Times)
+        check_choice("weighting", self.weighting, Weighting)
+        if self.boxes is not None:
+            check_choice("boxes", self.boxes, BoxLaw)
         at_least(self, 0, "clean_context", "context_t_max")
         for name, bound in (("clean_context", "below 1"), ("context_t_max", "at most 1")):
             value = getattr(self, name)
@@ -72,12 +76,8 @@ def draw_times(
         span: range of the times.
         generator: CPU generator.
         objective: gives their distribution over the range; ``None`` for the default.
-
-    Raises:
-        ValueError: an unknown distribution.
     """
     objective = objective or Objective()
-    check_choice("times", objective.times, Times)
     first, last = span
     if objective.low_discrepancy:
         # Sample i of a level takes the quantile (rank_i + shift) / B with a random rank and one shift for all.
@@ -105,11 +105,7 @@ def loss_weight(weighting: Weighting, t: Tensor, signal: Tensor) -> Tensor:
         weighting: which weight.
         t: diffusion times.
         signal: scale b of the clean signal (:mod:`hpdm.process`), broadcastable to ``t``.
-
-    Raises:
-        ValueError: an unknown weighting.
     """
-    check_choice("weighting", weighting, Weighting)
     if weighting == "none":
         return torch.ones_like(t)
     g = gamma(t)

@@ -60,7 +60,7 @@ def denoising_error(
         network: called in place of the model, e.g. its DDP wrapper; ``None`` for the model itself.
 
     Raises:
-        ValueError: an unknown choice in ``objective``, or a share of images outside of 0..1.
+        ValueError: a share of images outside of 0..1.
     """
     config, device, objective = model.config, video.device, objective or Objective()
     # Settings that are off draw nothing, so that runs from before they existed continue with the same numbers.

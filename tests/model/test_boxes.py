@@ -12,9 +12,10 @@ CONFIGS = ["tiny", "hpdm_s", "hpdm_t2v", "hpdm_t2v_1k"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_boxes_are_nested_and_the_last_lies_on_whole_pixels(name, generator):
+@pytest.mark.parametrize("law", ["uniform", "nested"])
+def test_boxes_are_nested_and_the_last_lies_on_whole_pixels(name, law, generator):
     config = presets.get(name)
-    boxes = sample_boxes(config, 50, generator).double()
+    boxes = sample_boxes(config, 50, generator, law).double()
     assert torch.equal(boxes[:, 0], torch.tensor([0, 0, 0, 1, 1, 1.0]).double().expand(50, 6))
     for level in range(1, config.levels):
         child, parent = boxes[:, level], boxes[:, level - 1]
@@ -25,13 +26,14 @@ def test_boxes_are_nested_and_the_last_lies_on_whole_pixels(name, generator):
     assert (pixels - pixels.round()).abs().max() < 1e-4
 
 
-def test_boxes_depend_on_the_generator_alone_and_spread():
+@pytest.mark.parametrize("law", ["uniform", "nested"])
+def test_boxes_depend_on_the_generator_alone_and_spread(law):
     config = presets.tiny()
-    first = sample_boxes(config, 200, torch.Generator().manual_seed(1))
-    assert torch.equal(first, sample_boxes(config, 200, torch.Generator().manual_seed(1)))
-    assert not torch.equal(first, sample_boxes(config, 200, torch.Generator().manual_seed(2)))
-    # Uniform offsets of level 1 in [0, 1/2]: their mean is 1/4 with a standard error of 0.144 / sqrt(200).
-    assert (first[:, 1, :3].mean(0) - 0.25).abs().max() < 5 * 0.144 / 200**0.5
+    first = sample_boxes(config, 200, torch.Generator().manual_seed(1), law)
+    assert torch.equal(first, sample_boxes(config, 200, torch.Generator().manual_seed(1), law))
+    assert not torch.equal(first, sample_boxes(config, 200, torch.Generator().manual_seed(2), law))
+    # By symmetry the mean offset of level 1 is 1/4; its standard error is at most that of a fair choice of 0 and 1/2.
+    assert (first[:, 1, :3].mean(0) - 0.25).abs().max() < 5 * 0.25 / 200**0.5
 
 
 def test_image_mode_never_moves_in_time(generator):
