@@ -91,6 +91,11 @@ def prepare(options: TrainOptions) -> Job:
     recipe = options.recipe.applied_to(presets.recipe(options.preset))
     with distributed.raise_on_all_ranks():
         check_not_a_file("out", options.out)
+        if options.objective.cuts and recipe.parallel == "fsdp" and distributed.world_size() > 1:
+            raise ValueError(
+                "cuts: got true with parallel='fsdp', expected 'ddp': processes that train different levels gather the "
+                "sharded weights in different orders"
+            )
         options = _with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
