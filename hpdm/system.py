@@ -153,10 +153,10 @@ class System(ABC):
         times: tuple[float, float] = (0.0, 1.0),
         context: Context = "clean",
         context_noise: float = 0.0,
-    ) -> dict[str, Tensor]:
-        """What an evaluation reports of a batch: errors by name, each ``[n]``, one value for each patch that counts.
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What an evaluation reports of a batch: errors by name, each ``[B]``, and errors of parts of it, each ``[n]``.
 
-        Here, for a model without levels: its losses.
+        A part is, for instance, the patches at a border. Here, for a model without levels: its losses, and no parts.
 
         Args:
             model, batch, generator: as of :meth:`losses`.
@@ -164,7 +164,7 @@ class System(ABC):
             context: noise of the lower levels meanwhile; a model without levels has none.
             context_noise: diffusion time of clean lower levels.
         """
-        return self.losses(model, batch, generator, times=times)
+        return self.losses(model, batch, generator, times=times), {}
 
     @abstractmethod
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:

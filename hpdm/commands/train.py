@@ -91,11 +91,7 @@ def prepare(options: TrainOptions) -> Job:
     recipe = options.recipe.applied_to(presets.recipe(options.preset))
     with distributed.raise_on_all_ranks():
         check_not_a_file("out", options.out)
-        if options.objective.cuts and recipe.parallel == "fsdp" and distributed.world_size() > 1:
-            raise ValueError(
-                "cuts: got true with parallel='fsdp', expected 'ddp': processes that train different levels gather the "
-                "sharded weights in different orders"
-            )
+        _check_cuts(options, recipe)
         options = _with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
@@ -113,6 +109,15 @@ def prepare(options: TrainOptions) -> Job:
             job = dataclasses.replace(job, micro_batch=_check_resumable(job))
     distributed.assert_same_on_all_ranks("out: checkpoints", [path.name for path in checkpoints])
     return job
+
+
+def _check_cuts(options: TrainOptions, recipe: Recipe) -> None:
+    """Raises ValueError for random cuts of the pyramid with sharded weights."""
+    if options.objective.cuts and recipe.parallel == "fsdp" and distributed.world_size() > 1:
+        raise ValueError(
+            "cuts: got true with parallel='fsdp' on several processes, expected parallel='ddp': processes that train "
+            "different levels gather the weights in different orders"
+        )
 
 
 def _describe(clips: Mixture) -> None:

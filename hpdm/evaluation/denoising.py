@@ -49,9 +49,9 @@ def evaluate_denoising(
         embeddings: of the clips' captions, for a model with text.
 
     Returns:
-        ``clips``, their number; ``context`` and ``context_noise``; ``times``, the ranges; ``losses``, the names of the
-        errors; ``patches[loss]``, how many patches each is the mean of, over all ranges; and ``error[loss][range]``,
-        ``None`` where there is no such patch. The same on all ranks.
+        ``clips``, their number; ``context`` and ``context_noise``; ``times``, the ranges; ``losses``, their names;
+        ``error[loss][range]``; and ``parts``, by name, with the ``patches`` of a part in all ranges together and its
+        ``error[range]``, ``None`` where there is no such patch. The same on all ranks.
 
     Raises:
         ValueError: ``context_noise`` outside of 0..1, or with a context that is not clean.
@@ -61,7 +61,8 @@ def evaluate_denoising(
     count = min(clips, len(dataset))
     chosen = [i * len(dataset) // count for i in range(count)]
     times = list(pairwise(i / bins for i in range(bins + 1)))
-    names: list[str] = []
+    names: list[str] = []  # of the losses, then of the parts
+    losses = 0
     sums: dict[int, Tensor] = {}  # per batch, by the number of its first clip
     batches = distributed.shard(range(0, count, batch))
     for first in tqdm(batches, unit="batch", dynamic_ncols=True, disable=not distributed.is_first()):
@@ -69,28 +70,34 @@ def evaluate_denoising(
         inputs = clips_of_batch.inputs(run.config.conditioning, run.device)
         columns = []
         for n, span in enumerate(times):
-            errors = run.system.errors(
+            errors, parts = run.system.errors(
                 run.model, inputs, noise_generator(seed, first * bins + n), times=span, context=context,
                 context_noise=context_noise,
             )  # fmt: skip
-            names = list(errors)
-            rows = [(float(error.double().sum()), len(error)) for error in errors.values()]
+            names, losses = [*errors, *parts], len(errors)
+            rows = [(float(error.double().sum()), len(error)) for error in (*errors.values(), *parts.values())]
             columns.append(torch.tensor(rows, dtype=torch.float64))
         sums[first] = torch.stack(columns, dim=1)  # [rows, bins, 2]: sums, and of how many patches
     total, patches = torch.stack(distributed.gather(sums)).sum(0).unbind(2)  # [rows, bins] both
-    names = distributed.broadcast(names)  # rank 0 has at least one batch, others may have none
+    names, losses = distributed.broadcast((names, losses))  # rank 0 has at least one batch, others may have none
     error = [[s / n if n else None for s, n in zip(*row)] for row in zip(total.tolist(), patches.tolist())]
+    measured = {
+        name: {"patches": int(patches[row].sum()), "error": error[row]}
+        for row, name in enumerate(names)
+        if row >= losses
+    }
     return {
-        "clips": count, "context": context, "context_noise": context_noise, "times": times, "losses": names,
-        "patches": patches.sum(1).long().tolist(), "error": error,
+        "clips": count, "context": context, "context_noise": context_noise, "times": times, "losses": names[:losses],
+        "error": error[:losses], "parts": measured,
     }  # fmt: skip
 
 
 def denoising_table(result: dict[str, Any]) -> str:
-    """A row per error, a column per range of times and their mean; "-" where there is no such patch."""
+    """A row per loss and per part, a column per range of times and their mean; "-" where there is no such patch."""
     heads = [f"t {low:.2f}-{high:.2f}" for low, high in result["times"]]
     lines = [f"{'':<18}" + "".join(f"{head:>14}" for head in (*heads, "mean"))]
-    for name, row in zip(result["losses"], result["error"]):
+    rows = dict(zip(result["losses"], result["error"])) | {n: part["error"] for n, part in result["parts"].items()}
+    for name, row in rows.items():
         cells = (*row, None if None in row else sum(row) / len(row))
         text = (f"{'-' if value is None else format(value, '.5f'):>14}" for value in cells)
         lines.append(f"{name.replace('_', ' '):<18}" + "".join(text))

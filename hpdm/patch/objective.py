@@ -78,12 +78,12 @@ def denoising_error(
     if text is not None:
         text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=device) if text_mask is None else text_mask
         text_mask = text_mask & ~dropped[:, None]
-    share = torch.ones(t.shape)  # [B, n]
+    trained = torch.ones(t.shape)  # [B, n]
     if objective.clean_context:
-        t, share = finish_lower_levels(t, config.levels, objective, generator)
-    signal = torch.tensor(config.signal_scales[:levels])  # [n]
-    weight = (loss_weight(objective.weighting, t, signal) * share).to(device)
-    error = _error_of_v(model, x, boxes, t.to(device), noise, (labels, text, text_mask), generator, network) * weight
+        t, trained = finish_lower_levels(t, config.levels, objective, generator)
+    weight = trained * loss_weight(objective.weighting, t, torch.tensor(config.signal_scales[:levels]))  # [B, n]
+    error = _error_of_v(model, x, boxes, t.to(device), noise, (labels, text, text_mask), generator, network)
+    error = error * weight.to(device)
     return _without_cut(error, config.levels) if objective.cuts else error
 
 
@@ -165,8 +165,8 @@ def finish_lower_levels(
     small = small * torch.randint(2, (batch,), generator=generator)
     level = torch.arange(count)
     finished = shown[:, None] & (level < above[:, None])  # [B, n]
-    trained = 1 - objective.clean_context * (levels - 1 - level) / (levels - 1)  # [n]
-    return torch.where(finished, small[:, None], t), (~finished) / trained
+    probability = 1 - objective.clean_context * (levels - 1 - level) / (levels - 1)  # [n], that a level is not finished
+    return torch.where(finished, small[:, None], t), ~finished / probability
 
 
 def _cut(config: HPDMConfig, generator: torch.Generator) -> int:

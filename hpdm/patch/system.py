@@ -82,8 +82,8 @@ class PatchDiffusion(System):
         times: tuple[float, float] = (0.0, 1.0),
         context: Context = "clean",
         context_noise: float = 0.0,
-    ) -> dict[str, Tensor]:
-        """The error of v of every level, then that of the patches at the video's border and inside, from level 1 up."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The error of v of every level; from level 1 up, that of its patches at the video's border and inside."""
         errors, border = evaluation_error(
             model,
             batch["video"],
@@ -95,12 +95,12 @@ class PatchDiffusion(System):
             text=batch.get("text"),
             text_mask=batch.get("text_mask"),
         )  # [B, L] both
-        rows = {f"level_{level}": error for level, error in enumerate(errors.unbind(1))}
+        parts = {}
         for level in range(1, model.config.levels):
             at_border = border[:, level].to(errors.device)
-            rows[f"level_{level}_border"] = errors[at_border, level]
-            rows[f"level_{level}_interior"] = errors[~at_border, level]
-        return rows
+            parts[f"level_{level}_border"] = errors[at_border, level]
+            parts[f"level_{level}_interior"] = errors[~at_border, level]
+        return {f"level_{level}": error for level, error in enumerate(errors.unbind(1))}, parts
 
     def sampler(self, model: HPDM, options: SamplerOptions) -> Sampler:
         return Sampler(model, options)

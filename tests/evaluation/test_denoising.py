@@ -92,7 +92,7 @@ class Borders(PatchDiffusion):
         boxes = sample_boxes(model.config, len(batch["video"]), generator, borders=EVALUATED_AT_BORDERS)
         border = at_border(boxes, model.config)[:, 1]
         error = border.float()
-        return {"level_1": error, "level_1_border": error[border], "level_1_interior": error[~border]}
+        return {"level_1": error}, {"border": error[border], "interior": error[~border]}
 
 
 def evaluated(folder, system, **options):
@@ -104,26 +104,26 @@ def evaluated(folder, system, **options):
 
 def test_rows_of_some_patches_are_means_of_those_alone(clips):
     result = evaluated(clips, Borders())
-    assert result["patches"][0] == 12 == sum(result["patches"][1:])
-    everyone, border, interior = result["error"]
-    assert set(border) <= {1.0, None}
-    assert set(interior) <= {0.0, None}
-    assert sum(everyone) / 2 == pytest.approx(result["patches"][1] / 12)
+    (everyone,), border, interior = result["error"], *result["parts"].values()
+    assert border["patches"] + interior["patches"] == 12
+    assert set(border["error"]) <= {1.0, None}
+    assert set(interior["error"]) <= {0.0, None}
+    assert sum(everyone) / 2 == pytest.approx(border["patches"] / 12)
     one = evaluated(clips, Borders(), clips=1, bins=1)
-    assert [row[0] for row in one["error"]] in ([1.0, 1.0, None], [0.0, None, 0.0])
+    assert one["error"] + [part["error"] for part in one["parts"].values()] in ([[1], [1], [None]], [[0], [None], [0]])
     assert denoising_table(one).count(" -") == 2  # the range of times and the mean
 
 
 def test_borders_stand_beside_the_interior_of_every_level_that_has_one(clips):
     result = evaluated(clips, PatchDiffusion(), bins=1)
-    parts = [f"level_{level}_{part}" for level in (1, 2) for part in ("border", "interior")]
-    assert result["losses"] == ["level_0", "level_1", "level_2", *parts]
+    assert result["losses"] == ["level_0", "level_1", "level_2"]
+    assert list(result["parts"]) == [f"level_{level}_{part}" for level in (1, 2) for part in ("border", "interior")]
     assert (result["context"], result["context_noise"]) == ("clean", 0.0)
-    error, patches = dict(zip(result["losses"], result["error"])), dict(zip(result["losses"], result["patches"]))
-    for level in ("level_1", "level_2"):
-        split = [(error[f"{level}_{part}"][0] or 0, patches[f"{level}_{part}"]) for part in ("border", "interior")]
-        assert sum(n for _, n in split) == 6
-        assert sum(value * n for value, n in split) / 6 == pytest.approx(error[level][0], rel=1e-5)
+    for level in (1, 2):
+        parts = [result["parts"][f"level_{level}_{part}"] for part in ("border", "interior")]
+        assert sum(part["patches"] for part in parts) == 6
+        mean = sum((part["error"][0] or 0) * part["patches"] for part in parts) / 6
+        assert mean == pytest.approx(result["error"][level][0], rel=1e-5)
 
 
 def test_the_command_takes_a_context(clips, tmp_path):

@@ -197,7 +197,7 @@ def test_bad_inputs_are_named(generator):
     model = HPDM(config)
     x, boxes, t, labels = inputs(config, generator)
     with pytest.raises(ValueError, match=r"x: got shape"):
-        model(x[:, :2], boxes, t, labels)
+        model(x[:, :, :2], boxes, t, labels)
     with pytest.raises(ValueError, match=r"boxes: got shape"):
         model(x, boxes[:, :, :5], t, labels)
     with pytest.raises(ValueError, match=r"t: got shape"):

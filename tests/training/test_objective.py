@@ -10,7 +10,7 @@ import torch
 import tyro
 
 from hpdm import process
-from hpdm.commands.train import train
+from hpdm.commands.train import _check_cuts, train
 from hpdm.objective import Objective, draw_times, flipped, loss_weight
 from hpdm.patch.objective import denoising_error, finish_lower_levels
 from hpdm.recipe import Recipe
@@ -167,6 +167,17 @@ def test_every_weight_takes_part_in_a_cut_step(generator):
         labels = torch.zeros(1, dtype=torch.long)
         denoising_error(model, video, labels, generator, objective=objective, network=network).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_cuts_and_sharded_weights_exclude_each_other(monkeypatch):
+    given = train_options(data="x", out="y", cuts=True)
+    sharded, replicated = Recipe(parallel="fsdp"), Recipe(parallel="ddp")
+    _check_cuts(given, sharded)
+    monkeypatch.setattr("hpdm.distributed.world_size", lambda: 2)
+    _check_cuts(given, replicated)
+    _check_cuts(train_options(data="x", out="y"), sharded)
+    with pytest.raises(ValueError, match="cuts: got true with parallel='fsdp' on several processes"):
+        _check_cuts(given, sharded)
 
 
 def test_half_of_the_clips_are_mirrored(generator):
