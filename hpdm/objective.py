@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hpdm.checks import at_least, check_choice
+from hpdm.checks import check_choice
 from hpdm.process import gamma
 
 Times = Literal["uniform", "logit-normal"]
@@ -50,7 +50,7 @@ class Objective:
     context_t_max: float = 0.2
     """Largest diffusion time of finished lower levels in training; half of them are exactly clean."""
     flip: bool = False
-    """Mirror every second clip, at random. Not for clips whose class or caption tells left from right."""
+    """Mirror each clip with probability 1/2. Not for clips whose class or caption tells left from right."""
     cuts: bool = False
     """Train a random number of levels per micro-batch, the lowest two or more (appendix D.6): cheaper steps."""
 
@@ -59,11 +59,10 @@ class Objective:
         check_choice("weighting", self.weighting, Weighting)
         if self.boxes is not None:
             check_choice("boxes", self.boxes, BoxLaw)
-        at_least(self, 0, "clean_context", "context_t_max")
-        for name, bound in (("clean_context", "below 1"), ("context_t_max", "at most 1")):
-            value = getattr(self, name)
-            if value > 1 or (name == "clean_context" and value == 1):
-                raise ValueError(f"{name}: got {value}, expected {bound}")
+        if not 0 <= self.clean_context < 1:
+            raise ValueError(f"clean_context: got {self.clean_context}, expected a share in [0, 1)")
+        if not 0 <= self.context_t_max <= 1:
+            raise ValueError(f"context_t_max: got {self.context_t_max}, expected a time in [0, 1]")
 
 
 def draw_times(

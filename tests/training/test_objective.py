@@ -191,9 +191,9 @@ def test_half_of_the_clips_are_mirrored(generator):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"clean_context": 1.0}, "clean_context: got 1.0, expected below 1"),
-        ({"clean_context": -0.1}, "clean_context: got -0.1, expected at least 0"),
-        ({"context_t_max": 1.5}, "context_t_max: got 1.5, expected at most 1"),
+        ({"clean_context": 1.0}, r"clean_context: got 1.0, expected a share in \[0, 1\)"),
+        ({"clean_context": math.nan}, "clean_context: got nan"),
+        ({"context_t_max": 1.5}, r"context_t_max: got 1.5, expected a time in \[0, 1\]"),
         ({"times": "normal"}, "times: got 'normal', expected one of 'uniform', 'logit-normal'"),
         ({"weighting": "snr"}, "weighting: got 'snr', expected one of 'none', 'min-snr'"),
         ({"boxes": "middle"}, "boxes: got 'middle', expected one of 'uniform', 'nested'"),
