@@ -42,6 +42,10 @@ class Architecture:
     """Table 3: adaptive computation."""
     coordinates: bool = True
     """Table 3: coordinates in the fusion."""
+    coordinate_embedding: Literal["raw", "sinusoidal"] = "raw"
+    """Appendix D.2: "sinusoidal" gives the fusion sines and cosines of the coordinates in their place."""
+    share_blocks: bool = False
+    """Appendix D.4: all blocks share one set of weights."""
 
     def check_only(self, *names: str) -> None:
         """Checks that a run changes no other fields than ``names``, for systems that do not support all.

@@ -76,7 +76,7 @@ class PatchDiffusion(System):
         return Sampler(model, options)
 
     def configure(self, config: HPDMConfig, changes: Architecture) -> HPDMConfig:
-        """The preset's network on a run's pyramid, with Table 3's ablations.
+        """The preset's network on a run's pyramid, with the ablations of Table 3 and appendix D.
 
         Raises:
             ValueError: a resolution that is no pyramid of the patch.
@@ -87,6 +87,8 @@ class PatchDiffusion(System):
             fusion=changes.fusion,
             detach_context=changes.detach_context,
             coordinates=changes.coordinates,
+            coordinate_embedding=changes.coordinate_embedding,
+            share_blocks=changes.share_blocks,
             self_conditioning=changes.self_conditioning,
             conditioning_dropout=config.conditioning_dropout if changes.dropout is None else changes.dropout,
         )
