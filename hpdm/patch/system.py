@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpdm.checks import Triple
 from hpdm.patch import sampling_cost
 from hpdm.patch.base_model import start_from_base
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 from hpdm.patch.objective import denoising_error, example_inputs
 from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES
+from hpdm.patch.real_levels import level_of_video
 from hpdm.patch.sampler import Sampler
 from hpdm.sampling import SamplerOptions
 from hpdm.system import Architecture, System
@@ -74,6 +76,16 @@ class PatchDiffusion(System):
 
     def sampler(self, model: HPDM, options: SamplerOptions) -> Sampler:
         return Sampler(model, options)
+
+    def sampler_defaults(self, config: HPDMConfig) -> Mapping[str, Any]:
+        """No churn for text to video: appendix C, "we disabled stochasticity for text-to-video synthesis"."""
+        return {"solver": "heun"} if config.conditioning == "text" else {}
+
+    def part_sizes(self, config: HPDMConfig) -> Sequence[Triple]:
+        return [config.level_resolution(level) for level in range(config.levels)]
+
+    def real_part(self, config: HPDMConfig, video: Tensor, part: int) -> Tensor:
+        return level_of_video(config, video, part)
 
     def configure(self, config: HPDMConfig, changes: Architecture) -> HPDMConfig:
         """The preset's network on a run's pyramid, with the ablations of Table 3 and appendix D.
