@@ -72,21 +72,27 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         distributed.assert_same_on_all_ranks("options", asdict(options))
         with distributed.raise_on_all_ranks():
             loaded = runs.load(options.run_folder, kernels=options.kernels, device=device, weights=options.weights)
-            _check(options, loaded)
-        result: dict[str, Any] = {"step": loaded.step}
-        if "denoising" in options.metrics:
-            result |= _denoising(options, loaded)
-        levels = levels_of(loaded.system, loaded.config, options.level)
-        parts: list[dict[str, Any]] = [{"level": level.number, "size": list(level.size)} for level in levels]
-        if "motion" in options.metrics:
-            for part, scores in zip(parts, motion(options, loaded, levels)):
-                part["motion"] = scores
-        if {"fvd", "is"} & set(options.metrics):
-            for part, scores in zip(parts, distribution(options, loaded, levels)):
-                part["distribution"] = scores
-        if options.level:
-            return result | {"levels": parts}
-        return result | {name: value for name, value in parts[0].items() if name in ("motion", "distribution")}
+        return evaluate_run(options, loaded)
+
+
+def evaluate_run(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
+    """:func:`evaluate` of a run that is loaded already, with the weights that the options name. A collective."""
+    with distributed.raise_on_all_ranks():
+        _check(options, loaded)
+    result: dict[str, Any] = {"step": loaded.step}
+    if "denoising" in options.metrics:
+        result |= _denoising(options, loaded)
+    levels = levels_of(loaded.system, loaded.config, options.level)
+    parts: list[dict[str, Any]] = [{"level": level.number, "size": list(level.size)} for level in levels]
+    if "motion" in options.metrics:
+        for part, scores in zip(parts, motion(options, loaded, levels)):
+            part["motion"] = scores
+    if {"fvd", "is"} & set(options.metrics):
+        for part, scores in zip(parts, distribution(options, loaded, levels)):
+            part["distribution"] = scores
+    if options.level:
+        return result | {"levels": parts}
+    return result | {name: value for name, value in parts[0].items() if name in ("motion", "distribution")}
 
 
 def _check(options: EvaluateOptions, loaded: Run) -> None:

@@ -1,0 +1,152 @@
+"""Tables of evaluations: cells that are kept as they are finished, columns by metric, and the files of a whole table.
+
+``OUT/cells/NAME.json`` has the result of one row and everything that it depends on. An interrupted table goes on with
+the first row that has no file; ``OUT/table.json`` and ``OUT/table.md`` are written when all rows are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpdm import distributed
+from hpdm.files import make_folder, read_json, write_json, write_text
+
+MOTION_COLUMNS = ("motion_right", "shape_overlap", "color_right", "texture")
+"""The scores of the metric motion that a table shows; all are in the cells."""
+
+Value = float | None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a table: one metric, a row per setting."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Mapping[str, Sequence[Value]]
+    """Values by the name of the row, one per column; ``None`` for none."""
+
+    def markdown(self) -> str:
+        """The section as a table in Markdown, under its title."""
+        lines = [
+            f"**{self.title}**",
+            "",
+            f"| | {' | '.join(self.columns)} |",
+            "|---" + "|---:" * len(self.columns) + "|",
+        ]
+        lines += [f"| {name} | {' | '.join(map(_text, values))} |" for name, values in self.rows.items()]
+        return "\n".join(lines)
+
+
+class Cells:
+    """The finished rows of a table in a folder. A collective: every rank makes the same calls.
+
+    Args:
+        out: folder of the table.
+
+    Raises:
+        FileExistsError: ``out`` is a file.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        with distributed.raise_on_all_ranks():
+            if distributed.is_first():
+                make_folder("out", out / "cells")
+
+    def get(self, name: str, settings: Mapping[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The result of a row: from its file, or computed and kept.
+
+        Args:
+            name: of the row, and of its file.
+            settings: everything that the result depends on, as JSON values.
+            compute: returns the result, as JSON values. A collective.
+
+        Raises:
+            ValueError: the row was computed with other settings; the message names them.
+        """
+        path = self.out / "cells" / f"{name}.json"
+        settings = json.loads(json.dumps(settings, default=str))
+        stored = None
+        with distributed.raise_on_all_ranks():
+            if distributed.is_first() and path.is_file():
+                stored = read_json(path)
+                changed = _changes(stored.get("settings", {}), settings)
+                if changed:
+                    raise ValueError(
+                        f"out: {path} was computed with other settings ({changed}); choose another folder, or delete it"
+                    )
+        stored = distributed.broadcast(stored)
+        if stored is not None:
+            return stored["result"]
+        result = compute()
+        with distributed.raise_on_all_ranks():
+            if distributed.is_first():
+                write_json(path, {"settings": settings, "result": result})
+        return json.loads(json.dumps(result))
+
+
+def sections_of(results: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    """The metrics of evaluations as sections, a row per evaluation, a column per level (and score).
+
+    Args:
+        results: by the name of the row, what :func:`hpdm.commands.evaluate.evaluate` returns for the same metrics and
+            levels; its metrics of videos in ``levels``.
+    """
+    first = next(iter(results.values()))
+    sections = []
+    if "error" in first:
+        columns = tuple(name.replace("_", " ") for name in first["losses"])
+        rows = {name: [sum(row) / len(row) for row in result["error"]] for name, result in results.items()}
+        sections.append(Section(f"error of v, {first['clips']} clips", columns, rows))
+    levels = first.get("levels", [])
+    sizes = ["x".join(map(str, level["size"])) for level in levels]
+    if levels and "distribution" in levels[0]:
+        about = levels[0]["distribution"]
+        for metric, key, title in (("fvd", "value", "FVD"), ("is", "mean", "Inception score")):
+            if metric in about:
+                rows = {name: [level["distribution"][metric][key] for level in result["levels"]]
+                        for name, result in results.items()}  # fmt: skip
+                sections.append(Section(f"{title}, {about['generated']} videos", tuple(sizes), rows))
+    if levels and "motion" in levels[0]:
+        columns = tuple(f"{key.replace('_', ' ')}, {size}" for size in sizes for key in MOTION_COLUMNS)
+        rows = {
+            name: [level["motion"]["generated"][key] for level in result["levels"] for key in MOTION_COLUMNS]
+            for name, result in results.items()
+        }
+        rows["real clips"] = [level["motion"]["real"][key] for level in levels for key in MOTION_COLUMNS]
+        sections.append(Section(f"motion, {levels[0]['motion']['generated']['clips']} videos", columns, rows))
+    return sections
+
+
+def write_table(out: Path, title: str, sections: Sequence[Section], settings: Mapping[str, Any]) -> str:
+    """Writes ``table.json`` and ``table.md`` into ``out``, each as a whole, on rank 0; returns the Markdown.
+
+    Args:
+        out: folder of the table.
+        title: first line.
+        sections: parts of the table.
+        settings: what all rows have in common.
+    """
+    parts = [{"title": s.title, "columns": list(s.columns), "rows": {n: list(v) for n, v in s.rows.items()}}
+             for s in sections]  # fmt: skip
+    text = "\n\n".join([f"# {title}", *(section.markdown() for section in sections)]) + "\n"
+    with distributed.raise_on_all_ranks():
+        if distributed.is_first():
+            write_json(out / "table.json", {"title": title, "settings": dict(settings), "sections": parts})
+            write_text(out / "table.md", text)
+    return text
+
+
+def _text(value: Value) -> str:
+    """A number with four digits that count."""
+    return "-" if value is None else f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:.0f}"
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in names)
