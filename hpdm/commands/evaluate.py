@@ -51,6 +51,11 @@ def report_lines(options: EvaluateOptions, result: dict[str, Any]) -> list[str]:
                 f"  protocol {options.protocol}, first {scores['frames']} of {scores['frames_generated']} "
                 f"frames at {'x'.join(map(str, scores['size']))}, seed {options.seed}",
             ]
+        for metric in ("motion", "distribution"):
+            if seams := part.get(metric, {}).get("seams"):
+                energies = ", ".join(f"{axis} {energy:.3f}" for axis, energy in seams.items())
+                lines.append(f"gradient energy across tile borders / inside: {energies}")
+                break
     return lines
 
 

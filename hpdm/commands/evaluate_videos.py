@@ -23,6 +23,7 @@ from hpdm.evaluation.given import GivenLevels
 from hpdm.evaluation.levels import Level, levels_of
 from hpdm.evaluation.motion import MotionScore
 from hpdm.evaluation.real_statistics import real_statistics
+from hpdm.evaluation.seams import SeamScore
 from hpdm.runs import Run
 from hpdm.sampling import SamplerOptions
 
@@ -31,7 +32,7 @@ MOTION_SAMPLES = 96
 
 def motion(options: EvaluateOptions, loaded: Run, levels: Sequence[Level]) -> list[dict[str, Any]]:
     """The metric motion on each level, with the origin of the videos."""
-    dataset, names = options.open_clips(loaded), loaded.classes
+    dataset, names, seams = options.open_clips(loaded), loaded.classes, None
     if options.generated is not None:
         files = find_generated(options.generated, options.samples)
         expected = [class_of_file(path, names) for path in files]
@@ -39,16 +40,17 @@ def motion(options: EvaluateOptions, loaded: Run, levels: Sequence[Level]) -> li
     else:
         labels = [i % len(names) for i in range(options.samples or MOTION_SAMPLES)]
         expected = [names[label] for label in labels]
-        videos = _sample(options, loaded, levels, labels, len(labels))
+        videos, seams = _sample(options, loaded, levels, labels, len(labels))
     scores = [
         MotionScore(dataset, expected, real=len(expected), level=None if level.is_last else level) for level in levels
     ]
-    return [score | {"origin": _origin(options, loaded)} for score in measure(videos, scores)]
+    results = [score | {"origin": _origin(options, loaded)} for score in measure(videos, scores)]
+    return _with_seams(results, levels, seams)
 
 
 def distribution(options: EvaluateOptions, loaded: Run, levels: Sequence[Level]) -> list[dict[str, Any]]:
     """The metrics fvd and is on each level, with everything that they depend on."""
-    metrics, device = options.metrics, loaded.device
+    metrics, device, seams = options.metrics, loaded.device, None
     detector = None if options.detector is None else Detector(options.detector, "features", device)
     classifier = None if options.classifier is None else Detector(options.classifier, "classes", device)
     frames = [min(options.frames, level.size[0]) for level in levels]
@@ -62,7 +64,7 @@ def distribution(options: EvaluateOptions, loaded: Run, levels: Sequence[Level])
     else:
         classes = windows[0].labels if loaded.config.conditioning == "class" else None
         labels = draw_labels(classes, options.videos, options.seed)
-        videos = _sample(options, loaded, levels, labels, options.videos)
+        videos, seams = _sample(options, loaded, levels, labels, options.videos)
     scores = []
     for level, clips, n in zip(levels, windows, frames):
         real = None
@@ -87,22 +89,36 @@ def distribution(options: EvaluateOptions, loaded: Run, levels: Sequence[Level])
         "weights": options.weights,
         "origin": _origin(options, loaded),
     }
-    return [
+    results = [
         score | {"size": list(level.size[1:]), "frames_generated": level.size[0]} | about
         for level, score in zip(levels, measure(videos, scores))
+    ]
+    return _with_seams(results, levels, seams)
+
+
+def _with_seams(
+    results: list[dict[str, Any]], levels: Sequence[Level], seams: SeamScore | None
+) -> list[dict[str, Any]]:
+    """``results`` with ``seams`` at the last level of sampled videos. A collective."""
+    if seams is None:
+        return results
+    energies = seams.result()
+    return [
+        result | {"seams": energies} if level.is_last and energies else result for level, result in zip(levels, results)
     ]
 
 
 def _sample(
     options: EvaluateOptions, loaded: Run, levels: Sequence[Level], labels: list[int] | None, count: int
-) -> Clips:
-    """Samples videos, with real lower levels where the options want them."""
+) -> tuple[Clips, SeamScore]:
+    """Samples videos, with real lower levels where the options want them, and measures their tile borders."""
     sampler = loaded.system.sampler(loaded.model, _sampler_options(options, loaded))
     given = None
     if options.given_levels:
         first = levels_of(loaded.system, loaded.config, range(options.given_levels))
         given = GivenLevels(options.open_clips(loaded), first, labels, count)
-    return sample_clips(sampler, options.seed, labels, count, options.batch, levels, given)
+    seams = SeamScore(sampler, next((n for n, level in enumerate(levels) if level.is_last), None))
+    return seams.watch(sample_clips(sampler, options.seed, labels, count, options.batch, levels, given)), seams
 
 
 def _sampler_options(options: EvaluateOptions, loaded: Run) -> SamplerOptions:

@@ -14,6 +14,7 @@ from typing import Any
 
 from hpdm import distributed
 from hpdm.files import make_folder, read_json, write_json, write_text
+from hpdm.sampling import AXES
 
 MOTION_COLUMNS = ("motion_right", "shape_overlap", "color_right", "texture")
 """The scores of the metric motion that a table shows; all are in the cells."""
@@ -120,7 +121,18 @@ def sections_of(results: Mapping[str, Mapping[str, Any]]) -> list[Section]:
         }
         rows["real clips"] = [level["motion"]["real"][key] for level in levels for key in MOTION_COLUMNS]
         sections.append(Section(f"motion, {levels[0]['motion']['generated']['clips']} videos", columns, rows))
+    seams = {name: _seams(result) for name, result in results.items()}
+    axes = tuple(axis for axis in AXES if any(axis in energies for energies in seams.values()))
+    if axes:
+        rows = {name: [energies.get(axis) for axis in axes] for name, energies in seams.items()}
+        sections.append(Section("gradient energy across tile borders / inside, last level", axes, rows))
     return sections
+
+
+def _seams(result: Mapping[str, Any]) -> dict[str, float]:
+    """The seam energies of an evaluation's last level, by axis; empty if it has none."""
+    parts = [part.get(metric, {}) for part in result.get("levels", []) for metric in ("distribution", "motion")]
+    return next((part["seams"] for part in parts if "seams" in part), {})
 
 
 def write_table(out: Path, title: str, sections: Sequence[Section], settings: Mapping[str, Any]) -> str:

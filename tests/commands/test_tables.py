@@ -76,7 +76,7 @@ def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monke
     assert calls == list(OVERLAPS)
 
     table = json.loads((out / "table.json").read_text())
-    fvd, motion, published = table["sections"]
+    fvd, motion, seams, published = table["sections"]
     assert (fvd["title"], fvd["columns"]) == ("FVD, 3 videos", ["4x16x16", "8x32x32"])
     assert list(fvd["rows"]) == list(OVERLAPS) == list(published["rows"])
     assert motion["columns"][4:6] == ["motion right, 8x32x32", "shape overlap, 8x32x32"]
@@ -87,9 +87,12 @@ def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monke
     found = evaluate(one)["levels"]
     assert fvd["rows"]["fw"] == [level["distribution"]["fvd"]["value"] for level in found]
     assert motion["rows"]["fw"][5] == found[1]["motion"]["generated"]["shape_overlap"]
+    # Tiles of two frames that overlap by one leave no frame without a border.
+    energies = dict(zip(seams["columns"], seams["rows"]["fw"]))
+    assert energies == {"f": None} | found[1]["distribution"]["seams"]
     text = (out / "table.md").read_text()
     assert "| fhw | 381.9 | 467.4 |" in text
-    assert text.count("\n| fhw |") == 3
+    assert text.count("\n| fhw |") == 4
     assert text in capsys.readouterr().out
 
     before = (out / "table.md").read_text()
@@ -151,7 +154,8 @@ def test_ablations_of_appendix_d_and_metrics_of_videos(folder, tmp_path):
     command = ablations(folder, tmp_path, *more, "--sampler.steps", 2, "--frames", 4)
     assert command.run() == 0
     table = json.loads((tmp_path / "table.json").read_text())
-    fvd, speed = table["sections"]
+    fvd, seams, speed = table["sections"]
+    assert min(seams["rows"]["shared blocks (D.4)"]) > 0
     assert fvd["columns"] == ["2x8x8", "4x16x16", "8x32x32"]
     assert list(fvd["rows"]) == ["shared blocks (D.4)"] == list(speed["rows"])
     assert (table["settings"]["sampler"]["overlap"], table["settings"]["split"]) == ("hw", "train")

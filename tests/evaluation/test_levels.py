@@ -126,6 +126,12 @@ def test_fvd_of_each_level_from_one_sampling_run(folder, monkeypatch):
         assert (distribution["size"], distribution["fvd"]["real"]) == (part["size"][1:], len(windows))
         assert distribution["is"]["mean"] >= 1
 
+        assert ("seams" in distribution) == (part["level"] == 2)
+    seams = [Sampler(loaded.model, SAMPLER).seams(to_uint8(video) / 127.5 - 1) for video in videos[2]]
+    for axis in "fhw":
+        expected = sum(energies[axis] for energies in seams) / 10
+        assert found[0]["distribution"]["seams"][axis] == pytest.approx(expected, rel=1e-4)
+
     alone = evaluate(replace(command, level=()))["distribution"]
     assert alone == {**found[0]["distribution"]}
 
