@@ -102,7 +102,7 @@ def sections_of(results: Mapping[str, Mapping[str, Any]]) -> list[Section]:
     sections = []
     if "error" in first:
         columns = tuple(name.replace("_", " ") for name in first["losses"])
-        rows = {name: [sum(row) / len(row) for row in result["error"]] for name, result in results.items()}
+        rows = {name: [_mean(row) for row in result["error"]] for name, result in results.items()}
         sections.append(Section(f"error of v, {first['clips']} clips", columns, rows))
     levels = first.get("levels", [])
     sizes = ["x".join(map(str, level["size"])) for level in levels]
@@ -154,9 +154,15 @@ def write_table(out: Path, title: str, sections: Sequence[Section], settings: Ma
     return text
 
 
+def _mean(row: Sequence[Value]) -> Value:
+    """The mean over ranges of times; ``None`` where one of them has no error."""
+    values = [value for value in row if value is not None]
+    return sum(values) / len(row) if len(values) == len(row) else None
+
+
 def _text(value: Value) -> str:
-    """A number with four digits that count."""
-    return "-" if value is None else f"{value:#.4g}".rstrip(".") if abs(value) < 1e4 else f"{value:.0f}"
+    """A number with two decimals, and at least four digits that count."""
+    return "-" if value is None else f"{value:.2f}" if abs(value) >= 100 else f"{value:#.4g}"
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

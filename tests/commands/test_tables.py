@@ -17,7 +17,7 @@ from hpdm.commands.table import TableCommand
 from hpdm.commands.table_ablations import SETUPS, TABLE_3, AblationTable
 from hpdm.commands.table_overlap import OverlapTable
 from hpdm.data.synthetic import render_synthetic
-from hpdm.evaluation.tables import Cells, Section, write_table
+from hpdm.evaluation.tables import Cells, Section, sections_of, write_table
 from hpdm.sampling import SamplerOptions
 from hpdm.system import Architecture
 from tests.evaluation.test_levels import Features
@@ -91,7 +91,7 @@ def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monke
     energies = dict(zip(seams["columns"], seams["rows"]["fw"]))
     assert energies == {"f": None} | found[1]["distribution"]["seams"]
     text = (out / "table.md").read_text()
-    assert "| fhw | 381.9 | 467.4 |" in text
+    assert "| fhw | 381.85 | 467.37 |" in text
     assert text.count("\n| fhw |") == 4
     assert text in capsys.readouterr().out
 
@@ -219,5 +219,11 @@ def test_a_damaged_cell_and_half_a_table(tmp_path, monkeypatch):
         cells.get("a", {"x": [1, 2]}, dict)
     section = Section("t", ("n",), {"row": (None,), "other": (12345.6,), "small": (0.00012346,)})
     text = write_table(tmp_path, "title", [section], {})
-    assert text == "# title\n\n**t**\n\n| | n |\n|---|---:|\n| row | - |\n| other | 12346 |\n| small | 0.0001235 |\n"
+    assert text == "# title\n\n**t**\n\n| | n |\n|---|---:|\n| row | - |\n| other | 12345.60 |\n| small | 0.0001235 |\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cells", "table.json", "table.md"]
+
+
+def test_an_error_without_patches_has_no_mean():
+    result = {"clips": 3, "losses": ["level_0", "level_1_border"], "error": [[1.0, 3.0], [2.0, None]]}
+    (section,) = sections_of({"a": result})
+    assert (section.columns, section.rows) == (("level 0", "level 1 border"), {"a": [2.0, None]})
