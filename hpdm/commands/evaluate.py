@@ -14,6 +14,7 @@ from hpdm.commands.evaluate_videos import distribution, motion
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import find_split_file
 from hpdm.evaluation.denoising import denoising_table, evaluate_denoising
+from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.distribution import distribution_lines
 from hpdm.evaluation.levels import levels_of
 from hpdm.evaluation.motion import motion_table, read_synthetic_set
@@ -83,7 +84,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def evaluate_run(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     """:func:`evaluate` of a run that is loaded already, with the weights that the options name. A collective."""
     with distributed.raise_on_all_ranks():
-        _check(options, loaded)
+        check_run(options, loaded)
     result: dict[str, Any] = {"step": loaded.step}
     if "denoising" in options.metrics:
         result |= _denoising(options, loaded)
@@ -100,8 +101,8 @@ def evaluate_run(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     return result | {name: value for name, value in parts[0].items() if name in ("motion", "distribution")}
 
 
-def _check(options: EvaluateOptions, loaded: Run) -> None:
-    """Checks run and data before the long work begins; raises as :func:`evaluate`."""
+def check_run(options: EvaluateOptions, loaded: Run) -> None:
+    """Checks run, data and detectors before the long work begins; raises as :func:`evaluate`. It needs no weights."""
     kind, metrics, frames = loaded.config.conditioning, set(options.metrics), loaded.config.resolution[0]
     dataset = options.open_clips(loaded)
     if "denoising" in metrics and (kind == "text") != (options.embeddings is not None):
@@ -114,6 +115,10 @@ def _check(options: EvaluateOptions, loaded: Run) -> None:
             "run: it is conditioned on text, expected --generated, a folder of videos that `hpdm sample --prompts` "
             "wrote"
         )
+    if options.detector is not None:
+        Detector(options.detector, "features")
+    if options.classifier is not None:
+        Detector(options.classifier, "classes")
     levels_of(loaded.system, loaded.config, options.level)
     count = len(loaded.system.part_sizes(loaded.config))
     if options.given_levels >= count:

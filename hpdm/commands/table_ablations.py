@@ -10,14 +10,15 @@ from statistics import median
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
+from torch import nn
 
 from hpdm import distributed, runs
 from hpdm.checks import check_choice
 from hpdm.commands.common import choose_sampler, sampler_not_given
-from hpdm.commands.evaluate import evaluate_run
+from hpdm.commands.evaluate import check_run, evaluate_run
 from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions, Metric
 from hpdm.commands.table_settings import measured_with
-from hpdm.commands.train import train
+from hpdm.commands.train import prepare, train
 from hpdm.data.layout import Split
 from hpdm.data.mixture import parse_root
 from hpdm.evaluation.distribution import PROTOCOLS, ProtocolName
@@ -71,7 +72,8 @@ class AblationTable:
     measured_data: Path | None = None
     """Folder of the clips to measure with. Default: that of --data."""
     measured_split: Split | None = None
-    """Their side of the split. Default: where --split is given, train for fvd (published) and test for all else."""
+    """Their side of the split. Default: none with --measured-data; else, where --split is given, train for fvd
+    (published) and test for all other metrics."""
     clips: int = 64
     """Denoising: number of clips."""
     samples: int | None = None
@@ -114,12 +116,13 @@ class AblationTable:
         """Trains and measures what is not done yet, and writes the table."""
         out, results, speeds = self.train.out, {}, {}
         with distributed.process_group(distributed.pick_device(self.train.device)) as device:
+            distributed.assert_same_on_all_ranks("options", asdict(self))
+            self._check()
             cells = Cells(out)
             common: dict[str, Any] = {}
             for name in self.setups:
                 setup, folder = SETUPS[name], self._folder(name)
-                # A run that is finished already is found again, and compared with the options.
-                train(replace(self.train, out=folder, architecture=replace(self.train.architecture, **setup.changes)))
+                train(self._training(name))  # a run that is finished is found again, and compared with the options
                 loaded = runs.load(folder, kernels=self.train.kernels, device=device)
                 options = self._evaluation(name)
                 if OF_VIDEOS & set(self.metrics):
@@ -142,13 +145,27 @@ class AblationTable:
                 print(text)
         return 0
 
+    def _check(self) -> None:
+        """Checks the models, the data and the measurement before the first run is trained. A collective."""
+        jobs = [prepare(self._training(name)) for name in self.setups]
+        job = jobs[0]
+        classes = job.dataset.class_names if job.config.conditioning == "class" else []
+        untrained = Run(nn.Identity(), job.config, classes, job.options.as_json(job.recipe), 0, job.system)
+        with distributed.raise_on_all_ranks():
+            check_run(self._evaluation(self.setups[0]), untrained)
+
+    def _training(self, name: SetupName) -> TrainOptions:
+        """How to train a run."""
+        architecture = replace(self.train.architecture, **SETUPS[name].changes)
+        return replace(self.train, out=self._folder(name), architecture=architecture)
+
     def _folder(self, name: SetupName) -> Path:
         return self.train.out / "runs" / name
 
     def _evaluation(self, name: SetupName) -> EvaluateOptions:
         """How to measure a run."""
         split, samples = self.measured_split, self.samples
-        if split is None and self.train.split is not None:
+        if split is None and self.measured_data is None and self.train.split is not None:
             split = "train" if "fvd" in self.metrics else "test"
         if samples is None and {"fvd", "is"} & set(self.metrics):
             samples = SAMPLES

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from hpdm.commands.evaluate_options import EvaluateOptions
+from hpdm.evaluation.detector import Detector, Kind
 from hpdm.runs import Run
+
+DETECTORS: dict[str, Kind] = {"detector": "features", "classifier": "classes"}
 
 _NOT_IN_THE_RESULT = {"run_folder", "sampler", "json", "device", "kernels", "batch", "statistics", "data"}
 """Options that change the result by rounding at most, and those that a table adds itself."""
@@ -17,12 +18,7 @@ _NOT_IN_THE_RESULT = {"run_folder", "sampler", "json", "device", "kernels", "bat
 def measured_with(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     """The settings of an evaluation but for its run and its sampler, and the step of the run."""
     settings = {name: value for name, value in asdict(options).items() if name not in _NOT_IN_THE_RESULT}
-    for name in ("detector", "classifier"):
+    for name, kind in DETECTORS.items():
         if settings[name] is not None:
-            settings[name] = _sha256(settings[name])
+            settings[name] = Detector(settings[name], kind).sha256
     return settings | {"data": str(options.data.resolve()), "step": loaded.step}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

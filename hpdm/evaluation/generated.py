@@ -43,7 +43,7 @@ def measure(clips: Clips, scores: Sequence[Score]) -> list[dict[str, Any]]:
     return [score.result() for score in scores]
 
 
-_LOWER_LEVEL = re.compile(r"_seed\d+(_overlap_\w+)?_level\d+")
+_LOWER_LEVEL = re.compile(r"_seed\d+(_overlap_\w+)?_level\d+$")
 """The end of the name that ``hpdm sample --save-levels`` gives a lower level."""
 
 

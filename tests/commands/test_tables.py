@@ -146,7 +146,7 @@ def test_table_3_trains_and_measures_five_models(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"default.json was computed with other settings \(clips: 2 -> 1"):
         ablations(folder, out, "--setups", "default", "--clips", 1).run()
     with pytest.raises(ValueError, match="holds a run"):
-        ablations(folder, out, "--lr", 0.1).run()
+        ablations(folder, out, "--batch", 4).run()
 
 
 def test_ablations_of_appendix_d_and_metrics_of_videos(folder, tmp_path):
@@ -195,6 +195,22 @@ def test_what_does_not_fit_table_3_is_named(folder, tmp_path, changes, match):
         changes = {"train": replace(command.train, **changes)}
     with pytest.raises(ValueError, match=match):
         replace(command, **changes)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "match"),
+    [
+        (("--metrics", "fvd", "--detector", "no.pt"), FileNotFoundError, "no.pt does not exist"),
+        (("--metrics", "fvd", "--detector", "i3d.pt", "--frames", 9), ValueError, "frames: got 9, expected at most 8"),
+        (("--metrics", "motion", "--preset", "hpdm_t2v"), ValueError, "embeddings: got none, expected a folder"),
+        (("--measured-data", "set/RedDisc"), ValueError, "data: got classes"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_before_the_training(folder, tmp_path, monkeypatch, more, error, match):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(table_ablations, "train", lambda _: pytest.fail("trained"))
+    with pytest.raises(error, match=match):
+        ablations(folder, tmp_path / "out", "--setups", "default", "shared", *more).run()
 
 
 def test_the_command_line_knows_both(folder, tmp_path, capsys):
