@@ -95,8 +95,8 @@ def sections_of(results: Mapping[str, Mapping[str, Any]]) -> list[Section]:
     """The metrics of evaluations as sections, a row per evaluation, a column per level (and score).
 
     Args:
-        results: by the name of the row, what :func:`hpdm.commands.evaluate.evaluate` returns for the same metrics and
-            levels; its metrics of videos in ``levels``.
+        results: by the name of the row, what :func:`hpdm.commands.evaluate.evaluate` returns for the same metrics;
+            those of videos in ``levels``. A row may lack levels that another one has.
     """
     first = next(iter(results.values()))
     sections = []
@@ -104,29 +104,57 @@ def sections_of(results: Mapping[str, Mapping[str, Any]]) -> list[Section]:
         columns = tuple(name.replace("_", " ") for name in first["losses"])
         rows = {name: [_mean(row) for row in result["error"]] for name, result in results.items()}
         sections.append(Section(f"error of v, {first['clips']} clips", columns, rows))
-    levels = first.get("levels", [])
-    sizes = ["x".join(map(str, level["size"])) for level in levels]
-    if levels and "distribution" in levels[0]:
-        about = levels[0]["distribution"]
-        for metric, key, title in (("fvd", "value", "FVD"), ("is", "mean", "Inception score")):
-            if metric in about:
-                rows = {name: [level["distribution"][metric][key] for level in result["levels"]]
-                        for name, result in results.items()}  # fmt: skip
-                sections.append(Section(f"{title}, {about['generated']} videos", tuple(sizes), rows))
-    if levels and "motion" in levels[0]:
-        columns = tuple(f"{key.replace('_', ' ')}, {size}" for size in sizes for key in MOTION_COLUMNS)
-        rows = {
-            name: [level["motion"]["generated"][key] for level in result["levels"] for key in MOTION_COLUMNS]
-            for name, result in results.items()
-        }
-        rows["real clips"] = [level["motion"]["real"][key] for level in levels for key in MOTION_COLUMNS]
-        sections.append(Section(f"motion, {levels[0]['motion']['generated']['clips']} videos", columns, rows))
+    by_level = {name: {part["level"]: part for part in result.get("levels", [])} for name, result in results.items()}
+    some = {number: part for parts in by_level.values() for number, part in parts.items()}
+    levels = {number: some[number] for number in sorted(some)}
+    if levels:
+        sections += _distribution_sections(levels, by_level) + _motion_sections(levels, by_level)
     seams = {name: _seams(result) for name, result in results.items()}
     axes = tuple(axis for axis in AXES if any(axis in energies for energies in seams.values()))
     if axes:
         rows = {name: [energies.get(axis) for axis in axes] for name, energies in seams.items()}
         sections.append(Section("gradient energy across tile borders / inside, last level", axes, rows))
     return sections
+
+
+Levels = Mapping[int, Mapping[str, Any]]
+"""Results of an evaluation by level."""
+
+
+def _distribution_sections(levels: Levels, by_level: Mapping[str, Levels]) -> list[Section]:
+    """FVD and Inception score, where they were measured."""
+    about = next(iter(levels.values())).get("distribution", {})
+    return [
+        Section(
+            f"{title}, {about['generated']} videos",
+            tuple(_size(part) for part in levels.values()),
+            {
+                name: [parts[n]["distribution"][metric][key] if n in parts else None for n in levels]
+                for name, parts in by_level.items()
+            },
+        )
+        for metric, key, title in (("fvd", "value", "FVD"), ("is", "mean", "Inception score"))
+        if metric in about
+    ]
+
+
+def _motion_sections(levels: Levels, by_level: Mapping[str, Levels]) -> list[Section]:
+    """The scores of motion, and those of the real clips, where they were measured."""
+    about = next(iter(levels.values())).get("motion")
+    if about is None:
+        return []
+    columns = tuple(f"{key.replace('_', ' ')}, {_size(part)}" for part in levels.values() for key in MOTION_COLUMNS)
+
+    def row(parts: Levels, side: str) -> list[Value]:
+        return [parts[n]["motion"][side][key] if n in parts else None for n in levels for key in MOTION_COLUMNS]
+
+    rows = {name: row(parts, "generated") for name, parts in by_level.items()}
+    rows["real clips"] = row(levels, "real")
+    return [Section(f"motion, {about['generated']['clips']} videos", columns, rows)]
+
+
+def _size(part: Mapping[str, Any]) -> str:
+    return "x".join(map(str, part["size"]))
 
 
 def _seams(result: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from hpdm import cli
-from hpdm.commands import table_ablations, table_overlap
+from hpdm.commands import table_ablations, table_of_run
 from hpdm.commands.evaluate import evaluate
 from hpdm.commands.evaluate_options import EvaluateOptions
 from hpdm.commands.sample import OVERLAPS
@@ -58,7 +58,7 @@ def ablations(folder, out, *more):
 def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "table"
     command = overlap(folder, out, "--metrics", "fvd", "motion", "--detector", folder / "i3d.pt")
-    calls, real = [], table_overlap.evaluate_run
+    calls, real = [], table_of_run.evaluate_run
 
     def interrupted(options, loaded):
         if options.sampler.overlap == "hw":
@@ -66,12 +66,12 @@ def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monke
         calls.append(options.sampler.overlap)
         return real(options, loaded)
 
-    monkeypatch.setattr(table_overlap, "evaluate_run", interrupted)
+    monkeypatch.setattr(table_of_run, "evaluate_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.run()
     assert calls == ["none", "w", "h"]
     assert sorted(path.name for path in out.iterdir()) == ["cells"]  # no table before all rows are there
-    monkeypatch.setattr(table_overlap, "evaluate_run", lambda o, r: calls.append(o.sampler.overlap) or real(o, r))
+    monkeypatch.setattr(table_of_run, "evaluate_run", lambda o, r: calls.append(o.sampler.overlap) or real(o, r))
     assert command.run() == 0
     assert calls == list(OVERLAPS)
 
@@ -99,8 +99,30 @@ def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monke
     assert command.run() == 0  # all is there
     assert (calls, (out / "table.md").read_text()) == (list(OVERLAPS), before)
     other = overlap(folder, out, "--metrics", "fvd", "motion", "--detector", folder / "i3d.pt", "--guidance", 2)
-    with pytest.raises(ValueError, match=r"overlap-none.json was computed with other settings \(sampler: .*guidance"):
+    with pytest.raises(ValueError, match=r"none.json was computed with other settings \(sampler: .*guidance"):
         other.run()
+
+
+def test_the_ladder_has_what_evaluations_with_given_levels_find(folder, tmp_path):
+    command = parse(
+        "ladder", "--run", folder / "run", "--data", folder / "set", "--split", "test", "--out", tmp_path, "--steps", 2,
+        "--samples", 2, "--metrics", "motion", "--device", "cpu",
+    )  # fmt: skip
+    assert command.run() == 0
+    table = json.loads((tmp_path / "table.json").read_text())
+    motion = table["sections"][0]
+    sizes = ["2x8x8", "4x16x16", "8x32x32"]
+    assert motion["columns"][1::4] == [f"shape overlap, {size}" for size in sizes]
+    overlaps = {name: row[1::4] for name, row in motion["rows"].items()}
+    assert [overlaps[f"{given} given"][:given] for given in range(3)] == [[], [None], [None, None]]
+    for given in range(3):
+        one = replace(command.evaluate, given_levels=given, level=tuple(range(given, 3)))
+        found = [level["motion"]["generated"]["shape_overlap"] for level in evaluate(one)["levels"]]
+        assert overlaps[f"{given} given"][given:] == pytest.approx(found, rel=1e-6)
+    assert overlaps["real clips"][2] > 0.8
+    for changes in ({"given_levels": 1}, {"level": (1,)}):
+        with pytest.raises(ValueError, match="expected none: the table has all"):
+            replace(command, evaluate=replace(command.evaluate, **changes))
 
 
 def test_table_3_trains_and_measures_five_models(folder, tmp_path, monkeypatch):
