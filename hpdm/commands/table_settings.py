@@ -11,7 +11,7 @@ from hpdm.runs import Run
 
 DETECTORS: dict[str, Kind] = {"detector": "features", "classifier": "classes"}
 
-_NOT_IN_THE_RESULT = {"run_folder", "sampler", "json", "device", "kernels", "batch", "statistics", "data"}
+_NOT_IN_THE_RESULT = {"run_folder", "sampler", "json", "device", "kernels", "statistics", "data"}
 """Options that change the result by rounding at most, and those that a table adds itself."""
 
 
