@@ -1,4 +1,4 @@
-"""The command line: ``hpdm {train,sample,evaluate,export,plan,data} ...``.
+"""The command line: ``hpdm {train,sample,evaluate,table,export,plan,data} ...``.
 
 A command's module is imported only when the command is run, so that ``hpdm --help`` is fast.
 """
@@ -37,6 +37,9 @@ COMMANDS = {
     "train": Command("train", "TrainOptions", "hpdm.training.options", "Train a model on videos."),
     "sample": Command("sample", "SampleOptions", None, "Sample videos from a trained run."),
     "evaluate": Command("evaluate", "EvaluateOptions", None, "Measure a run: its denoising error, or its samples."),
+    "table": Command(
+        "table", "TableCommand", None, "Train, sample and measure what the paper's Tables 3 and 4 compare."
+    ),
     "export": Command("export", "ExportOptions", None, "Write a run's weights and config as one file."),
     "plan": Command("plan", "PlanCommand", None, "Predict parameters, memory and work of a model, without a GPU."),
     "data": Command("data", "DataCommand", None, "Render the synthetic clips, look into video files, pack, embed."),

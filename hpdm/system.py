@@ -43,6 +43,10 @@ class Architecture:
     """Table 3: adaptive computation."""
     coordinates: bool = True
     """Table 3: coordinates in the fusion."""
+    coordinate_embedding: Literal["raw", "sinusoidal"] = "raw"
+    """Appendix D.2: "sinusoidal" gives the fusion sines and cosines of the coordinates in their place."""
+    share_blocks: bool = False
+    """Appendix D.4: all blocks share one set of weights."""
 
     def check_only(self, *names: str) -> None:
         """Checks that a run changes no other fields than ``names``, for systems that do not support all.
@@ -169,6 +173,28 @@ class System(ABC):
     @abstractmethod
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:
         """A sampler of videos from ``model``; it uses the options that apply to this system."""
+
+    def sampler_defaults(self, config: Any) -> Mapping[str, Any]:
+        """Fields of :class:`~hpdm.sampling.SamplerOptions` whose default is another one for this model."""
+        return {}
+
+    def part_sizes(self, config: Any) -> Sequence[Triple]:
+        """Frames, height and width of every part that the sampler yields; the last is ``config.resolution``."""
+        return (config.resolution,)
+
+    def real_part(self, config: Any, video: Tensor, part: int) -> Tensor:
+        """What the sampler's part ``part`` of real videos would be, as the model sees them in training.
+
+        Args:
+            config: the model's.
+            video: uint8 ``[B, C, F, H, W]`` with height and width of ``config.resolution``, and as many frames, or
+                fewer: as many as some frames of the part stand for.
+            part: number of a part, one of those of :meth:`part_sizes`.
+
+        Returns:
+            ``[B, C, f, h, w]`` float32 in [-1, 1], on the device of ``video``.
+        """
+        return video.float() / 127.5 - 1
 
     def configure(self, config: Any, changes: Architecture) -> Any:
         """``config`` with a run's changes; ``ValueError`` for a change that this system does not support."""

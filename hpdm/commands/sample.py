@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hpdm import distributed, runs
 from hpdm.checks import at_least
 from hpdm.commands import unfinished
-from hpdm.commands.common import Kernels, Weights, clips_of_run
+from hpdm.commands.common import Kernels, Weights, choose_sampler, clips_of_run, sampler_not_given
 from hpdm.commands.output_names import check_outputs
 from hpdm.commands.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
 from hpdm.data.layout import Split
@@ -59,8 +59,8 @@ class SampleOptions:
     """Instead of --encoder: a folder of `hpdm data embed` that has the prompts."""
     seed: int = 0
     """Seed of the first video; the next videos take the next seeds."""
-    sampler: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=SamplerOptions)
-    """How to sample."""
+    sampler: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=sampler_not_given)
+    """How to sample. Runs with text take the solver "heun" unless another is given (appendix C)."""
     compare_overlap: bool = False
     """Sample every video with each of Table 4's eight strategies, and measure how visible the tile borders are."""
     batch: int = 6
@@ -113,6 +113,7 @@ def sample(options: SampleOptions) -> list[Path]:
     check_not_a_file("out", options.out)
     with distributed.process_group(distributed.pick_device(options.device)) as device:
         loaded = runs.load(options.run_folder, kernels=options.kernels, device=device, weights=options.weights)
+        options = replace(options, sampler=choose_sampler(loaded, options.sampler))
         subjects = find_subjects(options, loaded, device)
         # Checked with the longest ending that a file may get.
         stems = [_stem(subject, options.seed + n) for n, subject in enumerate(subjects)]

@@ -2,11 +2,12 @@
 
 Published numbers depend on the protocol more than on the model, so the result names the protocol and all its parts.
 ``stylegan-v`` is that of StyleGAN-V's public code (``universome/stylegan-v``, ``src/metrics``, commit 1f630af),
-``paper`` that of HPDM (section 5 and appendix B), by the same authors. They differ in two numbers:
+``paper`` that of HPDM (section 5 and appendix B), by the same authors. They differ in three points:
 
 - real videos for FVD: 2,048 of the set (``stylegan-v``); all of UCF-101's train split, about 9,500 (``paper``);
 - generated videos: 2,048 (``stylegan-v``); 10,000 (``paper``). For the paper's Table 6, which also has 2,048, and its
-  ablations, which have 512, pass ``--samples``.
+  ablations, which have 512, pass ``--samples``;
+- overlap of the tiles: 50 % in space (``paper``, appendix C); StyleGAN-V has no tiles.
 
 Common to both:
 
@@ -29,10 +30,9 @@ features are gathered in the order of the clips.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,8 +42,6 @@ from hpdm import distributed
 from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.metrics import FeatureStatistics, frechet_distance, inception_score
 from hpdm.evaluation.real_statistics import RealStatistics
-
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +59,14 @@ class Protocol:
     real: int | None
     """Real videos, at most the set's; ``None`` for all."""
     generated: int
+    overlap: str | None
+    """Axes on which tiles overlap while sampling, unless others are asked for; ``None`` for the sampler's default."""
 
 
 PROTOCOLS: dict[ProtocolName, Protocol] = {
-    "stylegan-v": Protocol(real=2048, generated=2048),
-    "paper": Protocol(real=None, generated=10_000),
+    "stylegan-v": Protocol(real=2048, generated=2048, overlap=None),
+    # Appendix C: "spatial 50% patch overlapping to compute the metrics".
+    "paper": Protocol(real=None, generated=10_000, overlap="hw"),
 }
 
 
@@ -91,6 +92,65 @@ def draw_labels(labels: Sequence[int] | None, count: int, seed: int) -> list[int
     return [labels[int(source.integers(len(labels)))] for _ in range(count)]
 
 
+class DistributionScore:
+    """FVD and Inception score of generated videos, which are added one by one.
+
+    Args:
+        frames: frames of a video; of a longer one the first.
+        batch: videos at a time.
+        real: for FVD; ``None`` for no FVD.
+        classifier: for the Inception score; ``None`` for no score.
+    """
+
+    def __init__(
+        self, *, frames: int, batch: int, real: RealFeatures | None = None, classifier: Detector | None = None
+    ) -> None:
+        self.frames, self.batch, self.real, self.classifier = frames, batch, real, classifier
+        self.waiting: list[tuple[int, Tensor]] = []
+        self.outputs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # features and probabilities, by number
+
+    def add(self, number: int, video: Tensor) -> None:
+        """Adds a video of this rank: its number among the videos of all ranks, and uint8 ``[3, F, H, W]``.
+
+        Raises:
+            ValueError: a detector that breaks its contract.
+        """
+        self.waiting.append((number, video[:, : self.frames]))
+        if len(self.waiting) == self.batch:
+            self._detect()
+
+    def _detect(self) -> None:
+        """Runs the detectors on the videos that wait."""
+        if not self.waiting:
+            return
+        videos = torch.stack([video for _, video in self.waiting])  # [B, 3, frames, H, W]
+        empty = np.zeros((len(videos), 0))
+        features = empty if self.real is None else self.real.detector(videos).numpy()  # [B, W]
+        probabilities = empty if self.classifier is None else self.classifier(videos).numpy()  # [B, K]
+        self.outputs |= {n: (features[i], probabilities[i]) for i, (n, _) in enumerate(self.waiting)}
+        self.waiting = []
+
+    def result(self) -> dict[str, Any]:
+        """The scores of all videos. A collective: all ranks return the same.
+
+        Returns:
+            ``generated``, the number of videos; ``frames``; ``fvd``: ``value``, ``real``, ``left_out``, ``features``;
+            ``is``: ``mean``, ``std`` over ``splits``.
+
+        Raises:
+            ValueError: a detector that breaks its contract, or too few videos.
+        """
+        self._detect()
+        gathered = distributed.gather(self.outputs)
+        result: dict[str, Any] = {"generated": len(gathered), "frames": self.frames}
+        if self.real is not None:
+            result["fvd"] = _fvd(np.stack([features for features, _ in gathered]), self.real)
+        if self.classifier is not None:
+            probabilities = np.stack([probabilities for _, probabilities in gathered])
+            result["is"] = _inception_score(probabilities, self.classifier)
+        return result
+
+
 def evaluate_distribution(
     generated: Iterable[tuple[int, Tensor]],
     *,
@@ -102,34 +162,19 @@ def evaluate_distribution(
     """FVD and Inception score of generated videos. A collective: all ranks return the same.
 
     Args:
-        generated: this rank's videos, read once, a batch at a time. Each is a pair: its number among the videos of all
-            ranks, and uint8 ``[3, F, H, W]`` with ``F >= frames``, of which the first ``frames`` are used.
-        frames: frames of a video.
-        batch: videos at a time.
-        real: for FVD; ``None`` for no FVD.
-        classifier: for the Inception score; ``None`` for no score.
+        generated: this rank's videos, read once, as for :meth:`DistributionScore.add`.
+        frames, batch, real, classifier: as for :class:`DistributionScore`.
 
     Returns:
-        ``generated``, the number of videos; ``fvd``: ``value``, ``real``, ``left_out``, ``features``; ``is``: ``mean``,
-        ``std`` over ``splits``.
+        See :meth:`DistributionScore.result`.
 
     Raises:
         ValueError: a detector that breaks its contract, or too few videos.
     """
-    outputs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # features and probabilities, by number of the video
-    empty = np.zeros((batch, 0))
-    for items in _batches(generated, batch):
-        videos = torch.stack([video[:, :frames] for _, video in items])  # [B, 3, frames, H, W]
-        features = empty if real is None else real.detector(videos).numpy()  # [B, W]
-        probabilities = empty if classifier is None else classifier(videos).numpy()  # [B, K]
-        outputs |= {number: (features[i], probabilities[i]) for i, (number, _) in enumerate(items)}
-    gathered = distributed.gather(outputs)
-    result: dict[str, Any] = {"generated": len(gathered), "frames": frames}
-    if real is not None:
-        result["fvd"] = _fvd(np.stack([features for features, _ in gathered]), real)
-    if classifier is not None:
-        result["is"] = _inception_score(np.stack([probabilities for _, probabilities in gathered]), classifier)
-    return result
+    score = DistributionScore(frames=frames, batch=batch, real=real, classifier=classifier)
+    for number, video in generated:
+        score.add(number, video)
+    return score.result()
 
 
 def _fvd(rows: np.ndarray, real: RealFeatures) -> dict[str, Any]:
@@ -186,12 +231,6 @@ def distribution_lines(result: dict[str, Any]) -> str:
         )
         lines.append(f"  classifier {_file(score['classifier'])}, {score['classes']} classes")
     return "\n".join(lines)
-
-
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    source = iter(items)
-    while batch := list(islice(source, size)):
-        yield batch
 
 
 def _file(file: dict[str, str]) -> str:

@@ -20,7 +20,8 @@ from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.data.decode import probe
 from hpdm.data.synthetic import CLASSES
-from hpdm.evaluation.synthetic_score import ClipScore, score_clip
+from hpdm.evaluation.levels import Level
+from hpdm.evaluation.synthetic_score import SHOWS_TEXTURE, ClipScore, score_clip
 
 METADATA = "metadata.jsonl"
 
@@ -69,65 +70,110 @@ def read_synthetic_set(dataset: VideoDataset) -> SyntheticSet:
     return SyntheticSet(records, scale, info.fps, min(height, width), speed, radius)
 
 
+class MotionScore:
+    """Scores of generated clips, which are added one by one, and of real ones.
+
+    Args:
+        dataset: the synthetic set at the run's resolution; its windows are the real clips.
+        names: the class that each generated clip should show, by its number.
+        real: number of real clips, spread evenly over the set; all of the set if it has fewer.
+        level: the level of the generated clips, to whose size real ones are brought; ``None`` for clips as read.
+
+    Raises:
+        ValueError: see :func:`read_synthetic_set`; or a level of another shape.
+    """
+
+    def __init__(self, dataset: VideoDataset, names: Sequence[str], *, real: int, level: Level | None = None) -> None:
+        self.dataset, self.names, self.level = dataset, names, level
+        about = read_synthetic_set(dataset)
+        steps = dataset.offsets(about.fps)
+        self.about = about if level is None else _scaled(about, level)
+        self.steps = steps if level is None else level.average(steps)
+        self.count = min(real, len(dataset))
+        self.scores: dict[int, ClipScore] = {}
+
+    def add(self, number: int, video: Tensor) -> None:
+        """Adds a clip of this rank: its number among the clips of all ranks, and uint8 ``[3, F, H, W]``."""
+        self.scores[number] = score_clip(video.permute(1, 2, 3, 0).numpy(), self.names[number], self.steps)
+
+    def result(self) -> dict[str, Any]:
+        """The summaries of all clips. A collective: all ranks return the same.
+
+        Returns:
+            ``real`` and ``generated`` (:func:`summarize`), ``position_error``: median and 95 % quantile of the distance
+            in pixels between measured and true positions of the real clips, and ``clips``: every generated clip's
+            score.
+        """
+        numbers = distributed.shard(range(self.count))
+        real = {n: self._score_real(n * len(self.dataset) // self.count) for n in numbers}
+        real_scores, real_names, errors = zip(*distributed.gather(real))
+        scores = distributed.gather(self.scores)
+        error = np.concatenate(errors)
+        error = error[np.isfinite(error)]
+        clips = [
+            {"asked": name} | {key: value for key, value in asdict(score).items() if key != "position"}
+            for score, name in zip(scores, self.names)
+        ]
+        return {
+            "real": summarize(real_scores, real_names, self.about),
+            "generated": summarize(scores, self.names, self.about),
+            "position_error": {"median": float(np.median(error)), "quantile_95": float(np.quantile(error, 0.95))},
+            "clips": clips,
+        }
+
+    def _score_real(self, index: int) -> tuple[ClipScore, str, np.ndarray]:
+        """Score and class of a clip of the set, and the errors ``[F]`` of its measured positions in pixels."""
+        item, dataset, level = self.dataset[index], self.dataset, self.level
+        name = dataset.class_names[item["label"]]
+        video = item["video"] if level is None else level.real_pixels(item["video"])
+        score = score_clip(video.permute(1, 2, 3, 0).numpy(), name, self.steps)
+        path = Path(item["path"])
+        record = self.about.records.get(f"{path.parent.name}/{path.stem}")
+        if record is None:
+            raise ValueError(f"data: {METADATA} of {dataset.root} has no line for {path.parent.name}/{path.name}")
+        frames = item["start"] + dataset.offsets(self.about.fps)
+        true = np.array(record["position"])[frames % len(record["position"])] * self.about.scale  # [F, 2]
+        return score, name, np.hypot(*(score.position - (true if level is None else level.average(true))).T)
+
+
 def evaluate_motion(
     dataset: VideoDataset, generated: Iterable[tuple[int, Tensor]], names: Sequence[str], *, real: int
 ) -> dict[str, Any]:
     """Scores generated clips and, in the same way, real ones. A collective: all ranks return the same.
 
     Args:
-        dataset: the synthetic set at the run's resolution; its windows are the real clips.
         generated: this rank's clips, read one at a time: each its number and uint8 ``[3, F, H, W]``.
-        names: the class that each clip should show, by its number.
-        real: number of real clips, spread evenly over the set; all of the set if it has fewer.
+        dataset, names, real: as for :class:`MotionScore`.
 
     Returns:
-        ``real`` and ``generated`` (:func:`summarize`), ``position_error``: median and 95 % quantile of the distance in
-        pixels between measured and true positions of the real clips, and ``clips``: every generated clip's score.
+        See :meth:`MotionScore.result`.
 
     Raises:
         ValueError: see :func:`read_synthetic_set`.
     """
-    about = read_synthetic_set(dataset)
-    steps, count = dataset.offsets(about.fps), min(real, len(dataset))
-    real_scores, real_names, errors = zip(*distributed.gather({
-        number: _score_real(dataset, number * len(dataset) // count, about, steps)
-        for number in distributed.shard(range(count))
-    }))  # fmt: skip
-    scores = distributed.gather(
-        {number: score_clip(clip.permute(1, 2, 3, 0).numpy(), names[number], steps) for number, clip in generated}
-    )
-    error = np.concatenate(errors)
-    error = error[np.isfinite(error)]
-    clips = [
-        {"asked": name} | {key: value for key, value in asdict(score).items() if key != "position"}
-        for score, name in zip(scores, names)
-    ]
-    return {
-        "real": summarize(real_scores, real_names, about),
-        "generated": summarize(scores, names, about),
-        "position_error": {"median": float(np.median(error)), "quantile_95": float(np.quantile(error, 0.95))},
-        "clips": clips,
-    }
+    score = MotionScore(dataset, names, real=real)
+    for number, clip in generated:
+        score.add(number, clip)
+    return score.result()
 
 
-def _score_real(
-    dataset: VideoDataset, index: int, about: SyntheticSet, steps: np.ndarray
-) -> tuple[ClipScore, str, np.ndarray]:
-    """Score and class of a clip of the set, and the errors ``[F]`` of its measured positions in pixels."""
-    item = dataset[index]
-    name = dataset.class_names[item["label"]]
-    score = score_clip(item["video"].permute(1, 2, 3, 0).numpy(), name, steps)
-    path = Path(item["path"])
-    record = about.records.get(f"{path.parent.name}/{path.stem}")
-    if record is None:
-        raise ValueError(f"data: {METADATA} of {dataset.root} has no line for {path.parent.name}/{path.name}")
-    frames = item["start"] + steps
-    true = np.array(record["position"])[frames % len(record["position"])] * about.scale  # [F, 2]
-    return score, name, np.hypot(*(score.position - true).T)
+def _scaled(about: SyntheticSet, level: Level) -> SyntheticSet:
+    """``about`` in pixels of a level."""
+    (_, height, width), (_, full_height, full_width) = level.size, level.config.resolution
+    if height * full_width != width * full_height:
+        raise ValueError(
+            f"level: level {level.number} of {height}x{width} has another shape than {full_height}x{full_width}, "
+            "expected the same for motion"
+        )
+    factor = height / full_height
+    speed, radius = ((factor * low, factor * high) for low, high in (about.speed, about.radius))
+    return about._replace(scale=factor * about.scale, unit=min(height, width), speed=speed, radius=radius)
 
 
-def summarize(scores: Sequence[ClipScore], asked: Sequence[str], about: SyntheticSet) -> dict[str, float]:
+def summarize(scores: Sequence[ClipScore], asked: Sequence[str], about: SyntheticSet) -> dict[str, Any]:
     """Summarizes the scores of many clips. Shares are fractions of the clips, 0..1.
+
+    ``texture`` is ``None`` for clips too small to show it.
 
     The tolerances of speed and radius are just above the largest errors of the measurement on rendered clips; motion
     counts as right within one pixel at 64 x 64.
@@ -158,7 +204,7 @@ def summarize(scores: Sequence[ClipScore], asked: Sequence[str], about: Syntheti
         "shape_right": float(shape_right.mean()),
         "color_error": float(np.mean([s.color_error for s in scores])),
         "color_right": float(color_right.mean()),
-        "texture": float(np.mean([s.texture for s in scores])),
+        "texture": None if about.unit < SHOWS_TEXTURE else float(np.mean([s.texture for s in scores])),
         "all_right": float((steady & speed_right & radius_right & shape_right & color_right).mean()),
     }
 
@@ -190,7 +236,7 @@ def motion_table(result: dict[str, Any]) -> str:
     lines = [f"{'':<16}{'real':>9}{'generated':>11}"]
     for key, meaning in _MEANING.items():
         cells = [result[side][key] for side in ("real", "generated")]
-        text = [f"{value:d}" if key == "clips" else f"{value:.3f}" for value in cells]
+        text = ["-" if value is None else f"{value:d}" if key == "clips" else f"{value:.3f}" for value in cells]
         lines.append(f"{key.replace('_', ' '):<16}{text[0]:>9}{text[1]:>11}   {meaning}".rstrip())
     error = result["position_error"]
     lines.append(

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.evaluation.detector import Detector
+from hpdm.evaluation.levels import Level
 from hpdm.evaluation.metrics import FeatureStatistics
 from hpdm.files import atomic_path
 
@@ -34,7 +35,13 @@ class RealStatistics(NamedTuple):
 
 
 def real_statistics(
-    dataset: VideoDataset, detector: Detector, *, count: int | None, batch: int, folder: Path | None = None
+    dataset: VideoDataset,
+    detector: Detector,
+    *,
+    count: int | None,
+    batch: int,
+    folder: Path | None = None,
+    level: Level | None = None,
 ) -> RealStatistics:
     """Statistics over random windows of randomly drawn clips, each clip once. A collective: all ranks return the same.
 
@@ -44,12 +51,15 @@ def real_statistics(
         count: number of clips; all good ones for ``None``, or if there are fewer.
         batch: clips at a time.
         folder: caches the statistics for later calls with the same clips, windows and detector.
+        level: the level to whose size the clips are brought; ``None`` to take them as they are read.
 
     Raises:
         ValueError: a damaged file of statistics, or fewer than two good clips.
         DecodeError: no clip is long enough.
     """
     identity = _identity(dataset, detector, count)
+    if level is not None:
+        identity["level"] = [level.number, list(level.size), list(level.config.resolution)]
     path = None if folder is None else _file_of(folder, identity)
     stored = None
     with distributed.raise_on_all_ranks():
@@ -59,14 +69,16 @@ def real_statistics(
     stored = distributed.broadcast(stored)
     if stored is not None:
         return stored
-    statistics = _compute(dataset, detector, count, batch)
+    statistics = _compute(dataset, detector, count, batch, level)
     with distributed.raise_on_all_ranks():
         if path is not None and distributed.is_first():
             _write(path, identity, statistics)
     return statistics
 
 
-def _compute(dataset: VideoDataset, detector: Detector, count: int | None, batch: int) -> RealStatistics:
+def _compute(
+    dataset: VideoDataset, detector: Detector, count: int | None, batch: int, level: Level | None
+) -> RealStatistics:
     """Takes clips in a random order until ``count`` are good. The ranks share the clips of every round."""
     target = len(dataset) if count is None else min(count, len(dataset))
     features = FeatureStatistics()
@@ -81,7 +93,7 @@ def _compute(dataset: VideoDataset, detector: Detector, count: int | None, batch
             order = order[size:]
             numbers = distributed.shard(range(len(batches)))
             with distributed.raise_on_all_ranks():
-                rows_of = {n: _features_of(dataset, batches[n], detector) for n in numbers}
+                rows_of = {n: _features_of(dataset, batches[n], detector, level) for n in numbers}
             for rows in distributed.gather(rows_of):
                 if len(rows):
                     features.update(rows)
@@ -93,7 +105,7 @@ def _compute(dataset: VideoDataset, detector: Detector, count: int | None, batch
     return RealStatistics(features, left_out=len(dataset) - len(order) - features.count)
 
 
-def _features_of(dataset: VideoDataset, indices: Sequence[int], detector: Detector) -> np.ndarray:
+def _features_of(dataset: VideoDataset, indices: Sequence[int], detector: Detector, level: Level | None) -> np.ndarray:
     """Features of the good clips among ``indices``, ``[n, W]``.
 
     The dataset replaces a clip that is too short or damaged by another one. The replacement is dropped here, since it
@@ -101,7 +113,9 @@ def _features_of(dataset: VideoDataset, indices: Sequence[int], detector: Detect
     """
     items = [dataset[index] for index in indices]
     clips = [item["video"] for item, index in zip(items, indices) if item["path"] == dataset.files[index].path]
-    return detector(torch.stack(clips)).numpy() if clips else np.zeros((0, 0))
+    if not clips:
+        return np.zeros((0, 0))
+    return detector(torch.stack(clips if level is None else [level.real_pixels(clip) for clip in clips])).numpy()
 
 
 def _identity(dataset: VideoDataset, detector: Detector, count: int | None) -> dict[str, Any]:

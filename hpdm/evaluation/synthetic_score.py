@@ -32,6 +32,8 @@ CONTRAST = 20.0
 _STEPS = 4  # Gauss-Newton steps; more do not improve the positions of rendered clips
 _AGREES = 24.0  # largest distance of a background pixel from the fitted background, in levels of 255
 TEXTURE_PERIODS = 16  # over the shorter side
+SHOWS_TEXTURE = 2 * TEXTURE_PERIODS
+"""Least pixels of a clip's shorter side that show texture: two per period."""
 _FASTEST = 0.05  # share of the shorter side per frame: over twice the speed of rendered clips
 
 
@@ -244,7 +246,7 @@ class ClipScore:
     color_error: float
     """Levels of 255 between the object's mean color and its class's, root mean square over channels."""
     texture: float
-    """See :func:`texture_contrast`."""
+    """See :func:`texture_contrast`; 0 for a clip too small to show it (:data:`SHOWS_TEXTURE`)."""
     position: np.ndarray = field(repr=False)
     """float64 ``[F, 2]``, NaN without an object."""
 
@@ -286,7 +288,7 @@ def score_clip(frames: np.ndarray, name: str, steps: np.ndarray | None = None) -
         shape=max(fits, key=lambda other: fits[other].overlap.mean()),
         color=min(distance, key=lambda other: distance[other]),
         color_error=distance[name],
-        texture=texture_contrast(frames[seen], own, name),
+        texture=texture_contrast(frames[seen], own, name) if min(frames.shape[1:3]) >= SHOWS_TEXTURE else 0.0,
         position=position,
     )
 

@@ -23,7 +23,9 @@ from hpdm.patch.model import HPDM
 
 _MAY_DIFFER = {"levels", "levels_per_block", "patch", "conditioning_dropout", "detach_context"}
 """Fields in which a base may differ: they affect no weights, or only weights that :func:`_start` handles."""
-_MAY_DIFFER_WITH_ONE_LEVEL = _MAY_DIFFER | {"ratio", "coordinates", "input_scale_decay"}
+_MAY_DIFFER_WITH_ONE_LEVEL = _MAY_DIFFER | {
+    "ratio", "coordinates", "coordinate_embedding", "input_scale_decay"
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def _start_without_weight(name: str, shape: torch.Size, source: Path) -> Tensor:
     """The initial value of a parameter that the base lacks: a new fusion, which is the identity on a level's tokens."""
     if name.endswith("fusion.weight"):
         return torch.eye(*shape)
-    if name.endswith("fusion.bias"):
+    if name.endswith(("fusion.bias", "fusion.coordinate_weight")):
         return torch.zeros(shape)
     raise ValueError(f"base: {source} has no {name}")
 

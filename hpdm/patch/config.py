@@ -1,4 +1,4 @@
-"""The config of a model: sizes (paper Table 8), the pyramid, and the ablation switches of Table 3."""
+"""The config of a model: sizes (paper Table 8), the pyramid, and the ablation switches of Table 3 and appendix D."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hpdm.checks import Triple, at_least
 
 CONDITIONINGS = ("none", "class", "text")
 FUSIONS = ("deep", "shallow")
+COORDINATE_EMBEDDINGS = ("raw", "sinusoidal")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class HPDMConfig:
     """Table 3's "context detached": no gradient from a level to those below it."""
     coordinates: bool = True
     """Table 3's "no coordinates" when false."""
+    coordinate_embedding: str = "raw"
+    """How the fusion sees coordinates: "raw" (eq. 9), or "sinusoidal" (appendix D.2), see
+    :class:`hpdm.patch.sinusoidal_fusion.SinusoidalFusion`."""
+    share_blocks: bool = False
+    """Appendix D.4: all blocks have the weights of the first one, but each its own fusion."""
 
     def __post_init__(self) -> None:
         self._check_triples()
@@ -105,6 +111,15 @@ class HPDMConfig:
             at_least(self, 1, "classes")
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion: got {self.fusion!r}, expected one of {FUSIONS}")
+        if self.coordinate_embedding not in COORDINATE_EMBEDDINGS:
+            raise ValueError(
+                f"coordinate_embedding: got {self.coordinate_embedding!r}, expected one of {COORDINATE_EMBEDDINGS}"
+            )
+        if self.coordinate_embedding != "raw" and (self.fusion != "deep" or not self.coordinates):
+            raise ValueError(
+                f"coordinate_embedding: got {self.coordinate_embedding!r} with fusion={self.fusion!r} and "
+                f"coordinates={self.coordinates}, expected deep fusion with coordinates"
+            )
         for name in ("conditioning_dropout", "self_conditioning"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a probability")

@@ -58,7 +58,10 @@ class HPDM(nn.Module):
         self.latents = nn.Parameter(torch.empty(config.latents, config.latent_width))
         self.self_conditioning = SelfConditioning(config) if config.self_conditioning else None
         self.conditioner = Conditioner(config)
-        self.blocks = nn.ModuleList(RINBlock(config, n, kernels, self.recompute) for n in config.levels_per_block)
+        self.blocks = nn.ModuleList()
+        for n in config.levels_per_block:
+            first = self.rin_blocks[0] if config.share_blocks and len(self.blocks) else None
+            self.blocks.append(RINBlock(config, n, kernels, self.recompute, first))
         self.out_norm = nn.LayerNorm(config.width)
         self.detokenizer = nn.Linear(config.width, config.channels * math.prod(config.tokenizer))
         self.initialize()
@@ -97,18 +100,20 @@ class HPDM(nn.Module):
 
         The flag says whether to reshard a module's weights after its forward. A process then holds the whole weights of
         one block at a time. A block's fusion is wrapped on its own, because it is called before the block, and not
-        resharded, because it is called once per level.
+        resharded, because it is called once per level; neither is a block that is called in place of all others.
         """
         modules: list[tuple[nn.Module, bool]] = []
         for block in self.rin_blocks:
             if block.fusion is not None:
                 modules.append((block.fusion, False))
-            modules.append((block, True))
+            if self.config.share_blocks and block is not self.rin_blocks[0]:
+                continue  # no weights but the fusion's
+            modules.append((block, not self.config.share_blocks))
         return modules
 
     def compiled_modules(self) -> list[nn.Module]:
         """The modules to compile one by one where the whole network cannot be, as with FSDP."""
-        return list(self.blocks)
+        return list(self.blocks[:1] if self.config.share_blocks else self.blocks)
 
     def forward(
         self, x: Tensor, boxes: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,

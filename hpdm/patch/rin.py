@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hpdm.patch.config import HPDMConfig
+from hpdm.patch.sinusoidal_fusion import SinusoidalFusion
 from hpdm_kernels.modules import ContextFusion, CrossAttention, SelfAttention
 
 Recompute = Literal["none", "selective", "block"]
@@ -101,6 +102,13 @@ class LatentLayer(nn.Module):
         return torch.addcmul(z, gate2, self.mlp(torch.addcmul(shift2, self.norm(z), 1 + scale2)))  # [B, M, E]
 
 
+def make_fusion(config: HPDMConfig, kernels: str) -> ContextFusion:
+    """The context fusion of a block, with the coordinates that ``config`` gives it."""
+    if config.coordinate_embedding == "sinusoidal":
+        return SinusoidalFusion(config.width, backend=kernels)
+    return ContextFusion(config.width, coordinates=config.coordinates, backend=kernels)
+
+
 class RINBlock(nn.Module):
     """Read, think, write (paper Fig. 2 and 11), and the weights of the context fusion before them.
 
@@ -109,18 +117,23 @@ class RINBlock(nn.Module):
         levels: the block serves levels ``0 .. levels - 1``; a block of level 0 alone has no fusion weights.
         kernels: backend of the ops.
         recompute: what the backward pass computes again inside the block; see :data:`Recompute`.
+        shared: another block, which computes everything after the fusion in place of this one (appendix D.4); this one
+            then has no parameters but those of its fusion. ``None`` for a block with weights of its own.
     """
 
-    def __init__(self, config: HPDMConfig, levels: int, kernels: str, recompute: Recompute = "none") -> None:
+    def __init__(
+        self, config: HPDMConfig, levels: int, kernels: str, recompute: Recompute = "none",
+        shared: RINBlock | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         d, e, c = config.width, config.latent_width, config.conditioning_width
         self.levels = levels
         self.recompute = recompute
-        self.fusion = (
-            ContextFusion(d, coordinates=config.coordinates, backend=kernels)
-            if levels > 1 and config.fusion == "deep"
-            else None
-        )
+        self.fusion = make_fusion(config, kernels) if levels > 1 and config.fusion == "deep" else None
+        # In a tuple, so that PyTorch does not take the other block's parameters for this one's too.
+        self._shared = () if shared is None else (shared,)
+        if shared is not None:
+            return
         self.read_norm = nn.LayerNorm(e)
         # Keys and values of the cross-attentions are not layer-normed, queries are (as in RIN).
         self.read = CrossAttention(e, d, e, None, head_width=config.head_width, backend=kernels)
@@ -146,6 +159,8 @@ class RINBlock(nn.Module):
         Returns:
             Tokens ``[B, N, D]`` and latents ``[B, M, E]``.
         """
+        for block in self._shared:
+            return block(x, z, c, text, text_mask)
         if self.recompute == "none":
             z = self._think(self._read(x, z, text, text_mask), c)  # [B, M, E]
             return self._write(x, z, *self.token_modulation(c)), z  # [B, N, D], [B, M, E]

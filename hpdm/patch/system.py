@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hpdm.checks import Triple
 from hpdm.objective import Context, Objective
 from hpdm.patch import sampling_cost
 from hpdm.patch.base_model import start_from_base
@@ -17,6 +18,7 @@ from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 from hpdm.patch.objective import denoising_error, evaluation_error, example_inputs
 from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES
+from hpdm.patch.real_levels import level_of_video
 from hpdm.patch.sampler import Sampler
 from hpdm.sampling import SamplerOptions
 from hpdm.system import Architecture, System
@@ -105,8 +107,18 @@ class PatchDiffusion(System):
     def sampler(self, model: HPDM, options: SamplerOptions) -> Sampler:
         return Sampler(model, options)
 
+    def sampler_defaults(self, config: HPDMConfig) -> Mapping[str, Any]:
+        """No churn for text to video: appendix C, "we disabled stochasticity for text-to-video synthesis"."""
+        return {"solver": "heun"} if config.conditioning == "text" else {}
+
+    def part_sizes(self, config: HPDMConfig) -> Sequence[Triple]:
+        return [config.level_resolution(level) for level in range(config.levels)]
+
+    def real_part(self, config: HPDMConfig, video: Tensor, part: int) -> Tensor:
+        return level_of_video(config, video, part)
+
     def configure(self, config: HPDMConfig, changes: Architecture) -> HPDMConfig:
-        """The preset's network on a run's pyramid, with Table 3's ablations.
+        """The preset's network on a run's pyramid, with the ablations of Table 3 and appendix D.
 
         Raises:
             ValueError: a resolution that is no pyramid of the patch.
@@ -117,6 +129,8 @@ class PatchDiffusion(System):
             fusion=changes.fusion,
             detach_context=changes.detach_context,
             coordinates=changes.coordinates,
+            coordinate_embedding=changes.coordinate_embedding,
+            share_blocks=changes.share_blocks,
             self_conditioning=changes.self_conditioning,
             conditioning_dropout=config.conditioning_dropout if changes.dropout is None else changes.dropout,
         )

@@ -123,6 +123,6 @@ def test_what_a_user_can_get_wrong_is_one_line(folder, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "plan", "data"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "table", "plan", "data"])
 def test_every_command_explains_itself(command):
     assert "usage: hpdm" in hpdm(command, "--help").stdout

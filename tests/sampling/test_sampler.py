@@ -106,7 +106,10 @@ def test_cached_context_is_what_joint_denoising_sees():
             )
 
 
-@pytest.mark.parametrize("changes", [{"fusion": "shallow"}, {"coordinates": False}, {"levels_per_block": (3, 3)}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"fusion": "shallow"}, {"coordinates": False}, {"levels_per_block": (3, 3)}, {"share_blocks": True}],
+)
 def test_ablations_sample(changes):
     model = random_model(small_config(**changes))
     videos = Sampler(model, SamplerOptions(steps=2, overlap="hw"))([0], torch.tensor([1]))
