@@ -30,6 +30,7 @@ def evaluate_denoising(
     batch: int,
     seed: int,
     embeddings: EmbeddingStore | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Mean of every training loss on clips spread evenly over a set. A collective: ranks share the clips.
 
@@ -41,6 +42,7 @@ def evaluate_denoising(
         batch: clips at a time. The noise depends on it.
         seed: seed of times and noise.
         embeddings: of the clips' captions, for a model with text.
+        progress: show a progress bar.
 
     Returns:
         ``clips``, their number; ``times``, the ranges; ``losses``, their names; and ``error[loss][range]``. The same on
@@ -51,8 +53,11 @@ def evaluate_denoising(
     times = list(pairwise(i / bins for i in range(bins + 1)))
     names: list[str] = []
     sums: dict[int, Tensor] = {}  # per batch, by the number of its first clip
-    batches = distributed.shard(range(0, count, batch))
-    for first in tqdm(batches, unit="batch", dynamic_ncols=True, disable=not distributed.is_first()):
+    starts = range(0, count, batch)
+    batches = list(distributed.shard(starts))
+    # All ranks call the model equally often, as sharded weights require. The repeated batch counts once.
+    batches += [0] * (-(-len(starts) // distributed.world_size()) - len(batches))
+    for first in tqdm(batches, unit="batch", dynamic_ncols=True, disable=not (progress and distributed.is_first())):
         clips_of_batch = collate([dataset[i] for i in chosen[first : first + batch]], embeddings)
         inputs = clips_of_batch.inputs(run.config.conditioning, run.device)
         columns = []

@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import hpdm.training.trainer as training
 from hpdm import distributed
 from hpdm import runs as saved
 from hpdm.commands.train import train
 from hpdm.training.checkpoint import list_checkpoints
 from tests.processes import run_ranks
-from tests.small import train_options
+from tests.small import stop_after_checkpoint, train_options
 
 RUNS = ["ddp", "fsdp", "resumed_by_two", "resumed_by_one"]
 
@@ -20,18 +19,6 @@ RUNS = ["ddp", "fsdp", "resumed_by_two", "resumed_by_one"]
 def options(clips, out, **changes):
     values = {"steps": 3, "batch": 4, "micro_batch": 2, "save_every": 1, "optimizer": "lamb", "lr": 5e-3, "ema": 0.9}
     return train_options(clips, out, **(values | {"device": "cpu"} | changes))
-
-
-def interrupted_after(step, monkeypatch):
-    """Every process stops once the checkpoint of ``step`` is written."""
-    real = training.save_checkpoint
-
-    def save(run, at, *rest):
-        real(run, at, *rest)
-        if at == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "save_checkpoint", save)
 
 
 def train_in_a_group(clips, out):
@@ -44,7 +31,7 @@ def train_in_a_group(clips, out):
             train(options(clips, out / how, parallel=how))
         train(options(clips, out / "resumed_by_two", parallel="fsdp"))
         with pytest.MonkeyPatch.context() as patch:
-            interrupted_after(1, patch)
+            stop_after_checkpoint(1, patch)
             with pytest.raises(KeyboardInterrupt):
                 train(options(clips, out / "resumed_by_one", parallel="fsdp"))
         for changes in (
@@ -65,7 +52,7 @@ def runs(clips, tmp_path_factory):
     out = tmp_path_factory.mktemp("parallel")
     train(options(clips, out / "alone"))
     with pytest.MonkeyPatch.context() as patch:
-        interrupted_after(1, patch)
+        stop_after_checkpoint(1, patch)
         with pytest.raises(KeyboardInterrupt):
             train(options(clips, out / "resumed_by_two"))
     run_ranks(train_in_a_group, 2, clips, out)
