@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 
 from hpdm.planning.training_cost import StepCost
@@ -10,8 +11,8 @@ from hpdm.planning.training_cost import StepCost
 def fitting_micro_batch(share: int, memory: int, cost: Callable[[int], StepCost], sharded_over: int = 1) -> int:
     """The largest micro-batch that fits and divides a process's share of the batch.
 
-    The same as the largest such divisor of ``share`` up to :func:`hpdm.planning.training_cost.largest_batch`, found by
-    bisecting the divisors alone, as each prediction takes seconds.
+    The same as the largest such divisor of ``share`` up to :func:`hpdm.planning.training_cost.largest_batch`, in fewer
+    predictions: of the divisors alone.
 
     Args:
         share: clips of a step on one process, >= 1.
@@ -30,19 +31,27 @@ def fitting_micro_batch(share: int, memory: int, cost: Callable[[int], StepCost]
         shared_out = predicted.optimizer_state_bytes + predicted.ema_bytes
         return predicted.peak_bytes - shared_out + shared_out // sharded_over
 
-    smallest = peak(1)
-    if smallest > memory:
+    fits, fits_bytes = 0, peak(1)  # index into sizes
+    if fits_bytes > memory:
         raise ValueError(
-            f"micro_batch: got auto with {memory / 1e9:.2f} GB, but one clip needs {smallest / 1e9:.2f} GB; expected "
+            f"micro_batch: got auto with {memory / 1e9:.2f} GB, but one clip needs {fits_bytes / 1e9:.2f} GB; expected "
             "more memory, --recompute block, --precision bf16, or --parallel fsdp over more processes"
         )
-    if share > 1 and peak(share) <= memory:
+    if share == 1:
+        return 1
+    fails, fails_bytes = len(sizes) - 1, peak(share)
+    if fails_bytes <= memory:
         return share
-    fits, fails = 0, len(sizes) - 1  # indices into sizes
+    halve = False
     while fails - fits > 1:
-        middle = (fits + fails) // 2
-        if peak(sizes[middle]) <= memory:
-            fits = middle
+        # The peak is linear from some size on. Below it is constant, where interpolation alone would be slow.
+        share_of_gap = (memory - fits_bytes) / (fails_bytes - fits_bytes)
+        guess = bisect_right(sizes, sizes[fits] + share_of_gap * (sizes[fails] - sizes[fits])) - 1
+        number = (fits + fails) // 2 if halve else max(fits + 1, min(guess, fails - 1))
+        halve = not halve
+        predicted = peak(sizes[number])
+        if predicted <= memory:
+            fits, fits_bytes = number, predicted
         else:
-            fails = middle
+            fails, fails_bytes = number, predicted
     return sizes[fits]
