@@ -33,13 +33,13 @@ def averaged_weights(model: nn.Module, ema: EMA) -> Iterator[None]:
 @torch.no_grad()
 def _exchange(model: nn.Module, ema: EMA) -> None:
     """Exchanges the contents of parameters and average."""
+    # A forward pass without a backward leaves some modules with whole weights, which would outlive the exchange.
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     names, parameters = zip(*model.named_parameters())
     # In place: optimizer, DDP and FSDP hold on to the parameters' storages.
     for weight, average in zip(shards(parameters), shards(ema.shadow[name] for name in names)):
         before = weight.clone()
         weight.copy_(average)
         average.copy_(before)
-    # A forward pass without a backward leaves some modules with whole weights, which would now be the wrong ones.
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
