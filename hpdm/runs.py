@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpdm import systems
 from hpdm.data.class_names import check_class_name
 from hpdm.files import atomic_path, make_folder, read_json, write_json
 from hpdm.system import System
+from hpdm.tensor_file import write_tensors
 from hpdm.training.checkpoint import (
     FORMAT,
     check_format,
@@ -159,12 +160,9 @@ def write_weights(
         OSError: the file cannot be written, e.g. as the disk is full; nothing is left of it.
     """
     header = {"format": FORMAT, "step": step, "weights": weights, **_to_json(run_config)}
-    stored = {name: t.to(dtype or t.dtype).contiguous() for name, t in tensors.items()}
-    try:
-        with atomic_path(out) as temporary:
-            save_file(stored, temporary, {"hpdm": json.dumps(header)})
-    except SafetensorError as error:  # what safetensors makes of an OSError
-        raise OSError(f"{out}: cannot be written ({error})") from error
+    stored = {name: t.to(dtype or t.dtype) for name, t in tensors.items()}
+    with atomic_path(out) as temporary:
+        write_tensors(temporary, stored, {"hpdm": json.dumps(header)})
 
 
 def _load_exported(path: Path, kernels: str, device: torch.device | str, weights: str) -> Run:

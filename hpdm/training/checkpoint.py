@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from hpdm import distributed
 from hpdm.files import read_json, write_json
+from hpdm.tensor_file import write_tensors
 from hpdm.training.optim import EMA
 
 FORMAT = 2
@@ -220,10 +220,9 @@ def _save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
     metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
     path.mkdir()
     try:
-        save_file({name: t.contiguous() for name, t in tensors.items()}, path / _WHOLE_FILE, metadata)
-    except SafetensorError as error:  # what safetensors makes of an OSError
+        write_tensors(path / _WHOLE_FILE, tensors, metadata)
+    except OSError as error:
         raise OSError(f"checkpoint: {path} cannot be written ({error})") from error
-    _flush(path / _WHOLE_FILE)
 
 
 def _save_shards(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 import hpdm.training.saving as saving
-from hpdm import runs
+from hpdm import runs, tensor_file
 from hpdm.commands.train import train
 from hpdm.patch.system import PatchDiffusion
 from hpdm.training.background import Background, HostCopy
@@ -55,12 +55,15 @@ def test_checkpoints_are_kept_as_asked_and_snapshots_for_ever(clips, saved_run, 
     train(options(clips, tmp_path / "three", save_every=1, keep=3, snapshot_every=4, snapshot_precision="fp16"))
     assert [path.name[-1] for path in list_checkpoints(tmp_path / "three")] == ["4", "5", "6"]
     assert names(tmp_path / "three" / "snapshots") == ["step-00000004.safetensors", "step-00000006.safetensors"]
-    run = runs.load(tmp_path / "three" / "snapshots" / "step-00000006.safetensors")
+    file = tmp_path / "three" / "snapshots" / "step-00000006.safetensors"
+    run = runs.load(file)
     assert (run.step, run.classes, run.training["steps"]) == (6, ["RedDisc", "GreenSquare"], 6)
+    (tmp_path / "ordinary").touch()
+    assert file.stat().st_mode == (tmp_path / "ordinary").stat().st_mode  # for the group to read, if others are
     for p, q in zip(run.model.parameters(), runs.load(saved_run).model.parameters()):
         assert torch.equal(p, q.half().float())
-    with safe_open(tmp_path / "three" / "snapshots" / "step-00000006.safetensors", "pt") as file:
-        assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+    with safe_open(file, "pt") as stored:
+        assert {stored.get_tensor(key).dtype for key in stored.keys()} == {torch.float16}  # noqa: SIM118
     train(options(clips, tmp_path / "all", save_every=2, keep=0))
     assert [path.name[-1] for path in list_checkpoints(tmp_path / "all")] == ["2", "4", "6"]
     train(options(clips, tmp_path / "all", save_every=3, keep=1))  # both may change when a run is resumed
@@ -68,11 +71,15 @@ def test_checkpoints_are_kept_as_asked_and_snapshots_for_ever(clips, saved_run, 
 
 @pytest.mark.parametrize("kind", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")])
 def test_a_full_snapshot_folder_stops_the_run_by_name(clips, tmp_path, monkeypatch, kind):
+    real = tensor_file.save_file
+
     def full(tensors, path, metadata):
+        if "snapshots" not in path.parts:
+            return real(tensors, path, metadata)
         path.write_bytes(b"half")
         raise kind
 
-    monkeypatch.setattr(runs, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError, match=r"snapshots: .*/snapshots cannot take the weights of step 2 \(.*No space left"):
         train(options(clips, tmp_path, save_every=2, snapshot_every=2))
     assert names(tmp_path / "snapshots") == []
