@@ -33,13 +33,15 @@ def curve(run):
     return [[row[name] for name in names] for row in rows(run) if "loss" in row]
 
 
+def held_out_set(folder, *classes):
+    return render_synthetic(folder, clips=5, frames=12, size=(32, 32), classes=list(classes), seed=9)
+
+
 @pytest.fixture(scope="module")
 def followed(clips, tmp_path_factory):
     """The run ``saved_run``, followed in every way."""
     folder = tmp_path_factory.mktemp("followed")
-    held_out = render_synthetic(
-        folder / "held_out", clips=5, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"], seed=9
-    )
+    held_out = held_out_set(folder / "held_out", "RedDisc", "GreenSquare")
     follow = {"validate_every": 4, "validation": held_out, "validation_clips": 9, "sample_every": 3, "sample_steps": 2}
     train(options(clips, folder / "run", **follow, snapshot_every=4, save_every=1))
     return folder
@@ -168,13 +170,17 @@ def test_a_sheet_of_a_run_with_text_shows_captions(clips, tmp_path, sheets):
     store = EmbeddingStore.create(tmp_path / "embeddings", EmbeddingInfo("random", 24, 8, "fp32"))
     store.add([*captions, "a prompt"], [10 * torch.randn(4, 24) for _ in range(len(captions) + 1)])
     text = {"embeddings": tmp_path / "embeddings", "steps": 1, "sample_every": 1, "sample_steps": 1}
-    train(options(clips, tmp_path / "run", **text))
+    train(options(clips, tmp_path / "run", **text, validate_every=1, validation=clips))
+    assert 0 < rows(tmp_path / "run")[-1]["validation"] < 10
     ((_, labels),) = sheets
     assert len(labels) == min(4, len(captions)) + 1
     assert all(any(caption in label for caption in captions) for label in labels)
     assert labels[-1] == labels[0].replace("step 1, seed 0", "real")
     train(options(clips, tmp_path / "other", **text, sample_prompts=("a prompt", captions[0])))
     assert [label.partition(", ")[2] for label in sheets[1][1][:2]] == ["seed 0, a prompt", f"seed 1, {captions[0]}"]
+    other = held_out_set(tmp_path / "held_out", "BlueTriangle")
+    with pytest.raises(ValueError, match=r"validation: .* lacks .* of the clips' captions"):
+        train(options(clips, tmp_path / "third", **text, validate_every=1, validation=other))
     with pytest.raises(ValueError, match=r"sample_prompts: .* has no embedding of 'another'"):
         train(options(clips, tmp_path / "third", **text, sample_prompts=("another",)))
     with pytest.raises(ValueError, match="sample_prompts: got 1, expected none for a model without text"):
