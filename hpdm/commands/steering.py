@@ -81,7 +81,7 @@ def _held_out(options: TrainOptions) -> tuple[Path, Split | None]:
     steering, roots = options.steering, [parse_root(root).root for root in options.data]
     split = steering.validation_split
     if steering.validation is not None:
-        root = parse_root(steering.validation).root
+        root = steering.validation
     else:
         split = split or {"train": "test", "test": "train", None: None}[options.split]
         with_split = [root for root in roots if split is not None and root.is_dir() and split_applies(root, split)]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from tqdm import tqdm
 
 from hpdm.files import write_text
@@ -19,9 +20,10 @@ LogKind = Literal["jsonl", "tensorboard", "wandb"]
 
 
 class Log(Protocol):
-    """Receives one row of numbers per logged step; ``step`` is one of them."""
+    """Receives one row of numbers per logged step, of which ``step`` is one, and pictures."""
 
     def write(self, row: dict[str, float]) -> None: ...
+    def write_image(self, name: str, path: Path, step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -40,6 +42,9 @@ class JsonlLog:
         """Appends a row and flushes it to the file."""
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+
+    def write_image(self, name: str, path: Path, step: int) -> None:
+        """Nothing: the picture is a file already."""
 
     def close(self) -> None:
         """Closes the file."""
@@ -72,6 +77,13 @@ class TensorBoardLog:
             if name != "step":
                 self.writer.add_scalar(name, value, int(row["step"]))
 
+    def write_image(self, name: str, path: Path, step: int) -> None:
+        """Adds a picture, a PNG."""
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
     def close(self) -> None:
         """Flushes and closes."""
         self.writer.close()
@@ -96,6 +108,7 @@ class WandbLog:
             import wandb
         except ImportError as error:
             raise ImportError("log='wandb' needs the package wandb: pip install 'hpdm[wandb]'") from error
+        self.wandb = wandb
         name = path / "wandb_id.txt"
         if not name.is_file():
             write_text(name, f"{secrets.token_hex(8)}\n")
@@ -109,6 +122,10 @@ class WandbLog:
     def write(self, row: dict[str, float]) -> None:
         """Sends one row. Its step is a number like the others: wandb's own counts rows and never goes back."""
         self.run.log(row)
+
+    def write_image(self, name: str, path: Path, step: int) -> None:
+        """Sends a picture, a PNG."""
+        self.run.log({name: self.wandb.Image(str(path)), "step": step})
 
     def close(self) -> None:
         """Sends what is left."""
@@ -199,3 +216,8 @@ class Reports:
         """Writes a row as it is, with ``step`` in it, beside those about the training."""
         for log in self.logs:
             log.write(row)
+
+    def write_image(self, name: str, path: Path, step: int) -> None:
+        """Shows a picture, a PNG that is there, in the logs that have pictures."""
+        for log in self.logs:
+            log.write_image(name, path, step)

@@ -92,6 +92,10 @@ class Saver:
         with distributed.raise_on_all_ranks():
             self._background.wait()
 
+    def snapshot_path(self, step: int) -> Path:
+        """The file of a step's snapshot."""
+        return self.run / "snapshots" / f"step-{step:08d}.safetensors"
+
     def _start(self, step: int, contents: Contents | None, snapshot: bool) -> None:
         """Copies what is saved and starts the thread that writes it."""
         parts = {} if contents is None else dict(contents.parts)
@@ -124,12 +128,12 @@ class Saver:
     def _write_snapshot(self, averaged: Mapping[str, Tensor], step: int) -> None:
         if self.write_snapshot is None:
             raise ValueError("write_snapshot: got None, expected a function, as snapshots are asked for")
-        folder = self.run / "snapshots"
+        path = self.snapshot_path(step)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.write_snapshot(folder / f"step-{step:08d}.safetensors", averaged, step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write_snapshot(path, averaged, step)
         except OSError as error:
             raise OSError(
-                f"snapshots: {folder} cannot take the weights of step {step} ({error}); the run's checkpoints and "
+                f"snapshots: {path.parent} cannot take the weights of step {step} ({error}); the run's checkpoints and "
                 "earlier snapshots are untouched"
             ) from error

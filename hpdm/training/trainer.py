@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class Trainer:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer)
             elif options.init is not None:
                 load_checkpoint(newest_checkpoint(options.init), self.model, self.ema)
-        self.saved, self.snapshot = self.step, self.step
+        self.saved, self.snapshot = self.step, 0
         self.means = Means()
         steering = options.steering
         self.grid = None
@@ -126,6 +127,7 @@ class Trainer:
         with (
             reports, Stop() as stop, profiled(options.profile, options.out / "profile") as profile_step, self.saver,
         ):  # fmt: skip
+            self._complete_snapshots()
             while self.step < last:
                 with reports.waiting(), record_function("data"):
                     batches = [next(clips) for _ in range(self.batches.own)]
@@ -158,12 +160,19 @@ class Trainer:
         self.save(checkpoint=checkpoint, snapshot=snapshot)
         if self.grid is not None and self._is_due(options.sample_every):
             with reports.paused():
-                self.sample_grid(self.grid)
+                reports.write_image("samples", self.sample_grid(self.grid), self.step)
         if synchronized and distributed.any_rank(stop.requested) and not at_end:
             self.save(checkpoint=True)
             self.saver.wait()
             logger.warning("stopped at step %d; the same command resumes", self.step)
             raise KeyboardInterrupt
+
+    def _complete_snapshots(self) -> None:
+        """Writes the snapshot of the step that is resumed from, if the run stopped between checkpoint and snapshot."""
+        every, at_end = self.options.steering.snapshot_every, self.step == self.recipe.steps
+        if self.step > 0 and (self._is_due(every) or (at_end and every > 0)):
+            missing = distributed.broadcast(not self.saver.snapshot_path(self.step).exists())
+            self.save(checkpoint=False, snapshot=missing)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -249,16 +258,17 @@ class Trainer:
         mean = {"validation": sum(trained) / len(trained)} if trained else {}
         reports.write_validation({"step": self.step, **mean, **errors})
 
-    def sample_grid(self, grid: SampleGrid) -> None:
-        """Writes a contact sheet of samples of the moving average. A collective."""
+    def sample_grid(self, grid: SampleGrid) -> Path:
+        """Writes a contact sheet of samples of the moving average and returns its path. A collective."""
         path = self.options.out / "samples" / f"step-{self.step:08d}.png"
         if not self.saver.sharded:
             with averaged_weights(self.model, self.ema):
                 grid.write(self.model, self.step, path)
-            return
+            return path
         # The sampler calls parts of the model by themselves, for which sharded weights are not gathered.
         whole = self.job.system.build(self.job.config, self.options.kernels).to(self.device).eval()
         with torch.no_grad():
             for name, p in whole.named_parameters():
                 p.copy_(full_tensor(self.ema.shadow[name]))
         grid.write(whole, self.step, path)
+        return path

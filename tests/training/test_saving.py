@@ -85,8 +85,11 @@ def test_a_full_snapshot_folder_stops_the_run_by_name(clips, tmp_path, monkeypat
     assert names(tmp_path / "snapshots") == []
     assert names(tmp_path / "checkpoints") == ["step-00000002"]
     monkeypatch.undo()
+    average = runs.load(tmp_path).model
     train(options(clips, tmp_path, save_every=2, snapshot_every=2))
-    assert names(tmp_path / "snapshots") == ["step-00000004.safetensors", "step-00000006.safetensors"]
+    late = runs.load(tmp_path / "snapshots" / "step-00000002.safetensors").model
+    assert all(torch.equal(p, q) for p, q in zip(late.parameters(), average.parameters()))
+    assert names(tmp_path / "snapshots") == [f"step-0000000{step}.safetensors" for step in (2, 4, 6)]
 
 
 def test_a_file_in_the_way_of_snapshots_is_named(clips, tmp_path):

@@ -195,20 +195,22 @@ def test_wandb_goes_on_with_a_resumed_run(clips, tmp_path, monkeypatch):
             calls.append(("metric", name, rest))
 
         def log(self, row):
-            calls.append(("log", row["step"]))
+            calls.append(("log" if "loss" in row else row["samples"][0], row["step"]))
 
         def finish(self):
             calls.append(("finish",))
 
     fake = types.ModuleType("wandb")
+    fake.Image = lambda path: ("picture", path)
     fake.init = lambda **given: calls.append(("init", given)) or FakeRun()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
-        train(options(clips, tmp_path / "run", steps=2, log="wandb"))
+        train(options(clips, tmp_path / "run", steps=2, log="wandb", sample_every=2, sample_steps=1))
     begun = [call[1] for call in calls if call[0] == "init"]
     assert begun[0]["id"] == begun[1]["id"] != ""
     assert (begun[0]["resume"], begun[0]["name"], begun[0]["config"]["steps"]) == ("allow", "run", 2)
     assert [call[1] for call in calls if call[0] == "log"] == [1, 2]
+    assert [call[1] for call in calls if call[0] == "picture"] == [2]
     assert ("metric", "*", {"step_metric": "step"}) in calls
     assert calls.count(("finish",)) == 2
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
