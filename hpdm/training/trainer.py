@@ -152,20 +152,21 @@ class Trainer:
         synchronized = logged or distributed.world_size() == 1
         if synchronized:
             self.saver.check()
-        if self.job.validate is not None and (self._is_due(steering.validate_every) or at_end):
+        # A scheduler kills a process soon after its SIGTERM, so only what resumption needs is still done.
+        stopping = synchronized and distributed.any_rank(stop.requested) and not at_end
+        if self.job.validate is not None and (self._is_due(steering.validate_every) or at_end) and not stopping:
             with reports.paused():
                 self.validate(self.job.validate, reports)
-        checkpoint = self._is_due(options.save_every) or at_end
+        checkpoint = self._is_due(options.save_every) or at_end or stopping
         snapshot = self._is_due(steering.snapshot_every) or (at_end and steering.snapshot_every > 0)
         self.save(checkpoint=checkpoint, snapshot=snapshot)
-        if self.grid is not None and self._is_due(options.sample_every):
-            with reports.paused():
-                reports.write_image("samples", self.sample_grid(self.grid), self.step)
-        if synchronized and distributed.any_rank(stop.requested) and not at_end:
-            self.save(checkpoint=True)
+        if stopping:
             self.saver.wait()
             logger.warning("stopped at step %d; the same command resumes", self.step)
             raise KeyboardInterrupt
+        if self.grid is not None and self._is_due(options.sample_every):
+            with reports.paused():
+                reports.write_image("samples", self.sample_grid(self.grid), self.step)
 
     def _complete_snapshots(self) -> None:
         """Writes the snapshot of the step that is resumed from, if the run stopped between checkpoint and snapshot."""

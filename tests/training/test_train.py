@@ -197,8 +197,10 @@ def test_a_wish_to_stop_waits_for_the_step_and_a_checkpoint(clips, tmp_path, mon
 
     monkeypatch.setattr(training.Trainer, "train_step", signalled)
     with pytest.raises(KeyboardInterrupt):
-        train(options(clips, tmp_path))
+        train(options(clips, tmp_path, sample_every=2, validate_every=2, validation=clips))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert not (tmp_path / "samples").exists()  # a scheduler does not wait for long
+    assert not any("validation" in line for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
