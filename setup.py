@@ -45,6 +45,7 @@ setup(
         ],
         "plots": ["matplotlib"],
         "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],  # `--log wandb`, curves of a group's runs in one place
         "t2v": [
             "transformers>=4.56",  # the T5 text encoder; `dtype` is an argument since then
             "sentencepiece",  # tokenizers of the original T5 models, which are spiece.model files

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from hpdm import systems
 from hpdm.data.class_names import check_class_name
 from hpdm.files import atomic_path, make_folder, read_json, write_json
 from hpdm.system import System
+from hpdm.tensor_file import write_tensors
 from hpdm.training.checkpoint import (
     FORMAT,
     check_format,
@@ -133,10 +134,35 @@ def export(run: Path, out: Path, weights: str = "ema") -> int:
         raise ValueError(f"out: got {out.name!r}, expected a name ending in .safetensors")
     loaded = load(run, weights=weights)
     run_config = RunConfig(loaded.system, loaded.config, loaded.classes, loaded.training)
-    header = {"format": FORMAT, "step": loaded.step, "weights": weights, **_to_json(run_config)}
-    with atomic_path(out) as temporary:
-        save_file(parameters_of(loaded.model), temporary, {"hpdm": json.dumps(header)})
+    write_weights(out, parameters_of(loaded.model), run_config, loaded.step, weights)
     return loaded.step
+
+
+def write_weights(
+    out: Path,
+    tensors: Mapping[str, Tensor],
+    run_config: RunConfig,
+    step: int,
+    weights: str = "ema",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes the file of :func:`export` from weights that are at hand, atomically.
+
+    Args:
+        out: the file, ending in ``.safetensors``.
+        tensors: the weights by the names of the model's parameters, on the CPU.
+        run_config: what else the file holds.
+        step: number of training steps of the weights.
+        weights: what they are, ``"ema"`` or ``"model"``.
+        dtype: of the file; ``None`` for that of the tensors. Loading brings them back to the model's own.
+
+    Raises:
+        OSError: the file cannot be written, e.g. as the disk is full; nothing is left of it.
+    """
+    header = {"format": FORMAT, "step": step, "weights": weights, **_to_json(run_config)}
+    stored = {name: t.to(dtype or t.dtype) for name, t in tensors.items()}
+    with atomic_path(out) as temporary:
+        write_tensors(temporary, stored, {"hpdm": json.dumps(header)})
 
 
 def _load_exported(path: Path, kernels: str, device: torch.device | str, weights: str) -> Run:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from hpdm import HPDM, HPDMConfig, presets, runs, systems
@@ -14,6 +15,7 @@ from hpdm.training import options
 from hpdm.training.checkpoint import save_checkpoint
 from hpdm.training.optim import EMA, make_optimizer
 from hpdm.training.options import TrainOptions
+from hpdm.training.trainer import Trainer
 
 
 def small_config(**changes: Any) -> HPDMConfig:
@@ -51,3 +53,16 @@ def train_options(clips: Path, out: Path, **changes: Any) -> TrainOptions:
         "log_every": 1, "save_every": 3, "kernels": "torch", "workers": 0,
     }  # fmt: skip
     return options.train_options(**(values | changes))
+
+
+def stop_after_checkpoint(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes every training run of this process stop once its checkpoint of ``step`` is complete."""
+    real = Trainer.save
+
+    def save(self: Trainer, **what: bool) -> None:
+        real(self, **what)
+        if self.step == step == self.saved:
+            self.saver.wait()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "save", save)

@@ -12,17 +12,20 @@ import torch
 from torch import nn
 
 from hpdm import distributed, presets, runs, systems
+from hpdm.commands.steering import choose_micro_batch, open_validation, snapshot_writer
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split, split_applies
 from hpdm.data.mixture import Mixture, parse_root
 from hpdm.data.summary import log_summary
 from hpdm.files import check_not_a_file
+from hpdm.planning.step_flops import StepFlops
 from hpdm.recipe import Recipe
 from hpdm.runs import RunConfig
 from hpdm.system import System
 from hpdm.text import EmbeddingStore
 from hpdm.training.checkpoint import list_checkpoints
 from hpdm.training.options import TrainOptions
+from hpdm.training.steering import Steering
 from hpdm.training.trainer import Job, Trainer
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 _MAY_CHANGE = {
     "data", "out", "decoder", "kernels", "recompute", "parallel", "compile", "workers", "cache_mb", "device", "log",
     "log_every", "save_every", "sample_every", "sample_steps", "profile",
+    *(f.name for f in dataclasses.fields(Steering)),
 }  # fmt: skip
 
 # How runs were trained before these options existed, where that is not the default of new runs.
@@ -57,13 +61,17 @@ def train(options: TrainOptions) -> nn.Module:
         KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint.
     """
     with distributed.process_group(distributed.pick_device(options.device)) as device:
-        job = prepare(options)
+        job = prepare(options, device)
         before = torch.get_float32_matmul_precision()
+        values = job.options.as_json(job.recipe) | {"micro_batch": job.micro_batch}
+        about = RunConfig(job.system, job.config, _class_names(job), values)
+        share = job.recipe.batch // distributed.world_size()
+        flops = StepFlops(job.system, job.config, share)
+        job = dataclasses.replace(job, write_snapshot=snapshot_writer(job.options, about), step_flops=flops)
         trainer = Trainer(job, device)
         with distributed.raise_on_all_ranks():
             if distributed.is_first():
-                values = job.options.as_json(job.recipe) | {"micro_batch": job.micro_batch}
-                runs.save_run_config(options.out, RunConfig(job.system, job.config, _class_names(job), values))
+                runs.save_run_config(options.out, about)
         if distributed.is_first():
             _describe(job.dataset)
         logger.info(
@@ -76,11 +84,12 @@ def train(options: TrainOptions) -> nn.Module:
                 torch.set_float32_matmul_precision("high")
             trainer.fit()
         finally:
+            flops.close()
             torch.set_float32_matmul_precision(before)
         return trainer.model
 
 
-def prepare(options: TrainOptions) -> Job:
+def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
     """Opens the data, determines the config, and checks both against the run to resume, if any. A collective.
 
     Raises:
@@ -99,16 +108,18 @@ def prepare(options: TrainOptions) -> Job:
         config = _with_conditioning(config, options.preset, dataset.class_names, embeddings)
         if embeddings is not None:
             _check_embedded(embeddings, dataset)
-    micro_batch = options.micro_batch or max(1, recipe.batch // distributed.world_size())
+    micro_batch = max(1, recipe.batch // distributed.world_size())
     job = Job(options, recipe, system, config, dataset, embeddings, micro_batch, _start_from(options, system))
     distributed.assert_same_on_all_ranks("data: number of clips", len(dataset))
     distributed.assert_same_on_all_ranks("data: classes", _class_names(job))
     with distributed.raise_on_all_ranks():
+        validate = open_validation(options, system, config, _class_names(job), embeddings)
         checkpoints = list_checkpoints(options.out)
-        if checkpoints:
-            job = dataclasses.replace(job, micro_batch=_check_resumable(job))
+        micro_batch = _check_resumable(job) if checkpoints else 0
     distributed.assert_same_on_all_ranks("out: checkpoints", [path.name for path in checkpoints])
-    return job
+    device = device or distributed.pick_device(options.device)
+    micro_batch = micro_batch or choose_micro_batch(options, recipe, system, config, device)
+    return dataclasses.replace(job, micro_batch=micro_batch, validate=validate)
 
 
 def _check_cuts(options: TrainOptions, recipe: Recipe) -> None:
@@ -250,7 +261,8 @@ def _check_resumable(job: Job) -> int:
     # _BEFORE has another value.
     defaults = TrainOptions(data=options.data, out=out, preset=options.preset)
     before = defaults.as_json(_default_recipe(options)) | _BEFORE | old.training
-    now = options.as_json(job.recipe) | ({} if options.micro_batch else {"micro_batch": before["micro_batch"]})
+    free = options.micro_batch in (None, "auto")  # a resumed run keeps the micro-batches that it has
+    now = options.as_json(job.recipe) | ({"micro_batch": before["micro_batch"]} if free else {})
     may_change = set(_MAY_CHANGE)
     if "loop" not in (before["short"], now["short"]):
         may_change.add("short")  # as long as no clip is short, skip and error are the same

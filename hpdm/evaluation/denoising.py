@@ -33,6 +33,7 @@ def evaluate_denoising(
     context: Context = "clean",
     context_noise: float = 0.0,
     embeddings: EmbeddingStore | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Mean errors on clips spread evenly over a set (:meth:`hpdm.system.System.errors`). Ranks share the clips.
 
@@ -47,6 +48,7 @@ def evaluate_denoising(
             in the same range; ``"independent"``, any, as in training.
         context_noise: diffusion time of clean levels below.
         embeddings: of the clips' captions, for a model with text.
+        progress: show a progress bar.
 
     Returns:
         ``clips``, their number; ``context`` and ``context_noise``; ``times``, the ranges; ``losses``, their names;
@@ -64,8 +66,11 @@ def evaluate_denoising(
     names: list[str] = []  # of the losses, then of the parts
     losses = 0
     sums: dict[int, Tensor] = {}  # per batch, by the number of its first clip
-    batches = distributed.shard(range(0, count, batch))
-    for first in tqdm(batches, unit="batch", dynamic_ncols=True, disable=not distributed.is_first()):
+    starts = range(0, count, batch)
+    batches = list(distributed.shard(starts))
+    # All ranks call the model equally often, as sharded weights require. The repeated batch counts once.
+    batches += [0] * (-(-len(starts) // distributed.world_size()) - len(batches))
+    for first in tqdm(batches, unit="batch", dynamic_ncols=True, disable=not (progress and distributed.is_first())):
         clips_of_batch = collate([dataset[i] for i in chosen[first : first + batch]], embeddings)
         inputs = clips_of_batch.inputs(run.config.conditioning, run.device)
         columns = []

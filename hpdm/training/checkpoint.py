@@ -1,8 +1,9 @@
 """Checkpoints of a training run, written atomically: each is either complete or absent.
 
 ``RUN/checkpoints/step-00001000/`` holds ``state.json`` and the folders ``model``, ``ema`` and ``optimizer``. These hold
-safetensors files that ``torch.distributed.checkpoint`` writes, one per rank: each rank saves its shards, and any number
-of ranks can read them, including a single process without a process group.
+safetensors files in the layout of ``torch.distributed.checkpoint``. Sharded tensors have a file per rank: each rank
+saves its shards. Whole tensors, which every rank has, are in one file, which rank 0 writes. Any number of ranks can
+read either, including a single process without a process group.
 
 A checkpoint is written to a temporary folder, flushed to the disk and renamed, so a killed process or a full disk
 leaves the previous checkpoint untouched.
@@ -10,13 +11,14 @@ leaves the previous checkpoint untouched.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -24,14 +26,27 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from hpdm import distributed
 from hpdm.files import read_json, write_json
+from hpdm.tensor_file import write_tensors
 from hpdm.training.optim import EMA
 
 FORMAT = 2
 """Version of the format. Version 1 had one file each for weights, moving average and optimizer, of one process."""
 _STEP = re.compile(r"step-(\d{8})")
+_WHOLE_FILE = "shard-00001-model-00001-of-00001.safetensors"
+"""The name that ``torch.distributed.checkpoint`` gives to the file of a single rank."""
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds."""
+
+    parts: dict[str, dict[str, Tensor]]
+    """Tensors by folder and name."""
+    state: dict[str, Any]
+    """Further values of ``state.json``."""
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -57,9 +72,23 @@ def newest_checkpoint(run: Path) -> Path:
     return checkpoints[-1]
 
 
+def contents_of(model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Contents:
+    """The contents of a checkpoint. The tensors are those of the arguments, not copies of them."""
+    optimizer_state = {
+        f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
+    }
+    parts = {"model": parameters_of(model), "ema": dict(ema.shadow), "optimizer": optimizer_state}
+    return Contents(parts, {"ema_updates": ema.updates})
+
+
 def save_checkpoint(
     run: Path, step: int, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, keep: int = 2
 ) -> Path:
+    """:func:`write_checkpoint` of the tensors as they are now. A collective."""
+    return write_checkpoint(run, step, contents_of(model, ema, optimizer), keep)
+
+
+def write_checkpoint(run: Path, step: int, contents: Contents, keep: int = 2) -> Path:
     """Writes the checkpoint of ``step`` and deletes all but the newest ``keep``. A collective.
 
     Raises:
@@ -75,12 +104,12 @@ def save_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
     try:
-        for part, tensors in _parts(model, ema, optimizer).items():
+        for part, tensors in contents.parts.items():
             _save_tensors(tensors, temporary / part)
         with distributed.raise_on_all_ranks():
             if first:
                 files = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.glob("*/*"))}
-                state = {"format": FORMAT, "step": step, "ema_updates": ema.updates, "files": files}
+                state = {"format": FORMAT, "step": step, **contents.state, "files": files}
                 write_json(temporary / "state.json", state)
                 for path in (*temporary.glob("*"), temporary):
                     _flush(path)
@@ -166,16 +195,38 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def _parts(model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint, by folder and name."""
-    optimizer_state = {
-        f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
-    }
-    return {"model": parameters_of(model), "ema": ema.shadow, "optimizer": optimizer_state}
+def is_sharded(tensors: Iterable[Tensor]) -> bool:
+    """Whether each rank holds only its shards of the tensors."""
+    return any(isinstance(t, DTensor) for t in tensors)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes this rank's shards of the tensors as safetensors into the folder ``path``. A collective."""
+    """Writes tensors as safetensors into the folder ``path``: each rank its shards, or rank 0 alone. A collective."""
+    if is_sharded(tensors.values()):
+        _save_shards(tensors, path)
+        return
+    with distributed.raise_on_all_ranks():
+        if distributed.is_first():
+            _save_whole(tensors, path)
+
+
+def _save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes whole tensors as ``torch.distributed.checkpoint`` does for a single rank.
+
+    Unlike it, this streams the tensors to the file instead of copying them into one string of bytes, which would need
+    the memory twice and keep other threads waiting.
+    """
+    offsets = {name: {"saved_offsets": [0] * t.ndim} for name, t in tensors.items()}
+    metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
+    path.mkdir()
+    try:
+        write_tensors(path / _WHOLE_FILE, tensors, metadata)
+    except OSError as error:
+        raise OSError(f"checkpoint: {path} cannot be written ({error})") from error
+
+
+def _save_shards(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes this rank's shards of the tensors. A collective."""
     writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
     try:
         with warnings.catch_warnings():

@@ -16,6 +16,7 @@ from hpdm.data.mixture import parse_root
 from hpdm.objective import Objective
 from hpdm.recipe import Recipe, RecipeChanges
 from hpdm.system import Architecture
+from hpdm.training.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,11 @@ class TrainOptions:
     """How to train."""
     architecture: Annotated[Architecture, tyro.conf.arg(name="")] = field(default_factory=Architecture)
     """What to train."""
-    micro_batch: int | None = None
-    """Clips at a time per process; gradients are accumulated over the step. Default: a process's whole share."""
+    steering: Annotated[Steering, tyro.conf.arg(name="")] = field(default_factory=Steering)
+    """How to follow and keep the run."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Clips at a time per process; gradients are accumulated over the step. Default: a process's whole share. "auto":
+    as many as fit into memory by the prediction of `hpdm plan`."""
     compile: bool = False
     """Compile the network with torch.compile."""
     kernels: Literal["auto", "reference", "torch", "triton"] = "auto"
@@ -70,12 +74,13 @@ class TrainOptions:
     """Processes that read clips ahead, per training process; with 0 the training process reads them itself."""
     cache_mb: int = 1024
     """Memory for decoded clips and for the processes that decode, shared between the workers."""
-    log: Literal["jsonl", "tensorboard"] = "jsonl"
-    """log.jsonl is always written; "tensorboard" writes both."""
+    log: Literal["jsonl", "tensorboard", "wandb"] = "jsonl"
+    """log.jsonl is always written; "tensorboard" and "wandb" write to these, too."""
     log_every: int = 10
+    """Steps between rows of the log, which are means over these steps."""
     save_every: int = 500
     sample_every: int = 0
-    """Steps between sample grids in RUN/samples; 0 for none."""
+    """Steps between sheets of samples of the averaged weights in RUN/samples; 0 for none."""
     sample_steps: int = 32
     """Sampling steps on level 0 for the grids."""
     profile: int = 0
@@ -90,7 +95,11 @@ class TrainOptions:
             raise ValueError("data: got none, expected --data with a folder of videos or shards")
         at_least(self.recipe, 1, "steps", "batch")
         at_least(self.recipe, 0, "lr", "warmup", "weight_decay")
-        at_least(self, 1, "micro_batch", "stride", "log_every", "save_every", "sample_steps")
+        if self.micro_batch != "auto":
+            at_least(self, 1, "micro_batch")
+            if self.steering.memory_gb is not None:
+                raise ValueError(f"memory_gb: got {self.steering.memory_gb}, expected it with --micro-batch auto alone")
+        at_least(self, 1, "stride", "log_every", "save_every", "sample_steps")
         at_least(self, 0, "clip_norm", "workers", "cache_mb", "sample_every", "seed", "profile")
         if self.init is not None and self.base is not None:
             raise ValueError("base: got both init and base, expected one of them")
@@ -98,12 +107,12 @@ class TrainOptions:
     def as_json(self, recipe: Recipe) -> dict[str, Any]:
         """All options as one flat dictionary of JSON values, with the full ``recipe`` in place of the changes to it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        del values["recipe"], values["architecture"], values["objective"]
+        del values["recipe"], values["architecture"], values["objective"], values["steering"]
         if len(self.data) == 1:
             values["data"] = self.data[0]
         weights = [parse_root(root).weight for root in self.data]
         values["data_weights"] = [weight / weights[0] for weight in weights]
-        for part in (self.architecture, self.objective, recipe):
+        for part in (self.architecture, self.objective, recipe, self.steering):
             values |= dataclasses.asdict(part)
         return json.loads(json.dumps(values, default=str))
 
@@ -117,7 +126,7 @@ def train_options(**values: Any) -> TrainOptions:
         TypeError: an unknown name, or ``data`` or ``out`` missing.
         ValueError: a value out of range.
     """
-    parts = {"recipe": RecipeChanges, "architecture": Architecture, "objective": Objective}
+    parts = {"recipe": RecipeChanges, "architecture": Architecture, "objective": Objective, "steering": Steering}
     names = {part: {f.name for f in dataclasses.fields(kind)} for part, kind in parts.items()}
     nested = {part: kind(**{n: values.pop(n) for n in names[part] & set(values)}) for part, kind in parts.items()}
     if isinstance(values.get("data"), str | os.PathLike):

@@ -10,9 +10,10 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hpdm import distributed
@@ -59,3 +60,8 @@ def gradients_averaged(network: nn.Module, last: bool) -> AbstractContextManager
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(last)
     return nullcontext()
+
+
+def full_tensor(t: Tensor) -> Tensor:
+    """Gathers a DTensor; a collective, to be called on every rank. Any other tensor is returned as it is."""
+    return t.full_tensor() if isinstance(t, DTensor) else t

@@ -37,6 +37,8 @@ def running_mean(values: list[float], window: int) -> list[float]:
 def plot_losses(run: Path, out: Path, window: int = 20) -> None:
     """Draws the logged losses of every level as a thin line, and as a thick one their mean over ``window`` rows.
 
+    Validations, where the run has them, are dashed lines.
+
     Raises:
         ImportError: ``matplotlib`` is not installed.
         FileNotFoundError, ValueError: as :func:`read_log`.
@@ -45,7 +47,8 @@ def plot_losses(run: Path, out: Path, window: int = 20) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need the package matplotlib: pip install 'hpdm[plots]'") from error
-    rows = read_log(run)
+    log = read_log(run)
+    rows = [row for row in log if any(name.startswith("loss_") for name in row)]
     steps = [row["step"] for row in rows]
     levels = sorted(name for name in rows[0] if name.startswith("loss_level_"))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -54,6 +57,10 @@ def plot_losses(run: Path, out: Path, window: int = 20) -> None:
         values = [row[name] for row in rows]
         axes.plot(steps, values, color=f"C{n}", alpha=0.2, linewidth=0.6)
         axes.plot(steps, running_mean(values, window), color=f"C{n}", linewidth=1.6, label=f"level {n}")
+        held_out = name.replace("loss_", "validation_", 1)
+        validated = [(row["step"], row[held_out]) for row in log if held_out in row]
+        if validated:
+            axes.plot(*zip(*validated), color=f"C{n}", linewidth=1.6, linestyle="--", marker=".", label="held out")
     axes.set(xlabel="step", ylabel="mean squared error of v", yscale="log", title="training loss per pyramid level")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

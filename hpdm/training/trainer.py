@@ -8,38 +8,40 @@ of a CPU, up to rounding on another number of ranks.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import record_function
 
 from hpdm import distributed
 from hpdm.data.mixture import Mixture
 from hpdm.recipe import Recipe
-from hpdm.sampling import SamplerOptions
 from hpdm.system import System
 from hpdm.text import EmbeddingStore
+from hpdm.training.averaged import averaged_weights
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
-from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from hpdm.training.log import Reports
+from hpdm.training.means import Means
 from hpdm.training.optim import EMA, learning_rate, make_optimizer
 from hpdm.training.options import TrainOptions
-from hpdm.training.parallel import parallelize
+from hpdm.training.parallel import full_tensor, parallelize
 from hpdm.training.profiling import profiled
+from hpdm.training.samples import SampleGrid
+from hpdm.training.saving import Saver, WriteSnapshot
 from hpdm.training.short_clips import ShortClips
 from hpdm.training.shutdown import Stop
+from hpdm.training.speed import Speed, peak_tflops
 from hpdm.training.step import update
-from hpdm.video import to_uint8, write_contact_sheet
 
 logger = logging.getLogger(__name__)
-
-GRID_VIDEOS = 8
-"""Largest number of videos in a sample grid."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class Job:
     """Clips of a micro-batch."""
     start: Callable[[nn.Module], None] | None = None
     """Initializes the model of a new run, e.g. from a base model; ``None`` for random weights."""
+    validate: Callable[[nn.Module], dict[str, float]] | None = None
+    """Validates a model in eval mode: columns of the log. A collective; ``None`` for no validation."""
+    write_snapshot: WriteSnapshot | None = None
+    """Writes a snapshot of the averaged weights."""
+    step_flops: Callable[[], float | None] = lambda: None
+    """FLOPs of a step on this rank; ``None`` as long as they are not known."""
 
 
 class Trainer:
@@ -86,12 +94,22 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, recipe.optimizer, recipe.lr, recipe.weight_decay)
         self.ema = EMA(self.model, recipe.ema)
         self.step = 0
+        self.loss_names: list[str] = []
         with distributed.raise_on_all_ranks():
             if checkpoints:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer)
             elif options.init is not None:
                 load_checkpoint(newest_checkpoint(options.init), self.model, self.ema)
-        self.saved = self.step
+        self.saved, self.snapshot = self.step, 0
+        self.means = Means()
+        steering = options.steering
+        self.grid = None
+        with distributed.raise_on_all_ranks():
+            if options.sample_every:
+                self.grid = SampleGrid(
+                    job.system, job.config, job.dataset, job.embeddings, steering.sample_prompts, options.sample_steps
+                )
+        self.saver = Saver(options.out, self.model, self.ema, self.optimizer, steering.keep, job.write_snapshot)
         self.batches = MicroBatches(job.dataset, recipe.batch, job.micro_batch, options.seed, self.step)
         self.short_clips = ShortClips(job.dataset)
 
@@ -100,44 +118,79 @@ class Trainer:
         options, last = self.options, self.recipe.steps
         self.model.train()
         clips = loader(self.job.dataset, self.batches, options.workers, self.device, self.job.embeddings)
+        peak = options.steering.peak_tflops or peak_tflops(self.device, options.precision)
         with distributed.raise_on_all_ranks():
             folder = options.out if distributed.is_first() else None
-            reports = Reports(folder, options.log, self.step, last, self.recipe.batch)
-        with reports, Stop() as stop, profiled(options.profile, options.out / "profile") as profile_step:
+            speed = Speed(self.device, self.job.step_flops if distributed.is_first() else lambda: None, peak)
+            about = options.as_json(self.recipe) | {"micro_batch": self.job.micro_batch}
+            reports = Reports(folder, options.log, self.step, last, self.recipe.batch, speed, about)
+        with (
+            reports, Stop() as stop, profiled(options.profile, options.out / "profile") as profile_step, self.saver,
+        ):  # fmt: skip
+            self._complete_snapshots()
             while self.step < last:
                 with reports.waiting(), record_function("data"):
                     batches = [next(clips) for _ in range(self.batches.own)]
                 losses, norm, rate = self.train_step(batches)
+                self.means.add(losses, full_tensor(norm))
                 self.step += 1
                 reports.step()
                 profile_step()
-                self._after_step(reports, stop, losses, norm, rate)
+                self._after_step(reports, stop, rate)
 
-    def _after_step(self, reports: Reports, stop: Stop, losses: dict[str, Tensor], norm: Tensor, rate: float) -> None:
-        """Logs, saves, samples and stops, each if it is due after this step."""
-        options, last = self.options, self.recipe.steps
-        logged = self.step % options.log_every == 0 or self.step == last
+    def _after_step(self, reports: Reports, stop: Stop, rate: float) -> None:
+        """Logs, validates, saves, samples and stops, each if it is due after this step."""
+        options, steering, at_end = self.options, self.options.steering, self.step == self.recipe.steps
+        logged = self._is_due(options.log_every) or at_end
         if logged:
-            values = distributed.mean(torch.stack(list(losses.values())))
-            reports.write(_row(self.step, dict(zip(losses, values.tolist())), values, full_tensor(norm), rate))
-            self.short_clips.report(last=self.step == last)
-            self.check_finite(values)
-        if self.step % options.save_every == 0 or self.step == last:
-            self.save()
-        if options.sample_every and self.step % options.sample_every == 0:
-            self.sample_grid()
-        # any_rank is a collective: call it only on steps that synchronize anyway.
-        may_stop = logged or distributed.world_size() == 1
-        if may_stop and distributed.any_rank(stop.requested) and self.step < last:
-            self.save()
+            row, steps = self.means.read(), self.means.steps
+            reports.write({"step": self.step, **row, "lr": rate, "steps": steps})
+            self.short_clips.report(last=at_end)
+            self.check_finite(row)
+            self.means.clear()
+        # Collectives are called only on steps that synchronize anyway.
+        synchronized = logged or distributed.world_size() == 1
+        if synchronized:
+            self.saver.check()
+        # A scheduler kills a process soon after its SIGTERM, so only what resumption needs is still done.
+        stopping = synchronized and distributed.any_rank(stop.requested) and not at_end
+        if self.job.validate is not None and (self._is_due(steering.validate_every) or at_end) and not stopping:
+            with reports.paused():
+                self.validate(self.job.validate, reports)
+        checkpoint = self._is_due(options.save_every) or at_end or stopping
+        snapshot = self._is_due(steering.snapshot_every) or (at_end and steering.snapshot_every > 0)
+        self.save(checkpoint=checkpoint, snapshot=snapshot)
+        if stopping:
+            self.saver.wait()
             logger.warning("stopped at step %d; the same command resumes", self.step)
             raise KeyboardInterrupt
+        if self.grid is not None and self._is_due(options.sample_every):
+            with reports.paused():
+                reports.write_image("samples", self.sample_grid(self.grid), self.step)
 
-    def check_finite(self, losses: Tensor) -> None:
-        """Raises FloatingPointError where a loss is no longer finite."""
-        if not torch.isfinite(losses).all():
+    def _complete_snapshots(self) -> None:
+        """Writes the snapshot of the step that is resumed from, if the run stopped between checkpoint and snapshot."""
+        every, at_end = self.options.steering.snapshot_every, self.step == self.recipe.steps
+        if self.step > 0 and (self._is_due(every) or (at_end and every > 0)):
+            missing = distributed.broadcast(not self.saver.snapshot_path(self.step).exists())
+            self.save(checkpoint=False, snapshot=missing)
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def check_finite(self, means: dict[str, float]) -> None:
+        """Raises FloatingPointError where a loss or the gradient was not finite in a step since the last row.
+
+        Args:
+            means: what :meth:`hpdm.training.means.Means.read` returned.
+        """
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(means[name])]
+        if broken:
+            kind = {"loss": "loss", "grad_norm": "norm of the gradient"}[broken[0]]
+            first = self.step - self.means.steps + 1
+            steps = f"step {self.step}" if first == self.step else f"one of the steps {first} to {self.step}"
             raise FloatingPointError(
-                f"the loss is {losses.mean().item()} at step {self.step}; the last checkpoint is of step {self.saved}. "
+                f"the {kind} is {means[broken[0]]} at {steps}; the last checkpoint is of step {self.saved}. "
                 "Lower --lr or set --clip-norm"
             )
 
@@ -147,11 +200,10 @@ class Trainer:
         rate = learning_rate(self.step, recipe.steps, recipe.warmup, recipe.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        names: list[str] = []
 
         def losses_of(batch: Batch, number: int) -> Tensor:
             losses = self.losses(batch, noise_generator(options.seed, number))
-            names[:] = losses
+            self.loss_names[:] = losses
             return torch.stack(list(losses.values()), dim=1).mean(0)  # [B, L] -> [L]
 
         numbers = self.batches.numbers(self.step)
@@ -161,9 +213,9 @@ class Trainer:
             self.ema,
             [partial(losses_of, batch, number) for batch, number in zip(batches, numbers)],
             clip_norm=options.clip_norm,
-            autocast=lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bf16"),
+            autocast=self.autocast,
         )
-        return dict(zip(names, total)), norm, rate
+        return dict(zip(self.loss_names, total)), norm, rate
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The losses of a micro-batch by name, each ``[B]``."""
@@ -178,37 +230,46 @@ class Trainer:
             network=self.network,
         )
 
-    def save(self) -> None:
-        """Saves a checkpoint of this step, unless it is saved already. A collective."""
-        if self.saved < self.step:
-            save_checkpoint(self.options.out, self.step, self.model, self.ema, self.optimizer)
-            self.saved = self.step
+    def autocast(self) -> AbstractContextManager[object]:
+        """Automatic mixed precision, if the run has it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16")
+
+    def save(self, *, checkpoint: bool, snapshot: bool = False) -> None:
+        """Saves a checkpoint or snapshot of this step, unless it is saved already. A collective.
+
+        Raises:
+            FloatingPointError: a loss since the last row was not finite; nothing is saved.
+            OSError: as :meth:`hpdm.training.saving.Saver.save`.
+        """
+        checkpoint, snapshot = checkpoint and self.saved < self.step, snapshot and self.snapshot < self.step
+        if not checkpoint and not snapshot:
+            return
+        if self.means.steps:
+            self.check_finite(self.means.read())
+        self.saver.save(self.step, checkpoint=checkpoint, snapshot=snapshot)
+        self.saved = self.step if checkpoint else self.saved
+        self.snapshot = self.step if snapshot else self.snapshot
 
     @torch.no_grad()
-    def sample_grid(self) -> None:
-        """Writes a contact sheet of samples from the moving average, one per class, always from the same seeds.
+    def validate(self, validate: Callable[[nn.Module], dict[str, float]], reports: Reports) -> None:
+        """Writes a row with the errors of the moving average. A collective."""
+        with averaged_weights(self.model, self.ema), self.autocast():
+            errors = validate(self.model)
+        trained = [errors[name] for name in (f"validation_{loss}" for loss in self.loss_names) if name in errors]
+        mean = {"validation": sum(trained) / len(trained)} if trained else {}
+        reports.write_validation({"step": self.step, **mean, **errors})
 
-        A collective: the ranks share the tiles, and each holds the full weights.
-        """
-        config, system = self.job.config, self.job.system
-        averaged = system.build(config, self.options.kernels).to(self.device).eval()
-        for name, p in averaged.named_parameters():
-            p.copy_(full_tensor(self.ema.shadow[name]))
-        by_class = config.conditioning == "class"
-        count = min(GRID_VIDEOS, config.classes) if by_class else GRID_VIDEOS // 2
-        sampler = system.sampler(averaged, SamplerOptions(steps=self.options.sample_steps, overlap="none"))
-        videos = sampler(range(count), torch.arange(count) if by_class else None)[-1]
-        if distributed.is_first():
-            folder = self.options.out / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_contact_sheet(folder / f"step-{self.step:08d}.png", list(to_uint8(videos)))
-
-
-def full_tensor(t: Tensor) -> Tensor:
-    """Gathers a DTensor; a collective, to be called on every rank."""
-    return t.full_tensor() if isinstance(t, DTensor) else t
-
-
-def _row(step: int, losses: dict[str, float], values: Tensor, norm: Tensor, rate: float) -> dict[str, float]:
-    by_name = {f"loss_{name}": value for name, value in losses.items()}
-    return {"step": step, "loss": values.mean().item(), **by_name, "lr": rate, "grad_norm": norm.item()}
+    def sample_grid(self, grid: SampleGrid) -> Path:
+        """Writes a contact sheet of samples of the moving average and returns its path. A collective."""
+        path = self.options.out / "samples" / f"step-{self.step:08d}.png"
+        if not self.saver.sharded:
+            with averaged_weights(self.model, self.ema):
+                grid.write(self.model, self.step, path)
+            return path
+        # The sampler calls parts of the model by themselves, for which sharded weights are not gathered.
+        whole = self.job.system.build(self.job.config, self.options.kernels).to(self.device).eval()
+        with torch.no_grad():
+            for name, p in whole.named_parameters():
+                p.copy_(full_tensor(self.ema.shadow[name]))
+        grid.write(whole, self.step, path)
+        return path

@@ -16,6 +16,7 @@ from hpdm.process import add_noise, gamma
 from hpdm.recipe import Recipe
 from hpdm.system import System
 from hpdm.training.checkpoint import list_checkpoints
+from tests.small import stop_after_checkpoint
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,7 @@ def test_a_new_system_trains_resumes_samples_plans_evaluates_and_exports(tmp_pat
     assert (about["system"], about["model"]["resolution"]) == ("linear", [4, 8, 8])
 
     # Interrupted after two steps and resumed: the same curve.
-    from hpdm.training import trainer
-
-    save, fail = trainer.save_checkpoint, []
-
-    def interrupted(run, step, *state):
-        path = save(run, step, *state)
-        if step == 2 and not fail:
-            fail.append(step)
-            raise KeyboardInterrupt
-        return path
-
-    monkeypatch.setattr(trainer, "save_checkpoint", interrupted)
+    stop_after_checkpoint(2, monkeypatch)
     assert command(*train, "--out", parts, "--save-every", 2) == cli.INTERRUPTED
     assert command(*train, "--out", parts, "--save-every", 2) == 0
     assert [row["loss"] for row in rows(parts)] == [row["loss"] for row in rows(whole)]

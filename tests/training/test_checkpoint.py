@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import hpdm.training.checkpoint as ckpt
-from hpdm import HPDM, runs, systems
+from hpdm import HPDM, runs, systems, tensor_file
 from hpdm.runs import RunConfig
 from hpdm.training.optim import EMA, make_optimizer
 from tests.small import small_config
@@ -50,15 +51,15 @@ def test_only_the_newest_are_kept(tmp_path):
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, fails_at):
     model, ema, opt = state()
     ckpt.save_checkpoint(tmp_path, 1, model, ema, opt)
-    real = ckpt.HuggingFaceStorageWriter.write_data
+    real = tensor_file.save_file
 
-    def full(self, plan, planner):
-        if self.path.name == fails_at:
-            (self.path / "shard.safetensors").write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        return real(self, plan, planner)
+    def full(tensors, path, metadata):
+        if path.parent.name == fails_at:
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(tensors, path, metadata)
 
-    monkeypatch.setattr(ckpt.HuggingFaceStorageWriter, "write_data", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         ckpt.save_checkpoint(tmp_path, 2, model, ema, opt)
     monkeypatch.undo()

@@ -21,6 +21,7 @@ from hpdm.training.batches import collate
 from hpdm.training.options import TrainOptions, train_options
 from hpdm.video import write_video
 from tests.processes import run_ranks
+from tests.small import stop_after_checkpoint
 from tests.small import train_options as options
 
 CLASSES = ["RedDisc", "GreenSquare"]
@@ -54,14 +55,7 @@ def test_videos_and_images_train_together_and_resume_bit_for_bit(clips, images, 
     train(options(clips, tmp_path / "whole", **mixed))
     assert stored(tmp_path / "whole")["data"] == [str(clips), f"{images}:0.5"]
     assert stored(tmp_path / "whole")["data_weights"] == [1.0, 0.5]
-    real = training.save_checkpoint
-
-    def interrupted(run, step, *rest):
-        real(run, step, *rest)
-        if step == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(training, "save_checkpoint", interrupted)
+    stop_after_checkpoint(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(options(clips, tmp_path / "parts", **mixed))
     monkeypatch.undo()

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import hpdm.training.trainer as training
 from hpdm import distributed
 from hpdm import runs as saved
 from hpdm.commands.train import train
+from hpdm.evaluation import validation
 from hpdm.training.checkpoint import list_checkpoints
 from tests.processes import run_ranks
-from tests.small import train_options
+from tests.small import stop_after_checkpoint, train_options
 
 RUNS = ["ddp", "fsdp", "resumed_by_two", "resumed_by_one"]
 
@@ -22,29 +22,27 @@ def options(clips, out, **changes):
     return train_options(clips, out, **(values | {"device": "cpu"} | changes))
 
 
-def interrupted_after(step, monkeypatch):
-    """Every process stops once the checkpoint of ``step`` is written."""
-    real = training.save_checkpoint
+def followed(clips, out, **changes):
+    return options(clips, out, validate_every=2, validation=clips, snapshot_every=2, **changes)
 
-    def save(run, at, *rest):
-        real(run, at, *rest)
-        if at == step:
-            raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "save_checkpoint", save)
+def validate_in_three_batches(monkeypatch):
+    """Of the six clips two at a time, which two processes cannot share out evenly."""
+    monkeypatch.setattr(validation, "BATCH", 2)
 
 
 def train_in_a_group(clips, out):
     """What each of two processes does: runs from start to end, the second half of one, the first half of another."""
     clips, out = Path(clips), Path(out)
     errors = []
-    with distributed.process_group(torch.device("cpu")):
+    with distributed.process_group(torch.device("cpu")), pytest.MonkeyPatch.context() as batches:
+        validate_in_three_batches(batches)
         rank = distributed.rank()
         for how in ("ddp", "fsdp"):
-            train(options(clips, out / how, parallel=how))
+            train(followed(clips, out / how, parallel=how))
         train(options(clips, out / "resumed_by_two", parallel="fsdp"))
         with pytest.MonkeyPatch.context() as patch:
-            interrupted_after(1, patch)
+            stop_after_checkpoint(1, patch)
             with pytest.raises(KeyboardInterrupt):
                 train(options(clips, out / "resumed_by_one", parallel="fsdp"))
         for changes in (
@@ -63,13 +61,16 @@ def train_in_a_group(clips, out):
 def runs(clips, tmp_path_factory):
     """One process alone, two replicated, two sharded; runs that each leaves to the others to finish."""
     out = tmp_path_factory.mktemp("parallel")
-    train(options(clips, out / "alone"))
+    alone = pytest.MonkeyPatch()
+    validate_in_three_batches(alone)
+    train(followed(clips, out / "alone"))
     with pytest.MonkeyPatch.context() as patch:
-        interrupted_after(1, patch)
+        stop_after_checkpoint(1, patch)
         with pytest.raises(KeyboardInterrupt):
             train(options(clips, out / "resumed_by_two"))
     run_ranks(train_in_a_group, 2, clips, out)
     train(options(clips, out / "resumed_by_one"))
+    alone.undo()
     return out
 
 
@@ -94,10 +95,23 @@ def test_weights_and_their_average_do_not_depend_on_the_processes(runs, name, we
 
 @pytest.mark.parametrize("name", RUNS)
 def test_losses_do_not_depend_on_the_processes(runs, name):
-    expected, got = rows(runs / "alone"), rows(runs / name)
+    expected, got = ([row for row in rows(runs / run) if "loss" in row] for run in ("alone", name))
     assert [row["step"] for row in got] == [1, 2, 3]
-    for key in ("loss", "loss_level_0", "loss_level_2", "grad_norm"):
+    for key in ("loss", "loss_level_0", "loss_level_2", "grad_norm", "grad_norm_max"):
         assert [row[key] for row in got] == pytest.approx([row[key] for row in expected], rel=1e-4), key
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_validations_and_snapshots_do_not_depend_on_the_processes(runs, name):
+    expected, got = ([row for row in rows(runs / run) if "validation" in row] for run in ("alone", name))
+    assert [row["step"] for row in got] == [2, 3]
+    for ours, theirs in zip(got, expected):
+        assert ours.keys() == theirs.keys()
+        assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-4)
+    for step in (2, 3):
+        file = f"snapshots/step-{step:08d}.safetensors"
+        whole, shared = (saved.load(runs / run / file).model.parameters() for run in ("alone", name))
+        assert all(torch.allclose(p, q, rtol=1e-3, atol=1e-6) for p, q in zip(whole, shared))
 
 
 def test_checkpoints_are_shared_out(runs):

@@ -14,6 +14,7 @@ def test_running_mean():
 
 def test_a_plot_of_a_log(tmp_path):
     rows = [{"step": n, "loss_level_0": 1 / n, "loss_level_1": 2 / n} for n in range(1, 30)]
+    rows.append({"step": 29, "validation_level_0": 0.5, "validation_level_0_t0": 0.7})
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot_losses(tmp_path, tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as image:

@@ -20,6 +20,7 @@ from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.training.batches import collate, noise_generator
 from hpdm.training.checkpoint import list_checkpoints
 from hpdm.training.options import train_options
+from tests.small import stop_after_checkpoint
 from tests.small import train_options as options
 
 
@@ -34,15 +35,7 @@ def test_an_interrupted_run_continues_bit_for_bit(clips, saved_run, tmp_path, mo
     if optimizer != "adamw":
         uninterrupted = tmp_path / "uninterrupted"
         train(options(clips, uninterrupted, optimizer=optimizer))
-    real = training.save_checkpoint
-
-    def interrupted(run, step, *rest):
-        path = real(run, step, *rest)
-        if step == 3:
-            raise KeyboardInterrupt
-        return path
-
-    monkeypatch.setattr(training, "save_checkpoint", interrupted)
+    stop_after_checkpoint(3, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(options(clips, tmp_path / "parts", optimizer=optimizer))
     monkeypatch.undo()
@@ -204,8 +197,10 @@ def test_a_wish_to_stop_waits_for_the_step_and_a_checkpoint(clips, tmp_path, mon
 
     monkeypatch.setattr(training.Trainer, "train_step", signalled)
     with pytest.raises(KeyboardInterrupt):
-        train(options(clips, tmp_path))
+        train(options(clips, tmp_path, sample_every=2, validate_every=2, validation=clips))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002"]
+    assert not (tmp_path / "samples").exists()  # a scheduler does not wait for long
+    assert not any("validation" in line for line in (tmp_path / "log.jsonl").read_text().splitlines())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 

@@ -1,0 +1,58 @@
+"""Means over the steps since the last row of the log, collected without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from hpdm import distributed
+
+
+class Means:
+    """Losses and gradient norms since they were last read.
+
+    A resumed run begins anew: the sums are not part of a checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.steps = 0
+        """Number of steps since the last reading."""
+        self._losses: dict[str, Tensor] = {}  # sums by name
+        self._norm: Tensor | None = None  # [2]: sum and largest
+
+    def add(self, losses: Mapping[str, Tensor], norm: Tensor) -> None:
+        """Adds a step's losses, scalars of this rank, and the norm of its gradient, the same on all ranks."""
+        if self._norm is None:
+            self._losses = {name: loss.double() for name, loss in losses.items()}
+            self._norm = norm.double().expand(2).clone()
+        else:
+            self._losses = {name: self._losses[name] + loss for name, loss in losses.items()}
+            # torch.maximum, unlike Python's max, keeps a NaN.
+            self._norm = torch.stack((self._norm[0] + norm, torch.maximum(self._norm[1], norm.double())))
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """``loss``, a mean for each name, ``grad_norm`` and ``grad_norm_max`` over the steps. A collective.
+
+        Losses are means over all ranks, too. Infinity and NaN are not left out. :meth:`clear` begins anew.
+
+        Raises:
+            ValueError: no step since the last reading.
+        """
+        if self._norm is None:
+            raise ValueError("means: got no step since the last reading, expected at least one")
+        losses = distributed.mean(torch.stack(list(self._losses.values()))) / self.steps
+        by_name = dict(zip(self._losses, losses.tolist()))
+        norm, largest = self._norm.tolist()
+        return {
+            "loss": losses.mean().item(),
+            **{f"loss_{name}": value for name, value in by_name.items()},
+            "grad_norm": norm / self.steps,
+            "grad_norm_max": largest,
+        }
+
+    def clear(self) -> None:
+        """Forgets all steps."""
+        self.steps, self._losses, self._norm = 0, {}, None
