@@ -141,7 +141,7 @@ def test_guidance_of_texts_is_that_of_absent_text(generator):
         options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, solver="heun")
         return Sampler(model, options)([3], text=text)[-1]
 
-    torch.testing.assert_close(run(0.0, text), run(1.0, None), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(0.0, text), run(1.0, None), rtol=0, atol=5e-5)
     assert not torch.allclose(run(3.0, text), run(1.0, text), atol=1e-4)
 
 
