@@ -1,7 +1,7 @@
 """The solvers of all samplers: DDIM, Heun's method with and without churn, and the multistep method DPM-Solver++(2M).
 
 They work in EDM's variable ``x = y + sigma e`` (Karras et al. 2022), where ``y`` is the scaled clean video: ``x`` is
-the noised video ``x~`` of :mod:`hpdm.process` divided by ``sqrt(g)``, and ``sigma = sqrt((1 - g) / g) = tan(pi t / 2)``.
+the noised video ``x~`` of :mod:`hpdm.process` divided by ``sqrt(g)``, and ``sigma = sqrt((1-g) / g) = tan(pi t / 2)``.
 In this variable every step is a linear combination of videos and denoised predictions ``y^``, and its part with a new
 prediction is ``alpha * base + beta * y^``, which a sampler can compute in one pass.
 """
