@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hpdm import distributed, runs
 from hpdm.checks import at_least
-from hpdm.commands.common import Kernels, Weights, clips_of_run
+from hpdm.commands.common import Kernels, Weights, clips_of_run, warn_of_untrained_context
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split, find_split_file
 from hpdm.evaluation.denoising import denoising_table, evaluate_denoising
@@ -194,6 +194,8 @@ def _check(options: EvaluateOptions, loaded: Run) -> None:
         read_synthetic_set(dataset)
         if kind != "class":
             raise ValueError(f"run: got a run with conditioning {kind!r}, expected 'class' for motion")
+    if metrics & {"motion", "fvd", "is"} and options.generated is None:
+        warn_of_untrained_context(loaded, options.sampler)
     if metrics & {"fvd", "is"} and options.frames > frames:
         raise ValueError(f"frames: got {options.frames}, expected at most {frames}, the frames of the run")
     if "fvd" in metrics and options.split is None and _has_split(dataset):
