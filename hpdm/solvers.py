@@ -100,43 +100,42 @@ class Solver:
                 levels.append(next_sigma)
         return levels
 
-    def start(self, noise: Tensor) -> Tensor:
-        """The initial ``x``, whose ``x~`` is standard normal ``noise``, since it holds almost no signal."""
-        return noise * math.hypot(1.0, self.sigmas[0])
-
-    def solve(self, x: Tensor, update: Update, noise: Callable[[], Tensor]) -> Tensor:
+    def solve(self, update: Update, noise: Callable[[], Tensor]) -> Tensor:
         """Integrates from pure noise to the scaled clean video ``y``.
 
         Args:
-            x: from :meth:`start`.
-            update: predicts ``y^`` and combines it.
-            noise: draws standard normal noise of the shape of ``x``, for churn.
+            update: predicts ``y^`` and combines it; it returns a new tensor.
+            noise: draws standard normal noise of the shape of the video, for the start and for churn.
         """
-        return self._solve_multistep(x, update) if self.method == "2m" else self._solve_single_step(x, update, noise)
+        return self._solve_multistep(update, noise) if self.method == "2m" else self._solve_single_step(update, noise)
 
-    def _solve_multistep(self, x: Tensor, update: Update) -> Tensor:
+    def _start(self, noise: Callable[[], Tensor]) -> Tensor:
+        """The initial ``x``, whose ``x~`` is standard normal noise, since it holds almost no signal."""
+        return noise() * math.hypot(1.0, self.sigmas[0])
+
+    def _solve_multistep(self, update: Update, noise: Callable[[], Tensor]) -> Tensor:
         """DPM-Solver++(2M): Lu et al. 2022b, Algorithm 2, in EDM's variable, where ``lambda = -log sigma``.
 
         A step of size ``h = log(s / s')`` after one of size ``h_old`` is ``x' = (s' / s) x + (1 - s' / s) D`` with
         ``D = (1 + c) y^ - c y^_old`` and ``c = h / (2 h_old)``. The first step has no ``y^_old``, and in the last one,
         to ``s' = 0``, h is infinite: both take ``D = y^``.
         """
+        x = self._start(noise)
         old: Tensor | None = None
         h_old = math.inf
         for sigma, next_sigma in pairwise(self.sigmas):
             h = math.log(sigma / next_sigma) if next_sigma else math.inf
             c = 0.0 if old is None or not next_sigma else h / (2 * h_old)
             d = update(x, sigma, x if old is None else old, -c, 1 + c)
-            weight = 1 - next_sigma / sigma
-            # The caller's x is left as it is; after the first step x and old belong to this function.
-            x = x.lerp(d, weight) if old is None else x.lerp_(d, weight)
+            x.lerp_(d, 1 - next_sigma / sigma)
             # The prediction itself, for the next step: y^ = (D + c y^_old) / (1 + c).
             old = d if old is None else old.mul_(c).add_(d).div_(1 + c)
             h_old = h
         return x
 
-    def _solve_single_step(self, x: Tensor, update: Update, noise: Callable[[], Tensor]) -> Tensor:
+    def _solve_single_step(self, update: Update, noise: Callable[[], Tensor]) -> Tensor:
         """Karras et al. 2022, Algorithm 2, of which DDIM and Heun's method are special cases."""
+        x = self._start(noise)
         for sigma, next_sigma in pairwise(self.sigmas):
             raised = self._raised(sigma)
             if raised > sigma:  # churn: add noise up to a higher noise level

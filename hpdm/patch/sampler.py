@@ -141,7 +141,7 @@ class Sampler:
                 tile_sums.add(tiles)
             return tile_sums.step(base, alpha, beta)
 
-        y = solver.solve(solver.start(noise()), update, noise)
+        y = solver.solve(update, noise)
         return (y / self.config.signal_scale(level)).clamp_(-1, 1)
 
     def _denoised_tiles(

@@ -22,15 +22,21 @@ DETAIL = (0.2, 0.1, 0.05)
 """Standard deviations of components in pixels of [-1, 1]."""
 
 
-def solve(solver, denoise, x, noise=None):
-    """The solver with a denoiser ``denoise(x, sigma)``; also the noise levels at which it was called."""
-    seen = []
+def solve(solver, denoise, x):
+    """The solver from the noise ``x`` with a denoiser ``denoise(x, sigma)``; also the noise levels of its calls."""
+    seen, draws = [], iter([x])
+    generator = torch.Generator().manual_seed(1)
 
     def update(x, sigma, base, alpha, beta):
         seen.append(sigma)
         return alpha * base + beta * denoise(x, sigma)
 
-    return solver.solve(solver.start(x), update, noise or (lambda: torch.randn_like(x))), seen
+    def noise():
+        for start in draws:
+            return start
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+    return solver.solve(update, noise), seen
 
 
 def gain(solver, std):
@@ -108,10 +114,7 @@ def test_detail_survives_on_level_0(steps, churn):
     generator = torch.Generator().manual_seed(steps)
     stds = torch.tensor(DETAIL, dtype=torch.float64)[:, None]
     x = torch.randn(3, 20_000, generator=generator, dtype=torch.float64)
-    y, _ = solve(
-        solver, lambda x, sigma: x * stds**2 / (stds**2 + sigma**2), x,
-        lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype),
-    )  # fmt: skip
+    y, _ = solve(solver, lambda x, sigma: x * stds**2 / (stds**2 + sigma**2), x)
     assert ((y.std(dim=1) / stds[:, 0]) - 1).abs().max() < 0.05
 
 
