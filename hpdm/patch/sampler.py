@@ -37,7 +37,7 @@ class Sampler:
         options: see :class:`hpdm.sampling.SamplerOptions`.
 
     Raises:
-        ValueError: tiles that cannot overlap as ``options`` require, or noise levels that do not fall.
+        ValueError: tiles that cannot overlap as ``options`` require, or a ``sigma_min`` above the first noise level.
     """
 
     def __init__(self, model: HPDM, options: SamplerOptions | None = None) -> None:
