@@ -138,7 +138,7 @@ def test_guidance_of_texts_is_that_of_absent_text(generator):
     model, text = random_model(config), torch.randn(1, 5, 12, generator=generator)
 
     def run(guidance, text):
-        options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, solver="heun")
+        options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, solver="heun", spacing="time")
         return Sampler(model, options)([3], text=text)[-1]
 
     torch.testing.assert_close(run(0.0, text), run(1.0, None), rtol=0, atol=5e-5)
@@ -149,7 +149,9 @@ def test_guidance_of_one_is_none_and_zero_is_unconditional():
     model = random_model(small_config())
 
     def run(guidance, label):
-        options = SamplerOptions(steps=2, overlap="none", guidance=guidance, clip=False, solver="heun")
+        options = SamplerOptions(
+            steps=2, overlap="none", guidance=guidance, clip=False, solver="heun", spacing="time"
+        )  # with spacing "edm" Heun's method takes two such large steps that only rounding is left
         return Sampler(model, options)([3], torch.tensor([label]))[0]
 
     null = model.config.classes
@@ -310,3 +312,16 @@ def test_bad_calls_are_named():
         Sampler(model)([0], torch.tensor([9]))
     with pytest.raises(ValueError, match=r"guidance: got 2.0 without labels"):
         Sampler(model, SamplerOptions(guidance=2.0))([0])
+
+
+def test_steps_too_few_for_heuns_method_are_named(caplog):
+    model = random_model(small_config())
+    for options in ({"steps": 16}, {"solver": "2m", "steps": 4}, {"steps": 4, "spacing": "time"}):
+        Sampler(model, SamplerOptions(**options))
+    assert not caplog.records
+    Sampler(model, SamplerOptions(steps=15))
+    Sampler(model, SamplerOptions(steps=24, later_solver="heun"))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"steps: got {steps} on level {level}, expected at least 16 for {name}: fewer exaggerate detail; '2m' does not"
+        for steps, level, name in [(15, 0, "solver 'edm'"), (12, 1, "later_solver 'heun'")]
+    ]
