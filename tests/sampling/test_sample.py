@@ -59,7 +59,7 @@ def prompted(run_folder, out, *prompts, **changes):
 
 
 def options(run_folder, out, **changes):
-    return make_options(run_folder, out, **{"count": 2, "steps": 2, "overlap": "hw"} | changes)
+    return make_options(run_folder, out, **{"count": 2, "steps": 2, "overlap": "hw", "later_solver": "ddim"} | changes)
 
 
 def frames(path):

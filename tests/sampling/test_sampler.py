@@ -177,7 +177,7 @@ FOUR_LEVELS = {"patch": (2, 4, 4), "ratio": (1, 2, 2), "levels": 4, "levels_per_
 @pytest.mark.parametrize("changes", [{}, {"fusion": "shallow"}, {"coordinates": False}, FOUR_LEVELS])
 def test_cache_modes_agree(changes):
     """Features in device and in host memory give the same bits; recomputed, the same up to rounding."""
-    model = random_model(small_config(**changes))
+    model = random_model(small_config(**{"ratio": (1, 2, 2)} | changes))
 
     def run(cache):
         options = SamplerOptions(steps=3, overlap="hw", tile_batch=6, guidance=1.5, cache=cache)
@@ -261,8 +261,11 @@ if int(sys.argv[3]) > 1:
     world, rank = map(int, sys.argv[3:5])
     dist.init_process_group("gloo", init_method="file://" + sys.argv[5], rank=rank, world_size=world)
 for cache in ("gpu", "cpu", "off"):
-    options = SamplerOptions(steps=3, overlap="hw", tile_batch=6, guidance=1.5, cache=cache)
-    model = random_model(small_config(self_conditioning=0.9 if cache == "gpu" else 0.0))
+    options = SamplerOptions(
+        steps=3, overlap="hw", tile_batch=6, cache=cache, guidance=1.5, guidance_interval=(0.01, 20.0),
+        context_noise=0.1,
+    )
+    model = random_model(small_config(ratio=(1, 2, 2), self_conditioning=0.9 if cache == "gpu" else 0.0))
     videos = Sampler(model, options)([1, 2], torch.tensor([0, 1]))
     torch.save(videos, f"{sys.argv[2]}/{cache}_{sys.argv[3]}_{sys.argv[4]}.pt")
 """
