@@ -33,7 +33,7 @@ from hpdm.sampling import SamplerOptions
 ROUNDS = 2
 
 
-def every_tile(levels, level, batches, whole):
+def every_tile(levels, level, batches, copies, whole):
     """Runs the network on each tile's chain of ancestors, separately for every tile.
 
     ``whole``: runs all blocks; else skips the last block of every ancestor, whose output is not needed.
@@ -45,8 +45,8 @@ def every_tile(levels, level, batches, whole):
         context = None
         for below in range(level):
             tiles = levels.ancestors[level][below][batch]
-            clean, tile_boxes = levels.clean_tiles(below, tiles), levels.tilings[below].boxes[tiles]
-            x, _, box, t, _, *conditions = network._inputs(below, clean, tile_boxes, 0.0, context)
+            clean, tile_boxes = levels.context_tiles(below, tiles), levels.tilings[below].boxes[tiles]
+            x, _, box, t, _, *conditions = network._inputs(below, clean, tile_boxes, 0.0, context, copies)
             blocks = model.fusing_blocks(below + 1)
             conditioning = model._condition_level(x, below, t, *conditions)
             stop = None if whole else blocks[-1]
@@ -58,12 +58,12 @@ def every_tile(levels, level, batches, whole):
         yield context
 
 
-def once_per_step(levels, level, batches):
+def once_per_step(levels, level, batches, copies):
     """Discards the features of the finished levels before every step and recomputes them."""
     levels.cache.finished.clear()
     for below in range(level):
         levels.keep_features(below)
-    yield from cached(levels, level, batches)
+    yield from cached(levels, level, batches, copies)
 
 
 def blocks(config: HPDMConfig, plan: list[LevelPlan], sampler: Sampler, videos: int) -> dict[str, int]:
@@ -77,7 +77,7 @@ def blocks(config: HPDMConfig, plan: list[LevelPlan], sampler: Sampler, videos: 
     ancestors = find_ancestors(sampler.tilings)
     per_batch = 0
     for p in plan:
-        for batch in batches(p.tiles, tiles_per_call(sampler.options, videos)):
+        for batch in batches(p.tiles, tiles_per_call(sampler.options, videos, 1)):
             needed = lineage(ancestors, p.level, batch)
             per_batch += p.predictions * sum(len(tiles) * (n - 1) for tiles, n in zip(needed, serving))
     tiles = [p.predictions * p.tiles for p in plan]

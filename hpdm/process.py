@@ -16,6 +16,8 @@ DATA_STD = 0.5
 """Standard deviation of pixels in [-1, 1] that :func:`network_input` assumes."""
 T_MAX = 0.995
 """Sampling starts at this time, where sqrt(g) = 0.008: at t = 1 the network's input would hold no signal at all."""
+SIGMA_MAX = math.tan(math.pi / 2 * T_MAX)
+"""The noise level of :data:`T_MAX`, noise over signal."""
 
 
 def gamma(t: Tensor) -> Tensor:
@@ -73,6 +75,31 @@ def sampling_times(steps: int) -> list[float]:
     if steps < 1:
         raise ValueError(f"steps: got {steps}, expected at least 1")
     return [T_MAX * (1 - i / steps) for i in range(steps)] + [0.0]
+
+
+def edm_sigmas(steps: int, sigma_min: float, rho: float) -> list[float]:
+    """``steps + 1`` noise levels from :data:`SIGMA_MAX` to ``sigma_min``, evenly spaced in ``sigma^(1 / rho)``, then 0.
+
+    Karras et al. 2022, eq. 5, where ``rho`` is 7. The larger ``|rho|``, the more even the spacing is in ``log sigma``.
+    Steps in ``log sigma`` are smallest at the clean end with a negative ``rho``, at the noisy end with a positive one.
+
+    Args:
+        steps: with one step there is no room for ``sigma_min``; it goes from :data:`SIGMA_MAX` to 0.
+        sigma_min: the last noise level before 0.
+        rho: exponent.
+
+    Raises:
+        ValueError: fewer than one step, ``sigma_min`` not between 0 and :data:`SIGMA_MAX`, or ``rho`` 0 or not finite.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: got {steps}, expected at least 1")
+    if not 0 < sigma_min < SIGMA_MAX:
+        raise ValueError(f"sigma_min: got {sigma_min}, expected a noise level between 0 and {SIGMA_MAX:.1f}")
+    if rho == 0 or not math.isfinite(rho):
+        raise ValueError(f"rho: got {rho}, expected a finite number other than 0")
+    first, last = SIGMA_MAX ** (1 / rho), sigma_min ** (1 / rho)
+    between = [(first + i / (steps - 1) * (last - first)) ** rho for i in range(1, steps)]
+    return [SIGMA_MAX, *between, 0.0]
 
 
 def _expand_to(values: Tensor, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -9,7 +10,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from hpdm.checks import at_least, check_choice
-from hpdm.solvers import Solver
+from hpdm.solvers import FEWEST_STEPS, Method, Solver, Spacing, noise_levels
 
 AXES = "fhw"
 """The axes of a video by letter: frames, height, width."""
@@ -17,8 +18,11 @@ AXES = "fhw"
 Progress = Callable[[int, int, int], None]
 """Called as (part, network calls done, network calls in all) after every network call on that part."""
 
-SolverName = Literal["edm", "heun", "ddim"]
-"""``"edm"``: second order with churn. ``"heun"``: the same without churn. ``"ddim"``: first order, without churn."""
+SolverName = Literal["edm", "heun", "ddim", "2m"]
+"""``"edm"``: second order with churn, two predictions per step. ``"heun"``: the same without churn. ``"ddim"``: first
+order, without churn. ``"2m"``: DPM-Solver++(2M), second order with one prediction per step, without churn."""
+
+METHODS: dict[SolverName, Method] = {"edm": "heun", "heun": "heun", "ddim": "euler", "2m": "2m"}
 
 CacheMode = Literal["gpu", "cpu", "off"]
 """Where features of finished levels are cached: on the model's device, in host memory, or not at all."""
@@ -35,17 +39,35 @@ class SamplerOptions:
     steps: int = 128
     """Steps on level 0."""
     steps_decay: float = 0.5
-    """Factor on the number of steps from each level to the next (appendix C: halved)."""
+    """Factor on the number of steps from each level to the next (appendix C: halved). A level takes at least as many
+    steps as its solver needs: two for "2m", else one."""
     solver: SolverName = "edm"
     """Solver on level 0."""
-    later_solver: SolverName = "ddim"
-    """Solver on later levels, where a second-order correction made grain (appendix D.3)."""
+    later_solver: SolverName = "2m"
+    """Solver on later levels."""
+    spacing: Spacing = "edm"
+    """Noise levels of the steps. "edm": evenly spaced in sigma^(1/rho) down to --sigma-min. "time": evenly spaced in
+    the diffusion time."""
+    rho: float = -10.0
+    """Exponent of the spacing "edm": EDM has 7; a large one means evenly spaced in log sigma, a negative one smaller
+    steps towards the clean end."""
+    sigma_min: float = 0.005
+    """Last noise level of the spacing "edm", in pixels of [-1, 1]: on each level it is multiplied by the scale of the
+    signal."""
     overlap: str = "fhw"
     """Axes on which tiles overlap: "none" or some of the letters f, h, w (Table 4)."""
     tiles_per_patch: int = 2
     """Tiles that start within one patch on an overlapping axis: 2 is 50 % overlap, 4 is 75 %."""
     guidance: float = 1.0
     """Classifier-free guidance weight; 1 is none, 0 is unconditional."""
+    later_guidance: float | None = None
+    """Guidance weight on later levels; --guidance if not given. At 1 they take half the work of guided ones."""
+    guidance_interval: tuple[float, float] | None = None
+    """Lowest and highest noise level at which guidance acts, in pixels of [-1, 1] as --sigma-min; at the others the
+    weight is 1. Everywhere if not given."""
+    context_noise: float = 0.0
+    """Time, from clean 0 to noise 1, to which finished levels are noised before they become the context of the levels
+    above. It suits a model that has seen such contexts in training."""
     churn: float = 10.0
     """Stochasticity of the solver "edm", EDM's S_churn."""
     churn_range: tuple[float, float] = (0.05, 50.0)
@@ -68,16 +90,37 @@ class SamplerOptions:
         at_least(self, 0, "churn")
         if not 0 < self.steps_decay <= 1:
             raise ValueError(f"steps_decay: got {self.steps_decay}, expected a factor in (0, 1]")
+        if not 0 <= self.context_noise < 1:
+            raise ValueError(f"context_noise: got {self.context_noise}, expected a time in [0, 1)")
+        low, high = self.guidance_interval or (0.0, math.inf)
+        if not 0 <= low < high:
+            raise ValueError(f"guidance_interval: got {self.guidance_interval}, expected 0 <= lowest < highest")
+        noise_levels(self.spacing, self.steps, self.sigma_min, self.rho)
+        fewest = FEWEST_STEPS[METHODS[self.solver]]
+        if self.steps < fewest:
+            raise ValueError(f"steps: got {self.steps}, expected at least {fewest} for solver {self.solver!r}")
 
     def level_steps(self, level: int) -> int:
-        """Steps on a level, at least one."""
-        return max(1, round(self.steps * self.steps_decay**level))
+        """Steps on a level, at least as many as its solver needs."""
+        return max(FEWEST_STEPS[METHODS[self._solver_name(level)]], round(self.steps * self.steps_decay**level))
 
-    def level_solver(self, level: int) -> Solver:
-        """The solver of a level."""
-        name = self.later_solver if level else self.solver
-        churn = self.churn if name == "edm" else 0.0
-        return Solver(self.level_steps(level), name != "ddim", churn, self.churn_range)
+    def level_solver(self, level: int, signal: float = 1.0) -> Solver:
+        """The solver of a level whose clean signal is scaled by ``signal``, b_l of :mod:`hpdm.process`."""
+        name = self._solver_name(level)
+        sigmas = noise_levels(self.spacing, self.level_steps(level), self.sigma_min * signal, self.rho)
+        return Solver(sigmas, METHODS[name], self.churn if name == "edm" else 0.0, self.churn_range)
+
+    def level_guidance(self, level: int) -> float:
+        """The guidance weight of a level, where guidance acts."""
+        return self.guidance if level == 0 or self.later_guidance is None else self.later_guidance
+
+    def guidance_at(self, level: int, sigma: float, signal: float = 1.0) -> float:
+        """The guidance weight of a level at the noise level ``sigma``, if the clean signal is scaled by ``signal``."""
+        low, high = self.guidance_interval or (0.0, math.inf)
+        return self.level_guidance(level) if low <= sigma / signal <= high else 1.0
+
+    def _solver_name(self, level: int) -> SolverName:
+        return self.later_solver if level else self.solver
 
 
 class Sampler(Protocol):

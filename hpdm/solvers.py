@@ -1,9 +1,9 @@
-"""The solver of all samplers: EDM's Algorithm 2 (Karras et al. 2022), of which DDIM and Heun are special cases.
+"""The solvers of all samplers: DDIM, Heun's method with and without churn, and the multistep method DPM-Solver++(2M).
 
-It works in EDM's variable ``x = y + sigma e``, where ``y`` is the scaled clean video: ``x`` is the noised video ``x~``
-of :mod:`hpdm.process` divided by ``sqrt(g)``, and ``sigma = sqrt((1 - g) / g) = tan(pi t / 2)``. In this variable every
-step is a linear combination ``alpha * base + beta * y^`` of a video and the denoised prediction ``y^``, so a sampler
-can compute both in one pass.
+They work in EDM's variable ``x = y + sigma e`` (Karras et al. 2022), where ``y`` is the scaled clean video: ``x`` is
+the noised video ``x~`` of :mod:`hpdm.process` divided by ``sqrt(g)``, and ``sigma = sqrt((1-g) / g) = tan(pi t / 2)``.
+In this variable every step is a linear combination of videos and denoised predictions ``y^``, and its part with a new
+prediction is ``alpha * base + beta * y^``, which a sampler can compute in one pass.
 """
 
 from __future__ import annotations
@@ -12,14 +12,39 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-from hpdm.process import T_MAX, sampling_times
+from hpdm.checks import check_choice
+from hpdm.process import SIGMA_MAX, edm_sigmas, sampling_times
 
-SIGMA_MAX = math.tan(math.pi / 2 * T_MAX)
-"""The highest noise level; churn does not go above it."""
+Method = Literal["euler", "heun", "2m"]
+"""``"euler"``: first order; without churn this is DDIM. ``"heun"``: second order with two predictions per step.
+``"2m"``: second order with one prediction per step, which uses that of the step before."""
+
+Spacing = Literal["edm", "time"]
+"""``"edm"``: evenly spaced in a power of sigma, :func:`hpdm.process.edm_sigmas`. ``"time"``: evenly spaced in t."""
+
+FEWEST_STEPS: dict[Method, int] = {"euler": 1, "heun": 1, "2m": 2}
+"""A method with memory needs a step before. With one step, Heun's method is Euler's."""
+
+
+def noise_levels(spacing: Spacing, steps: int, sigma_min: float, rho: float) -> tuple[float, ...]:
+    """``steps + 1`` noise levels down to 0.
+
+    Args:
+        spacing: see :data:`Spacing`.
+        steps: number of steps.
+        sigma_min: the last noise level before 0, for ``"edm"``.
+        rho: exponent, for ``"edm"``.
+
+    Raises:
+        ValueError: unknown spacing, or numbers out of range as in :func:`hpdm.process.edm_sigmas`.
+    """
+    if check_choice("spacing", spacing, Spacing) == "time":
+        return tuple(math.tan(math.pi / 2 * t) for t in sampling_times(steps))
+    return tuple(edm_sigmas(steps, sigma_min, rho))
 
 
 class Update(Protocol):
@@ -32,44 +57,92 @@ class Update(Protocol):
 
 @dataclass(frozen=True)
 class Solver:
-    """The number of steps, their order, and the stochasticity (churn)."""
+    """Noise levels, the method that steps from each to the next, and the stochasticity (churn).
 
-    steps: int
-    second_order: bool
-    """Heun's correction: two predictions per step, except for the last step."""
+    Raises:
+        ValueError: an unknown method, too few steps for it, noise levels that do not fall to 0, or churn with a method
+            that has none.
+    """
+
+    sigmas: tuple[float, ...]
+    """Noise levels, falling, the last one 0."""
+    method: Method
     churn: float = 0.0
     """EDM's S_churn; 0 is deterministic."""
     churn_range: tuple[float, float] = (0.05, 50.0)
     """Noise levels sigma between which churn acts, EDM's S_tmin and S_tmax."""
 
+    def __post_init__(self) -> None:
+        fewest = FEWEST_STEPS[check_choice("method", self.method, Method)]
+        if self.steps < fewest:
+            raise ValueError(f"steps: got {self.steps}, expected at least {fewest} for solver {self.method!r}")
+        if self.sigmas[-1] != 0 or any(a <= b for a, b in pairwise(self.sigmas)):
+            raise ValueError(f"sigmas: got {self.sigmas}, expected falling noise levels that end with 0")
+        if self.churn and self.method == "2m":
+            raise ValueError(f"churn: got {self.churn}, expected 0 for solver '2m', which is deterministic")
+
+    @property
+    def steps(self) -> int:
+        """Number of steps."""
+        return len(self.sigmas) - 1
+
     @property
     def predictions(self) -> int:
         """Number of denoised predictions."""
-        return 2 * self.steps - 1 if self.second_order else self.steps
+        return len(self.prediction_sigmas())
 
-    def sigmas(self) -> list[float]:
-        """``steps + 1`` noise levels down to 0."""
-        return [math.tan(math.pi / 2 * t) for t in sampling_times(self.steps)]
+    def prediction_sigmas(self) -> list[float]:
+        """The noise levels of the denoised predictions, in order."""
+        levels = []
+        for sigma, next_sigma in pairwise(self.sigmas):
+            levels.append(self._raised(sigma))
+            if self.method == "heun" and next_sigma > 0:
+                levels.append(next_sigma)
+        return levels
 
-    def start(self, noise: Tensor) -> Tensor:
-        """The initial ``x``, whose ``x~`` is standard normal ``noise``, since it holds almost no signal."""
-        return noise * math.hypot(1.0, self.sigmas()[0])
-
-    def solve(self, x: Tensor, update: Update, noise: Callable[[], Tensor]) -> Tensor:
+    def solve(self, update: Update, noise: Callable[[], Tensor]) -> Tensor:
         """Integrates from pure noise to the scaled clean video ``y``.
 
         Args:
-            x: from :meth:`start`.
-            update: predicts ``y^`` and combines it.
-            noise: draws standard normal noise of the shape of ``x``, for churn.
+            update: predicts ``y^`` and combines it; it returns a new tensor.
+            noise: draws standard normal noise of the shape of the video, for the start and for churn.
         """
-        for sigma, next_sigma in pairwise(self.sigmas()):
+        return self._solve_multistep(update, noise) if self.method == "2m" else self._solve_single_step(update, noise)
+
+    def _start(self, noise: Callable[[], Tensor]) -> Tensor:
+        """The initial ``x``, whose ``x~`` is standard normal noise, since it holds almost no signal."""
+        return noise() * math.hypot(1.0, self.sigmas[0])
+
+    def _solve_multistep(self, update: Update, noise: Callable[[], Tensor]) -> Tensor:
+        """DPM-Solver++(2M): Lu et al. 2022b, Algorithm 2, in EDM's variable, where ``lambda = -log sigma``.
+
+        A step of size ``h = log(s / s')`` after one of size ``h_old`` is ``x' = (s' / s) x + (1 - s' / s) D`` with
+        ``D = (1 + c) y^ - c y^_old`` and ``c = h / (2 h_old)``. The first step has no ``y^_old``, and in the last one,
+        to ``s' = 0``, h is infinite: both take ``D = y^``.
+        """
+        x = self._start(noise)
+        old: Tensor | None = None
+        h_old = math.inf
+        for sigma, next_sigma in pairwise(self.sigmas):
+            h = math.log(sigma / next_sigma) if next_sigma else math.inf
+            c = 0.0 if old is None or not next_sigma else h / (2 * h_old)
+            d = update(x, sigma, x if old is None else old, -c, 1 + c)
+            x.lerp_(d, 1 - next_sigma / sigma)
+            # The prediction itself, for the next step: y^ = (D + c y^_old) / (1 + c).
+            old = d if old is None else old.mul_(c).add_(d).div_(1 + c)
+            h_old = h
+        return x
+
+    def _solve_single_step(self, update: Update, noise: Callable[[], Tensor]) -> Tensor:
+        """Karras et al. 2022, Algorithm 2, of which DDIM and Heun's method are special cases."""
+        x = self._start(noise)
+        for sigma, next_sigma in pairwise(self.sigmas):
             raised = self._raised(sigma)
             if raised > sigma:  # churn: add noise up to a higher noise level
                 x = x + math.sqrt(raised**2 - sigma**2) * noise()
             # Euler: x' = x + (s' - s) * (x - y) / s = (s' / s) x + (1 - s' / s) y
             x_next = update(x, raised, x, next_sigma / raised, 1 - next_sigma / raised)
-            if self.second_order and next_sigma > 0:
+            if self.method == "heun" and next_sigma > 0:
                 # Heun: x + (s' - s) / 2 * ((x - y) / s + (x' - y') / s'), where (x - y) / s = (x' - x) / (s' - s), so
                 # it is (x + x') / 2 + h (x' - y') with h = (s' - s) / (2 s').
                 half = (next_sigma - raised) / (2 * next_sigma)

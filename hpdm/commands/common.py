@@ -1,21 +1,39 @@
-"""What several commands share: types of options, and the clips that a run reads."""
+"""What several commands share: types of options, checks of them against a run, and the clips that a run reads."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split
 from hpdm.runs import Run
 from hpdm.sampling import SamplerOptions
+
+logger = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "reference", "torch", "triton"]
 """Backend of every op; "reference" is the paper's formulas without our kernels."""
 
 Weights = Literal["ema", "model"]
 """Which weights of a run to use: their moving average, or those of the last step."""
+
+
+def warn_of_untrained_context(run: Run, options: SamplerOptions) -> None:
+    """Warns, on rank 0, of a context noise that the run has not seen: contexts that are clean or a little noised.
+
+    It is sampled all the same: a run whose contexts had the times of their own levels saw such ones now and then.
+    """
+    # Runs of earlier versions do not have this option, and were not trained so.
+    if options.context_noise > 0 and not run.training.get("clean_context", 0) and distributed.is_first():
+        logger.warning(
+            "context_noise: got %g for a run with clean_context 0, whose training seldom showed contexts as clean as "
+            "that; expected 0, or a run that was trained with --clean-context",
+            options.context_noise,
+        )
 
 
 def clips_of_run(run: Run, root: Path, split: Split | None, *, argument: str, **changes: Any) -> VideoDataset:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from hpdm import distributed, runs
+from hpdm.commands.common import warn_of_untrained_context
 from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions
 from hpdm.commands.evaluate_videos import distribution, motion
 from hpdm.data.clips import VideoDataset
@@ -130,6 +131,8 @@ def check_run(options: EvaluateOptions, loaded: Run) -> None:
         read_synthetic_set(dataset)
         if kind != "class":
             raise ValueError(f"run: got a run with conditioning {kind!r}, expected 'class' for motion")
+    if metrics & OF_VIDEOS and options.generated is None:
+        warn_of_untrained_context(loaded, options.sampler)
     if metrics & {"fvd", "is"} and options.frames > frames:
         raise ValueError(f"frames: got {options.frames}, expected at most {frames}, the frames of the run")
     if "fvd" in metrics and options.split is None and _has_split(dataset):

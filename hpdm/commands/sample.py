@@ -20,7 +20,14 @@ from tqdm import tqdm
 from hpdm import distributed, runs
 from hpdm.checks import at_least
 from hpdm.commands import unfinished
-from hpdm.commands.common import Kernels, Weights, choose_sampler, clips_of_run, sampler_not_given
+from hpdm.commands.common import (
+    Kernels,
+    Weights,
+    choose_sampler,
+    clips_of_run,
+    sampler_not_given,
+    warn_of_untrained_context,
+)
 from hpdm.commands.output_names import check_outputs
 from hpdm.commands.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
 from hpdm.data.layout import Split
@@ -114,6 +121,7 @@ def sample(options: SampleOptions) -> list[Path]:
     with distributed.process_group(distributed.pick_device(options.device)) as device:
         loaded = runs.load(options.run_folder, kernels=options.kernels, device=device, weights=options.weights)
         options = replace(options, sampler=choose_sampler(loaded, options.sampler))
+        warn_of_untrained_context(loaded, options.sampler)
         subjects = find_subjects(options, loaded, device)
         # Checked with the longest ending that a file may get.
         stems = [_stem(subject, options.seed + n) for n, subject in enumerate(subjects)]

@@ -55,50 +55,53 @@ class ContextCache:
         self._copy_stream = torch.cuda.Stream(device) if on_host and device.type == "cuda" else None
 
     def contexts(
-        self, ancestors: Sequence[Tensor], batches: Sequence[Tensor | slice], blocks: Sequence[int]
-    ) -> Iterator[Context | None]:
+        self, ancestors: Sequence[Tensor], batches: Sequence[Tensor | slice], blocks: Sequence[int],
+        videos: int | None = None,
+    ) -> Iterator[Context | None]:  # fmt: skip
         """Yields the context of each batch of tiles, fetched one batch ahead; ``None`` where no level is finished.
 
         Args:
             ancestors: per finished level ``[T]``, the tile there that contains each tile of this level.
             batches: batches of this level's tiles, as slices or as tile numbers.
             blocks: the blocks that fuse context into this level.
+            videos: the first so many of the V videos, which are those without the guidance copies; ``None`` for all.
         """
+        videos = self.videos if videos is None else videos
         if not self.finished:
             yield from [None] * len(batches)
             return
         fetch = self._copy_rows if self.on_host else self._in_place
-        fetched = fetch(ancestors, batches[0], blocks) if batches else None
+        fetched = fetch(ancestors, batches[0], blocks, videos) if batches else None
         for next_batch in [*batches[1:], None]:
             context, ready = fetched or (None, None)
-            fetched = None if next_batch is None else fetch(ancestors, next_batch, blocks)
+            fetched = None if next_batch is None else fetch(ancestors, next_batch, blocks, videos)
             if ready is not None and context is not None:
                 torch.cuda.current_stream(self.device).wait_event(ready)
                 self._record_stream(context)
             yield context
 
     def _in_place(
-        self, ancestors: Sequence[Tensor], batch: Tensor | slice, blocks: Sequence[int]
+        self, ancestors: Sequence[Tensor], batch: Tensor | slice, blocks: Sequence[int], videos: int
     ) -> tuple[Context, torch.cuda.Event | None]:
         """Context whose sources are the whole cache, which is on the device already."""
-        index = [f.rows(ancestor[batch], self.videos) for f, ancestor in zip(self.finished, ancestors)]
+        index = [f.rows(ancestor[batch], videos) for f, ancestor in zip(self.finished, ancestors)]
         features = {b: tuple(f.features[b] for f in self.finished) for b in blocks}
         boxes = tuple(f.boxes.repeat(self.videos, 1).to(self.device) for f in self.finished)
         return Context(features, None, boxes, torch.stack(index, dim=1).to(self.device)), None
 
     def _copy_rows(
-        self, ancestors: Sequence[Tensor], batch: Tensor | slice, blocks: Sequence[int]
+        self, ancestors: Sequence[Tensor], batch: Tensor | slice, blocks: Sequence[int], videos: int
     ) -> tuple[Context, torch.cuda.Event | None]:
         """Context with copies of the rows that the batch needs, each row once, and an event that ends the copy."""
         features: dict[int, list[Tensor]] = {b: [] for b in blocks}
         boxes, index = [], []
         for f, ancestor in zip(self.finished, ancestors):
             tiles, inverse = torch.unique(ancestor[batch], return_inverse=True)
-            rows = f.rows(tiles, self.videos)
+            rows = f.rows(tiles, videos)
             for b in blocks:
                 features[b].append(self._copy(f.features[b], rows))
-            boxes.append(self._move(f.boxes[tiles].repeat(self.videos, 1)))
-            index.append((torch.arange(self.videos)[:, None] * len(tiles) + inverse).flatten())
+            boxes.append(self._move(f.boxes[tiles].repeat(videos, 1)))
+            index.append((torch.arange(videos)[:, None] * len(tiles) + inverse).flatten())
         moved = self._move(torch.stack(index, dim=1))
         context = Context({b: tuple(parts) for b, parts in features.items()}, None, tuple(boxes), moved)
         return context, None if self._copy_stream is None else self._copy_stream.record_event()

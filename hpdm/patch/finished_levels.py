@@ -1,8 +1,13 @@
 """The finished levels of one call of the sampler, and the context that they give to tiles of the levels above.
 
-A finished level is clean, so the features of its tiles do not change while the levels above are sampled (section 4.5,
-"Cached inference"). The context of a batch of tiles comes from one of three functions with the same signature,
+A finished level does not change, so neither do the features of its tiles while the levels above are sampled (section
+4.5, "Cached inference"). The context of a batch of tiles comes from one of three functions with the same signature,
 :func:`cached`, :func:`recomputed` or :func:`shallow`, chosen by :func:`choose_contexts`.
+
+Context is clean, or with ``SamplerOptions.context_noise`` noised to a small time: the conditioning augmentation of
+cascaded diffusion (Ho et al. 2022), against errors that one level hands on to the next. The noise is drawn once for a
+level's whole video, so that tiles that overlap, cached and recomputed features, all ranks and a resumed call see the
+same.
 """
 
 from __future__ import annotations
@@ -16,8 +21,10 @@ from hpdm.patch import tile_sharing
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
 from hpdm.patch.context_cache import ContextCache, Finished, allocate
-from hpdm.patch.tile_network import TileNetwork, tiles_per_call
+from hpdm.patch.noise import level_noise
+from hpdm.patch.tile_network import TileNetwork, feature_copies, tiles_per_call
 from hpdm.patch.tiling import Tiling, find_ancestors, lineage
+from hpdm.process import gamma
 from hpdm.sampling import SamplerOptions
 from hpdm_kernels import extract_tiles
 
@@ -29,41 +36,56 @@ class FinishedLevels:
         network: the network for the videos of this call.
         tilings: the tiling of every level.
         videos: videos of the levels that are finished already, ``[B, C, F_l, H_l, W_l]`` each.
+        seeds: B seeds, for the noise of the context.
 
     Raises:
         ValueError: videos that do not have the sizes of the first levels.
     """
 
-    def __init__(self, network: TileNetwork, tilings: Sequence[Tiling], videos: Sequence[Tensor]) -> None:
-        self.network, self.tilings = network, tilings
+    def __init__(
+        self, network: TileNetwork, tilings: Sequence[Tiling], videos: Sequence[Tensor], seeds: Sequence[int]
+    ) -> None:
+        self.network, self.tilings, self.seeds = network, tilings, seeds
+        self.copies = feature_copies(network.options)
+        """Guidance copies of the features."""
         self.ancestors = find_ancestors(tilings)
         count, channels = network.conditions.videos, network.config.channels
         expected = [(count, channels, *tiling.size) for tiling in tilings]
         got = [tuple(video.shape) for video in videos]
         if len(got) > len(expected) or any(a != b for a, b in zip(got, expected)):
             raise ValueError(f"finished: got videos of {got}, expected the first of {expected}")
-        self.videos = [video.to(network.device) for video in videos]
-        self.cache = ContextCache(network.device, network.conditions.rows, network.options.cache == "cpu")
+        self.videos: list[Tensor] = []
+        self._noised: list[Tensor] = []  # with context noise, x~ of the levels that are context
+        for video in videos:
+            self.add(video.to(network.device))
+        self.cache = ContextCache(network.device, self.copies * count, network.options.cache == "cpu")
 
-    @property
-    def tiles_per_call(self) -> int:
-        """Tiles of each video in one network call."""
-        return tiles_per_call(self.network.options, self.network.conditions.videos)
+    def add(self, video: Tensor) -> None:
+        """Takes the next finished level, ``[B, C, F_l, H_l, W_l]`` in [-1, 1]."""
+        level, time = len(self.videos), self.network.options.context_noise
+        self.videos.append(video)
+        if time > 0 and level < len(self.tilings) - 1:
+            g = float(gamma(torch.tensor(time, dtype=torch.float64)))
+            noise = level_noise(self.seeds, level, tuple(video.shape[1:]), "context").to(video)
+            y = video * self.network.config.signal_scale(level)
+            self._noised.append(y.mul_(g**0.5).add_(noise, alpha=(1 - g) ** 0.5))
 
-    def batches(self, level: int) -> list[slice]:
-        """The batches of a level's tiles that go through the network."""
-        return tile_sharing.batches(self.tilings[level].tiles, self.tiles_per_call)
+    def batches(self, level: int, copies: int) -> list[slice]:
+        """The batches of a level's tiles that go through the network with ``copies`` rows per tile."""
+        size = tiles_per_call(self.network.options, self.network.conditions.videos, copies)
+        return tile_sharing.batches(self.tilings[level].tiles, size)
 
-    def clean_tiles(self, level: int, tiles: Tensor | slice) -> Tensor:
-        """Scaled tiles of a finished level, ``[B, n, C, f, h, w]``."""
+    def context_tiles(self, level: int, tiles: Tensor | slice) -> Tensor:
+        """Tiles of a finished level at the time of the context, scaled by the signal scale, ``[B, n, C, f, h, w]``."""
         model, origins = self.network.model, self.tilings[level].origins[tiles]
-        clean = extract_tiles(self.videos[level], origins, model.config.patch, backend=model.kernels)
-        return clean * model.config.signal_scale(level)
+        video = self._noised[level] if self._noised else self.videos[level]
+        extracted = extract_tiles(video, origins, model.config.patch, backend=model.kernels)
+        return extracted if self._noised else extracted * model.config.signal_scale(level)
 
-    def features(self, level: int, tiles: Tensor | slice, context: Context | None) -> dict[int, Tensor]:
-        """Features of tiles of a finished level, per block ``[V, n, N, D]``."""
+    def features(self, level: int, tiles: Tensor | slice, context: Context | None, copies: int) -> dict[int, Tensor]:
+        """Features of tiles of a finished level, per block ``[V, n, N, D]`` with ``V = copies * B``."""
         boxes = self.tilings[level].boxes[tiles]
-        return self.network.features(level, self.clean_tiles(level, tiles), boxes, context)
+        return self.network.features(level, self.context_tiles(level, tiles), boxes, context, copies)
 
     def keep_features(self, level: int, called: Callable[[], None] = lambda: None) -> None:
         """Computes the features of all tiles of a finished level and caches them. A collective: ranks share the tiles.
@@ -72,14 +94,15 @@ class FinishedLevels:
             level: the lowest finished level whose features are not in the cache.
             called: called after every network call.
         """
-        model, rows, tiling = self.network.model, self.network.conditions.rows, self.tilings[level]
+        model, tiling = self.network.model, self.tilings[level]
+        rows = self.copies * self.network.conditions.videos
         blocks, shape = model.fusing_blocks(level + 1), (model.config.tokens, model.config.width)
         kept = {b: allocate((rows, tiling.tiles, *shape), model.latents, self.cache.on_host) for b in blocks}
-        batches = self.batches(level)
-        contexts = cached(self, level, tile_sharing.shard(batches))
+        batches = self.batches(level, self.copies)
+        contexts = cached(self, level, tile_sharing.shard(batches), self.copies)
 
         def compute(batch: slice) -> tile_sharing.Results:
-            features = self.features(level, batch, next(contexts))
+            features = self.features(level, batch, next(contexts), self.copies)
             called()
             return tuple(features[b] for b in blocks)
 
@@ -91,8 +114,9 @@ class FinishedLevels:
         self.cache.finished.append(Finished(torch.arange(tiling.tiles), tiling.boxes, flat))
 
 
-Contexts = Callable[[FinishedLevels, int, Sequence[slice]], Iterator[Context | None]]
-"""``contexts(levels, level, batches)`` yields the context of each batch of tiles of ``level``; ``None`` on level 0."""
+Contexts = Callable[[FinishedLevels, int, Sequence[slice], int], Iterator[Context | None]]
+"""``contexts(levels, level, batches, copies)`` yields the context of each batch of tiles of ``level``, for ``copies``
+rows per tile; ``None`` on level 0."""
 
 
 def keeps_features(config: HPDMConfig, options: SamplerOptions) -> bool:
@@ -107,27 +131,29 @@ def choose_contexts(config: HPDMConfig, options: SamplerOptions) -> Contexts:
     return cached if options.cache != "off" else recomputed
 
 
-def cached(levels: FinishedLevels, level: int, batches: Sequence[slice]) -> Iterator[Context | None]:
+def cached(levels: FinishedLevels, level: int, batches: Sequence[slice], copies: int) -> Iterator[Context | None]:
     """Context from the features that :meth:`FinishedLevels.keep_features` cached."""
     blocks = levels.network.model.fusing_blocks(level)
-    return levels.cache.contexts(levels.ancestors[level], batches, blocks)
+    videos = copies * levels.network.conditions.videos
+    return levels.cache.contexts(levels.ancestors[level], batches, blocks, videos)
 
 
-def recomputed(levels: FinishedLevels, level: int, batches: Sequence[slice]) -> Iterator[Context | None]:
+def recomputed(levels: FinishedLevels, level: int, batches: Sequence[slice], copies: int) -> Iterator[Context | None]:
     """Context without a cache: for each batch, the tiles that it depends on go through the network, from level 0 up."""
-    network, ancestors, size = levels.network, levels.ancestors, levels.tiles_per_call
+    network, ancestors, videos = levels.network, levels.ancestors, levels.network.conditions.videos
+    size = tiles_per_call(network.options, videos, copies)
     for batch in batches:
-        cache = ContextCache(network.device, network.conditions.rows, on_host=False)
+        cache = ContextCache(network.device, copies * videos, on_host=False)
         for below, needed in enumerate(lineage(ancestors, level, batch)):
             parts = needed.split(size)
             contexts = cache.contexts(ancestors[below], parts, network.model.fusing_blocks(below))
-            features = [levels.features(below, part, context) for part, context in zip(parts, contexts)]
+            features = [levels.features(below, part, context, copies) for part, context in zip(parts, contexts)]
             kept = {b: torch.cat([f[b] for f in features], dim=1).flatten(0, 1) for b in features[0]}  # [V * T, N, D]
             cache.finished.append(Finished(needed, levels.tilings[below].boxes[needed], kept))
         yield next(cache.contexts(ancestors[level], [batch], network.model.fusing_blocks(level)))
 
 
-def shallow(levels: FinishedLevels, level: int, batches: Sequence[slice]) -> Iterator[Context | None]:
+def shallow(levels: FinishedLevels, level: int, batches: Sequence[slice], copies: int) -> Iterator[Context | None]:
     """Context of shallow fusion: the pixels of the previous level's tile that contains each tile."""
     network = levels.network
     for batch in batches:
@@ -136,7 +162,9 @@ def shallow(levels: FinishedLevels, level: int, batches: Sequence[slice]) -> Ite
             continue
         tiles = levels.ancestors[level][-1][batch]  # [n]
         n = len(tiles)
-        pixels = network.scale_input(level - 1, levels.clean_tiles(level - 1, tiles), 0.0)  # [B, n, C, f, h, w]
-        boxes = network.rows(levels.tilings[level - 1].boxes[tiles].to(network.device)[None, None], n)  # [V * n, 6]
+        time = network.options.context_noise
+        pixels = network.scale_input(level - 1, levels.context_tiles(level - 1, tiles), time)  # [B, n, C, f, h, w]
+        boxes = levels.tilings[level - 1].boxes[tiles].to(network.device)
+        boxes = network.rows(boxes[None, None], n, copies)  # [V * n, 6]
         index = torch.arange(len(boxes), device=network.device)[:, None]
-        yield Context({}, network.rows(pixels[None], n), (boxes,), index)
+        yield Context({}, network.rows(pixels[None], n, copies), (boxes,), index)

@@ -11,22 +11,30 @@ features of finished levels, which are kept where ``SamplerOptions.cache`` says.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hpdm import distributed
 from hpdm.patch import tile_sharing
 from hpdm.patch.finished_levels import FinishedLevels, choose_contexts, keeps_features
 from hpdm.patch.model import HPDM
+from hpdm.patch.noise import level_generator
 from hpdm.patch.seams import seam_energy
-from hpdm.patch.tile_network import TileNetwork, VideoConditions
+from hpdm.patch.tile_network import TileNetwork, VideoConditions, copies_of
 from hpdm.patch.tiling import level_tiling
 from hpdm.process import time_of_sigma
 from hpdm.sampling import Progress, SamplerOptions
+from hpdm.solvers import Solver
 from hpdm_kernels import TileAccumulator, extract_tiles
+
+logger = logging.getLogger(__name__)
+
+HEUN_STEPS = 16
+"""With fewer steps of the spacing "edm", Heun's method exaggerates detail by more than 15 % (docs/sampling.md)."""
 
 
 class Sampler:
@@ -37,14 +45,17 @@ class Sampler:
         options: see :class:`hpdm.sampling.SamplerOptions`.
 
     Raises:
-        ValueError: tiles that cannot overlap as ``options`` require.
+        ValueError: tiles that cannot overlap as ``options`` require, or a ``sigma_min`` above the first noise level.
     """
 
     def __init__(self, model: HPDM, options: SamplerOptions | None = None) -> None:
         self.model, self.config = model, model.config
         self.options = options or SamplerOptions()
         self.tilings = [level_tiling(self.config, self.options, level) for level in range(self.config.levels)]
+        scales = self.config.signal_scales
+        self.solvers = [self.options.level_solver(level, signal) for level, signal in enumerate(scales)]
         self.contexts = choose_contexts(self.config, self.options)
+        _warn_of_few_steps(self.options, self.solvers)
 
     def __call__(
         self,
@@ -102,14 +113,14 @@ class Sampler:
         """
         device = self.model.latents.device
         conditions = VideoConditions(self.config, self.options, len(seeds), labels, text, text_mask, device)
-        levels = FinishedLevels(TileNetwork(self.model, self.options, conditions), self.tilings, finished)
+        levels = FinishedLevels(TileNetwork(self.model, self.options, conditions), self.tilings, finished, seeds)
         last, keeps = self.config.levels - 1, keeps_features(self.config, self.options)
         if keeps:
             for level in range(min(len(finished), last)):
                 levels.keep_features(level)
         for level in range(len(finished), self.config.levels):
             called = _call_counter(progress, level, self._calls(levels, level))
-            levels.videos.append(self._sample_level(levels, level, seeds, called))
+            levels.add(self._sample_level(levels, level, seeds, called))
             if keeps and level < last:
                 levels.keep_features(level, called)
             yield levels.videos[level]
@@ -125,9 +136,9 @@ class Sampler:
         self, levels: FinishedLevels, level: int, seeds: Sequence[int], called: Callable[[], None]
     ) -> Tensor:
         """The videos of a level whose lower levels are finished, ``[B, C, F_l, H_l, W_l]``."""
-        tiling, solver = self.tilings[level], self.options.level_solver(level)
+        tiling, solver = self.tilings[level], self.solvers[level]
         shape = (self.config.channels, *tiling.size)
-        generators = [_generator(seed, level) for seed in seeds]
+        generators = [level_generator(seed, level) for seed in seeds]
         tile_sums = TileAccumulator(tiling.origins, self.config.patch, tiling.size, backend=self.model.kernels)
 
         def noise() -> Tensor:
@@ -139,7 +150,7 @@ class Sampler:
                 tile_sums.add(tiles)
             return tile_sums.step(base, alpha, beta)
 
-        y = solver.solve(solver.start(noise()), update, noise)
+        y = solver.solve(update, noise)
         return (y / self.config.signal_scale(level)).clamp_(-1, 1)
 
     def _denoised_tiles(
@@ -150,15 +161,16 @@ class Sampler:
         ``x`` is the solver's variable ``[B, C, F_l, H_l, W_l]``; yields ``[B, n, C, f, h, w]``.
         """
         origins, boxes = self.tilings[level].origins, self.tilings[level].boxes
+        guidance = self._guidance(level, sigma)
         t = float(time_of_sigma(torch.tensor(sigma, dtype=torch.float64)))
         noised = x / math.hypot(1.0, sigma)  # x~ of hpdm.process
-        batches = levels.batches(level)
-        contexts = self.contexts(levels, level, tile_sharing.shard(batches))
+        batches = levels.batches(level, copies_of(guidance))
+        contexts = self.contexts(levels, level, tile_sharing.shard(batches), copies_of(guidance))
 
         def compute(batch: slice) -> tile_sharing.Results:
             context = next(contexts)
             tiles = extract_tiles(noised, origins[batch], self.config.patch, backend=self.model.kernels)
-            denoised = levels.network.denoise(level, tiles, boxes[batch], t, context)  # [B, n, C, f, h, w]
+            denoised = levels.network.denoise(level, tiles, boxes[batch], t, context, guidance)  # [B, n, C, f, h, w]
             called()
             return (denoised,)
 
@@ -166,11 +178,27 @@ class Sampler:
         for _, (tiles,) in tile_sharing.shared(batches, compute, (like,)):
             yield tiles
 
+    def _guidance(self, level: int, sigma: float) -> float:
+        """The guidance weight of a level at the solver's noise level ``sigma``."""
+        return self.options.guidance_at(level, sigma, self.config.signal_scale(level))
+
     def _calls(self, levels: FinishedLevels, level: int) -> int:
         """Network calls that this rank makes for a level, including those that compute its features."""
-        keeps = level < self.config.levels - 1 and keeps_features(self.config, self.options)
-        passes = self.options.level_solver(level).predictions + keeps
-        return passes * len(tile_sharing.shard(levels.batches(level)))
+        passes = [copies_of(self._guidance(level, sigma)) for sigma in self.solvers[level].prediction_sigmas()]
+        if level < self.config.levels - 1 and keeps_features(self.config, self.options):
+            passes.append(levels.copies)
+        return sum(len(tile_sharing.shard(levels.batches(level, copies))) for copies in passes)
+
+
+def _warn_of_few_steps(options: SamplerOptions, solvers: Sequence[Solver]) -> None:
+    """Warns, on rank 0, of levels on which Heun's method exaggerates detail."""
+    few = [n for n, s in enumerate(solvers) if s.method == "heun" and options.spacing == "edm" and s.steps < HEUN_STEPS]
+    if few and distributed.is_first():
+        name = "later_solver" if few[0] else "solver"
+        logger.warning(
+            "steps: got %d on level %d, expected at least %d for %s %r: fewer exaggerate detail; '2m' does not",
+            solvers[few[0]].steps, few[0], HEUN_STEPS, name, getattr(options, name),
+        )  # fmt: skip
 
 
 def _call_counter(progress: Progress | None, level: int, calls: int) -> Callable[[], None]:
@@ -184,9 +212,3 @@ def _call_counter(progress: Progress | None, level: int, calls: int) -> Callable
             progress(level, done, calls)
 
     return called
-
-
-def _generator(seed: int, level: int) -> torch.Generator:
-    """A random stream for each level of a video, so that an interrupted call can continue with a later level."""
-    (state,) = np.random.SeedSequence((seed, level)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state) >> 1)

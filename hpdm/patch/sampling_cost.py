@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from hpdm.patch.context import Context
 from hpdm.patch.finished_levels import keeps_features
 from hpdm.patch.model import HPDM
 from hpdm.patch.objective import example_inputs
-from hpdm.patch.tile_network import guidance_copies, tiles_per_call
+from hpdm.patch.tile_network import copies_of, feature_copies, tiles_per_call
 from hpdm.patch.tiling import find_ancestors, level_tiling, lineage
 from hpdm.planning.ledger import Ledger, fake_fp32
 from hpdm.sampling import SamplerOptions
@@ -34,7 +35,7 @@ class LevelPlan:
     tiles: int
     steps: int
     predictions: int
-    """Denoising passes over the whole level; a second-order solver takes two per step, and one in the last step."""
+    """Denoising passes over the whole level; the solvers "edm" and "heun" take two per step, and one in the last."""
     network_calls: int
     """Network calls on batches of at most ``tile_batch`` patches, including those that fill the cache. With cache "off"
     the calls that compute context are not counted."""
@@ -51,39 +52,50 @@ class LevelPlan:
 def sampling_plan(config: HPDMConfig, options: SamplerOptions | None = None) -> list[LevelPlan]:
     """Tiles, network calls, FLOPs and cached features of each level, for sampling one video with ``options``."""
     options = options or SamplerOptions()
-    copies, per_call = guidance_copies(options), tiles_per_call(options, 1)
     deep = config.fusion == "deep"
+    kept_copies = feature_copies(options)
     tilings = [level_tiling(config, options, level) for level in range(config.levels)]
     ancestors = find_ancestors(tilings)
     flops_of_features = [feature_flops(config, level) for level in range(config.levels - 1)] if deep else []
     plans = []
     for level, tiling in enumerate(tilings):
-        tiles, predictions = tiling.tiles, options.level_solver(level).predictions
+        tiles, copies = tiling.tiles, prediction_copies(config, options, level)
         keeps = keeps_features(config, options) and level < config.levels - 1
         cached = sum(n > level + 1 for n in config.levels_per_block) if keeps else 0
-        # Clean tiles, per level, that go through the network for their features.
+        # Rows of finished levels' tiles, per level, that go through the network for their features.
         clean = [0] * config.levels
         if keeps:
-            clean[level] = tiles  # this level's tiles, once, when it is finished
-        elif deep and options.cache == "off":
-            for below, needed in enumerate(_tiles_below(ancestors, level, tiles, per_call)):
-                clean[below] = predictions * needed  # again for every prediction
-        flops = predictions * tiles * patch_flops(config, level) + sum(n * f for n, f in zip(clean, flops_of_features))
+            clean[level] = kept_copies * tiles  # this level's tiles, once, when it is finished
+        elif deep and options.cache == "off":  # again for every prediction
+            for n, count in Counter(copies).items():
+                needed = _tiles_below(ancestors, level, tiles, tiles_per_call(options, 1, n))
+                for below, needed_below in enumerate(needed):
+                    clean[below] += count * n * needed_below
+        denoised = sum(copies) * tiles
+        calls = [*copies, *([kept_copies] if keeps else [])]
+        flops = denoised * patch_flops(config, level) + sum(n * f for n, f in zip(clean, flops_of_features))
         plans.append(
             LevelPlan(
                 level=level,
                 resolution=config.level_resolution(level),
                 tiles=tiles,
                 steps=options.level_steps(level),
-                predictions=predictions,
-                network_calls=(predictions + keeps) * math.ceil(tiles / per_call),
-                patches=copies * (predictions * tiles + sum(clean)),
-                flops=copies * flops,
+                predictions=len(copies),
+                network_calls=sum(math.ceil(tiles / tiles_per_call(options, 1, n)) for n in calls),
+                patches=denoised + sum(clean),
+                flops=flops,
                 cached_blocks=cached,
-                cache_bytes=copies * tiles * cached * config.tokens * config.width * FP32,
+                cache_bytes=kept_copies * tiles * cached * config.tokens * config.width * FP32,
             )
         )
     return plans
+
+
+def prediction_copies(config: HPDMConfig, options: SamplerOptions, level: int) -> list[int]:
+    """Rows per tile of each denoised prediction of a level: 2 where it is guided, else 1."""
+    signal = config.signal_scale(level)
+    sigmas = options.level_solver(level, signal).prediction_sigmas()
+    return [copies_of(options.guidance_at(level, sigma, signal)) for sigma in sigmas]
 
 
 def _tiles_below(ancestors: Sequence[Sequence[Tensor]], level: int, tiles: int, per_call: int) -> list[int]:
@@ -153,8 +165,8 @@ class SamplingMemory:
     host_features: int
     """Features of finished levels in host memory: all with cache "cpu", else none."""
     videos: int
-    """Videos of the finished levels, and three copies of the last one (sample, scaled sample, sums of tiles); five with
-    a second-order solver."""
+    """Videos of the finished levels, twice with context noise, and copies of the last one: sample, scaled sample and
+    sums of tiles; in second order also what the solver keeps, one video for "2m" and two for "edm" and "heun"."""
     network: int
     """The peak of one network call, its tiles included."""
 
@@ -170,11 +182,12 @@ def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1
     It is ``weights + features + videos + network``; only ``features`` depends on the number of tiles::
 
         features = V sum_l T_l blocks_l N D        (cache "gpu"; V videos with their guidance copies)
-        videos   = B C (sum_{l < L-1} F_l H_l W_l + 3 F H W)       (5 F H W in second order)
+        videos   = B C (sum_{l < L-1} F_l H_l W_l + 3 F H W)       (4 F H W with "2m", 5 F H W with "edm" and "heun")
         network  = peak of one call on tile_batch patches
     """
-    copies, last = guidance_copies(options), config.levels - 1
-    patches = videos * copies * min(tiles_per_call(options, videos), level_tiling(config, options, last).tiles)
+    last = config.levels - 1
+    copies = max(prediction_copies(config, options, last))
+    patches = videos * copies * min(tiles_per_call(options, videos, copies), level_tiling(config, options, last).tiles)
     with fake_fp32(), torch.no_grad():
         model = HPDM(config, kernels="torch")
         weights = sum(p.numel() for p in model.parameters()) * FP32
@@ -193,11 +206,13 @@ def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1
     batch = sum(min(patches, videos * copies * plan.tiles) * n * row for plan, n in zip(plans, fusing))
     features = {"gpu": cached, "cpu": min(cached, 2 * batch), "off": batch}[options.cache]
     per_level = [videos * config.channels * math.prod(plan.resolution) * FP32 for plan in plans]
+    finished = sum(per_level[:-1]) * (2 if options.context_noise else 1)
+    solving = {"euler": 3, "2m": 4, "heun": 5}[options.level_solver(last).method] * per_level[-1]
     return SamplingMemory(
         weights=weights,
         features=features,
         host_features=cached if options.cache == "cpu" else 0,
-        videos=sum(per_level[:-1]) + (5 if options.level_solver(config.levels - 1).second_order else 3) * per_level[-1],
+        videos=finished + solving,
         network=sum(n for name, n in at_peak.items() if name != "weights") + 2 * tile,
     )
 

@@ -15,14 +15,19 @@ NetworkInputs = tuple[Tensor, int, Tensor, Tensor, Context | None, Tensor | None
 """Arguments of :meth:`hpdm.patch.model.HPDM.forward_level`: x, level, boxes, t, context, labels, text, text_mask."""
 
 
-def guidance_copies(options: SamplerOptions) -> int:
+def copies_of(weight: float) -> int:
     """Rows per tile in a network call: 2 with classifier-free guidance (with and without condition), else 1."""
-    return 1 if options.guidance == 1.0 else 2
+    return 1 if weight == 1.0 else 2
 
 
-def tiles_per_call(options: SamplerOptions, videos: int) -> int:
-    """Tiles of each video in one network call, at least one."""
-    return max(1, options.tile_batch // max(1, videos * guidance_copies(options)))
+def feature_copies(options: SamplerOptions) -> int:
+    """Rows per tile of the features of finished levels: 2 if the levels above, the later ones, are guided, else 1."""
+    return copies_of(options.level_guidance(1))
+
+
+def tiles_per_call(options: SamplerOptions, videos: int, copies: int) -> int:
+    """Tiles of each video in one network call, at least one: twice as many where there is no guidance."""
+    return max(1, options.tile_batch // max(1, videos * copies))
 
 
 def expand_rows(x: Tensor, copies: int, videos: int, tiles: int) -> Tensor:
@@ -39,11 +44,11 @@ def expand_rows(x: Tensor, copies: int, videos: int, tiles: int) -> Tensor:
 
 
 class VideoConditions:
-    """Labels or texts of B videos; with guidance, also an unconditional copy of each video.
+    """Labels or texts of B videos; if any level is guided, also an unconditional copy of each video.
 
     Args:
         config: of the model.
-        options: give the guidance weight.
+        options: give the guidance weights.
         videos: number of videos B.
         labels: ``[B]`` int64, or ``None``.
         text: ``[B, S, text_width]``, or ``None``.
@@ -60,9 +65,14 @@ class VideoConditions:
     ) -> None:  # fmt: skip
         if videos == 0:
             raise ValueError("seeds: got none, expected at least one")
-        self.videos, self.copies = videos, guidance_copies(options)
-        if self.copies == 2 and labels is None and text is None:
-            raise ValueError(f"guidance: got {options.guidance} without labels or text, expected 1")
+        self.videos = videos
+        weights = {"guidance": options.level_guidance(0)}
+        if config.levels > 1 and options.later_guidance is not None:
+            weights["later_guidance"] = options.later_guidance
+        self._copies = max(copies_of(weight) for weight in weights.values())
+        for name, weight in weights.items():
+            if copies_of(weight) == 2 and labels is None and text is None:
+                raise ValueError(f"{name}: got {weight} without labels or text, expected 1")
         self.labels = self.text = self.text_mask = None
         if labels is not None:
             if tuple(labels.shape) != (videos,) or labels.min() < 0 or labels.max() > config.classes:
@@ -77,25 +87,20 @@ class VideoConditions:
             self.text = self._with_copy(text, text)  # [copies, B, S, text_width]
             self.text_mask = self._with_copy(mask, torch.zeros_like(mask))  # [copies, B, S]
 
-    @property
-    def rows(self) -> int:
-        """Videos with their guidance copies, V."""
-        return self.copies * self.videos
-
-    def of_tiles(self, tiles: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Labels, texts and masks for a network call with ``tiles`` tiles of each video, one row per tile."""
+    def of_tiles(self, tiles: int, copies: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Labels, texts and masks for a network call with ``tiles`` tiles of each video, one row per tile and copy."""
         labels, text, mask = (
-            None if x is None else expand_rows(x[:, :, None], self.copies, self.videos, tiles)
+            None if x is None else expand_rows(x[:copies, :, None], copies, self.videos, tiles)
             for x in (self.labels, self.text, self.text_mask)
         )
         return labels, text, mask
 
     def _with_copy(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        return torch.stack((conditional, unconditional)[: self.copies])
+        return torch.stack((conditional, unconditional)[: self._copies])
 
 
 class TileNetwork:
-    """Calls the network on tiles of B videos. ``V = copies * B`` counts the guidance copies of the videos.
+    """Calls the network on tiles of B videos. ``V = copies * B`` counts the guidance copies of the videos in a call.
 
     With self-conditioning it passes the latents of each call on level 0 to the next one. Later levels start
     without latents, as some training samples do: keeping them would cost memory proportional to the number of tiles.
@@ -106,7 +111,9 @@ class TileNetwork:
         self.device = model.latents.device
         self._latents: Tensor | None = None  # [V, M, E]
 
-    def denoise(self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None) -> Tensor:
+    def denoise(
+        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, guidance: float
+    ) -> Tensor:
         """Predicts the scaled clean tiles y^ of noised ones, with guidance: ``[B, n, C, f, h, w]`` both.
 
         Args:
@@ -114,19 +121,28 @@ class TileNetwork:
             tiles: ``x~`` of :mod:`hpdm.process`.
             boxes: ``[n, 6]``.
             t: diffusion time.
-            context: of the ``V * n`` rows; ``None`` on level 0.
+            context: of the ``V * n`` rows, ``V = copies_of(guidance) * B``; ``None`` on level 0.
+            guidance: weight; at 1 there is no unconditional copy.
         """
-        v = self._guide(self._predict(level, self._inputs(level, tiles, boxes, t, context)))  # [B * n, C, f, h, w]
+        inputs = self._inputs(level, tiles, boxes, t, context, copies_of(guidance))
+        v = _guide(self._predict(level, inputs), guidance)  # [B * n, C, f, h, w]
         y = denoise(tiles.flatten(0, 1), v, torch.full((1,), t, device=self.device))
         if self.options.clip:
             bound = self.config.signal_scale(level)
             y = y.clamp_(-bound, bound)
         return y.unflatten(0, tiles.shape[:2])
 
-    def features(self, level: int, tiles: Tensor, boxes: Tensor, context: Context | None) -> dict[int, Tensor]:
-        """Features of scaled clean tiles ``[B, n, C, f, h, w]`` for the levels above, per block ``[V, n, N, D]``."""
-        features = self.model.level_features(*self._inputs(level, tiles, boxes, 0.0, context))
-        return {block: feature.unflatten(0, (self.conditions.rows, -1)) for block, feature in features.items()}
+    def features(
+        self, level: int, tiles: Tensor, boxes: Tensor, context: Context | None, copies: int
+    ) -> dict[int, Tensor]:
+        """Features for the levels above, per block ``[V, n, N, D]`` with ``V = copies * B``.
+
+        ``tiles`` are scaled tiles of a finished level at the time ``options.context_noise``, ``[B, n, C, f, h, w]``.
+        """
+        inputs = self._inputs(level, tiles, boxes, self.options.context_noise, context, copies)
+        features = self.model.level_features(*inputs)
+        rows = copies * self.conditions.videos
+        return {block: feature.unflatten(0, (rows, -1)) for block, feature in features.items()}
 
     def scale_input(self, level: int, tiles: Tensor, t: float) -> Tensor:
         """Tiles ``[B, n, C, f, h, w]`` of unit variance; see :func:`hpdm.process.network_input`."""
@@ -134,32 +150,45 @@ class TileNetwork:
         signal = torch.full((1,), self.config.signal_scale(level), device=self.device)
         return network_input(tiles.flatten(0, 1), time, signal).unflatten(0, tiles.shape[:2])
 
-    def rows(self, x: Tensor, tiles: int) -> Tensor:
+    def rows(self, x: Tensor, tiles: int, copies: int) -> Tensor:
         """:func:`expand_rows` for these videos."""
-        return expand_rows(x, self.conditions.copies, self.conditions.videos, tiles)
+        return expand_rows(x, copies, self.conditions.videos, tiles)
 
-    def _inputs(self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None) -> NetworkInputs:
-        """The network's arguments, ``R = V * n`` rows."""
+    def _inputs(
+        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, copies: int
+    ) -> NetworkInputs:
+        """The network's arguments, ``R = copies * B * n`` rows."""
         n = tiles.shape[1]
         return (
-            self.rows(self.scale_input(level, tiles, t)[None], n),  # [R, C, f, h, w]
+            self.rows(self.scale_input(level, tiles, t)[None], n, copies),  # [R, C, f, h, w]
             level,
-            self.rows(boxes.to(self.device)[None, None], n),  # [R, 6]
-            self.rows(torch.full((1, 1, 1), t, device=self.device), n),  # [R]
+            self.rows(boxes.to(self.device)[None, None], n, copies),  # [R, 6]
+            self.rows(torch.full((1, 1, 1), t, device=self.device), n, copies),  # [R]
             context,
-            *self.conditions.of_tiles(n),
+            *self.conditions.of_tiles(n, copies),
         )
 
     def _predict(self, level: int, inputs: NetworkInputs) -> Tensor:
         """V ``[R, C, f, h, w]``."""
         if level > 0 or not self.config.self_conditioning:
             return self.model.forward_level(*inputs)
-        v, self._latents = self.model.forward_level_with_latents(*inputs, self._latents)
+        v, self._latents = self.model.forward_level_with_latents(*inputs, self._latents_of(len(inputs[0])))
         return v
 
-    def _guide(self, v: Tensor) -> Tensor:
-        """Classifier-free guidance: ``[V * n, ...] -> [B * n, ...]``."""
-        if self.conditions.copies == 1:
-            return v
-        conditional, unconditional = v.chunk(2)
-        return torch.lerp(unconditional, conditional, self.options.guidance)
+    def _latents_of(self, rows: int) -> Tensor | None:
+        """The latents of the last call for a call with ``rows`` rows; zeros, which stand for none, for rows it lacked.
+
+        The conditional rows come first. The unconditional ones are there or not where guidance begins or ends.
+        """
+        last = self._latents
+        if last is None or len(last) == rows:
+            return last
+        return last[:rows] if len(last) > rows else torch.cat((last, last.new_zeros(rows - len(last), *last.shape[1:])))
+
+
+def _guide(v: Tensor, weight: float) -> Tensor:
+    """Classifier-free guidance: ``[V * n, ...] -> [B * n, ...]``."""
+    if copies_of(weight) == 1:
+        return v
+    conditional, unconditional = v.chunk(2)
+    return torch.lerp(unconditional, conditional, weight)

@@ -29,7 +29,8 @@ def test_it_loads_and_samples_as_before(source):
     assert loaded.config == loaded.model.config
     assert not loaded.model.training
     assert not any(p.requires_grad for p in loaded.model.parameters())
-    options = hpdm.SamplerOptions(steps=4, overlap="hw", guidance=2.0)
+    then = {"spacing": "time", "later_solver": "ddim"}  # the defaults of its time
+    options = hpdm.SamplerOptions(steps=4, overlap="hw", guidance=2.0, **then)
     videos = hpdm.Sampler(loaded.model, options)([7], torch.tensor([1]))
     with np.load(OLD / "sampled.npz") as expected:
         for level, video in enumerate(videos):

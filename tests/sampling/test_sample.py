@@ -59,7 +59,7 @@ def prompted(run_folder, out, *prompts, **changes):
 
 
 def options(run_folder, out, **changes):
-    return make_options(run_folder, out, **{"count": 2, "steps": 2, "overlap": "hw"} | changes)
+    return make_options(run_folder, out, **{"count": 2, "steps": 2, "overlap": "hw", "later_solver": "ddim"} | changes)
 
 
 def frames(path):
@@ -113,6 +113,21 @@ def test_what_was_kept_of_other_options_is_not_used(run_folder, monkeypatch):
     sample(options(run_folder, "out", steps=3))
     sample(options(run_folder, "fresh", steps=3))
     assert frames(run_folder.parent / "out") == frames(run_folder.parent / "fresh")
+
+
+def test_a_context_noise_that_the_run_has_not_seen_is_named(tmp_path, caplog):
+    def sampled(name, **training):
+        model = random_model(small_config(conditioning="none", levels=2, levels_per_block=(1, 2)))
+        folder = save_as_run(model, tmp_path / name, [], {"stride": 1, "short": "error"} | training)
+        for noise in (0.0, 0.1):
+            caplog.clear()
+            sample(make_options(folder, f"{name}-{noise}", count=1, steps=2, overlap="none", context_noise=noise))
+            yield [record.getMessage() for record in caplog.records if record.name == "hpdm.commands.common"]
+
+    without, (warning,) = sampled("old")
+    assert without == []
+    assert warning.startswith("context_noise: got 0.1 for a run with clean_context 0")
+    assert list(sampled("trained", clean_context=0.5)) == [[], []]
 
 
 def test_videos_of_prompts(text_run):

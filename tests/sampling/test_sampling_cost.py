@@ -16,15 +16,22 @@ def config(**changes):
     )
 
 
-@pytest.mark.parametrize(("cache", "later"), [("gpu", "ddim"), ("gpu", "heun"), ("cpu", "ddim"), ("off", "ddim")])
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+GUIDED = {"guidance": 2.0}
+NOISED = {"guidance": 2.0, "later_guidance": 1.0, "context_noise": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("cache", "later", "guidance"),
+    [
+        ("gpu", "2m", {}), ("gpu", "2m", NOISED), ("gpu", "heun", GUIDED), ("gpu", "ddim", GUIDED),
+        ("cpu", "ddim", {}), ("cpu", "2m", NOISED), ("off", "ddim", {}), ("off", "2m", GUIDED),
+    ],
+)  # fmt: skip
 def test_predicted_memory_is_that_of_a_run(cache, later, guidance):
     """Within 10 % of all storages that are alive at the peak of a real run."""
     model = HPDM(config(), "torch").eval().requires_grad_(False)
     steps = 8 if later == "heun" else 2  # two on the last level, or there is no second prediction
-    options = SamplerOptions(
-        steps=steps, overlap="w", tile_batch=16, cache=cache, guidance=guidance, later_solver=later
-    )
+    options = SamplerOptions(steps=steps, overlap="w", tile_batch=16, cache=cache, later_solver=later, **guidance)
     sampler = Sampler(model, options)
     with Ledger() as ledger:
         ledger.label(model.parameters(), "weights")
@@ -71,7 +78,7 @@ def test_line_before_a_run():
     model = HPDM(config(), "torch").eval()
     line = plan_line(model, SamplerOptions(steps=4, cache="cpu"), videos=3, at_a_time=2)
     patches = 3 * sum(p.patches for p in sampling_plan(config(), SamplerOptions(steps=4)))
-    assert f"tiles per level 1/27/343, steps 4/2/1, {patches} patches" in line
+    assert f"tiles per level 1/27/343, steps 4/2/2, {patches} patches" in line
     assert "GB of host memory" in line
 
 
