@@ -12,9 +12,6 @@ from hpdm.runs import Run
 Kernels = Literal["auto", "reference", "torch", "triton"]
 """Backend of every op; "reference" is the paper's formulas without our kernels."""
 
-Weights = Literal["ema", "model"]
-"""Which weights of a run to use: their moving average, or those of the last step."""
-
 
 def clips_of_run(run: Run, root: Path, split: Split | None, *, argument: str, **changes: Any) -> VideoDataset:
     """The clips of ``root``, read as in the run's training, with the middle window of each clip.

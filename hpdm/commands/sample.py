@@ -20,7 +20,7 @@ from tqdm import tqdm
 from hpdm import distributed, runs
 from hpdm.checks import at_least
 from hpdm.commands import unfinished
-from hpdm.commands.common import Kernels, Weights, clips_of_run
+from hpdm.commands.common import Kernels, clips_of_run
 from hpdm.commands.output_names import check_outputs
 from hpdm.commands.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
 from hpdm.data.layout import Split
@@ -67,8 +67,9 @@ class SampleOptions:
     """Videos at a time."""
     kernels: Kernels = "auto"
     """Backend of every op; "reference" is the paper's formulas without our kernels."""
-    weights: Weights = "ema"
-    """Weights of the run: "ema" is their moving average, "model" those of the last step."""
+    weights: str = "ema"
+    """Weights of the run: "ema" is their (first) moving average, "ema-0.10" that of a relative width, if the run has
+    several, "model" those of the last step."""
     fps: float = 16.0
     columns: int = 8
     """Frames per video on the contact sheet."""

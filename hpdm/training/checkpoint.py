@@ -1,8 +1,9 @@
 """Checkpoints of a training run, written atomically: each is either complete or absent.
 
-``RUN/checkpoints/step-00001000/`` holds ``state.json`` and the folders ``model``, ``ema`` and ``optimizer``. These hold
-safetensors files that ``torch.distributed.checkpoint`` writes, one per rank: each rank saves its shards, and any number
-of ranks can read them, including a single process without a process group.
+``RUN/checkpoints/step-00001000/`` holds ``state.json`` and the folders ``model``, ``ema`` and ``optimizer``, and with
+several moving averages one more for each after the first (``ema-0.100``, by its width). These hold safetensors files
+that ``torch.distributed.checkpoint`` writes, one per rank: each rank saves its shards, and any number of ranks can read
+them, including a single process without a process group.
 
 A checkpoint is written to a temporary folder, flushed to the disk and renamed, so a killed process or a full disk
 leaves the previous checkpoint untouched.
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from hpdm import distributed
 from hpdm.files import read_json, write_json
-from hpdm.training.optim import EMA
+from hpdm.training.ema import EMA
 
 FORMAT = 2
 """Version of the format. Version 1 had one file each for weights, moving average and optimizer, of one process."""
@@ -108,7 +109,8 @@ def load_checkpoint(
     state = read_state(path)
     load_parameters(model, path / "model")
     if ema is not None:
-        _load_tensors(ema.shadow, path / "ema")
+        for folder, shadow in ema.folders.items():
+            _load_tensors(shadow, path / folder)
         ema.updates = state["ema_updates"]
     if optimizer is not None:
         _load_optimizer(model, optimizer, path / "optimizer")
@@ -116,7 +118,7 @@ def load_checkpoint(
 
 
 def load_parameters(model: nn.Module, path: Path) -> None:
-    """Fills a model from the folder ``model`` or ``ema`` of a checkpoint, in place.
+    """Fills a model from a folder of a checkpoint, such as ``model`` or ``ema``, in place.
 
     Raises:
         ValueError: the folder is damaged, or of a model with other parameters.
@@ -171,7 +173,7 @@ def _parts(model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> dict
     optimizer_state = {
         f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
     }
-    return {"model": parameters_of(model), "ema": ema.shadow, "optimizer": optimizer_state}
+    return {"model": parameters_of(model), **ema.folders, "optimizer": optimizer_state}
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

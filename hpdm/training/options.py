@@ -15,6 +15,7 @@ from hpdm.checks import at_least
 from hpdm.data.mixture import parse_root
 from hpdm.recipe import Recipe, RecipeChanges
 from hpdm.system import Architecture
+from hpdm.training.ema import laws
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class TrainOptions:
     embeddings: Path | None = None
     """Embeddings of the clips' captions, from `hpdm data embed`: the model is conditioned on text, not on classes."""
     init: Path | None = None
-    """Run of the same model whose newest weights to start from, with a fresh optimizer and schedule."""
+    """Run of the same model whose newest weights to start from, with a fresh optimizer, schedule and moving average."""
     base: Path | None = None
     """Run of the same network with fewer levels, trained at low resolution, to start from."""
     preset: str = "tiny"
@@ -88,7 +89,9 @@ class TrainOptions:
         if not self.data:
             raise ValueError("data: got none, expected --data with a folder of videos or shards")
         at_least(self.recipe, 1, "steps", "batch")
-        at_least(self.recipe, 0, "lr", "warmup", "weight_decay")
+        at_least(self.recipe, 0, "lr", "warmup", "weight_decay", "cooldown")
+        if self.recipe.ema is not None or self.recipe.ema_decay is not None:
+            laws(self.recipe.ema or (), self.recipe.ema_decay)
         at_least(self, 1, "micro_batch", "stride", "log_every", "save_every", "sample_steps")
         at_least(self, 0, "clip_norm", "workers", "cache_mb", "sample_every", "seed", "profile")
         if self.init is not None and self.base is not None:

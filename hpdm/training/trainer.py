@@ -26,13 +26,16 @@ from hpdm.system import System
 from hpdm.text import EmbeddingStore
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
 from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from hpdm.training.ema import EMA, laws
 from hpdm.training.log import Reports
-from hpdm.training.optim import EMA, learning_rate, make_optimizer
+from hpdm.training.optim import make_optimizer, zero_matrices
 from hpdm.training.options import TrainOptions
 from hpdm.training.parallel import parallelize
 from hpdm.training.profiling import profiled
+from hpdm.training.schedule import rate_of_step
 from hpdm.training.short_clips import ShortClips
 from hpdm.training.shutdown import Stop
+from hpdm.training.statistics import optimizer_statistics
 from hpdm.training.step import update
 from hpdm.video import to_uint8, write_contact_sheet
 
@@ -78,19 +81,21 @@ class Trainer:
         options, recipe = job.options, job.recipe
         torch.manual_seed(options.seed)
         self.model = job.system.build(job.config, options.kernels, options.recompute).to(device)
+        zero_started = zero_matrices(self.model) if recipe.zero_start == "own-size" else ()
         checkpoints = list_checkpoints(options.out)
         with distributed.raise_on_all_ranks():
             if job.start is not None and not checkpoints:
                 job.start(self.model)
         self.network = parallelize(job.system, self.model, recipe.parallel, device, options.compile)
-        self.optimizer = make_optimizer(self.model, recipe.optimizer, recipe.lr, recipe.weight_decay)
-        self.ema = EMA(self.model, recipe.ema)
+        self.optimizer = make_optimizer(self.model, recipe.optimizer, recipe.lr, recipe.weight_decay, zero_started)
+        with distributed.raise_on_all_ranks():
+            if options.init is not None and not checkpoints:
+                load_checkpoint(newest_checkpoint(options.init), self.model)
+        self.ema = EMA(self.model, *laws(recipe.ema, recipe.ema_decay))
         self.step = 0
         with distributed.raise_on_all_ranks():
             if checkpoints:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer)
-            elif options.init is not None:
-                load_checkpoint(newest_checkpoint(options.init), self.model, self.ema)
         self.saved = self.step
         self.batches = MicroBatches(job.dataset, recipe.batch, job.micro_batch, options.seed, self.step)
         self.short_clips = ShortClips(job.dataset)
@@ -119,7 +124,8 @@ class Trainer:
         logged = self.step % options.log_every == 0 or self.step == last
         if logged:
             values = distributed.mean(torch.stack(list(losses.values())))
-            reports.write(_row(self.step, dict(zip(losses, values.tolist())), values, full_tensor(norm), rate))
+            row = _row(self.step, dict(zip(losses, values.tolist())), values, full_tensor(norm), rate)
+            reports.write(row | optimizer_statistics(self.model, self.optimizer, self.job.system.parameter_parts))
             self.short_clips.report(last=self.step == last)
             self.check_finite(values)
         if self.step % options.save_every == 0 or self.step == last:
@@ -144,7 +150,7 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor, float]:
         """One update from this rank's micro-batches; its losses by name, the gradient's norm and the learning rate."""
         options, recipe = self.options, self.recipe
-        rate = learning_rate(self.step, recipe.steps, recipe.warmup, recipe.lr)
+        rate = rate_of_step(recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         names: list[str] = []

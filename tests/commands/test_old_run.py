@@ -46,7 +46,8 @@ def test_it_can_be_resumed(tmp_path, monkeypatch):
     about = json.loads((run / "config.json").read_text())
     clips = render_synthetic(tmp_path / "clips", clips=2, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"])
     monkeypatch.setattr("hpdm.patch.system.PatchDiffusion.configure", lambda self, config, changes: _old_config(about))
-    same = {"patch": (2, 8, 8), "resolution": (8, 32, 32), "batch": 2, "warmup": 1, "lr": 1e-2, "ema": 0.5, "steps": 4}
+    same = {"patch": (2, 8, 8), "resolution": (8, 32, 32), "batch": 2, "warmup": 1, "lr": 1e-2, "steps": 4}
+    same |= {"ema_decay": 0.5}
     options = train_options(data=clips, out=run, **same, kernels="torch", workers=0, log_every=1, device="cpu")
     train(options)
     assert [path.name for path in list_checkpoints(run)] == ["step-00000004"]

@@ -18,8 +18,9 @@ RUNS = ["ddp", "fsdp", "resumed_by_two", "resumed_by_one"]
 
 
 def options(clips, out, **changes):
-    values = {"steps": 3, "batch": 4, "micro_batch": 2, "save_every": 1, "optimizer": "lamb", "lr": 5e-3, "ema": 0.9}
-    return train_options(clips, out, **(values | {"device": "cpu"} | changes))
+    values = {"steps": 3, "batch": 4, "micro_batch": 2, "save_every": 1, "optimizer": "lamb", "lr": 5e-3}
+    values |= {"ema_decay": 0.9, "device": "cpu"}
+    return train_options(clips, out, **(values | changes))
 
 
 def interrupted_after(step, monkeypatch):

@@ -103,7 +103,7 @@ def test_a_finished_run_has_everything(clips, tmp_path):
 
 
 def test_a_run_can_start_from_another_ones_weights(clips, saved_run, tmp_path):
-    train(options(clips, tmp_path / "second", init=saved_run, lr=0.0, steps=1, ema=0.5))
+    train(options(clips, tmp_path / "second", init=saved_run, lr=0.0, steps=1, ema_decay=0.5))
     first, second = (runs.load(folder, weights="model").model for folder in (saved_run, tmp_path / "second"))
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
@@ -114,7 +114,7 @@ def test_a_run_can_start_from_another_ones_weights(clips, saved_run, tmp_path):
 
 def test_all_levels_start_from_a_base_of_the_lowest(clips, tmp_path):
     train(options(clips, tmp_path / "base", resolution=(2, 8, 8)))
-    train(options(clips, tmp_path / "full", base=tmp_path / "base", lr=0.0, steps=1, ema=0.5))
+    train(options(clips, tmp_path / "full", base=tmp_path / "base", lr=0.0, steps=1, ema_decay=0.5))
     base, full = (runs.load(tmp_path / name, weights="model").model for name in ("base", "full"))
     average = runs.load(tmp_path / "base").model
     assert (base.config.levels, full.config.levels) == (1, 3)
