@@ -11,7 +11,7 @@ Optimizer = Literal["adamw", "lamb"]
 Parallel = Literal["ddp", "fsdp"]
 Schedule = Literal["cosine", "constant"]
 LrScaling = Literal["none", "sqrt", "linear"]
-ZeroStart = Literal["own-size", "ratio"]
+LambFloor = Literal["xavier", "none"]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Recipe:
     cooldown: int = 0
     """With a constant schedule: the last so many steps fall linearly to 0."""
     weight_decay: float = 0.01
-    zero_start: ZeroStart = "own-size"
-    """LAMB's steps of matrices that start at zero; see :mod:`hpdm.training.lamb`."""
+    lamb_floor: LambFloor = "xavier"
+    """The norm that matrices that start at zero count with at least; see :mod:`hpdm.training.lamb`."""
     ema: tuple[float, ...] = (0.05,)
     """Relative widths of the moving averages of the weights; see :mod:`hpdm.training.ema`. The paper uses an average
     but does not give its length."""
@@ -69,9 +69,9 @@ class RecipeChanges:
     cooldown: int | None = None
     """With --schedule constant: the last so many steps fall linearly to 0. Default: 0."""
     weight_decay: float | None = None
-    zero_start: ZeroStart | None = None
-    """LAMB's steps of matrices that start at zero: own-size takes plain Adam steps until a matrix has the size of one
-    that starts at random, ratio scales by the zero norm from the start, as before version 0.2."""
+    lamb_floor: LambFloor | None = None
+    """LAMB's steps are as long as a share of a matrix' norm. For a matrix that starts at zero, xavier counts at least
+    the norm of Xavier's initialization, none the norm that it has, so that it hardly moves. Default: xavier."""
     ema: tuple[float, ...] | None = None
     """Relative widths of the moving averages of the weights, one or several (0.05 0.10), each a copy of the weights;
     `--weights ema-0.10` chooses one afterwards, `--weights ema` is the first."""
@@ -111,7 +111,7 @@ def recipe_from_json(values: Mapping[str, Any], preset: Recipe) -> Recipe:
             have the value that it was trained with.
     """
     before = {"lr_scaling": "none", "lr_batch": preset.batch, "schedule": "cosine", "cooldown": 0}
-    before |= {"zero_start": "ratio", "ema_decay": None}
+    before |= {"lamb_floor": "none", "ema_decay": None}
     known = _fields(preset) | before | {name: values[name] for name in _fields(preset) if name in values}
     if isinstance(known["ema"], int | float):  # the decay of the only average
         known |= {"ema": (), "ema_decay": float(known["ema"])}

@@ -2,10 +2,9 @@
 
 LAMB takes a step whose length is a share of the weights' own norm. A matrix that starts at zero, as the detokenizer
 and all modulations do (adaLN-Zero), has none. Its norm can then grow by the factor ``1 + lr`` a step at most: with a
-warm-up of 10,000 steps (Table 8) it takes more than 6,000 steps to reach a useful size, whatever the gradients. So a
-matrix that started at zero takes plain Adam steps until it has the norm that Xavier's initialization would have given
-it (:func:`xavier_norm`), and LAMB's from there on. With that warm-up the change comes after some hundred steps, while
-the learning rate is still small.
+warm-up of 10,000 steps (Table 8) it takes more than 6,000 steps to reach a useful size, whatever the gradients. So for
+a matrix that starts at zero the norm counts as that of Xavier's initialization (:func:`xavier_norm`) until it is
+larger: its steps are as long as those of a matrix of its shape that starts at random.
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ class Lamb(torch.optim.Optimizer):
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, inside the rescaled step.
-        own_norms: for tensors that started at zero: they take plain Adam steps while their norm is smaller than this.
-            The optimizer's state does not keep it.
+        least_norms: for some tensors, the norm that their weights count with at least. The optimizer's state does not
+            keep it.
 
     Raises:
         ValueError: a negative rate, decay or eps, or a beta outside [0, 1).
@@ -68,14 +67,14 @@ class Lamb(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
-        own_norms: Mapping[Any, float] | None = None,
+        least_norms: Mapping[Any, float] | None = None,
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0:
             raise ValueError(f"lr, eps, weight_decay: got {lr}, {eps}, {weight_decay}, expected all >= 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas: got {betas}, expected both in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True})
-        self.own_norms = dict(own_norms or {})
+        self.least_norms = dict(least_norms or {})
         self.last: list[StepNorms] = []
         """Of the last step, an entry for each group that is rescaled."""
 
@@ -126,9 +125,9 @@ class Lamb(torch.optim.Optimizer):
     def _trust(self, rate: float, params: list[Tensor], local: list[Tensor], update: list[Tensor]) -> Tensor:
         """Factors ``[n]`` of the Adam steps ``update``."""
         weights, updates = whole_norms(local, params), whole_norms(update, params)
-        ratio = torch.where((weights > 0) & (updates > 0), weights / updates, 1.0)
-        own = [self.own_norms.get(p, 0.0) for p in params]
-        if any(own):
-            ratio = torch.where(weights >= torch.tensor(own, device=weights.device), ratio, 1.0)
+        counted, least = weights, [self.least_norms.get(p, 0.0) for p in params]
+        if any(least):
+            counted = weights.maximum(torch.tensor(least, device=weights.device, dtype=weights.dtype))
+        ratio = torch.where((counted > 0) & (updates > 0), counted / updates, 1.0)
         self.last.append(StepNorms(params, weights, updates * ratio * rate, ratio))
         return ratio

@@ -21,8 +21,8 @@ def make_optimizer(
         name: of the optimizer.
         lr: learning rate.
         weight_decay: of matrices.
-        zero_started: names of the matrices that start at zero, see :func:`zero_matrices`; LAMB takes plain Adam steps
-            for them until they have a size of their own.
+        zero_started: names of the matrices that start at zero, see :func:`zero_matrices`, whose norm LAMB counts as
+            that of Xavier's initialization until it is larger.
 
     Raises:
         ValueError: unknown name.
@@ -34,8 +34,8 @@ def make_optimizer(
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, foreach=True)
     if name == "lamb":
         groups[1]["adapt"] = False
-        own_norms = {p: xavier_norm(p.shape) for n, p in model.named_parameters() if n in zero_started}
-        return Lamb(groups, lr=lr, weight_decay=weight_decay, own_norms=own_norms)
+        least_norms = {p: xavier_norm(p.shape) for n, p in model.named_parameters() if n in zero_started}
+        return Lamb(groups, lr=lr, weight_decay=weight_decay, least_norms=least_norms)
     raise ValueError(f"optimizer: got {name!r}, expected 'adamw' or 'lamb'")
 
 

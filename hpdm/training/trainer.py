@@ -81,7 +81,7 @@ class Trainer:
         options, recipe = job.options, job.recipe
         torch.manual_seed(options.seed)
         self.model = job.system.build(job.config, options.kernels, options.recompute).to(device)
-        zero_started = zero_matrices(self.model) if recipe.zero_start == "own-size" else ()
+        zero_started = zero_matrices(self.model) if recipe.lamb_floor == "xavier" else ()
         checkpoints = list_checkpoints(options.out)
         with distributed.raise_on_all_ranks():
             if job.start is not None and not checkpoints:

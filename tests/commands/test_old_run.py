@@ -52,8 +52,8 @@ def test_it_can_be_resumed(tmp_path, monkeypatch):
     train(options)
     assert [path.name for path in list_checkpoints(run)] == ["step-00000004"]
     assert json.loads((run / "config.json").read_text())["system"] == "patch"
-    with pytest.raises(ValueError, match=r"other options \(lr: 0.01 -> 0.02\)"):
-        train(train_options(data=clips, out=run, **same | {"lr": 2e-2}, kernels="torch", workers=0, device="cpu"))
+    with pytest.raises(ValueError, match=r"other options \(weight_decay: 0.01 -> 0.02\)"):
+        train(train_options(data=clips, out=run, **same, weight_decay=0.02, kernels="torch", workers=0, device="cpu"))
 
 
 def _old_config(about):

@@ -103,7 +103,7 @@ def test_bad_averages_are_refused():
         ConstantDecay(1.0)
     with pytest.raises(ValueError, match=r"ema: got widths \[0.1\] and ema_decay 0.9, expected one of the two"):
         laws([0.1], 0.9)
-    with pytest.raises(ValueError, match="expected widths that differ by 0.001"):
+    with pytest.raises(ValueError, match=r"expected widths that differ by 0.001"):
         laws([0.1, 0.1002], None)
     for averages in ((), (0.9,), (ConstantDecay(0.9), PowerLaw(0.1))):
         with pytest.raises(TypeError, match="averages: got"):
@@ -118,5 +118,5 @@ def test_weights_are_named_by_their_width():
     for name in ("ema-0.2", "ema-", "best", "ema-0.05x"):
         with pytest.raises(ValueError, match=f"weights: got '{name}', expected one of 'model', 'ema', 'ema-0.050'"):
             folder_of_weights(name, [0.05, 0.1])
-    with pytest.raises(ValueError, match="expected one of 'model', 'ema'$"):
+    with pytest.raises(ValueError, match=r"expected one of 'model', 'ema'$"):
         folder_of_weights("ema-0.1", [])

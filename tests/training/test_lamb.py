@@ -9,21 +9,20 @@ from hpdm.training.optim import make_optimizer, zero_matrices
 from hpdm.training.schedule import learning_rate
 
 
-def lamb_by_hand(w, grads, lr, wd, own=0.0, eps=1e-6, beta1=0.9, beta2=0.999):
-    """Algorithm 2 of the LAMB paper for one tensor, in fp64; plain Adam steps below the norm ``own``."""
+def lamb_by_hand(w, grads, lr, wd, least=0.0, eps=1e-6, beta1=0.9, beta2=0.999):
+    """Algorithm 2 of the LAMB paper for one tensor, in fp64, the norm of whose weights counts as ``least`` or more."""
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for n, g in enumerate(grads, start=1):
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         r = (m / (1 - beta1**n)) / ((v / (1 - beta2**n)).sqrt() + eps) + wd * w
-        trust = 1.0 if w.norm() == 0 or w.norm() < own else w.norm() / r.norm()
-        w = w - lr * trust * r
+        w = w - lr * max(float(w.norm()), least) / r.norm() * r
     return w
 
 
-def stepped(start, grads, lr, wd, own=0.0):
+def stepped(start, grads, lr, wd, least=0.0):
     p = nn.Parameter(start.clone())
-    optimizer = Lamb([p], lr=lr, weight_decay=wd, own_norms={p: own} if own else None)
+    optimizer = Lamb([p], lr=lr, weight_decay=wd, least_norms={p: least} if least else None)
     for g in grads:
         p.grad = g.clone()
         optimizer.step()
@@ -36,22 +35,21 @@ def test_lamb_follows_its_algorithm(generator):
     torch.testing.assert_close(stepped(start, grads, 0.01, 0.05), lamb_by_hand(start, grads, 0.01, 0.05))
 
 
-def test_a_zero_matrix_takes_adam_steps_until_it_has_a_size_of_its_own(generator):
-    """Gradients of one sign, so that the norm passes 0.5 on the way: 24 entries grow by 0.01 each step."""
+def test_a_zero_matrix_takes_steps_as_long_as_if_it_had_a_size(generator):
+    """Gradients of one sign, so that the norm passes 0.5 on the way."""
     grads = [torch.rand(6, 4, generator=generator, dtype=torch.float64) + 0.1 for _ in range(40)]
     start = torch.zeros(6, 4, dtype=torch.float64)
-    plain = [lamb_by_hand(start, grads[:n], 0.01, 0.05, own=float("inf")) for n in range(41)]
-    passed = next(n for n, w in enumerate(plain) if w.norm() >= 0.5)
-    assert 2 < passed < 30
-    for n in (1, passed, 40):
+    assert float(stepped(start, grads[:1], 0.05, 0.05, least=0.5).norm()) == pytest.approx(0.05 * 0.5)
+    norms = [float(lamb_by_hand(start, grads[:n], 0.05, 0.05, least=0.5).norm()) for n in range(41)]
+    assert norms[10] < 0.5 < norms[30]
+    for n in (10, 40):
         torch.testing.assert_close(
-            stepped(start, grads[:n], 0.01, 0.05, own=0.5), lamb_by_hand(start, grads[:n], 0.01, 0.05, own=0.5)
+            stepped(start, grads[:n], 0.05, 0.05, least=0.5), lamb_by_hand(start, grads[:n], 0.05, 0.05, least=0.5)
         )
-    assert stepped(start, grads, 0.01, 0.05, own=0.5).norm() < 0.9 * plain[40].norm()  # LAMB's shorter steps since
 
 
-def test_half_of_a_regression_is_learnt_in_the_first_of_ten_thousand_steps_of_warm_up():
-    """Table 8's schedule. Without sizes of their own, zero matrices learn 10 % of it only after step 6,000."""
+def test_a_regression_is_begun_in_the_first_500_of_ten_thousand_steps_of_warm_up():
+    """Table 8's schedule. 10 % are explained then; without a least norm only after step 6,000."""
     g = torch.Generator().manual_seed(5)
     target = torch.randn(16, 64, generator=g) * 0.1
     left = {}
@@ -67,7 +65,7 @@ def test_half_of_a_regression_is_learnt_in_the_first_of_ten_thousand_steps_of_wa
             (model(x) - x @ target.T - noise).square().mean().backward()
             optimizer.step()
         left[zero_started] = float((model.weight.detach() - target).square().sum() / target.square().sum())
-    assert left["weight",] < 0.6
+    assert left["weight",] < 0.9
     assert left[()] > 0.999
 
 
@@ -83,7 +81,7 @@ def test_zero_matrices_are_found_by_name():
     assert zero_matrices(model) == {"1.weight"}  # biases are zero too, but are not rescaled
     optimizer = make_optimizer(model, "lamb", 0.1, 0.0, zero_matrices(model))
     assert isinstance(optimizer, Lamb)
-    assert list(optimizer.own_norms) == [model[1].weight]
+    assert list(optimizer.least_norms) == [model[1].weight]
 
 
 def test_lamb_moves_a_zero_tensor():
