@@ -53,7 +53,7 @@ class RecipeChanges:
     """Changes of a run to its preset's recipe, or to that of the run that goes on; ``None`` keeps the value."""
 
     steps: int | None = None
-    """Last step. Of a run that goes on, also one that is finished, it may be larger than before."""
+    """Last step. A run that goes on, also one that is finished, may be given more."""
     batch: int | None = None
     """Clips per step, over all processes."""
     optimizer: Optimizer | None = None
@@ -73,11 +73,11 @@ class RecipeChanges:
     """LAMB's steps are as long as a share of a matrix' norm. For a matrix that starts at zero, xavier counts at least
     the norm of Xavier's initialization, none the norm that it has, so that it hardly moves. Default: xavier."""
     ema: tuple[float, ...] | None = None
-    """Relative widths of the moving averages of the weights, one or several (0.05 0.10), each a copy of the weights;
-    `--weights ema-0.10` chooses one afterwards, `--weights ema` is the first."""
+    """Relative widths of the moving averages of the weights, one or several (0.05 0.10), each a copy of them. Sampling
+    takes the first, or with --weights ema-0.10 another one."""
     ema_decay: float | None = None
-    """One moving average with this decay in their place. At step n it is at most (1 + n) / (10 + n), which reaches
-    0.9999 after 90,000 steps."""
+    """One moving average with this decay in their place, at step n at most (1 + n) / (10 + n), which reaches 0.9999
+    after 90,000 steps."""
     images: float | None = None
     """Share of the batch that are still videos, each one frame of a clip repeated."""
     parallel: Parallel | None = None
