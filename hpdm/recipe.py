@@ -11,7 +11,7 @@ Optimizer = Literal["adamw", "lamb"]
 Parallel = Literal["ddp", "fsdp"]
 Schedule = Literal["cosine", "constant"]
 LrScaling = Literal["none", "sqrt", "linear"]
-LambFloor = Literal["xavier", "none"]
+LambFloor = Literal["xavier", "off"]
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RecipeChanges:
     weight_decay: float | None = None
     lamb_floor: LambFloor | None = None
     """LAMB's steps are as long as a share of a matrix' norm. For a matrix that starts at zero, xavier counts at least
-    the norm of Xavier's initialization, none the norm that it has, so that it hardly moves. Default: xavier."""
+    the norm of Xavier's initialization, off the norm that it has, so that it hardly moves. Default: xavier."""
     ema: tuple[float, ...] | None = None
     """Relative widths of the moving averages of the weights, one or several (0.05 0.10), each a copy of them. Sampling
     takes the first, or with --weights ema-0.10 another one."""
@@ -111,7 +111,7 @@ def recipe_from_json(values: Mapping[str, Any], preset: Recipe) -> Recipe:
             have the value that it was trained with.
     """
     before = {"lr_scaling": "none", "lr_batch": preset.batch, "schedule": "cosine", "cooldown": 0}
-    before |= {"lamb_floor": "none", "ema_decay": None}
+    before |= {"lamb_floor": "off", "ema_decay": None}
     known = _fields(preset) | before | {name: values[name] for name in _fields(preset) if name in values}
     if isinstance(known["ema"], int | float):  # the decay of the only average
         known |= {"ema": (), "ema_decay": float(known["ema"])}

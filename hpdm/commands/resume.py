@@ -8,8 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hpdm import presets, runs
-from hpdm.data.clips import Short
+from hpdm import distributed, presets, runs
 from hpdm.recipe import Recipe, recipe_from_json
 from hpdm.training.checkpoint import list_checkpoints, read_state
 from hpdm.training.options import TrainOptions
@@ -26,7 +25,7 @@ _ROUNDING = {
 _SCHEDULE = ("steps", "lr", "lr_scaling", "schedule", "cooldown")
 # A run of an earlier version lacks the options that were added later; it ran with these values, or with what is now
 # their default. Those of the recipe are in hpdm.recipe.
-_BEFORE = {"data_weights": [1.0], "short": "error"}
+_BEFORE: dict[str, Any] = {"data_weights": [1.0], "short": "error"}
 
 
 def recipe_of(options: TrainOptions) -> Recipe:
@@ -41,14 +40,12 @@ def recipe_of(options: TrainOptions) -> Recipe:
     return options.recipe.applied_to(recipe)
 
 
-def with_short_of_run(options: TrainOptions) -> TrainOptions:
-    """``options`` with ``short``, where it is not given, as in the run to resume, or "skip" for a new run."""
-    if options.short is not None:
-        return options
-    short: Short = "skip"
+def with_options_of_run(options: TrainOptions) -> TrainOptions:
+    """``options`` whose open choices are made: as in the run to resume, or the default of new runs."""
+    made: dict[str, Any] = {"short": "skip"}
     if list_checkpoints(options.out):
-        short = runs.load_run_config(options.out).training.get("short", _BEFORE["short"])
-    return dataclasses.replace(options, short=short)
+        made = _BEFORE | runs.load_run_config(options.out).training
+    return dataclasses.replace(options, short=options.short or made["short"])
 
 
 def check_resumable(job: Job, class_names: list[str]) -> int:
@@ -80,23 +77,20 @@ def check_resumable(job: Job, class_names: list[str]) -> int:
     return int(before["micro_batch"])
 
 
-def changed_history(job: Job) -> list[dict[str, Any]]:
-    """How the schedule of the run changed, with what ``job`` changes now, which is also logged.
+def history(job: Job) -> list[dict[str, Any]]:
+    """How the schedule of the run in a job's folder changed, with what the job changes now, which is also logged.
 
     Returns:
         For every change ``step``, at which the run went on, and ``changes``, by option the pair of old and new value.
-        Empty for a new run.
     """
-    checkpoints = list_checkpoints(job.options.out)
-    if not checkpoints:
-        return []
     stored = runs.load_run_config(job.options.out).training
     changes = _changes(_options_before(job), _schedule(job.recipe))
     earlier = list(stored.get("history", []))
     if not changes:
         return earlier
     step = _steps_done(job.options.out)
-    logger.warning("%s goes on from step %d with %s", job.options.out, step, _listed(changes))
+    if distributed.is_first():
+        logger.warning("%s goes on from step %d with %s", job.options.out, step, _listed(changes))
     return [*earlier, {"step": step, "changes": {name: list(pair) for name, pair in changes.items()}}]
 
 

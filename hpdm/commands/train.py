@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hpdm import distributed, presets, runs, systems
-from hpdm.commands.resume import changed_history, check_resumable, recipe_of, with_short_of_run
+from hpdm.commands.resume import check_resumable, history, recipe_of, with_options_of_run
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split, split_applies
 from hpdm.data.mixture import Mixture, parse_root
@@ -56,7 +56,7 @@ def train(options: TrainOptions) -> nn.Module:
         with distributed.raise_on_all_ranks():
             if distributed.is_first():
                 values = job.options.as_json(job.recipe)
-                values |= {"micro_batch": job.micro_batch, "history": changed_history(job)}
+                values |= {"micro_batch": job.micro_batch, "history": list(job.history)}
                 runs.save_run_config(options.out, RunConfig(job.system, job.config, _class_names(job), values))
         if distributed.is_first():
             _describe(job.dataset)
@@ -87,7 +87,7 @@ def prepare(options: TrainOptions) -> Job:
         check_not_a_file("out", options.out)
         recipe = recipe_of(options)
         check_schedule(recipe)
-        options = with_short_of_run(options)
+        options = with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
         dataset = _open_clips(options, config.resolution, captions=embeddings is not None)
@@ -101,7 +101,8 @@ def prepare(options: TrainOptions) -> Job:
     with distributed.raise_on_all_ranks():
         checkpoints = list_checkpoints(options.out)
         if checkpoints:
-            job = dataclasses.replace(job, micro_batch=check_resumable(job, _class_names(job)))
+            micro_batch = check_resumable(job, _class_names(job))
+            job = dataclasses.replace(job, micro_batch=micro_batch, history=history(job))
     distributed.assert_same_on_all_ranks("out: checkpoints", [path.name for path in checkpoints])
     return job
 

@@ -8,7 +8,7 @@ of a CPU, up to rounding on another number of ranks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,6 +62,8 @@ class Job:
     """Clips of a micro-batch."""
     start: Callable[[nn.Module], None] | None = None
     """Initializes the model of a new run, e.g. from a base model; ``None`` for random weights."""
+    history: Sequence[Any] = ()
+    """How the run's schedule was changed, for its config."""
 
 
 class Trainer:
