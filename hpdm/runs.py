@@ -31,6 +31,7 @@ from hpdm.training.checkpoint import (
     parameters_of,
     read_state,
 )
+from hpdm.training.ema import folder_of_weights
 
 FIRST_SYSTEM = "patch"
 """The system of runs whose config names none: older versions had only this one."""
@@ -99,23 +100,23 @@ def load(
         path: the run's folder, one of its checkpoints, or a file that :func:`export` wrote.
         kernels: backend of the ops, ``"auto" | "reference" | "torch" | "triton"``.
         device: where to put the model.
-        weights: ``"ema"`` or ``"model"``; an exported file holds one of them.
+        weights: ``"ema"`` for the run's first moving average, ``"ema-0.10"`` for that of a width, ``"model"`` for the
+            weights of the last step; an exported file holds one of them.
 
     Raises:
         FileNotFoundError: no run, or a run without a checkpoint yet.
-        ValueError: unknown ``weights``, damaged files, or a config that does not match the weights.
+        ValueError: ``weights`` that the run does not have, damaged files, or a config that does not match the weights.
     """
-    if weights not in ("ema", "model"):
-        raise ValueError(f"weights: got {weights!r}, expected 'ema' or 'model'")
     path = Path(path)
     if path.is_file():
         return _load_exported(path, kernels, device, weights)
     path_is_checkpoint = is_checkpoint(path.resolve())
     run_config = load_run_config(path.resolve().parent.parent if path_is_checkpoint else path)
+    folder = folder_of_weights(weights, _widths(run_config.training))
     checkpoint = path if path_is_checkpoint else newest_checkpoint(path)
     step = int(read_state(checkpoint)["step"])
     model = run_config.system.build(run_config.config, kernels)
-    load_parameters(model, checkpoint / weights)
+    load_parameters(model, checkpoint / folder)
     return _loaded_run(model, run_config, step, device)
 
 
@@ -125,7 +126,7 @@ def export(run: Path, out: Path, weights: str = "ema") -> int:
     Args:
         run: as for :func:`load`.
         out: the file; an existing one is replaced once the new one is complete.
-        weights: ``"ema"`` or ``"model"``.
+        weights: as for :func:`load`.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load`; ``out`` has another suffix, or its folder does not exist.
@@ -134,7 +135,8 @@ def export(run: Path, out: Path, weights: str = "ema") -> int:
         raise ValueError(f"out: got {out.name!r}, expected a name ending in .safetensors")
     loaded = load(run, weights=weights)
     run_config = RunConfig(loaded.system, loaded.config, loaded.classes, loaded.training)
-    write_weights(out, parameters_of(loaded.model), run_config, loaded.step, weights)
+    folder = folder_of_weights(weights, _widths(loaded.training))
+    write_weights(out, parameters_of(loaded.model), run_config, loaded.step, folder)
     return loaded.step
 
 
@@ -165,6 +167,12 @@ def write_weights(
         write_tensors(temporary, stored, {"hpdm": json.dumps(header)})
 
 
+def _widths(training: Mapping[str, Any]) -> list[float]:
+    """Relative widths of a run's moving averages; none for one with a constant decay, which older runs have."""
+    widths = training.get("ema")
+    return list(widths) if isinstance(widths, list) else []
+
+
 def _load_exported(path: Path, kernels: str, device: torch.device | str, weights: str) -> Run:
     try:
         with safe_open(path, "pt") as file:
@@ -174,9 +182,9 @@ def _load_exported(path: Path, kernels: str, device: torch.device | str, weights
     if header is None:
         raise ValueError(f"{path}: got a safetensors file without a config, expected one that `hpdm export` wrote")
     check_format(path, header)
-    if header["weights"] != weights:
-        raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
     run_config = _from_json(header, path)
+    if header["weights"] != folder_of_weights(weights, _widths(run_config.training)):
+        raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
     model = run_config.system.build(run_config.config, kernels)
     model.load_state_dict(load_file(path))
     return _loaded_run(model, run_config, int(header["step"]), device)

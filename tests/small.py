@@ -13,7 +13,8 @@ from hpdm import HPDM, HPDMConfig, presets, runs, systems
 from hpdm.runs import RunConfig
 from hpdm.training import options
 from hpdm.training.checkpoint import save_checkpoint
-from hpdm.training.optim import EMA, make_optimizer
+from hpdm.training.ema import EMA, ConstantDecay
+from hpdm.training.optim import make_optimizer
 from hpdm.training.options import TrainOptions
 from hpdm.training.trainer import Trainer
 
@@ -42,7 +43,7 @@ def save_as_run(
     """Writes a run folder whose only checkpoint, of step 1, has the weights of ``model``; returns ``folder``."""
     about = RunConfig(systems.get("patch"), model.config, list(names), dict(training or {}))
     runs.save_run_config(folder, about)
-    save_checkpoint(folder, 1, model, EMA(model, 0.9), make_optimizer(model, "adamw", 1e-3, 0.0))
+    save_checkpoint(folder, 1, model, EMA(model, ConstantDecay(0.9)), make_optimizer(model, "adamw", 1e-3, 0.0))
     return folder
 
 

@@ -18,9 +18,6 @@ logger = logging.getLogger(__name__)
 Kernels = Literal["auto", "reference", "torch", "triton"]
 """Backend of every op; "reference" is the paper's formulas without our kernels."""
 
-Weights = Literal["ema", "model"]
-"""Which weights of a run to use: their moving average, or those of the last step."""
-
 
 def warn_of_untrained_context(run: Run, options: SamplerOptions) -> None:
     """Warns, on rank 0, of a context noise that the run has not seen: contexts that are clean or a little noised.

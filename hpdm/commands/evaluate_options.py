@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from hpdm.checks import at_least
-from hpdm.commands.common import Kernels, Weights, clips_of_run, sampler_not_given
+from hpdm.commands.common import Kernels, clips_of_run, sampler_not_given
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split
 from hpdm.evaluation.distribution import CLASSIFIER_FRAMES, PROTOCOLS, SPLITS, ProtocolName
@@ -75,8 +75,9 @@ class EvaluateOptions:
     """Seed of noise, windows of real clips, classes and the first sampled video; the next take the next seeds."""
     kernels: Kernels = "auto"
     """Backend of every op; "reference" is the paper's formulas without our kernels."""
-    weights: Weights = "ema"
-    """Weights of the run: "ema" is their moving average, "model" those of the last step."""
+    weights: str = "ema"
+    """Weights of the run: "ema" is their (first) moving average, "ema-0.10" that of a relative width, if the run has
+    several, "model" those of the last step."""
     json: Path | None = None
     """Also write the result to this file."""
     device: str = "auto"

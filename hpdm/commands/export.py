@@ -9,7 +9,6 @@ from typing import Annotated
 import tyro
 
 from hpdm import runs
-from hpdm.commands.common import Weights
 
 
 @dataclass(frozen=True)
@@ -20,8 +19,9 @@ class ExportOptions:
     """Folder of the run, or of one of its checkpoints, written by any number of processes."""
     out: Path
     """File to write, ending in .safetensors."""
-    weights: Weights = "ema"
-    """Weights of the run: "ema" is their moving average, "model" those of the last step."""
+    weights: str = "ema"
+    """Weights of the run: "ema" is their (first) moving average, "ema-0.10" that of a relative width, if the run has
+    several, "model" those of the last step."""
 
 
 def run(options: ExportOptions) -> int:

@@ -39,6 +39,8 @@ class PlanCommand:
     precision: Literal["fp32", "bf16"] = "fp32"
     """"bf16" is automatic mixed precision."""
     optimizer: Optimizer = "adamw"
+    averages: int = 1
+    """Number of moving averages of the weights, each a copy of them: the widths of `hpdm train --ema`."""
     memory_gb: float | None = None
     """Also find the largest batch that fits into this many GB (1e9 bytes), e.g. 80 for an A100."""
     measure: bool = False
@@ -71,7 +73,7 @@ def run(options: PlanCommand) -> int:
 
 def _check(options: PlanCommand, config: Any) -> None:
     """Checks the options before the long work begins; raises ValueError or FileNotFoundError."""
-    at_least(options, 1, "batch")
+    at_least(options, 1, "batch", "averages")
     if options.memory_gb is not None and options.memory_gb <= 0:
         raise ValueError(f"memory-gb: got {options.memory_gb}, expected a positive number")
     if options.json is not None and not options.json.parent.is_dir():
@@ -119,7 +121,9 @@ def _training(options: PlanCommand, system: System, config: Any, kernels: str, r
     """The cost of a training step, and on request the largest batch and the measured memory."""
 
     def cost_of(batch: int) -> StepCost:
-        return training_step(system, config, batch, kernels, recompute, options.precision, options.optimizer)
+        return training_step(
+            system, config, batch, kernels, recompute, options.precision, options.optimizer, options.averages
+        )
 
     cost = cost_of(options.batch)
     row = asdict(cost) | {"static_bytes": cost.static_bytes, "peak_bytes": cost.peak_bytes}
@@ -130,8 +134,9 @@ def _training(options: PlanCommand, system: System, config: Any, kernels: str, r
     if options.measure:
         backend = "reference" if kernels == "reference" else "auto"
         row["measured_bytes"] = measured_step(
-            system, config, options.batch, backend, recompute, options.precision, options.optimizer
-        )
+            system, config, options.batch, backend, recompute, options.precision, options.optimizer,
+            options.averages,
+        )  # fmt: skip
     return row
 
 

@@ -22,7 +22,6 @@ from hpdm.checks import at_least
 from hpdm.commands import unfinished
 from hpdm.commands.common import (
     Kernels,
-    Weights,
     choose_sampler,
     clips_of_run,
     sampler_not_given,
@@ -74,8 +73,9 @@ class SampleOptions:
     """Videos at a time."""
     kernels: Kernels = "auto"
     """Backend of every op; "reference" is the paper's formulas without our kernels."""
-    weights: Weights = "ema"
-    """Weights of the run: "ema" is their moving average, "model" those of the last step."""
+    weights: str = "ema"
+    """Weights of the run: "ema" is their (first) moving average, "ema-0.10" that of a relative width, if the run has
+    several, "model" those of the last step."""
     fps: float = 16.0
     columns: int = 8
     """Frames per video on the contact sheet."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hpdm import distributed, presets, runs, systems
+from hpdm.commands.resume import check_resumable, history, recipe_of, with_options_of_run
 from hpdm.commands.steering import choose_micro_batch, open_validation, snapshot_writer
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split, split_applies
@@ -25,20 +26,10 @@ from hpdm.system import System
 from hpdm.text import EmbeddingStore
 from hpdm.training.checkpoint import list_checkpoints
 from hpdm.training.options import TrainOptions
-from hpdm.training.steering import Steering
+from hpdm.training.schedule import check_schedule, peak_rate
 from hpdm.training.trainer import Job, Trainer
 
 logger = logging.getLogger(__name__)
-
-# Options that may change when a run is resumed: they change its loss curve by rounding at most.
-_MAY_CHANGE = {
-    "data", "out", "decoder", "kernels", "recompute", "parallel", "compile", "workers", "cache_mb", "device", "log",
-    "log_every", "save_every", "sample_every", "sample_steps", "profile",
-    *(f.name for f in dataclasses.fields(Steering)),
-}  # fmt: skip
-
-# How runs were trained before these options existed, where that is not the default of new runs.
-_BEFORE: dict[str, Any] = {"data_weights": [1.0], "short": "error", "boxes": "nested"}
 
 
 def run(options: TrainOptions) -> int:
@@ -63,7 +54,8 @@ def train(options: TrainOptions) -> nn.Module:
     with distributed.process_group(distributed.pick_device(options.device)) as device:
         job = prepare(options, device)
         before = torch.get_float32_matmul_precision()
-        values = job.options.as_json(job.recipe) | {"micro_batch": job.micro_batch}
+        values = job.options.as_json(job.recipe)
+        values |= {"micro_batch": job.micro_batch, "history": list(job.history)}
         about = RunConfig(job.system, job.config, _class_names(job), values)
         share = job.recipe.batch // distributed.world_size()
         flops = StepFlops(job.system, job.config, share)
@@ -79,6 +71,7 @@ def train(options: TrainOptions) -> nn.Module:
             options.preset, f"{sum(p.numel() for p in trainer.model.parameters()):,}", len(job.dataset), device,
             distributed.world_size(),
         )  # fmt: skip
+        _announce_rate(job.recipe)
         try:
             if options.precision != "fp32":
                 torch.set_float32_matmul_precision("high")
@@ -97,11 +90,12 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
     """
     distributed.assert_same_on_all_ranks("options", dataclasses.asdict(options))
     system = systems.of_preset(options.preset)
-    recipe = options.recipe.applied_to(presets.recipe(options.preset))
     with distributed.raise_on_all_ranks():
         check_not_a_file("out", options.out)
+        recipe = recipe_of(options)
+        check_schedule(recipe)
         _check_cuts(options, recipe)
-        options = _with_options_of_run(options)
+        options = with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
         dataset = _open_clips(options, config.resolution, captions=embeddings is not None)
@@ -115,7 +109,10 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
     with distributed.raise_on_all_ranks():
         validate = open_validation(options, system, config, _class_names(job), embeddings)
         checkpoints = list_checkpoints(options.out)
-        micro_batch = _check_resumable(job) if checkpoints else 0
+        micro_batch = 0
+        if checkpoints:
+            micro_batch = check_resumable(job, _class_names(job))
+            job = dataclasses.replace(job, history=history(job))
     distributed.assert_same_on_all_ranks("out: checkpoints", [path.name for path in checkpoints])
     device = device or distributed.pick_device(options.device)
     micro_batch = micro_batch or choose_micro_batch(options, recipe, system, config, device)
@@ -139,17 +136,13 @@ def _describe(clips: Mixture) -> None:
             logger.info("%s: gives %.4g %% of all clips", part.root, 100 * weight / sum(clips.weights))
 
 
-def _with_options_of_run(options: TrainOptions) -> TrainOptions:
-    """``options`` whose open choices are made: as in the run to resume, or the default of new runs."""
-    made: dict[str, Any] = {"short": "skip", "boxes": "uniform"}
-    if list_checkpoints(options.out):
-        made = _BEFORE | runs.load_run_config(options.out).training
-    objective = options.objective
-    return dataclasses.replace(
-        options,
-        short=options.short or made["short"],
-        objective=dataclasses.replace(objective, boxes=objective.boxes or made["boxes"]),
-    )
+def _announce_rate(recipe: Recipe) -> None:
+    """Logs the learning rate that follows from the batch, if it does."""
+    if recipe.lr_scaling != "none" and distributed.is_first():
+        logger.info(
+            "learning rate %.4g: %.4g for batch %d, scaled to batch %d by the %s rule",
+            peak_rate(recipe), recipe.lr, recipe.lr_batch or recipe.batch, recipe.batch, recipe.lr_scaling,
+        )  # fmt: skip
 
 
 def _open_clips(options: TrainOptions, resolution: tuple[int, int, int], captions: bool) -> Mixture:
@@ -238,43 +231,3 @@ def _start_from(options: TrainOptions, system: System) -> Callable[[nn.Module], 
 
 def _class_names(job: Job) -> list[str]:
     return job.dataset.class_names if job.config.conditioning == "class" else []
-
-
-def _check_resumable(job: Job) -> int:
-    """Checks that a job continues the run in its folder: same model, classes, batches, seed and schedule.
-
-    Returns the size of the run's micro-batches. Its noise depends on it, so it does not follow the number of ranks.
-
-    Raises:
-        ValueError: the job differs from the run.
-    """
-    options, out = job.options, job.options.out
-    old = runs.load_run_config(out)
-    if old.system is not job.system or old.config != job.config:
-        before, now = old.config.to_dict(), job.config.to_dict()
-        changed = _changes(before, now)
-        raise ValueError(f"out: {out} holds a run of another config ({changed}); choose another folder")
-    names = _class_names(job)
-    if old.classes != names:
-        raise ValueError(f"data: got classes {names}, expected {old.classes} as in the run at {out}")
-    # A run of an earlier version lacks the options that were added later; it ran with what is now their default, unless
-    # _BEFORE has another value.
-    defaults = TrainOptions(data=options.data, out=out, preset=options.preset)
-    before = defaults.as_json(_default_recipe(options)) | _BEFORE | old.training
-    free = options.micro_batch in (None, "auto")  # a resumed run keeps the micro-batches that it has
-    now = options.as_json(job.recipe) | ({"micro_batch": before["micro_batch"]} if free else {})
-    may_change = set(_MAY_CHANGE)
-    if "loop" not in (before["short"], now["short"]):
-        may_change.add("short")  # as long as no clip is short, skip and error are the same
-    changed = _changes(before, {name: value for name, value in now.items() if name not in may_change})
-    if changed:
-        raise ValueError(f"out: {out} holds a run with other options ({changed}); choose another folder")
-    return int(before["micro_batch"])
-
-
-def _default_recipe(options: TrainOptions) -> Recipe:
-    return presets.recipe(options.preset)
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    return ", ".join(f"{name}: {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name])

@@ -85,5 +85,5 @@ RECIPES: dict[str, Recipe] = {
     # After 500,000 steps of a base model at 36x64; the batch is as many images as videos.
     "hpdm_t2v": Recipe(steps=15_000, batch=8192, images=0.5, warmup=5000, parallel="fsdp"),
     "hpdm_t2v_1k": Recipe(steps=100_000, batch=2048, images=0.5, warmup=5000, parallel="fsdp"),
-    "tiny": Recipe(steps=10_000, batch=16, optimizer="adamw", lr=1e-3, warmup=200, ema=0.999),
+    "tiny": Recipe(steps=10_000, batch=16, optimizer="adamw", lr=1e-3, warmup=200),
 }

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from hpdm.distributed import pick_device
 from hpdm.system import System
-from hpdm.training.optim import EMA, make_optimizer
+from hpdm.training.ema import EMA, PowerLaw
+from hpdm.training.optim import make_optimizer
 from hpdm.training.step import update
 
 # Storages of 64 KiB and more are mapped one by one, and unmapped when freed.
@@ -40,12 +41,13 @@ def measured_step(
     recompute: str = "none",
     precision: str = "fp32",
     optimizer: str = "adamw",
+    averages: int = 1,
     device: str = "auto",
 ) -> int:
     """Peak memory in bytes of the second training step of a run, in a process of its own.
 
     Args:
-        system, config, batch, kernels, recompute, precision, optimizer: as for
+        system, config, batch, kernels, recompute, precision, optimizer, averages: as for
             :func:`hpdm.planning.training_cost.training_step`, with every backend for ``kernels``.
         device: ``"auto"`` takes CUDA when there is one.
 
@@ -54,7 +56,8 @@ def measured_step(
     """
     step = {
         "system": (type(system).__module__, type(system).__name__), "config": config.to_dict(), "batch": batch,
-        "kernels": kernels, "recompute": recompute, "precision": precision, "optimizer": optimizer, "device": device,
+        "kernels": kernels, "recompute": recompute, "precision": precision, "optimizer": optimizer,
+        "averages": averages, "device": device,
     }  # fmt: skip
     command = [sys.executable, "-m", "hpdm.planning.measure", json.dumps(step)]
     process = subprocess.run(command, env={**os.environ, **_MALLOC}, capture_output=True, text=True)
@@ -74,12 +77,13 @@ class NoiseTraining:
         kernels, recompute: as for :meth:`hpdm.system.System.build`.
         precision: ``"fp32"`` or ``"bf16"``.
         optimizer: ``"adamw"`` or ``"lamb"``.
+        averages: number of moving averages of the weights.
         compiled: whether the model runs under ``torch.compile``.
     """
 
     def __init__(
         self, system: System, config: Any, device: torch.device, kernels: str = "auto", recompute: str = "none",
-        precision: str = "fp32", optimizer: str = "adamw", compiled: bool = False,
+        precision: str = "fp32", optimizer: str = "adamw", averages: int = 1, compiled: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         self.system, self.config, self.device, self.precision = system, config, device, precision
@@ -87,7 +91,7 @@ class NoiseTraining:
             self.model = system.build(config, kernels, recompute)
         self.call: Callable[..., Tensor] = torch.compile(self.model) if compiled else self.model
         self.optimizer = make_optimizer(self.model, optimizer, 1e-4, 0.01)
-        self.ema = EMA(self.model, 0.999)
+        self.ema = EMA(self.model, *[PowerLaw(0.05)] * averages)
 
     def step(self, batch: int) -> Callable[[], None]:
         """A function that runs one whole training step on ``batch`` clips, the same clips in every call."""
@@ -113,7 +117,7 @@ def _measure(step: dict[str, Any]) -> int:
     module, name = step["system"]
     system, device = getattr(import_module(module), name)(), pick_device(step["device"])
     config, batch = system.config_from_dict(step["config"]), step["batch"]
-    settings = [step[name] for name in ("kernels", "recompute", "precision", "optimizer")]
+    settings = [step[name] for name in ("kernels", "recompute", "precision", "optimizer", "averages")]
     if device.type == "cuda":
         run = NoiseTraining(system, config, device, *settings).step(batch)
         run()

@@ -55,7 +55,7 @@ def _training(rows: Sequence[dict[str, Any]]) -> list[str]:
             ratio = row["peak_bytes"] / row["measured_bytes"]
             line += f"   measured {_gb(row['measured_bytes'])} ({ratio - 1:+.1%})"
         lines.append(line)
-    return [*lines, "  what is alive at the peak; ema: the moving average of the weights"]
+    return [*lines, "  what is alive at the peak; ema: the moving averages of the weights"]
 
 
 def _sampling(rows: Sequence[dict[str, Any]]) -> list[str]:

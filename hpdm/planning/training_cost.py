@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hpdm.planning.ledger import Ledger, fake_fp32
 from hpdm.system import System
-from hpdm.training.optim import EMA, make_optimizer
+from hpdm.training.ema import EMA, PowerLaw
+from hpdm.training.optim import make_optimizer
 from hpdm.training.step import update
 
 PRECISIONS = ("fp32", "bf16")
@@ -30,12 +31,13 @@ class StepCost:
     recompute: str
     precision: str
     optimizer: str
+    averages: int
     batch: int
     weights_bytes: int
     gradients_bytes: int
     optimizer_state_bytes: int
     ema_bytes: int
-    """The exponential moving average of the weights."""
+    """The moving averages of the weights."""
     inputs_bytes: int
     """The network's inputs (noised pixels, times, conditioning) and the target."""
     activations_bytes: int
@@ -49,7 +51,7 @@ class StepCost:
 
     @property
     def static_bytes(self) -> int:
-        """What is alive between two steps: weights, optimizer state, moving average."""
+        """What is alive between two steps: weights, optimizer state, moving averages."""
         return self.weights_bytes + self.optimizer_state_bytes + self.ema_bytes
 
     @property
@@ -66,6 +68,7 @@ def training_step(
     recompute: str = "none",
     precision: str = "fp32",
     optimizer: str = "adamw",
+    averages: int = 1,
 ) -> StepCost:
     """Predicts one training step: the second one of a run, so that the optimizer has its state.
 
@@ -78,24 +81,28 @@ def training_step(
         recompute: what the backward pass computes again, ``"none"``, ``"selective"`` or ``"block"``.
         precision: ``"fp32"``, or ``"bf16"`` for automatic mixed precision with weights and their statistics in fp32.
         optimizer: ``"adamw"`` or ``"lamb"``.
+        averages: number of moving averages of the weights, at least 1.
 
     Raises:
         ValueError: an argument out of range.
     """
     if batch < 1:
         raise ValueError(f"batch: got {batch}, expected at least 1")
+    if averages < 1:
+        raise ValueError(f"averages: got {averages}, expected at least 1")
     if kernels not in ("reference", "torch"):
         raise ValueError(f"kernels: got {kernels!r}, expected 'reference' or 'torch'")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
     with fake_fp32():
-        ledger = _count(system, config, batch, kernels, recompute, precision, optimizer)
+        ledger = _count(system, config, batch, kernels, recompute, precision, optimizer, averages)
     at_peak = ledger.at_peak()
     return StepCost(
         kernels=kernels,
         recompute=recompute,
         precision=precision,
         optimizer=optimizer,
+        averages=averages,
         batch=batch,
         flops=ledger.flops,
         moved_bytes=ledger.moved,
@@ -104,13 +111,14 @@ def training_step(
 
 
 def _count(
-    system: System, config: Any, batch: int, kernels: str, recompute: str, precision: str, optimizer_name: str
-) -> Ledger:
+    system: System, config: Any, batch: int, kernels: str, recompute: str, precision: str, optimizer_name: str,
+    averages: int,
+) -> Ledger:  # fmt: skip
     """Counts the second step of a run."""
     model = system.build(config, kernels, recompute)
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01)
-    ema = EMA(model, 0.999)
+    ema = EMA(model, *[PowerLaw(0.05)] * averages)
     for p in parameters:
         p.grad = torch.zeros_like(p)
     optimizer.step()  # makes the optimizer's state
@@ -128,7 +136,7 @@ def _count(
     with ledger:
         ledger.label(parameters, "weights")
         ledger.label(_state_of(optimizer), "optimizer_state")
-        ledger.label(ema.shadow.values(), "ema")
+        ledger.label([t for shadow in ema.shadows for t in shadow.values()], "ema")
         ledger.label([*inputs.values(), target], "inputs")
         update(
             model,

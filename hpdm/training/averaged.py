@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from hpdm.training.optim import EMA, shards
+from hpdm.training.ema import EMA
+from hpdm.training.sharded import shards
 
 
 @contextmanager

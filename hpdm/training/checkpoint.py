@@ -1,9 +1,10 @@
 """Checkpoints of a training run, written atomically: each is either complete or absent.
 
-``RUN/checkpoints/step-00001000/`` holds ``state.json`` and the folders ``model``, ``ema`` and ``optimizer``. These hold
-safetensors files in the layout of ``torch.distributed.checkpoint``. Sharded tensors have a file per rank: each rank
-saves its shards. Whole tensors, which every rank has, are in one file, which rank 0 writes. Any number of ranks can
-read either, including a single process without a process group.
+``RUN/checkpoints/step-00001000/`` holds ``state.json`` and the folders ``model``, ``ema`` and ``optimizer``, and with
+several moving averages one more for each after the first (``ema-0.100``, by its width). These hold safetensors files in
+the layout of ``torch.distributed.checkpoint``. Sharded tensors have a file per rank: each rank saves its shards. Whole
+tensors, which every rank has, are in one file, which rank 0 writes. Any number of ranks can read either, including a
+single process without a process group.
 
 A checkpoint is written to a temporary folder, flushed to the disk and renamed, so a killed process or a full disk
 leaves the previous checkpoint untouched.
@@ -31,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from hpdm import distributed
 from hpdm.files import read_json, write_json
 from hpdm.tensor_file import write_tensors
-from hpdm.training.optim import EMA
+from hpdm.training.ema import EMA
 
 FORMAT = 2
 """Version of the format. Version 1 had one file each for weights, moving average and optimizer, of one process."""
@@ -77,7 +78,7 @@ def contents_of(model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) ->
     optimizer_state = {
         f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
     }
-    parts = {"model": parameters_of(model), "ema": dict(ema.shadow), "optimizer": optimizer_state}
+    parts = {"model": parameters_of(model), **ema.folders, "optimizer": optimizer_state}
     return Contents(parts, {"ema_updates": ema.updates})
 
 
@@ -137,7 +138,8 @@ def load_checkpoint(
     state = read_state(path)
     load_parameters(model, path / "model")
     if ema is not None:
-        _load_tensors(ema.shadow, path / "ema")
+        for folder, shadow in ema.folders.items():
+            _load_tensors(shadow, path / folder)
         ema.updates = state["ema_updates"]
     if optimizer is not None:
         _load_optimizer(model, optimizer, path / "optimizer")
@@ -145,7 +147,7 @@ def load_checkpoint(
 
 
 def load_parameters(model: nn.Module, path: Path) -> None:
-    """Fills a model from the folder ``model`` or ``ema`` of a checkpoint, in place.
+    """Fills a model from a folder of a checkpoint, such as ``model`` or ``ema``, in place.
 
     Raises:
         ValueError: the folder is damaged, or of a model with other parameters.

@@ -16,6 +16,7 @@ from hpdm.data.mixture import parse_root
 from hpdm.objective import Objective
 from hpdm.recipe import Recipe, RecipeChanges
 from hpdm.system import Architecture
+from hpdm.training.ema import laws
 from hpdm.training.steering import Steering
 
 
@@ -31,7 +32,7 @@ class TrainOptions:
     embeddings: Path | None = None
     """Embeddings of the clips' captions, from `hpdm data embed`: the model is conditioned on text, not on classes."""
     init: Path | None = None
-    """Run of the same model whose newest weights to start from, with a fresh optimizer and schedule."""
+    """Run of the same model whose newest weights to start from, with a fresh optimizer, schedule and moving average."""
     base: Path | None = None
     """Run of the same network with fewer levels, trained at low resolution, to start from."""
     preset: str = "tiny"
@@ -94,7 +95,9 @@ class TrainOptions:
         if not self.data:
             raise ValueError("data: got none, expected --data with a folder of videos or shards")
         at_least(self.recipe, 1, "steps", "batch")
-        at_least(self.recipe, 0, "lr", "warmup", "weight_decay")
+        at_least(self.recipe, 0, "lr", "warmup", "weight_decay", "cooldown")
+        if self.recipe.ema is not None or self.recipe.ema_decay is not None:
+            laws(self.recipe.ema or (), self.recipe.ema_decay)
         if self.micro_batch != "auto":
             at_least(self, 1, "micro_batch")
             if self.steering.memory_gb is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hpdm import distributed
 from hpdm.training.background import Background, HostCopy
 from hpdm.training.checkpoint import Contents, contents_of, is_sharded, write_checkpoint
-from hpdm.training.optim import EMA
+from hpdm.training.ema import EMA
 from hpdm.training.parallel import full_tensor
 
 logger = logging.getLogger(__name__)

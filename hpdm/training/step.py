@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.profiler import record_function
 
-from hpdm.training.optim import EMA
+from hpdm.training.ema import EMA
 from hpdm.training.parallel import gradients_averaged
 
 Losses = Callable[[], Tensor]
@@ -32,7 +32,7 @@ def update(
     Args:
         network: the module that is called in training: the model, or its DDP wrapper.
         optimizer: of the network's parameters.
-        ema: moving average of the same parameters.
+        ema: moving averages of the same parameters.
         micro_batches: the micro-batches, at least one, whose gradients are averaged.
         clip_norm: largest gradient norm; 0 for no clipping.
         autocast: makes the context of a forward pass, for automatic mixed precision.

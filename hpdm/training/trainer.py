@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -28,17 +28,20 @@ from hpdm.text import EmbeddingStore
 from hpdm.training.averaged import averaged_weights
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
 from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from hpdm.training.ema import EMA, laws
 from hpdm.training.log import Reports
 from hpdm.training.means import Means
-from hpdm.training.optim import EMA, learning_rate, make_optimizer
+from hpdm.training.optim import make_optimizer, zero_matrices
 from hpdm.training.options import TrainOptions
 from hpdm.training.parallel import full_tensor, parallelize
 from hpdm.training.profiling import profiled
 from hpdm.training.samples import SampleGrid
 from hpdm.training.saving import Saver, WriteSnapshot
+from hpdm.training.schedule import rate_of_step
 from hpdm.training.short_clips import ShortClips
 from hpdm.training.shutdown import Stop
 from hpdm.training.speed import Speed, peak_tflops
+from hpdm.training.statistics import optimizer_statistics
 from hpdm.training.step import update
 
 logger = logging.getLogger(__name__)
@@ -67,6 +70,8 @@ class Job:
     """Writes a snapshot of the averaged weights."""
     step_flops: Callable[[], float | None] = lambda: None
     """FLOPs of a step on this rank; ``None`` as long as they are not known."""
+    history: Sequence[Any] = ()
+    """How the run's schedule was changed, for its config."""
 
 
 class Trainer:
@@ -86,20 +91,22 @@ class Trainer:
         options, recipe = job.options, job.recipe
         torch.manual_seed(options.seed)
         self.model = job.system.build(job.config, options.kernels, options.recompute).to(device)
+        zero_started = zero_matrices(self.model) if recipe.lamb_floor == "xavier" else ()
         checkpoints = list_checkpoints(options.out)
         with distributed.raise_on_all_ranks():
             if job.start is not None and not checkpoints:
                 job.start(self.model)
         self.network = parallelize(job.system, self.model, recipe.parallel, device, options.compile)
-        self.optimizer = make_optimizer(self.model, recipe.optimizer, recipe.lr, recipe.weight_decay)
-        self.ema = EMA(self.model, recipe.ema)
+        self.optimizer = make_optimizer(self.model, recipe.optimizer, recipe.lr, recipe.weight_decay, zero_started)
+        with distributed.raise_on_all_ranks():
+            if options.init is not None and not checkpoints:
+                load_checkpoint(newest_checkpoint(options.init), self.model)
+        self.ema = EMA(self.model, *laws(recipe.ema, recipe.ema_decay))
         self.step = 0
         self.loss_names: list[str] = []
         with distributed.raise_on_all_ranks():
             if checkpoints:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer)
-            elif options.init is not None:
-                load_checkpoint(newest_checkpoint(options.init), self.model, self.ema)
         self.saved, self.snapshot = self.step, 0
         self.means = Means()
         steering = options.steering
@@ -144,7 +151,8 @@ class Trainer:
         logged = self._is_due(options.log_every) or at_end
         if logged:
             row, steps = self.means.read(), self.means.steps
-            reports.write({"step": self.step, **row, "lr": rate, "steps": steps})
+            norms = optimizer_statistics(self.model, self.optimizer, self.job.system.parameter_parts)
+            reports.write({"step": self.step, **row, "lr": rate, "steps": steps, **norms})
             self.short_clips.report(last=at_end)
             self.check_finite(row)
             self.means.clear()
@@ -197,7 +205,7 @@ class Trainer:
     def train_step(self, batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor, float]:
         """One update from this rank's micro-batches; its losses by name, the gradient's norm and the learning rate."""
         options, recipe = self.options, self.recipe
-        rate = learning_rate(self.step, recipe.steps, recipe.warmup, recipe.lr)
+        rate = rate_of_step(recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 

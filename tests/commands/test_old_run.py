@@ -47,14 +47,15 @@ def test_it_can_be_resumed(tmp_path, monkeypatch):
     about = json.loads((run / "config.json").read_text())
     clips = render_synthetic(tmp_path / "clips", clips=2, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"])
     monkeypatch.setattr("hpdm.patch.system.PatchDiffusion.configure", lambda self, config, changes: _old_config(about))
-    same = {"patch": (2, 8, 8), "resolution": (8, 32, 32), "batch": 2, "warmup": 1, "lr": 1e-2, "ema": 0.5, "steps": 4}
+    same = {"patch": (2, 8, 8), "resolution": (8, 32, 32), "batch": 2, "warmup": 1, "lr": 1e-2, "steps": 4}
+    same |= {"ema_decay": 0.5}
     options = train_options(data=clips, out=run, **same, kernels="torch", workers=0, log_every=1, device="cpu")
     train(options)
     assert [path.name for path in list_checkpoints(run)] == ["step-00000004"]
     resumed = json.loads((run / "config.json").read_text())
     assert (resumed["system"], resumed["training"]["boxes"]) == ("patch", "nested")
-    with pytest.raises(ValueError, match=r"other options \(lr: 0.01 -> 0.02\)"):
-        train(train_options(data=clips, out=run, **same | {"lr": 2e-2}, kernels="torch", workers=0, device="cpu"))
+    with pytest.raises(ValueError, match=r"other options \(weight_decay: 0.01 -> 0.02\)"):
+        train(train_options(data=clips, out=run, **same, weight_decay=0.02, kernels="torch", workers=0, device="cpu"))
 
 
 def test_its_curve_can_be_trained_again(tmp_path, monkeypatch):

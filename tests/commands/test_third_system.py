@@ -50,7 +50,7 @@ class LinearSystem(System):
 
     name = "linear"
     presets = MappingProxyType({"linear": LinearConfig})
-    recipes = MappingProxyType({"linear": Recipe(4, 2, optimizer="adamw", lr=1e-2, warmup=1, ema=0.5)})
+    recipes = MappingProxyType({"linear": Recipe(4, 2, optimizer="adamw", lr=1e-2, warmup=1)})
 
     def config_from_dict(self, values):
         return LinearConfig(**values | {"resolution": tuple(values["resolution"])})

@@ -47,9 +47,17 @@ def test_memory_is_that_of_a_real_step(config, batch, kernels, recompute) -> Non
 
 
 def test_memory_with_lamb() -> None:
-    expected = predicted(SMALL, 32, "torch", optimizer="lamb").peak_bytes
-    measured = measured_step(PATCH, SMALL, 32, "torch", optimizer="lamb", device="cpu")
+    expected = predicted(SMALL, 32, "torch", optimizer="lamb", averages=2).peak_bytes
+    measured = measured_step(PATCH, SMALL, 32, "torch", optimizer="lamb", averages=2, device="cpu")
     assert measured == pytest.approx(expected, rel=0.05)
+
+
+def test_each_moving_average_costs_a_copy_of_the_weights() -> None:
+    one, three = (predicted(SMALL, 2, "torch", optimizer="lamb", averages=n) for n in (1, 3))
+    assert three.ema_bytes == 3 * one.ema_bytes == 3 * one.weights_bytes
+    assert three.peak_bytes == one.peak_bytes + 2 * one.weights_bytes
+    with pytest.raises(ValueError, match="averages: got 0, expected at least 1"):
+        predicted(SMALL, 2, "torch", averages=0)
 
 
 def test_memory_in_mixed_precision() -> None:

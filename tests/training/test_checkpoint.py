@@ -11,14 +11,15 @@ from safetensors.torch import save_file
 import hpdm.training.checkpoint as ckpt
 from hpdm import HPDM, runs, systems, tensor_file
 from hpdm.runs import RunConfig
-from hpdm.training.optim import EMA, make_optimizer
+from hpdm.training.ema import EMA, ConstantDecay
+from hpdm.training.optim import make_optimizer
 from tests.small import small_config
 
 
 def state(optimizer="adamw", seed=0, **changes):
     torch.manual_seed(seed)
     model = HPDM(small_config(**changes))
-    ema, opt = EMA(model, 0.9), make_optimizer(model, optimizer, 1e-3, 0.01)
+    ema, opt = EMA(model, ConstantDecay(0.9)), make_optimizer(model, optimizer, 1e-3, 0.01)
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     opt.step()

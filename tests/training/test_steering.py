@@ -18,8 +18,8 @@ from hpdm.evaluation.denoising import evaluate_denoising
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.training import samples, speed
 from hpdm.training.averaged import averaged_weights
+from hpdm.training.ema import EMA
 from hpdm.training.means import Means
-from hpdm.training.optim import EMA
 from hpdm.training.speed import Speed, peak_memory, peak_tflops
 from tests.small import train_options as options
 

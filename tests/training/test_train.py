@@ -96,9 +96,11 @@ def test_a_finished_run_has_everything(clips, tmp_path):
 
 
 def test_a_run_can_start_from_another_ones_weights(clips, saved_run, tmp_path):
-    train(options(clips, tmp_path / "second", init=saved_run, lr=0.0, steps=1, ema=0.5))
+    train(options(clips, tmp_path / "second", init=saved_run, lr=0.0, steps=1, ema_decay=0.5))
     first, second = (runs.load(folder, weights="model").model for folder in (saved_run, tmp_path / "second"))
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters()))
+    average = runs.load(tmp_path / "second").model
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), average.parameters()))
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         train(options(clips, tmp_path / "third", init=tmp_path))
     with pytest.raises(ValueError, match="of another config"):
@@ -107,7 +109,7 @@ def test_a_run_can_start_from_another_ones_weights(clips, saved_run, tmp_path):
 
 def test_all_levels_start_from_a_base_of_the_lowest(clips, tmp_path):
     train(options(clips, tmp_path / "base", resolution=(2, 8, 8)))
-    train(options(clips, tmp_path / "full", base=tmp_path / "base", lr=0.0, steps=1, ema=0.5))
+    train(options(clips, tmp_path / "full", base=tmp_path / "base", lr=0.0, steps=1, ema_decay=0.5))
     base, full = (runs.load(tmp_path / name, weights="model").model for name in ("base", "full"))
     average = runs.load(tmp_path / "base").model
     assert (base.config.levels, full.config.levels) == (1, 3)
@@ -208,8 +210,10 @@ def test_another_config_or_schedule_is_refused(clips, saved_run, tmp_path):
     run = shutil.copytree(saved_run, tmp_path / "run")
     with pytest.raises(ValueError, match=r"another config \(coordinates: True -> False\)"):
         train(options(clips, run, coordinates=False))
-    with pytest.raises(ValueError, match=r"other options \(steps: 6 -> 9"):
-        train(options(clips, run, steps=9))
+    with pytest.raises(ValueError, match=r"other options \(warmup: 2 -> 3\)"):
+        train(options(clips, run, warmup=3))
+    with pytest.raises(ValueError, match=r"steps: got 5, expected at least 6, which the run at .* has done"):
+        train(options(clips, run, steps=5))
     other = render_synthetic(tmp_path / "other", clips=2, frames=12, size=(32, 32), classes=["RedDisc", "BlueTriangle"])
     with pytest.raises(ValueError, match=r"classes \['RedDisc', 'BlueTriangle'\], expected"):
         train(options(other, run))
