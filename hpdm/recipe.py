@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Optimizer = Literal["adamw", "lamb"]
+Optimizer = Literal["adamw", "lamb", "muon"]
+""""muon": Muon for the matrices inside the network, AdamW for the rest; see :mod:`hpdm.training.muon`."""
 Parallel = Literal["ddp", "fsdp"]
 Schedule = Literal["cosine", "constant"]
 LrScaling = Literal["none", "sqrt", "linear"]

@@ -217,6 +217,10 @@ class System(ABC):
         """Modules that are compiled one by one if the model is sharded."""
         return (model,)
 
+    def hidden_modules(self, model: Any) -> Sequence[nn.Module]:
+        """Modules whose matrices map hidden features to hidden features: those that the optimizer Muon steps."""
+        return ()
+
     def example_inputs(self, config: Any, batch: int) -> dict[str, Tensor]:
         """Valid keyword arguments of the model in training, zeros wherever possible.
 

@@ -160,5 +160,6 @@ def _denoising(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
         batch=options.batch,
         seed=options.seed,
         context=options.context,
+        context_noise=options.sampler.context_noise if options.context == "clean" else 0.0,
         embeddings=store,
     )

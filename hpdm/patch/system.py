@@ -145,6 +145,9 @@ class PatchDiffusion(System):
     def compiled_modules(self, model: HPDM) -> Sequence[nn.Module]:
         return model.compiled_modules()
 
+    def hidden_modules(self, model: HPDM) -> Sequence[nn.Module]:
+        return list(model.blocks)
+
     def example_inputs(self, config: HPDMConfig, batch: int) -> dict[str, Tensor]:
         return example_inputs(config, batch)
 

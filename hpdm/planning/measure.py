@@ -76,7 +76,7 @@ class NoiseTraining:
         device: where it trains.
         kernels, recompute: as for :meth:`hpdm.system.System.build`.
         precision: ``"fp32"`` or ``"bf16"``.
-        optimizer: ``"adamw"`` or ``"lamb"``.
+        optimizer: ``"adamw"``, ``"lamb"`` or ``"muon"``.
         averages: number of moving averages of the weights.
         compiled: whether the model runs under ``torch.compile``.
     """
@@ -90,7 +90,9 @@ class NoiseTraining:
         with device:
             self.model = system.build(config, kernels, recompute)
         self.call: Callable[..., Tensor] = torch.compile(self.model) if compiled else self.model
-        self.optimizer = make_optimizer(self.model, optimizer, 1e-4, 0.01)
+        self.optimizer = make_optimizer(
+            self.model, optimizer, 1e-4, 0.01, hidden_modules=system.hidden_modules(self.model)
+        )
         self.ema = EMA(self.model, *[PowerLaw(0.05)] * averages)
 
     def step(self, batch: int) -> Callable[[], None]:

@@ -80,7 +80,7 @@ def training_step(
             same tensors).
         recompute: what the backward pass computes again, ``"none"``, ``"selective"`` or ``"block"``.
         precision: ``"fp32"``, or ``"bf16"`` for automatic mixed precision with weights and their statistics in fp32.
-        optimizer: ``"adamw"`` or ``"lamb"``.
+        optimizer: ``"adamw"``, ``"lamb"`` or ``"muon"``.
         averages: number of moving averages of the weights, at least 1.
 
     Raises:
@@ -117,7 +117,7 @@ def _count(
     """Counts the second step of a run."""
     model = system.build(config, kernels, recompute)
     parameters = list(model.parameters())
-    optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01)
+    optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01, hidden_modules=system.hidden_modules(model))
     ema = EMA(model, *[PowerLaw(0.05)] * averages)
     for p in parameters:
         p.grad = torch.zeros_like(p)

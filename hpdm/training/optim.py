@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from hpdm.training.lamb import Lamb, xavier_norm
+from hpdm.training.muon import MuonAdamW
 
 
 def make_optimizer(
-    model: nn.Module, name: str, lr: float, weight_decay: float, zero_started: Collection[str] = ()
+    model: nn.Module,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    zero_started: Collection[str] = (),
+    hidden_modules: Sequence[nn.Module] = (),
 ) -> torch.optim.Optimizer:
-    """``"adamw"`` or ``"lamb"`` over the model; biases, norms and other vectors get no decay and no rescaling.
+    """``"adamw"``, ``"lamb"`` or ``"muon"`` over the model.
+
+    Biases, norms and other vectors have no decay, and take Adam's steps whatever the optimizer.
 
     Args:
         model: already sharded, if it will be.
@@ -23,9 +31,10 @@ def make_optimizer(
         weight_decay: of matrices.
         zero_started: names of the matrices that start at zero, see :func:`zero_matrices`, whose norm LAMB counts as
             that of Xavier's initialization until it is larger.
+        hidden_modules: parts of the model whose matrices map hidden features to hidden features, for Muon.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name; ``"muon"`` for a model without hidden modules, or with sharded weights.
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -36,7 +45,12 @@ def make_optimizer(
         groups[1]["adapt"] = False
         least_norms = {p: xavier_norm(p.shape) for n, p in model.named_parameters() if n in zero_started}
         return Lamb(groups, lr=lr, weight_decay=weight_decay, least_norms=least_norms)
-    raise ValueError(f"optimizer: got {name!r}, expected 'adamw' or 'lamb'")
+    if name == "muon":
+        inside = {p for module in hidden_modules for p in module.parameters()}
+        hidden = [p for p in matrices if p.ndim == 2 and p in inside]
+        groups[0]["params"] = [p for p in matrices if p.ndim != 2 or p not in inside]
+        return MuonAdamW(hidden, groups, lr, weight_decay)
+    raise ValueError(f"optimizer: got {name!r}, expected 'adamw', 'lamb' or 'muon'")
 
 
 def zero_matrices(model: nn.Module) -> frozenset[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.training.lamb import Lamb
+from hpdm.training.muon import MuonAdamW
 from hpdm.training.sharded import shards, summed_over_shards, whole_norms
 
 
@@ -23,14 +24,14 @@ def optimizer_statistics(
 
     Args:
         model: whose parameters were stepped.
-        optimizer: AdamW or LAMB, after the step.
+        optimizer: AdamW, LAMB or Muon, after the step.
         parts: as :attr:`hpdm.system.System.parameter_parts`: a parameter belongs to the first part whose text its name
             contains.
 
     Returns:
         For every part ``weight_norm_PART``, the norm of its weights, and ``update_norm_PART``, that of their last
-        change; with LAMB also ``trust_min``, ``trust_median`` and ``trust_max``, the factors of the Adam steps over all
-        matrices.
+        change (of Muon's matrices nominally, see :meth:`hpdm.training.muon.MuonAdamW.update_norm`); with LAMB also
+        ``trust_min``, ``trust_median`` and ``trust_max``, the factors of the Adam steps over all matrices.
     """
     named = [(name, p) for name, p in model.named_parameters() if optimizer.state.get(p)]
     if not named:
@@ -54,6 +55,8 @@ def optimizer_statistics(
 def _update_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """Norms of the last changes of all tensors that have been stepped."""
     norms: dict[Tensor, Tensor] = {}
+    if isinstance(optimizer, MuonAdamW):
+        norms |= {p: p.new_tensor(optimizer.update_norm(p)) for p in optimizer.hidden}
     for step in optimizer.last if isinstance(optimizer, Lamb) else ():
         norms |= zip(step.params, step.updates)
     for group in optimizer.param_groups:

@@ -97,7 +97,10 @@ class Trainer:
             if job.start is not None and not checkpoints:
                 job.start(self.model)
         self.network = parallelize(job.system, self.model, recipe.parallel, device, options.compile)
-        self.optimizer = make_optimizer(self.model, recipe.optimizer, recipe.lr, recipe.weight_decay, zero_started)
+        hidden = job.system.hidden_modules(self.model)
+        self.optimizer = make_optimizer(
+            self.model, recipe.optimizer, recipe.lr, recipe.weight_decay, zero_started, hidden
+        )
         with distributed.raise_on_all_ranks():
             if options.init is not None and not checkpoints:
                 load_checkpoint(newest_checkpoint(options.init), self.model)

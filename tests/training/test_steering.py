@@ -18,7 +18,7 @@ from hpdm.evaluation.denoising import evaluate_denoising
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.training import samples, speed
 from hpdm.training.averaged import averaged_weights
-from hpdm.training.ema import EMA
+from hpdm.training.ema import EMA, ConstantDecay
 from hpdm.training.means import Means
 from hpdm.training.speed import Speed, peak_memory, peak_tflops
 from tests.small import train_options as options
@@ -121,7 +121,7 @@ def test_means_hide_no_bad_step():
 
 def test_the_average_stands_in_for_the_weights_and_gives_them_back(generator):
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)).train()
-    ema = EMA(model, 0.5)
+    ema = EMA(model, ConstantDecay(0.5))
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator))
