@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["hpdm", "hpdm.*", "hpdm_kernels", "hpdm_kernels.*"]),
-    package_data={"hpdm": ["py.typed"], "hpdm_kernels": ["py.typed"]},
+    package_data={"hpdm": ["py.typed", "weights/*.safetensors"], "hpdm_kernels": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6",

@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hpdm import systems
+from hpdm import published, systems
+from hpdm.checks import check_choice
 from hpdm.data.class_names import check_class_name
 from hpdm.files import atomic_path, make_folder, read_json, write_json
 from hpdm.system import System
-from hpdm.tensor_file import write_tensors
+from hpdm.tensor_file import DTYPES, FilePrecision, write_tensors
 from hpdm.training.checkpoint import (
     FORMAT,
     check_format,
@@ -85,7 +86,10 @@ def load_run_config(run: Path) -> RunConfig:
     """
     path = run / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"run: {run} has no config.json, expected the folder that `hpdm train --out` wrote")
+        raise FileNotFoundError(
+            f"run: {run} has no config.json, expected the folder that `hpdm train --out` wrote, or one of the weights "
+            f"that come with the package ({', '.join(published.names()) or 'none'})"
+        )
     values = read_json(path)
     check_format(run, values)
     return _from_json(values, path)
@@ -94,10 +98,11 @@ def load_run_config(run: Path) -> RunConfig:
 def load(
     path: str | os.PathLike[str], *, kernels: str = "auto", device: torch.device | str = "cpu", weights: str = "ema"
 ) -> Run:
-    """Loads a model from a run's newest checkpoint, from one of its checkpoints, or from an exported file.
+    """Loads a model from a run's newest checkpoint, from one of its checkpoints, from an exported file, or by name.
 
     Args:
-        path: the run's folder, one of its checkpoints, or a file that :func:`export` wrote.
+        path: the run's folder, one of its checkpoints, a file that :func:`export` wrote, or the name of weights that
+            come with this package (:mod:`hpdm.published`), unless a folder or file is called so.
         kernels: backend of the ops, ``"auto" | "reference" | "torch" | "triton"``.
         device: where to put the model.
         weights: ``"ema"`` for the run's first moving average, ``"ema-0.10"`` for that of a width, ``"model"`` for the
@@ -107,7 +112,7 @@ def load(
         FileNotFoundError: no run, or a run without a checkpoint yet.
         ValueError: ``weights`` that the run does not have, damaged files, or a config that does not match the weights.
     """
-    path = Path(path)
+    path = published.find(path) or Path(path)
     if path.is_file():
         return _load_exported(path, kernels, device, weights)
     path_is_checkpoint = is_checkpoint(path.resolve())
@@ -120,23 +125,26 @@ def load(
     return _loaded_run(model, run_config, step, device)
 
 
-def export(run: Path, out: Path, weights: str = "ema") -> int:
+def export(run: Path, out: Path, weights: str = "ema", precision: FilePrecision = "fp32") -> int:
     """Writes a run's weights, its config and the names of its classes as one safetensors file; returns the step.
 
     Args:
         run: as for :func:`load`.
         out: the file; an existing one is replaced once the new one is complete.
         weights: as for :func:`load`.
+        precision: of the numbers in the file. Loading brings them back to the model's own.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`load`; ``out`` has another suffix, or its folder does not exist.
+        FileNotFoundError, ValueError: as :func:`load`; an unknown precision; ``out`` has another suffix, or its folder
+            does not exist.
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"out: got {out.name!r}, expected a name ending in .safetensors")
+    check_choice("precision", precision, FilePrecision)
     loaded = load(run, weights=weights)
     run_config = RunConfig(loaded.system, loaded.config, loaded.classes, loaded.training)
     folder = folder_of_weights(weights, _widths(loaded.training))
-    write_weights(out, parameters_of(loaded.model), run_config, loaded.step, folder)
+    write_weights(out, parameters_of(loaded.model), run_config, loaded.step, folder, DTYPES[precision])
     return loaded.step
 
 

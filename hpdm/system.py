@@ -174,8 +174,13 @@ class System(ABC):
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:
         """A sampler of videos from ``model``; it uses the options that apply to this system."""
 
-    def sampler_defaults(self, config: Any) -> Mapping[str, Any]:
-        """Fields of :class:`~hpdm.sampling.SamplerOptions` whose default is another one for this model."""
+    def sampler_defaults(self, config: Any, preset: str | None = None) -> Mapping[str, Any]:
+        """Fields of :class:`~hpdm.sampling.SamplerOptions` whose default is another one for this model.
+
+        Args:
+            config: of the model.
+            preset: from which it was made; ``None`` for none.
+        """
         return {}
 
     def part_sizes(self, config: Any) -> Sequence[Triple]:

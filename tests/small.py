@@ -21,8 +21,8 @@ from hpdm.training.trainer import Trainer
 
 def small_config(**changes: Any) -> HPDMConfig:
     """Three levels of patches of 2x8x8 pixels, 16 wide."""
-    values = {"patch": (2, 8, 8), "width": 16, "latents": 4, "latent_width": 16, "head_width": 16}
-    return presets.tiny().replace(**(values | {"conditioning_width": 16} | changes))
+    values = {"patch": (2, 8, 8), "tokenizer": (2, 2, 2), "width": 16, "latents": 4, "latent_width": 16}
+    return presets.tiny().replace(**(values | {"head_width": 16, "conditioning_width": 16} | changes))
 
 
 def random_model(

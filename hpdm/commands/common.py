@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,30 +60,3 @@ def clips_of_run(run: Run, root: Path, split: Split | None, *, argument: str, **
     if run.config.conditioning == "class" and dataset.class_names != run.classes:
         raise ValueError(f"{argument}: got classes {dataset.class_names}, expected {run.classes} as in the run")
     return dataset
-
-
-class NotGiven(str):
-    """The value of an option that the user did not give. It is a plain string to all that use it."""
-
-
-def sampler_not_given() -> SamplerOptions:
-    """The default of a command's sampler options: those that a model or a protocol may replace are marked."""
-    options: Any = SamplerOptions()
-    return replace(options, overlap=NotGiven(options.overlap), solver=NotGiven(options.solver))
-
-
-def choose_sampler(run: Run, options: SamplerOptions, **defaults: Any) -> SamplerOptions:
-    """``options`` with ``defaults``, then those of the run's model, in place of what the user did not give.
-
-    Args:
-        run: gives the defaults of its model.
-        options: from the command line, where :func:`sampler_not_given` was the default.
-        **defaults: values of fields, of a protocol; ``None`` for no value.
-    """
-    values = {name: value for name, value in defaults.items() if value is not None}
-    values |= run.system.sampler_defaults(run.config)
-    marked = {f.name: getattr(options, f.name) for f in fields(options)}
-    changes: dict[str, Any] = {
-        name: values.get(name, str(value)) for name, value in marked.items() if isinstance(value, NotGiven)
-    }
-    return replace(options, **changes)

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from hpdm.checks import at_least
-from hpdm.commands.common import Kernels, clips_of_run, sampler_not_given
+from hpdm.commands.common import Kernels, clips_of_run
+from hpdm.commands.sampler_choice import sampler_not_given
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split
 from hpdm.evaluation.distribution import CLASSIFIER_FRAMES, PROTOCOLS, SPLITS, ProtocolName

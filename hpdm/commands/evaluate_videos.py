@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hpdm.commands.common import choose_sampler
 from hpdm.commands.evaluate_options import EvaluateOptions
+from hpdm.commands.sampler_choice import choose_sampler
 from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.distribution import PROTOCOLS, DistributionScore, RealFeatures, draw_labels
 from hpdm.evaluation.generated import (

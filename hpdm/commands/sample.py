@@ -20,14 +20,9 @@ from tqdm import tqdm
 from hpdm import distributed, runs
 from hpdm.checks import at_least
 from hpdm.commands import unfinished
-from hpdm.commands.common import (
-    Kernels,
-    choose_sampler,
-    clips_of_run,
-    sampler_not_given,
-    warn_of_untrained_context,
-)
+from hpdm.commands.common import Kernels, clips_of_run, warn_of_untrained_context
 from hpdm.commands.output_names import check_outputs
+from hpdm.commands.sampler_choice import choose_sampler, sampler_not_given
 from hpdm.commands.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
 from hpdm.data.layout import Split
 from hpdm.files import check_not_a_file, make_folder
@@ -48,7 +43,7 @@ class SampleOptions:
     """Sample videos from a trained run."""
 
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
-    """Folder of the run, or of one of its checkpoints."""
+    """Folder of the run, or of one of its checkpoints; an exported file; or `tiny`, weights that come with hpdm."""
     out: Path
     """Folder for the mp4 files and contact_sheet.png."""
     count: int | None = None

@@ -20,6 +20,7 @@ from hpdm.planning.training_cost import StepCost, training_step
 from hpdm.recipe import Recipe
 from hpdm.runs import RunConfig
 from hpdm.system import System
+from hpdm.tensor_file import DTYPES
 from hpdm.text import EmbeddingStore
 from hpdm.training.options import TrainOptions
 from hpdm.training.saving import WriteSnapshot
@@ -30,7 +31,6 @@ CACHE_BYTES = 256 * 2**20
 """Memory for validation clips, on each rank."""
 GPU_SHARE = 0.9
 """Share of a GPU's memory that a step may take by prediction, which leaves out the CUDA context and fragmentation."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def open_validation(

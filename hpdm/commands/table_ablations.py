@@ -14,9 +14,9 @@ from torch import nn
 
 from hpdm import distributed, runs
 from hpdm.checks import check_choice
-from hpdm.commands.common import choose_sampler, sampler_not_given
 from hpdm.commands.evaluate import check_run, evaluate_run
 from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions, Metric
+from hpdm.commands.sampler_choice import choose_sampler, sampler_not_given
 from hpdm.commands.table_settings import measured_with
 from hpdm.commands.train import prepare, train
 from hpdm.data.layout import Split

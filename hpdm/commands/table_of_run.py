@@ -12,9 +12,9 @@ from typing import Annotated, ClassVar
 import tyro
 
 from hpdm import distributed, runs
-from hpdm.commands.common import choose_sampler
 from hpdm.commands.evaluate import evaluate_run
 from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions
+from hpdm.commands.sampler_choice import choose_sampler
 from hpdm.commands.table_settings import measured_with
 from hpdm.evaluation.distribution import PROTOCOLS
 from hpdm.evaluation.tables import Cells, Section, sections_of, write_table

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from hpdm.commands.common import NotGiven
 from hpdm.commands.evaluate_options import EvaluateOptions
+from hpdm.commands.sampler_choice import NotGiven
 from hpdm.commands.table_of_run import TableOfRun
 from hpdm.evaluation.tables import Section
 

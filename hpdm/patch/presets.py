@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hpdm.patch.config import HPDMConfig
 from hpdm.recipe import Recipe
@@ -87,3 +88,6 @@ RECIPES: dict[str, Recipe] = {
     "hpdm_t2v_1k": Recipe(steps=100_000, batch=2048, images=0.5, warmup=5000, parallel="fsdp"),
     "tiny": Recipe(steps=36_000, batch=16, optimizer="muon", lr=4e-3, warmup=200),
 }
+
+SAMPLING: dict[str, dict[str, Any]] = {"tiny": {"steps": 32, "guidance": 2.0}}
+"""How runs of a preset are sampled unless told otherwise; fields of :class:`hpdm.sampling.SamplerOptions`."""

@@ -17,7 +17,7 @@ from hpdm.patch.base_model import start_from_base
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 from hpdm.patch.objective import denoising_error, evaluation_error, example_inputs
-from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES
+from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES, SAMPLING
 from hpdm.patch.real_levels import level_of_video
 from hpdm.patch.sampler import Sampler
 from hpdm.sampling import SamplerOptions
@@ -107,9 +107,13 @@ class PatchDiffusion(System):
     def sampler(self, model: HPDM, options: SamplerOptions) -> Sampler:
         return Sampler(model, options)
 
-    def sampler_defaults(self, config: HPDMConfig) -> Mapping[str, Any]:
-        """No churn for text to video: appendix C, "we disabled stochasticity for text-to-video synthesis"."""
-        return {"solver": "heun"} if config.conditioning == "text" else {}
+    def sampler_defaults(self, config: HPDMConfig, preset: str | None = None) -> Mapping[str, Any]:
+        """The preset's, and no churn for text to video.
+
+        Appendix C: "we disabled stochasticity for text-to-video synthesis".
+        """
+        deterministic = {"solver": "heun"} if config.conditioning == "text" else {}
+        return {**SAMPLING.get(preset or "", {}), **deterministic}
 
     def part_sizes(self, config: HPDMConfig) -> Sequence[Triple]:
         return [config.level_resolution(level) for level in range(config.levels)]

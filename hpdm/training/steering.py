@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpdm.checks import at_least, check_choice
-
-SnapshotPrecision = Literal["fp32", "fp16"]
+from hpdm.tensor_file import FilePrecision
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Steering:
     snapshot_every: int = 0
     """Steps between snapshots in RUN/snapshots, which are never deleted: the averaged weights alone, in a file that
     every --run takes; 0 for none."""
-    snapshot_precision: SnapshotPrecision = "fp32"
+    snapshot_precision: FilePrecision = "fp32"
     """Of the weights in a snapshot; "fp16" takes half of the disk."""
     sample_prompts: tuple[str, ...] = ()
     """Captions for the sample grids of a run with text, out of those in --embeddings; some of the clips' captions if
@@ -46,7 +45,7 @@ class Steering:
     def __post_init__(self) -> None:
         at_least(self, 0, "validate_every", "keep", "snapshot_every")
         at_least(self, 1, "validation_clips")
-        check_choice("snapshot_precision", self.snapshot_precision, SnapshotPrecision)
+        check_choice("snapshot_precision", self.snapshot_precision, FilePrecision)
         for name in ("memory_gb", "peak_tflops"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

@@ -11,9 +11,9 @@ import tyro
 from torch import nn
 
 from hpdm import Sampler, presets, runs, systems
-from hpdm.commands.common import choose_sampler
 from hpdm.commands.evaluate import evaluate, run
 from hpdm.commands.evaluate_options import EvaluateOptions
+from hpdm.commands.sampler_choice import choose_sampler
 from hpdm.data.clips import VideoDataset
 from hpdm.data.synthetic import render_synthetic
 from hpdm.evaluation.detector import Detector

@@ -23,7 +23,7 @@ def test_parameters_within_one_percent_of_table_8(name):
 
 
 def test_tiny_is_tiny():
-    assert count(presets.tiny()) < 1.8e6
+    assert count(presets.tiny()) < 1.98e6  # in half precision less than 4 MB
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
