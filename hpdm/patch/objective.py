@@ -201,7 +201,8 @@ def _error_of_v(
 
     ``conditions`` are labels, texts and their mask.
     """
-    config, network = model.config, network or model
+    config = model.config
+    network = model if network is None else network  # a compiled module has no truth value
     signal = torch.tensor(config.signal_scales[: x.shape[1]], device=x.device)  # [n]
     noised, target = add_noise(x, noise, t, signal)  # [B, n, C, f, h, w] both
     inputs = (network_input(noised, t, signal), boxes, t, *conditions)

@@ -63,7 +63,16 @@ def test_its_curve_can_be_trained_again(tmp_path, monkeypatch):
     about = json.loads((OLD / "run" / "config.json").read_text())
     clips = render_synthetic(tmp_path / "clips", clips=2, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"])
     monkeypatch.setattr("hpdm.patch.system.PatchDiffusion.configure", lambda self, config, changes: _old_config(about))
-    same = {"patch": (2, 8, 8), "resolution": (8, 32, 32), "batch": 2, "warmup": 1, "lr": 1e-2, "ema": 0.5, "steps": 4}
+    same = {
+        "patch": (2, 8, 8),
+        "resolution": (8, 32, 32),
+        "batch": 2,
+        "warmup": 1,
+        "lr": 1e-2,
+        "ema_decay": 0.5,
+        "steps": 4,
+        "optimizer": "adamw",
+    }
     options = train_options(data=clips, out=tmp_path / "run", **same, boxes="nested", kernels="torch", workers=0,
                             log_every=1, device="cpu")  # fmt: skip
     train(options)

@@ -175,7 +175,15 @@ def test_new_fusions_with_sinusoids_start_as_the_identity(tmp_path, generator):
 
 
 def options(clips, out, **changes):
-    values = {"steps": 2, "batch": 4, "micro_batch": 2, "optimizer": "lamb", "lr": 5e-3, "ema": 0.9, "device": "cpu"}
+    values = {
+        "steps": 2,
+        "batch": 4,
+        "micro_batch": 2,
+        "optimizer": "lamb",
+        "lr": 5e-3,
+        "ema_decay": 0.9,
+        "device": "cpu",
+    }
     ablations = {"share_blocks": True, "coordinate_embedding": "sinusoidal"}
     return train_options(clips, out, **(values | ablations | changes))
 

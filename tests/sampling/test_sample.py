@@ -239,6 +239,7 @@ def test_the_eight_strategies_side_by_side(run_folder, capsys):
 def test_processes_write_one_set_of_files(run_folder):
     sample(options(run_folder, "one", tile_batch=8))
     arguments = ["sample", "--run", run_folder, "--out", run_folder.parent / "two", "--count", 2, "--steps", 2]
+    arguments += ["--later-solver", "ddim"]
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "--", "hpdm",
          *map(str, arguments), "--overlap", "hw", "--tile-batch", "8"],
