@@ -63,8 +63,8 @@ def test_each_moving_average_costs_a_copy_of_the_weights() -> None:
 def test_memory_in_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU its products allocate buffers inside, which are not predicted.
 
-    They took 8 % more on one processor. On another, whose instructions for bf16 oneDNN uses, it was 23 %, and 5 % without
-    these instructions: so the step that is measured does not use them.
+    They took 8 % more on one processor. On another, whose instructions for bf16 oneDNN uses, it was 23 %, and 5 %
+    without these instructions: so the step that is measured does not use them.
     """
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")
     config = MEDIUM.replace(latent_layers=1, levels_per_block=(2, 3))  # many processors are slow at bf16
