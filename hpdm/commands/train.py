@@ -79,6 +79,7 @@ def train(options: TrainOptions) -> nn.Module:
         finally:
             flops.close()
             torch.set_float32_matmul_precision(before)
+            trainer.network = trainer.model  # frees DDP's wrapper, which may hang once its process group is gone
         return trainer.model
 
 
