@@ -62,8 +62,8 @@ def tiny() -> HPDMConfig:
     """A three-level model of 16x64x64 in patches of 4x16x16 that learns on two CPU cores."""
     return HPDMConfig(
         patch=(4, 16, 16),
-        tokenizer=(1, 4, 4),
-        width=120,
+        tokenizer=(1, 2, 2),
+        width=64,
         latents=48,
         latent_width=96,
         head_width=16,
@@ -86,7 +86,7 @@ RECIPES: dict[str, Recipe] = {
     # After 500,000 steps of a base model at 36x64; the batch is as many images as videos.
     "hpdm_t2v": Recipe(steps=15_000, batch=8192, images=0.5, warmup=5000, parallel="fsdp"),
     "hpdm_t2v_1k": Recipe(steps=100_000, batch=2048, images=0.5, warmup=5000, parallel="fsdp"),
-    "tiny": Recipe(steps=36_000, batch=16, optimizer="muon", lr=4e-3, warmup=200),
+    "tiny": Recipe(steps=20_000, batch=16, optimizer="muon", lr=4e-3, warmup=200),
 }
 
 SAMPLING: dict[str, dict[str, Any]] = {"tiny": {"steps": 32, "guidance": 2.0}}
