@@ -51,7 +51,7 @@ def train_options(clips: Path, out: Path, **changes: Any) -> TrainOptions:
     """Six steps on clips of 8x32x32 pixels in patches of 2x8x8: three levels."""
     values = {
         "data": clips, "out": out, "patch": (2, 8, 8), "resolution": (8, 32, 32), "steps": 6, "batch": 3, "warmup": 2,
-        "log_every": 1, "save_every": 3, "kernels": "torch", "workers": 0,
+        "optimizer": "adamw", "lr": 1e-3, "log_every": 1, "save_every": 3, "kernels": "torch", "workers": 0,
     }  # fmt: skip
     return options.train_options(**(values | changes))
 

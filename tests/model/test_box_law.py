@@ -136,7 +136,7 @@ def test_borders_on_purpose(generator):
     assert torch.equal(at_border(boxes, config)[:, -1], on_any_axis)
     assert not at_border(boxes, config)[:, 0].any()
     wide = presets.hpdm_t2v_1k()  # cannot move in time, so the first frame is no border
-    assert 0 < at_border(sample_boxes(wide, 500, generator), wide)[:, -1].double().mean() < 0.1
+    assert 0 < at_border(sample_boxes(wide, rows, generator), wide)[:, -1].double().mean() < 0.1
 
 
 def test_unknown_laws_and_shares_are_refused():

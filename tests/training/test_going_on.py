@@ -57,7 +57,7 @@ def test_what_is_not_given_stays_and_what_changes_is_said(clips, extended, tmp_p
         train(options(clips, run, steps=None, lr=None, warmup=None, batch=None))  # not 10,000 steps, as the preset has
         assert not caplog.records
         assert training_of(run) == training_of(extended) | {"out": str(run)}
-        train(options(clips, run, steps=12, cooldown=2, lr_scaling="sqrt"))
+        train(options(clips, run, steps=12, lr=None, cooldown=2, lr_scaling="sqrt"))
     assert [record.getMessage() for record in caplog.records] == [
         f"{run} goes on from step 9 with steps: 9 -> 12, lr_scaling: none -> sqrt, cooldown: 0 -> 2"
     ]

@@ -29,7 +29,7 @@ def losses(out):
     return [(row["step"], row["loss"], row["loss_level_0"], row["grad_norm"], row["lr"]) for row in rows]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
 def test_an_interrupted_run_continues_bit_for_bit(clips, saved_run, tmp_path, monkeypatch, optimizer):
     uninterrupted = saved_run
     if optimizer != "adamw":
