@@ -43,7 +43,7 @@ class SampleOptions:
     """Sample videos from a trained run."""
 
     run_folder: Annotated[Path, tyro.conf.arg(name="run")]
-    """Folder of the run, or of one of its checkpoints; an exported file; or `tiny`, weights that come with hpdm."""
+    """Folder of the run, or of one of its checkpoints; an exported file; or the name of weights that come with hpdm."""
     out: Path
     """Folder for the mp4 files and contact_sheet.png."""
     count: int | None = None

@@ -120,7 +120,9 @@ def choose_micro_batch(options: TrainOptions, recipe: Recipe, system: System, co
     def cost(clips: int) -> StepCost:
         kernels = "reference" if options.kernels == "reference" else "torch"
         precision = "bf16" if options.precision == "bf16" else "fp32"
-        return training_step(system, config, clips, kernels, options.recompute, precision, recipe.optimizer)
+        return training_step(
+            system, config, clips, kernels, options.recompute, precision, recipe.optimizer, max(1, len(recipe.ema))
+        )
 
     sharded_over = ranks if recipe.parallel == "fsdp" else 1
     # The device with the least memory decides, and rank 0 predicts for all.

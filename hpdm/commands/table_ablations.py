@@ -17,12 +17,13 @@ from hpdm.checks import check_choice
 from hpdm.commands.evaluate import check_run, evaluate_run
 from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions, Metric
 from hpdm.commands.sampler_choice import choose_sampler, sampler_not_given
-from hpdm.commands.table_settings import measured_with
+from hpdm.commands.table_settings import SAMPLES, measured_with
 from hpdm.commands.train import prepare, train
 from hpdm.data.layout import Split
 from hpdm.data.mixture import parse_root
 from hpdm.evaluation.distribution import PROTOCOLS, ProtocolName
 from hpdm.evaluation.tables import Cells, Section, sections_of, write_table
+from hpdm.objective import Objective
 from hpdm.recipe import Recipe
 from hpdm.runs import Run
 from hpdm.sampling import SamplerOptions
@@ -54,9 +55,6 @@ SETUPS: dict[SetupName, Setup] = {
 """Table 3 and two failed experiments of appendix D."""
 
 TABLE_3: tuple[SetupName, ...] = tuple(name for name, setup in SETUPS.items() if setup.published is not None)
-
-SAMPLES = 512
-"""FVD@512."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class AblationTable:
         )
 
 
-_OF_THE_TRAINING = {f.name for f in fields(Recipe)} - {"parallel"} | {"seed", "times"}
+_OF_THE_TRAINING = {f.name for kind in (Recipe, Objective) for f in fields(kind)} - {"parallel"} | {"seed"}
 """Options of training that a table names; `train` has compared the others with those of the run."""
 
 

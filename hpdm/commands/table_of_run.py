@@ -15,12 +15,9 @@ from hpdm import distributed, runs
 from hpdm.commands.evaluate import evaluate_run
 from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions
 from hpdm.commands.sampler_choice import choose_sampler
-from hpdm.commands.table_settings import measured_with
+from hpdm.commands.table_settings import SAMPLES, measured_with
 from hpdm.evaluation.distribution import PROTOCOLS
 from hpdm.evaluation.tables import Cells, Section, sections_of, write_table
-
-SAMPLES = 512
-"""FVD@512, as in the paper's tables."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from hpdm.commands.evaluate_options import EvaluateOptions
 from hpdm.evaluation.detector import Detector, Kind
 from hpdm.runs import Run
 
+SAMPLES = 512
+"""Videos for FVD and Inception score: FVD@512, as in the paper's tables."""
+
 DETECTORS: dict[str, Kind] = {"detector": "features", "classifier": "classes"}
 
 _NOT_IN_THE_RESULT = {"run_folder", "sampler", "json", "device", "kernels", "statistics", "data"}

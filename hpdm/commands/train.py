@@ -103,14 +103,13 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         config = _with_conditioning(config, options.preset, dataset.class_names, embeddings)
         if embeddings is not None:
             _check_embedded(embeddings, dataset)
-    micro_batch = max(1, recipe.batch // distributed.world_size())
+    micro_batch = 0  # chosen below, unless the run to resume has it
     job = Job(options, recipe, system, config, dataset, embeddings, micro_batch, _start_from(options, system))
     distributed.assert_same_on_all_ranks("data: number of clips", len(dataset))
     distributed.assert_same_on_all_ranks("data: classes", _class_names(job))
     with distributed.raise_on_all_ranks():
         validate = open_validation(options, system, config, _class_names(job), embeddings)
         checkpoints = list_checkpoints(options.out)
-        micro_batch = 0
         if checkpoints:
             micro_batch = check_resumable(job, _class_names(job))
             job = dataclasses.replace(job, history=history(job))

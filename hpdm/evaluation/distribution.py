@@ -30,7 +30,7 @@ features are gathered in the order of the clips.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -149,32 +149,6 @@ class DistributionScore:
             probabilities = np.stack([probabilities for _, probabilities in gathered])
             result["is"] = _inception_score(probabilities, self.classifier)
         return result
-
-
-def evaluate_distribution(
-    generated: Iterable[tuple[int, Tensor]],
-    *,
-    frames: int,
-    batch: int,
-    real: RealFeatures | None = None,
-    classifier: Detector | None = None,
-) -> dict[str, Any]:
-    """FVD and Inception score of generated videos. A collective: all ranks return the same.
-
-    Args:
-        generated: this rank's videos, read once, as for :meth:`DistributionScore.add`.
-        frames, batch, real, classifier: as for :class:`DistributionScore`.
-
-    Returns:
-        See :meth:`DistributionScore.result`.
-
-    Raises:
-        ValueError: a detector that breaks its contract, or too few videos.
-    """
-    score = DistributionScore(frames=frames, batch=batch, real=real, classifier=classifier)
-    for number, video in generated:
-        score.add(number, video)
-    return score.result()
 
 
 def _fvd(rows: np.ndarray, real: RealFeatures) -> dict[str, Any]:

@@ -8,7 +8,7 @@ that the table also shows the error of the measurement itself.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,27 +134,6 @@ class MotionScore:
         frames = item["start"] + dataset.offsets(self.about.fps)
         true = np.array(record["position"])[frames % len(record["position"])] * self.about.scale  # [F, 2]
         return score, name, np.hypot(*(score.position - (true if level is None else level.average(true))).T)
-
-
-def evaluate_motion(
-    dataset: VideoDataset, generated: Iterable[tuple[int, Tensor]], names: Sequence[str], *, real: int
-) -> dict[str, Any]:
-    """Scores generated clips and, in the same way, real ones. A collective: all ranks return the same.
-
-    Args:
-        generated: this rank's clips, read one at a time: each its number and uint8 ``[3, F, H, W]``.
-        dataset, names, real: as for :class:`MotionScore`.
-
-    Returns:
-        See :meth:`MotionScore.result`.
-
-    Raises:
-        ValueError: see :func:`read_synthetic_set`.
-    """
-    score = MotionScore(dataset, names, real=real)
-    for number, clip in generated:
-        score.add(number, clip)
-    return score.result()
 
 
 def _scaled(about: SyntheticSet, level: Level) -> SyntheticSet:

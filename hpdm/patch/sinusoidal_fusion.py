@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +46,11 @@ class SinusoidalFusion(ContextFusion):
         box: Tensor,
         source_grids: Sequence[Sequence[int]],
         grid: Sequence[int],
-        source_index: Tensor | None = None,
-        footprints: Sequence[Sequence[int]] | None = None,
-        *,
-        projected: bool = False,
+        *rest: Any,
+        **options: Any,
     ) -> Tensor:
         """``x [B, N, D]`` -> ``[B, N, D]``; the arguments are those of :class:`~hpdm_kernels.modules.ContextFusion`."""
-        fused = super().forward(
-            x, sources, source_boxes, box, source_grids, grid, source_index, footprints, projected=projected
-        )  # [B, N, D]
+        fused = super().forward(x, sources, source_boxes, box, source_grids, grid, *rest, **options)  # [B, N, D]
         return fused + coordinate_sinusoids(box, grid).to(x.dtype) @ self.coordinate_weight.T
 
 

@@ -208,12 +208,12 @@ class Reports:
         row = row | {"clips_per_s": self.steps * self.batch / seconds, "data_share": self.waited / seconds}
         if self.speed is not None:
             row |= self.speed.columns(self.steps / seconds)
-        self.write_validation(row)
+        self.write_row(row)
         self.bar.set_postfix(loss=f"{row['loss']:.4f}", clips_s=f"{row['clips_per_s']:.1f}", refresh=False)
         self.steps, self.waited, self.row_time = 0, 0.0, now
 
-    def write_validation(self, row: dict[str, float]) -> None:
-        """Writes a row as it is, with ``step`` in it, beside those about the training."""
+    def write_row(self, row: dict[str, float]) -> None:
+        """Writes a row as it is; ``step`` is in it."""
         for log in self.logs:
             log.write(row)
 

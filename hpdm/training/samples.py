@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class SampleGrid:
         embeddings: of the captions, for a model with text.
         prompts: captions to sample, all in ``embeddings``; captions of clips spread evenly over the set if empty.
         steps: sampling steps on level 0.
+        preset: of the run; it may suggest how to sample otherwise.
 
     Raises:
         ValueError: prompts for a model without text, or prompts that the embeddings lack.
@@ -45,6 +47,7 @@ class SampleGrid:
         embeddings: EmbeddingStore | None,
         prompts: Sequence[str],
         steps: int,
+        preset: str,
     ) -> None:
         self.system, self.clips, self.embeddings = system, clips, embeddings
         self.kind = config.conditioning
@@ -57,7 +60,8 @@ class SampleGrid:
                     f"sample_prompts: {embeddings.folder} has no embedding of {lacking[0]!r}, expected captions that "
                     "`hpdm data embed` has seen"
                 )
-        self.options = SamplerOptions(steps=steps, overlap="none")
+        suggested = {**system.sampler_defaults(config, preset), "steps": steps, "overlap": "none"}
+        self.options = replace(SamplerOptions(), **suggested)
         self.names: list[str] = []
         """What each sample shows: class names or captions; empty without conditioning."""
         if self.kind == "text":

@@ -117,8 +117,9 @@ class Trainer:
         with distributed.raise_on_all_ranks():
             if options.sample_every:
                 self.grid = SampleGrid(
-                    job.system, job.config, job.dataset, job.embeddings, steering.sample_prompts, options.sample_steps
-                )
+                    job.system, job.config, job.dataset, job.embeddings, steering.sample_prompts, options.sample_steps,
+                    options.preset,
+                )  # fmt: skip
         self.saver = Saver(options.out, self.model, self.ema, self.optimizer, steering.keep, job.write_snapshot)
         self.batches = MicroBatches(job.dataset, recipe.batch, job.micro_batch, options.seed, self.step)
         self.short_clips = ShortClips(job.dataset)
@@ -268,7 +269,7 @@ class Trainer:
             errors = validate(self.model)
         trained = [errors[name] for name in (f"validation_{loss}" for loss in self.loss_names) if name in errors]
         mean = {"validation": sum(trained) / len(trained)} if trained else {}
-        reports.write_validation({"step": self.step, **mean, **errors})
+        reports.write_row({"step": self.step, **mean, **errors})
 
     def sample_grid(self, grid: SampleGrid) -> Path:
         """Writes a contact sheet of samples of the moving average and returns its path. A collective."""

@@ -15,7 +15,8 @@ from hpdm.data.clips import VideoDataset
 from hpdm.data.synthetic import render_clip, render_synthetic
 from hpdm.evaluation import distribution as distribution_eval
 from hpdm.evaluation.detector import Detector
-from hpdm.evaluation.distribution import RealFeatures, draw_labels, evaluate_distribution
+from hpdm.evaluation.distribution import DistributionScore, RealFeatures, draw_labels
+from hpdm.evaluation.generated import measure
 from hpdm.evaluation.metrics import frechet_distance, inception_score
 from hpdm.evaluation.real_statistics import real_statistics
 from hpdm.sampling import SamplerOptions
@@ -66,6 +67,11 @@ def options(folder, **changes):
     return EvaluateOptions(**(values | changes))
 
 
+def scored(videos, **score):
+    """FVD and Inception score of the first four frames of videos."""
+    return measure(((n, [video]) for n, video in enumerate(videos)), [DistributionScore(frames=4, **score)])[0]
+
+
 def windows(folder, **changes):
     return VideoDataset(folder / "set", **{"frames": 4, "size": 32, "short": "skip"} | changes)
 
@@ -78,9 +84,7 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
     )
     videos = torch.randint(256, (21, 3, 8, 32, 32), dtype=torch.uint8)
     real = real_statistics(dataset, detector, count=None, batch=5)
-    found = evaluate_distribution(
-        enumerate(videos), frames=4, batch=4, real=RealFeatures(detector, real), classifier=classifier
-    )
+    found = scored(videos, batch=4, real=RealFeatures(detector, real), classifier=classifier)
     first = videos[:, :, :4]
     made = detector(first).double().numpy()
     clips = detector(torch.stack([dataset[i]["video"] for i in range(len(dataset))])).double().numpy()
@@ -89,9 +93,8 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
     assert (found["fvd"]["real"], found["fvd"]["left_out"], found["generated"]) == (12, 0, 21)
     expected = inception_score(classifier(first).numpy(), 10, shuffle=42)
     assert (found["is"]["mean"], found["is"]["std"]) == pytest.approx(expected, rel=1e-6)
-    same = evaluate_distribution(
-        ((i, dataset[i]["video"]) for i in range(len(dataset))), frames=4, batch=12, real=RealFeatures(detector, real)
-    )
+    clips = (dataset[i]["video"] for i in range(len(dataset)))
+    same = scored(clips, batch=12, real=RealFeatures(detector, real))
     assert same["fvd"]["value"] < 1e-9 * found["fvd"]["value"]
 
 
@@ -101,9 +104,7 @@ def test_fvd_grows_with_noise(folder):
     clips = torch.stack([dataset[i]["video"] for i in range(len(dataset))]).float()
     noise = torch.randn_like(clips)
     spoilt = ((clips + sigma * noise).clamp(0, 255).to(torch.uint8) for sigma in (5, 20, 80))
-    values = [
-        evaluate_distribution(enumerate(videos), frames=4, batch=12, real=real)["fvd"]["value"] for videos in spoilt
-    ]
+    values = [scored(videos, batch=12, real=real)["fvd"]["value"] for videos in spoilt]
     assert values[0] < values[1] < values[2]
 
 
@@ -204,7 +205,7 @@ def test_too_few_videos_for_the_features_are_told(folder, caplog):
     videos = torch.randint(256, (3, 3, 4, 32, 32), dtype=torch.uint8)
     with caplog.at_level(logging.WARNING, logger=distribution_eval.__name__):
         real = RealFeatures(detector, real_statistics(windows(folder), detector, count=2, batch=5))
-        evaluate_distribution(enumerate(videos), frames=4, batch=2, real=real)
+        scored(videos, batch=2, real=real)
     assert "2 real videos give a covariance of rank 1 for 3 features" in caplog.text
     assert "3 generated videos give a covariance of rank 2 for 3 features" in caplog.text
 

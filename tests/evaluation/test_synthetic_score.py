@@ -9,7 +9,8 @@ import torch
 
 from hpdm.data.clips import VideoDataset
 from hpdm.data.synthetic import CLASSES, bounce, render_clip, render_synthetic
-from hpdm.evaluation.motion import evaluate_motion, motion_table, read_synthetic_set
+from hpdm.evaluation.generated import measure
+from hpdm.evaluation.motion import MotionScore, motion_table, read_synthetic_set
 from hpdm.evaluation.synthetic_score import coverage, fit_motion, fit_template, score_clip
 
 
@@ -159,19 +160,23 @@ def dataset(folder, **changes):
     return VideoDataset(folder, **{"frames": 10, "size": 64, "train": False} | changes)
 
 
+def scored(data, clips, names, real):
+    return measure(((n, [clip]) for n, clip in enumerate(clips)), [MotionScore(data, names, real=real)])[0]
+
+
 def test_real_clips_of_a_set_are_right_and_swapped_classes_are_not(folder):
     data = dataset(folder)
     items = [data[i] for i in range(len(data))]
     names = [data.class_names[item["label"]] for item in items]
     made = [item["video"] for item in items]
-    result = evaluate_motion(data, enumerate(made), names, real=4)
+    result = scored(data, made, names, real=4)
     assert result["real"] == result["generated"]
     assert result["real"]["all_right"] == 1
     assert result["position_error"]["median"] < 0.3
-    swapped = evaluate_motion(data, enumerate(made), names[::-1], real=4)["generated"]
+    swapped = scored(data, made, names[::-1], real=4)["generated"]
     assert (swapped["shape_right"], swapped["color_right"], swapped["all_right"]) == (0, 0, 0)
     still = [clip[:, :1].expand_as(clip) for clip in made]
-    frozen = evaluate_motion(data, enumerate(still), names, real=4)["generated"]
+    frozen = scored(data, still, names, real=4)["generated"]
     assert (frozen["speed_right"], frozen["motion_right"], frozen["all_right"]) == (0, 0, 0)
     table = motion_table(result).splitlines()
     assert len(table) == 2 + len(result["real"])
@@ -184,7 +189,7 @@ def test_what_is_right_follows_the_scale_of_the_clips(folder):
     assert half.radius == pytest.approx(np.array(full.radius) / 2)
     assert half.speed == pytest.approx(np.array(full.speed) / 2)
     data = dataset(folder, size=32)
-    result = evaluate_motion(data, [(0, data[0]["video"])], [data.class_names[data[0]["label"]]], real=2)
+    result = scored(data, [data[0]["video"]], [data.class_names[data[0]["label"]]], real=2)
     assert result["position_error"]["median"] < 0.3
     assert result["generated"]["motion_right"] == 1
 
