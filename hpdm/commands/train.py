@@ -79,7 +79,8 @@ def train(options: TrainOptions) -> nn.Module:
         finally:
             flops.close()
             torch.set_float32_matmul_precision(before)
-            trainer.network = trainer.model  # frees DDP's wrapper, which may hang once its process group is gone
+            # Frees DDP's wrapper while its process group exists. Freed later it hung, in two of three runs on a busy CPU.
+            trainer.network = trainer.model
         return trainer.model
 
 
