@@ -79,7 +79,7 @@ def train(options: TrainOptions) -> nn.Module:
         finally:
             flops.close()
             torch.set_float32_matmul_precision(before)
-            # Frees DDP's wrapper while its process group exists. Freed later it hung, in two of three runs on a busy CPU.
+            # Frees DDP's wrapper while its process group exists: freed later it hung in most runs on a busy CPU.
             trainer.network = trainer.model
         return trainer.model
 
