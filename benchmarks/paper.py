@@ -26,20 +26,25 @@ OutOfMemory = torch.cuda.OutOfMemoryError
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to run the same model: kernels, recomputation, ``torch.compile``."""
+    """A way to run the same model: kernels, recomputation, ``torch.compile``, arithmetic of fp32 products."""
 
     name: str
     kernels: str
     recompute: str = "none"
     compiled: bool = False
+    products: str = "tf32"
+    """``"tf32"`` (one TF32 pass, as with `hpdm train --precision tf32`) or ``"ieee"``."""
 
 
+# The most telling come first, since a run may end before the last.
 CONTENDERS = (
     Contender("hpdm triton", "triton"),
     Contender("reference", "reference"),
     Contender("hpdm triton, recompute selective", "triton", "selective"),
-    Contender("hpdm triton, recompute block", "triton", "block"),
+    Contender("hpdm triton, fp32", "triton", products="ieee"),
+    Contender("reference, fp32", "reference", products="ieee"),
     Contender("reference, torch.compile", "reference", compiled=True),
+    Contender("hpdm triton, recompute block", "triton", "block"),
 )
 
 
@@ -94,6 +99,12 @@ def measure(config: HPDMConfig, contender: Contender, device: torch.device, cap:
     Raises:
         OutOfMemory: not even one clip fits.
     """
+    with harness.products_in(contender.products):
+        return _measure(config, contender, device, cap)
+
+
+def _measure(config: HPDMConfig, contender: Contender, device: torch.device, cap: int) -> Measured:
+    """:func:`measure` in PyTorch's present arithmetic."""
     training = NoiseTraining(
         PATCH_DIFFUSION, config, device, contender.kernels, contender.recompute, compiled=contender.compiled
     )

@@ -3,7 +3,8 @@
 Table 1 has memory at batch 1 and training videos/s at the largest batch under 80 GB, at full resolution and in patches.
 Table 3 has the training speed of five setups. Both were published for one A100. The predictions
 (:mod:`hpdm.planning.table1`) count the same step on fake tensors. Measured rows: our kernels with each recompute
-setting, the paper's formulas, and the formulas with ``torch.compile``. A row says so if a step does not fit in memory.
+setting, the paper's formulas, and these with ``torch.compile``; products take one TF32 pass unless the contender's
+name ends in fp32. A row says so if a step does not fit in memory.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def measured_row(record, device, group, shape, contender, config, published):
         return None
     row = record(
         group, shape, contender.name, "training step", measured.samples, flops=flops * measured.batch,
-        reference=contender.name == "reference", extra=dict(published),
+        reference=contender.name == "reference", arithmetic=contender.products, extra=dict(published),
     )  # fmt: skip
     row.extra |= {
         "measured_gb": measured.peak_bytes / 1e9,
