@@ -45,8 +45,9 @@ class Objective:
     boxes: BoxLaw | None = None
     """Positions of patches: "uniform" over the video on the finest level, or "nested", each level uniform inside the
     level below, which hardly ever shows borders. Default: uniform, or what the run had that is resumed."""
-    clean_context: float = 0.0
-    """Share of the samples that show finished lower levels, as sampling does, below a random level."""
+    clean_context: float | None = None
+    """Share of the samples that show finished lower levels, as sampling does, below a random level. Default: 0.25 for a
+    run of `hpdm train`, or what the run had that is resumed; 0 elsewhere."""
     context_t_max: float = 0.2
     """Largest diffusion time of finished lower levels in training; half of them are exactly clean."""
     flip: bool = False
@@ -59,7 +60,7 @@ class Objective:
         check_choice("weighting", self.weighting, Weighting)
         if self.boxes is not None:
             check_choice("boxes", self.boxes, BoxLaw)
-        if not 0 <= self.clean_context < 1:
+        if self.clean_context is not None and not 0 <= self.clean_context < 1:
             raise ValueError(f"clean_context: got {self.clean_context}, expected a share in [0, 1)")
         if not 0 <= self.context_t_max <= 1:
             raise ValueError(f"context_t_max: got {self.context_t_max}, expected a time in [0, 1]")

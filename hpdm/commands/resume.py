@@ -17,6 +17,9 @@ from hpdm.training.trainer import Job
 
 logger = logging.getLogger(__name__)
 
+CLEAN_CONTEXT = 0.25
+"""Share of samples with finished lower levels in a new run (docs/learning.md)."""
+
 # Options that may change when a run is resumed: they change its loss curve by rounding at most.
 _ROUNDING = {
     "data", "out", "decoder", "kernels", "recompute", "parallel", "compile", "workers", "cache_mb", "device", "log",
@@ -27,7 +30,7 @@ _ROUNDING = {
 _SCHEDULE = ("steps", "lr", "lr_scaling", "schedule", "cooldown")
 # A run of an earlier version lacks the options that were added later; it ran with these values, or with what is now
 # their default. Those of the recipe are in hpdm.recipe.
-_BEFORE: dict[str, Any] = {"data_weights": [1.0], "short": "error", "boxes": "nested"}
+_BEFORE: dict[str, Any] = {"data_weights": [1.0], "short": "error", "boxes": "nested", "clean_context": 0.0}
 
 
 def recipe_of(options: TrainOptions) -> Recipe:
@@ -44,14 +47,19 @@ def recipe_of(options: TrainOptions) -> Recipe:
 
 def with_options_of_run(options: TrainOptions) -> TrainOptions:
     """``options`` whose open choices are made: as in the run to resume, or the default of new runs."""
-    made: dict[str, Any] = {"short": "skip", "boxes": "uniform"}
+    made: dict[str, Any] = {"short": "skip", "boxes": "uniform", "clean_context": CLEAN_CONTEXT}
     if list_checkpoints(options.out):
         made = _BEFORE | runs.load_run_config(options.out).training
     objective = options.objective
+    share = objective.clean_context
     return dataclasses.replace(
         options,
         short=options.short or made["short"],
-        objective=dataclasses.replace(objective, boxes=objective.boxes or made["boxes"]),
+        objective=dataclasses.replace(
+            objective,
+            boxes=objective.boxes or made["boxes"],
+            clean_context=made["clean_context"] if share is None else share,
+        ),
     )
 
 

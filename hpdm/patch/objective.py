@@ -159,13 +159,14 @@ def finish_lower_levels(
     batch, count = t.shape
     if levels == 1:
         return t, torch.ones_like(t)
-    shown = torch.rand(batch, generator=generator) < objective.clean_context
+    share = objective.clean_context or 0.0
+    shown = torch.rand(batch, generator=generator) < share
     above = torch.randint(1, levels, (batch,), generator=generator)  # k
     small = torch.rand(batch, generator=generator) * objective.context_t_max
     small = small * torch.randint(2, (batch,), generator=generator)
     level = torch.arange(count)
     finished = shown[:, None] & (level < above[:, None])  # [B, n]
-    probability = 1 - objective.clean_context * (levels - 1 - level) / (levels - 1)  # [n], that a level is not finished
+    probability = 1 - share * (levels - 1 - level) / (levels - 1)  # [n], that a level is not finished
     return torch.where(finished, small[:, None], t), ~finished / probability
 
 

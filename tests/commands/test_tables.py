@@ -182,7 +182,7 @@ def test_ablations_of_appendix_d_and_metrics_of_videos(folder, tmp_path):
     assert list(fvd["rows"]) == ["shared blocks (D.4)"] == list(speed["rows"])
     assert (table["settings"]["sampler"]["overlap"], table["settings"]["split"]) == ("hw", "train")
     training = table["settings"]["training"]
-    assert (training["boxes"], training["clean_context"], training["optimizer"]) == ("uniform", 0, "muon")
+    assert (training["boxes"], training["clean_context"], training["optimizer"]) == ("uniform", 0.25, "muon")
     assert json.loads((tmp_path / "runs" / "shared" / "config.json").read_text())["model"]["share_blocks"]
 
 

@@ -226,6 +226,8 @@ def test_a_run_trains_with_all_of_it_and_keeps_its_boxes_when_it_is_resumed(clip
     kept = json.loads((run / "config.json").read_text())["training"]
     assert {name: kept[name] for name in everything} == everything
     assert (kept["boxes"], kept["times"], kept["context_t_max"]) == ("uniform", "uniform", 0.2)
+    train(options(clips, tmp_path / "default", steps=1))
+    assert json.loads((tmp_path / "default" / "config.json").read_text())["training"]["clean_context"] == 0.25
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(row["loss_level_2"]) for row in rows)
     train(options(clips, run, **everything))  # finished already
@@ -237,7 +239,7 @@ def test_a_run_trains_with_all_of_it_and_keeps_its_boxes_when_it_is_resumed(clip
 
 def test_a_run_from_before_the_options_goes_on_with_nested_boxes(clips, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    train(options(clips, whole, boxes="nested", steps=2, save_every=1))
+    train(options(clips, whole, boxes="nested", clean_context=0.0, steps=2, save_every=1))
     shutil.copytree(whole, run)
     shutil.rmtree(run / "checkpoints" / "step-00000002")
     about = json.loads((run / "config.json").read_text())
@@ -249,4 +251,5 @@ def test_a_run_from_before_the_options_goes_on_with_nested_boxes(clips, tmp_path
     train(options(clips, run, steps=2, save_every=1))
     losses = [[json.loads(line)["loss"] for line in (r / "log.jsonl").read_text().splitlines()] for r in (whole, run)]
     assert losses[0] == losses[1]
-    assert json.loads((run / "config.json").read_text())["training"]["boxes"] == "nested"
+    kept = json.loads((run / "config.json").read_text())["training"]
+    assert (kept["boxes"], kept["clean_context"]) == ("nested", 0.0)
