@@ -68,6 +68,9 @@ class SamplerOptions:
     context_noise: float = 0.0
     """Time, from clean 0 to noise 1, to which finished levels are noised before they become the context of the levels
     above. It suits a model that has seen such contexts in training."""
+    consistency: float = 0.0
+    """Share of the difference between a later level, averaged down to the size of the level below, and that finished
+    level which is taken away from every prediction; 1 makes them agree exactly. Not in the paper."""
     churn: float = 10.0
     """Stochasticity of the solver "edm", EDM's S_churn."""
     churn_range: tuple[float, float] = (0.05, 50.0)
@@ -92,6 +95,8 @@ class SamplerOptions:
             raise ValueError(f"steps_decay: got {self.steps_decay}, expected a factor in (0, 1]")
         if not 0 <= self.context_noise < 1:
             raise ValueError(f"context_noise: got {self.context_noise}, expected a time in [0, 1)")
+        if not 0 <= self.consistency <= 1:
+            raise ValueError(f"consistency: got {self.consistency}, expected a share in [0, 1]")
         low, high = self.guidance_interval or (0.0, math.inf)
         if not 0 <= low < high:
             raise ValueError(f"guidance_interval: got {self.guidance_interval}, expected 0 <= lowest < highest")

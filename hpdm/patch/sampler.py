@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hpdm import distributed
 from hpdm.patch import tile_sharing
+from hpdm.patch.consistency import Consistency
 from hpdm.patch.finished_levels import FinishedLevels, choose_contexts, keeps_features
 from hpdm.patch.model import HPDM
 from hpdm.patch.noise import level_generator
@@ -145,10 +146,13 @@ class Sampler:
             # Drawn on the CPU, so that every device gets the same noise.
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(levels.network.device)
 
+        consistency = self._consistency(levels, level)
+
         def update(x: Tensor, sigma: float, base: Tensor, alpha: float, beta: float) -> Tensor:
             for tiles in self._denoised_tiles(levels, level, x, sigma, called):
                 tile_sums.add(tiles)
-            return tile_sums.step(base, alpha, beta)
+            combined = tile_sums.step(base, alpha, beta)
+            return combined if consistency is None else consistency.correct_(combined, base, alpha, beta)
 
         y = solver.solve(update, noise)
         return (y / self.config.signal_scale(level)).clamp_(-1, 1)
@@ -177,6 +181,13 @@ class Sampler:
         like = x.new_empty(x.shape[0], 0, x.shape[1], *self.config.patch)
         for _, (tiles,) in tile_sharing.shared(batches, compute, (like,)):
             yield tiles
+
+    def _consistency(self, levels: FinishedLevels, level: int) -> Consistency | None:
+        """What keeps a level in agreement with the one below, if there is one and the options ask for it."""
+        if level == 0 or not self.options.consistency:
+            return None
+        below = levels.videos[level - 1] * self.config.signal_scale(level)
+        return Consistency(below, self.config.ratio, self.options.consistency)
 
     def _guidance(self, level: int, sigma: float) -> float:
         """The guidance weight of a level at the solver's noise level ``sigma``."""
