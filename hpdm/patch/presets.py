@@ -86,8 +86,8 @@ RECIPES: dict[str, Recipe] = {
     # After 500,000 steps of a base model at 36x64; the batch is as many images as videos.
     "hpdm_t2v": Recipe(steps=15_000, batch=8192, images=0.5, warmup=5000, parallel="fsdp"),
     "hpdm_t2v_1k": Recipe(steps=100_000, batch=2048, images=0.5, warmup=5000, parallel="fsdp"),
-    "tiny": Recipe(steps=20_000, batch=16, optimizer="muon", lr=4e-3, warmup=200),
+    "tiny": Recipe(steps=17_500, batch=16, optimizer="muon", lr=4e-3, warmup=200),
 }
 
-SAMPLING: dict[str, dict[str, Any]] = {"tiny": {"steps": 32, "guidance": 2.0}}
+SAMPLING: dict[str, dict[str, Any]] = {"tiny": {"steps": 32, "guidance": 2.0, "consistency": 1.0}}
 """How runs of a preset are sampled unless told otherwise; fields of :class:`hpdm.sampling.SamplerOptions`."""

@@ -1,0 +1,46 @@
+"""The weights of `tiny` that come with the package: they are of the preset, and paint what they are asked for."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from hpdm import load, presets, published
+from hpdm.commands.sampler_choice import choose_sampler, sampler_not_given
+from hpdm.data.clips import VideoDataset
+from hpdm.data.synthetic import CLASSES, render_synthetic
+from hpdm.evaluation.synthetic_score import score_clip
+from hpdm.patch.objective import evaluation_error
+from hpdm.video import to_uint8
+
+# Of both the held-out clips of docs/learning.md and clips of other seeds, mean over times from 0.25 to 0.75.
+LARGEST_ERRORS = (0.03, 0.02, 0.02)
+
+
+def test_the_file_is_small_and_of_the_preset():
+    assert published.find("tiny").stat().st_size < 4e6
+    run = load("tiny")
+    assert run.config == presets.get("tiny")
+    assert run.classes == list(CLASSES)
+    assert run.step == presets.recipe("tiny").steps == run.training["steps"]
+    assert choose_sampler(run, sampler_not_given()).consistency == 1
+
+
+def test_it_denoises_clips_that_it_has_not_seen(tmp_path):
+    render_synthetic(tmp_path, clips=4, frames=16, seed=77)
+    dataset = VideoDataset(tmp_path, frames=16, size=(64, 64), train=False)
+    items = [dataset[i] for i in range(len(dataset))]
+    video, labels = torch.stack([i["video"] for i in items]), torch.tensor([i["label"] for i in items])
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        error, _ = evaluation_error(load("tiny").model, video, labels, generator, times=(0.25, 0.75))
+    assert (error.mean(0) < torch.tensor(LARGEST_ERRORS)).all(), error.mean(0)
+
+
+def test_it_paints_shape_and_color_of_every_class():
+    run = load("tiny")
+    options = replace(choose_sampler(run, sampler_not_given()), steps=8, overlap="none")
+    videos = run.system.sampler(run.model, options)(range(6), torch.arange(6))[-1]
+    for name, video in zip(run.classes, to_uint8(videos), strict=True):
+        score = score_clip(video.permute(1, 2, 3, 0).numpy(), name, np.arange(16))
+        assert (score.shape, score.color, score.found) == (name, name, 1.0)
