@@ -39,7 +39,7 @@ def test_it_denoises_clips_that_it_has_not_seen(tmp_path):
 
 def test_it_paints_shape_and_color_of_every_class():
     run = load("tiny")
-    options = replace(choose_sampler(run, sampler_not_given()), steps=8, overlap="none")
+    options = replace(choose_sampler(run, sampler_not_given()), steps=16, solver="2m", churn=0.0, overlap="none")
     videos = run.system.sampler(run.model, options)(range(6), torch.arange(6))[-1]
     for name, video in zip(run.classes, to_uint8(videos), strict=True):
         score = score_clip(video.permute(1, 2, 3, 0).numpy(), name, np.arange(16))
