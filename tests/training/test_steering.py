@@ -15,6 +15,7 @@ from hpdm.commands.train import train
 from hpdm.data.clips import VideoDataset
 from hpdm.data.synthetic import render_synthetic
 from hpdm.evaluation.denoising import evaluate_denoising
+from hpdm.patch.presets import SAMPLING
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.training import samples, speed
 from hpdm.training.averaged import averaged_weights
@@ -160,7 +161,8 @@ def test_a_sheet_tells_step_and_class_and_ends_with_a_real_clip(clips, tmp_path,
     data = VideoDataset(clips, frames=8, size=32)
     assert torch.equal(videos[-1], data[[file.label for file in data.files].index(0)]["video"])
     run = runs.load(tmp_path, kernels="torch")
-    sampler = hpdm.Sampler(run.model, hpdm.SamplerOptions(steps=1, overlap="none"))
+    suggested = SAMPLING["tiny"] | {"steps": 1, "overlap": "none"}
+    sampler = hpdm.Sampler(run.model, hpdm.SamplerOptions(**suggested))
     for shown, expected in zip(videos, samples.to_uint8(sampler([0, 1], torch.tensor([0, 1]))[-1])):
         assert (shown.int() - expected.int()).abs().max() <= 1
 
