@@ -49,11 +49,13 @@ def choose_sampler(run: Run, options: SamplerOptions, **defaults: Any) -> Sample
     values |= run.system.sampler_defaults(run.config, run.training.get("preset"))
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     changes: dict[str, Any] = {
-        name: values.get(name, _plain(value)) for name, value in given.items() if isinstance(value, NotGiven)
+        name: values.get(name, _plain(value))
+        for name, value in given.items()
+        if isinstance(value, NotGiven) or value is None  # what has no value by default cannot be marked
     }
     return replace(options, **changes)
 
 
 def _plain(value: Any) -> Any:
-    """A marked value without its mark."""
-    return next(kind(value) for kind, marked in _MARKED.items() if isinstance(value, marked))
+    """A marked value without its mark; ``None`` as it is."""
+    return None if value is None else next(kind(value) for kind, marked in _MARKED.items() if isinstance(value, marked))

@@ -89,5 +89,7 @@ RECIPES: dict[str, Recipe] = {
     "tiny": Recipe(steps=17_500, batch=16, optimizer="muon", lr=4e-3, warmup=200),
 }
 
-SAMPLING: dict[str, dict[str, Any]] = {"tiny": {"steps": 32, "guidance": 2.0, "consistency": 1.0}}
+SAMPLING: dict[str, dict[str, Any]] = {
+    "tiny": {"steps": 32, "guidance": 2.0, "later_guidance": 1.0, "consistency": 1.0},
+}
 """How runs of a preset are sampled unless told otherwise; fields of :class:`hpdm.sampling.SamplerOptions`."""

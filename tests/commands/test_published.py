@@ -1,6 +1,7 @@
 """Weights that come with the package are found by name, and sampled as their preset suggests."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,3 +55,6 @@ def test_a_preset_suggests_how_to_sample_unless_told(weights):
     steps = [choose_sampler(loaded, sampler_not_given()).steps for loaded in (tiny, other)]
     assert steps == [32, 128]
     assert type(choose_sampler(tiny, sampler_not_given()).guidance) is float
+    assert [choose_sampler(loaded, sampler_not_given()).later_guidance for loaded in (tiny, other)] == [1.0, None]
+    given = replace(sampler_not_given(), later_guidance=3.0)
+    assert choose_sampler(tiny, given).later_guidance == 3.0
