@@ -183,6 +183,7 @@ def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1
 
         features = V sum_l T_l blocks_l N D        (cache "gpu"; V videos with their guidance copies)
         videos   = B C (sum_{l < L-1} F_l H_l W_l + 3 F H W)       (4 F H W with "2m", 5 F H W with "edm" and "heun")
+                   and one more of level L-2 with consistency
         network  = peak of one call on tile_batch patches
     """
     last = config.levels - 1
@@ -207,12 +208,13 @@ def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1
     features = {"gpu": cached, "cpu": min(cached, 2 * batch), "off": batch}[options.cache]
     per_level = [videos * config.channels * math.prod(plan.resolution) * FP32 for plan in plans]
     finished = sum(per_level[:-1]) * (2 if options.context_noise else 1)
+    below = per_level[-2] if options.consistency and last else 0  # scaled, to compare predictions with
     solving = {"euler": 3, "2m": 4, "heun": 5}[options.level_solver(last).method] * per_level[-1]
     return SamplingMemory(
         weights=weights,
         features=features,
         host_features=cached if options.cache == "cpu" else 0,
-        videos=finished + solving,
+        videos=finished + below + solving,
         network=sum(n for name, n in at_peak.items() if name != "weights") + 2 * tile,
     )
 

@@ -25,6 +25,7 @@ NOISED = {"guidance": 2.0, "later_guidance": 1.0, "context_noise": 0.1}
     [
         ("gpu", "2m", {}), ("gpu", "2m", NOISED), ("gpu", "heun", GUIDED), ("gpu", "ddim", GUIDED),
         ("cpu", "ddim", {}), ("cpu", "2m", NOISED), ("off", "ddim", {}), ("off", "2m", GUIDED),
+        ("gpu", "2m", {"consistency": 1.0}), ("off", "ddim", {"consistency": 0.5}),
     ],
 )  # fmt: skip
 def test_predicted_memory_is_that_of_a_run(cache, later, guidance):
