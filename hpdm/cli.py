@@ -5,18 +5,19 @@ A command's module is imported only when the command is run, so that ``hpdm --he
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import hpdm
 from hpdm.printable import PrintableFormatter, printable
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C or SIGTERM, by the convention of shells."""
+"""Exit status after Ctrl-C, by the convention of shells: 128 plus the signal's number."""
 MISUSED = 2
 """Exit status of a command line that cannot be parsed, the same as tyro's."""
 
@@ -83,7 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    sys.exit(_reporting_errors(lambda: _run(word, word_arguments)))
+    _end(_reporting_errors(lambda: _run(word, word_arguments)))
+
+
+def _end(status: int) -> NoReturn:
+    """Ends the process. One of several does not tidy up: that would wait for what the others may never send."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        sys.exit(status)
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(status)
 
 
 def _run(word: str, arguments: Sequence[str]) -> int:
@@ -107,5 +119,5 @@ def _reporting_errors(command: Callable[[], int]) -> int:
             raise
         print(printable(f"hpdm: error: {error}", keep="\n\t"), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as interruption:
+        return getattr(interruption, "status", INTERRUPTED)

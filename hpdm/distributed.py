@@ -7,41 +7,110 @@ below that communicates is a collective: every rank must call it, in the same or
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hpdm.watchdog import Watchdog
+
 T = TypeVar("T")
 
 _single_process = ContextVar("single_process", default=False)
 
 
+TIMEOUT = 300.0
+"""Seconds after which a process that does not come, or does not answer, is given up."""
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""For a collective of processes that all answer: one of them may do long work alone meanwhile."""
+_ENDING = 5.0
+"""Seconds for closing the connections between the processes."""
+
+_watchdog: Watchdog | None = None
+
+
 @contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
+def process_group(device: torch.device, timeout: float = TIMEOUT) -> Iterator[torch.device]:
     """Within the block the processes that ``torchrun`` started, if any, form a process group.
 
     The backend is NCCL between GPUs, one GPU per process, and gloo between CPUs. A group that exists already is used
-    and left as it is.
+    and left as it is. A process that dies or no longer answers ends all of them, see :mod:`hpdm.watchdog`.
+
+    Args:
+        device: where to work.
+        timeout: seconds after which a process is given up that does not come or does not answer.
 
     Yields:
         This process's device: ``device``, or its own GPU where NCCL was started.
+
+    Raises:
+        RuntimeError: a process did not come, or has died; the message names it.
     """
-    start = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
-    if start:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    watchdog = _start_group("nccl" if device.type == "cuda" else "gloo", timeout)
     try:
         yield device
-    finally:
-        if start:
-            dist.destroy_process_group()
+        # Together: a process that ended earlier than others would look like one that has died.
+        dist.barrier()
+    except BaseException as error:
+        # What a collective raises as its peer is gone: a RuntimeError, of no narrower type with gloo.
+        from_peer = type(error) is RuntimeError or isinstance(error, dist.DistError)
+        reason = watchdog.wait_for_reason() if from_peer else None
+        watchdog.leave(failed=True)
+        _close_group()
+        if reason is not None:
+            raise RuntimeError(reason) from error
+        raise
+    watchdog.leave(failed=False)
+    _close_group()
+
+
+def _start_group(backend: str, timeout: float) -> Watchdog:
+    """Starts the group of all processes and watches it."""
+    global _watchdog
+    limit = timedelta(seconds=timeout)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        dist.init_process_group(
+            backend, store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
+            timeout=max(limit, _COLLECTIVE_TIMEOUT),
+        )  # fmt: skip
+        own = dist.PrefixStore("watchdog", store.clone())
+        own.set_timeout(limit)
+        _watchdog = Watchdog(own, rank, world_size, timeout)
+        _watchdog.start()
+    except dist.DistStoreError as error:
+        raise RuntimeError(
+            f"processes: not all {os.environ['WORLD_SIZE']} have come within {timeout:.0f} s "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    return _watchdog
+
+
+def _close_group() -> None:
+    """Destroys the group; gives up after some seconds, since it waits for what other processes may never send."""
+    global _watchdog
+    _watchdog = None
+    closing = threading.Thread(target=dist.destroy_process_group, name="hpdm-closing", daemon=True)
+    closing.start()
+    closing.join(_ENDING)
+
+
+def at(step: int, part: int, what: str) -> None:
+    """Tells the watchdog of a process group, if there is one, what this process does; see :meth:`Watchdog.at`."""
+    if _watchdog is not None:
+        _watchdog.at(step, part, what)
 
 
 def rank() -> int:
@@ -78,13 +147,23 @@ def shard(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world_size()]
 
 
+def all_gather(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    size = world_size()
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
 def gather(results: Mapping[int, T]) -> list[T]:
     """All ranks' results, sorted by their keys, on every rank.
 
     Args:
         results: what this rank computed, by the number of the item; every item belongs to one rank.
     """
-    merged = {number: result for part in _all_gather(dict(results)) for number, result in part.items()}
+    merged = {number: result for part in all_gather(dict(results)) for number, result in part.items()}
     return [merged[number] for number in sorted(merged)]
 
 
@@ -99,7 +178,15 @@ def broadcast(value: T) -> T:
 
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is true on at least one rank."""
-    return any(_all_gather(flag))
+    return any(all_gather(flag))
+
+
+def maximum(t: Tensor) -> Tensor:
+    """The elementwise maximum of ``t`` over all ranks, with the same shape and dtype on each; ``t`` is not changed."""
+    if world_size() > 1:
+        t = t.clone()
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+    return t
 
 
 def mean(t: Tensor) -> Tensor:
@@ -118,10 +205,14 @@ def assert_same_on_all_ranks(name: str, value: object) -> None:
     Raises:
         ValueError: the ranks differ; raised on every rank.
     """
-    texts = _all_gather(repr(value))
+    texts = all_gather(repr(value))
     for other, text in enumerate(texts):
         if text != texts[0]:
             raise ValueError(f"{name}: process {other} got {text}, expected {texts[0]} as in process 0")
+
+
+class OtherRankError(RuntimeError):
+    """Another rank has raised an error."""
 
 
 @contextmanager
@@ -130,28 +221,18 @@ def raise_on_all_ranks() -> Iterator[None]:
 
     Raises:
         Exception: what the block raised on this rank.
-        RuntimeError: the block raised on another rank only; the message names the rank and its error.
+        OtherRankError: the block raised on another rank only; the message names the rank and its error.
     """
     failure: Exception | None = None
     try:
         yield
     except Exception as error:
         failure = error
-    for other, text in enumerate(_all_gather(None if failure is None else f"{failure}")):
+    for other, text in enumerate(all_gather(None if failure is None else f"{failure}")):
         if text is not None and failure is None:
-            failure = RuntimeError(f"process {other}: {text}")
+            failure = OtherRankError(f"process {other}: {text}")
     if failure is not None:
         raise failure
-
-
-def _all_gather(value: T) -> list[T]:
-    """Every rank's value, in the order of the ranks."""
-    size = world_size()
-    if size == 1:
-        return [value]
-    values: list[Any] = [None] * size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def pick_device(name: str) -> torch.device:

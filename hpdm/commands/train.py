@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from hpdm.data.layout import Split, split_applies
 from hpdm.data.mixture import Mixture, parse_root
 from hpdm.data.summary import log_summary
 from hpdm.files import check_not_a_file
+from hpdm.lock import FolderLock
 from hpdm.planning.step_flops import StepFlops
 from hpdm.recipe import Recipe
 from hpdm.runs import RunConfig
 from hpdm.system import System
 from hpdm.text import EmbeddingStore
-from hpdm.training.checkpoint import list_checkpoints
+from hpdm.training.checkpoint import good_checkpoint, list_checkpoints, remove_leftovers
 from hpdm.training.options import TrainOptions
 from hpdm.training.schedule import check_schedule, peak_rate
 from hpdm.training.trainer import Job, Trainer
@@ -44,14 +46,17 @@ def train(options: TrainOptions) -> nn.Module:
     A collective: under ``torchrun`` every rank calls it. An error on one rank is raised on all.
 
     Raises:
-        ValueError: options that contradict the run that is being resumed, the data, or those of another rank.
+        ValueError: options that contradict the run that is being resumed, the data, or those of another rank; or all
+            checkpoints of the run are damaged.
         FileNotFoundError: no such data.
+        LockedError: another process trains in the same folder.
         RuntimeError: another rank failed while the run was set up.
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: too many gradients in a row are not finite, or the weights are not; the last checkpoint is.
         OSError: a checkpoint cannot be written; the one before it stays usable.
-        KeyboardInterrupt: SIGINT or SIGTERM, after a checkpoint.
+        Interrupted: a signal (:data:`hpdm.training.shutdown.SIGNALS`), after a checkpoint; a KeyboardInterrupt.
     """
-    with distributed.process_group(distributed.pick_device(options.device)) as device:
+    device = distributed.pick_device(options.device)
+    with distributed.process_group(device, options.timeout) as device, _only_writer(options.out):
         job = prepare(options, device)
         before = torch.get_float32_matmul_precision()
         values = job.options.as_json(job.recipe)
@@ -94,6 +99,10 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
     system = systems.of_preset(options.preset)
     with distributed.raise_on_all_ranks():
         check_not_a_file("out", options.out)
+        if distributed.is_first():
+            remove_leftovers(options.out)
+            good_checkpoint(options.out)  # the newest from here on
+    with distributed.raise_on_all_ranks():
         recipe = recipe_of(options)
         check_schedule(recipe)
         _check_cuts(options, recipe)
@@ -118,6 +127,21 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
     device = device or distributed.pick_device(options.device)
     micro_batch = micro_batch or choose_micro_batch(options, recipe, system, config, device)
     return dataclasses.replace(job, micro_batch=micro_batch, validate=validate)
+
+
+@contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Holds the run's folder, on rank 0, which writes for all. A collective.
+
+    Raises:
+        LockedError: another process writes there; on rank 0. RuntimeError on the others.
+    """
+    with ExitStack() as stack:
+        with distributed.raise_on_all_ranks():
+            check_not_a_file("out", out)
+            if distributed.is_first():
+                stack.enter_context(FolderLock(out, "out", "hpdm train"))
+        yield
 
 
 def _check_cuts(options: TrainOptions, recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TypeVar
 
 from torch.utils.data import DataLoader
@@ -34,7 +34,7 @@ _WORKER_RAISED = re.compile(r"Caught \w+ in DataLoader worker process")
 _MAX_DEATHS = 3  # in a row, over the same batch
 
 
-def load(make: Callable[[Iterable[Keys]], DataLoader[Batch]], keys: Iterable[Keys]) -> Iterator[Batch]:
+def load(make: Callable[[Iterable[Keys]], DataLoader[Batch]], keys: Iterable[Keys]) -> Generator[Batch, None, None]:
     """Yields the batches of ``keys`` in order, and reads a batch again when the workers that had it die.
 
     A death is noticed when that worker's batch is due, within the five seconds of PyTorch's own check. All workers are

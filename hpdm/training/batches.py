@@ -9,7 +9,7 @@ rounding of sums.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -90,7 +90,7 @@ class MicroBatches(Sampler[list[ClipKey]]):
 def loader(
     dataset: Dataset[ClipItem], sampler: MicroBatches, workers: int, device: torch.device,
     embeddings: EmbeddingStore | None = None,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Generator[Batch, None, None]:  # fmt: skip
     """Micro-batches in order, decoded by ``workers`` processes (0: by this one), pinned for a GPU."""
 
     def make(keys: Iterable[list[ClipKey]]) -> DataLoader[Any]:

@@ -1,44 +1,45 @@
 """Checkpoints of a training run, written atomically: each is either complete or absent.
 
 ``RUN/checkpoints/step-00001000/`` holds ``state.json`` and the folders ``model``, ``ema`` and ``optimizer``, and with
-several moving averages one more for each after the first (``ema-0.100``, by its width). These hold safetensors files in
-the layout of ``torch.distributed.checkpoint``. Sharded tensors have a file per rank: each rank saves its shards. Whole
-tensors, which every rank has, are in one file, which rank 0 writes. Any number of ranks can read either, including a
-single process without a process group.
+several moving averages one more for each after the first (``ema-0.100``, by its width). These hold safetensors files
+(:mod:`hpdm.training.tensor_folder`).
 
 A checkpoint is written to a temporary folder, flushed to the disk and renamed, so a killed process or a full disk
-leaves the previous checkpoint untouched.
+leaves the previous checkpoint untouched. Its ``state.json`` lists the files that were written with their sizes and
+hashes (:mod:`hpdm.training.manifest`), so damage is noticed when it is read. Only one process may write into a run, see
+:mod:`hpdm.lock`.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import re
+import secrets
 import shutil
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from hpdm import distributed
 from hpdm.files import read_json, write_json
-from hpdm.tensor_file import write_tensors
+from hpdm.integrity import SEAL, DamagedError, check_seal, sealed
+from hpdm.training import manifest, tensor_folder
 from hpdm.training.ema import EMA
+from hpdm.training.manifest import Manifest
 
-FORMAT = 2
-"""Version of the format. Version 1 had one file each for weights, moving average and optimizer, of one process."""
+logger = logging.getLogger(__name__)
+
+FORMAT = 3
+"""Version of the format. Version 1 had one file each for weights, moving average and optimizer, of one process; version
+2 had no hashes."""
+OLDEST_FORMAT = 2
+"""The oldest version that is still read."""
+STATE = "state.json"
 _STEP = re.compile(r"step-(\d{8})")
-_WHOLE_FILE = "shard-00001-model-00001-of-00001.safetensors"
-"""The name that ``torch.distributed.checkpoint`` gives to the file of a single rank."""
 
 
 class Contents(NamedTuple):
@@ -90,56 +91,131 @@ def save_checkpoint(
 
 
 def write_checkpoint(run: Path, step: int, contents: Contents, keep: int = 2) -> Path:
-    """Writes the checkpoint of ``step`` and deletes all but the newest ``keep``. A collective.
+    """Writes the checkpoint of ``step`` and deletes all but the newest ``keep`` (0: none of them). A collective.
 
     Raises:
         OSError: the disk is full or not writable, on any rank. Earlier checkpoints are untouched.
     """
     folder = run / "checkpoints"
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".step-{step:08d}.tmp"
+    temporary = folder / distributed.broadcast(f".{final.name}.{secrets.token_hex(8)}.tmp")
     first = distributed.is_first()
     with distributed.raise_on_all_ranks():
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
     try:
+        written: Manifest = {}
         for part, tensors in contents.parts.items():
-            _save_tensors(tensors, temporary / part)
+            written |= tensor_folder.save(tensors, temporary, part)
+        reports = distributed.all_gather(written)
         with distributed.raise_on_all_ranks():
             if first:
-                files = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.glob("*/*"))}
+                files = {name: about for report in reports for name, about in sorted(report.items())}
+                manifest.check_sizes(temporary, files)
                 state = {"format": FORMAT, "step": step, **contents.state, "files": files}
-                write_json(temporary / "state.json", state)
+                write_json(temporary / STATE, sealed(state))
                 for path in (*temporary.glob("*"), temporary):
                     _flush(path)
                 if final.exists():
-                    shutil.rmtree(final)
+                    _remove(final)
                 os.replace(temporary, final)
                 _flush(folder)
                 for old in list_checkpoints(run)[:-keep]:
-                    shutil.rmtree(old)
+                    _remove(old)
     finally:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
+def _remove(checkpoint: Path) -> None:
+    """Deletes a checkpoint. It is renamed first, so that it is never listed without some of its files."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(8)}.old")
+    os.rename(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Deletes what a killed process left of checkpoints that it wrote or deleted; call it under the run's lock."""
+    folder = run / "checkpoints"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(".step-") and path.suffix in (".tmp", ".old"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def good_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; ``None`` if the run has none at all.
+
+    Newer ones that are damaged are put aside under the name ``damaged-step-N``, which the log tells. Call it under the
+    run's lock.
+
+    Raises:
+        DamagedError: the run has checkpoints, and all are damaged; they stay where they are.
+    """
+    checkpoints = list_checkpoints(run)
+    damaged: dict[Path, Exception] = {}
+    while checkpoints:
+        try:
+            verify(checkpoints[-1])
+            break
+        except (DamagedError, FileNotFoundError) as error:
+            damaged[checkpoints.pop()] = error
+    if damaged and not checkpoints:
+        raise DamagedError(
+            f"out: no checkpoint of {run} is usable: {'; '.join(map(str, damaged.values()))}; choose another folder"
+        )
+    for path, reason in damaged.items():
+        aside = path.with_name(f"damaged-{path.name}")
+        if aside.exists():
+            aside = aside.with_name(f"{aside.name}-{secrets.token_hex(4)}")
+        os.rename(path, aside)
+        logger.warning("%s; it is now %s, and the run goes on from %s", reason, aside.name, checkpoints[-1].name)
+    return checkpoints[-1] if checkpoints else None
+
+
+def verify(path: Path, parts: Collection[str] | None = None) -> dict[str, Any]:
+    """Checks that a checkpoint's files have the contents that were written; returns its state.
+
+    Args:
+        path: the checkpoint.
+        parts: the folders of which all bytes are read; ``None`` for all of them.
+
+    Raises:
+        DamagedError: they have not.
+        FileNotFoundError: a file is missing.
+        ValueError: a checkpoint of another format.
+    """
+    state = read_state(path)
+    files = {name: about for name, about in state["files"].items() if parts is None or name.split("/")[0] in parts}
+    manifest.check_hashes(path, files)
+    return state
+
+
 def load_checkpoint(
-    path: Path, model: nn.Module, ema: EMA | None = None, optimizer: torch.optim.Optimizer | None = None
+    path: Path,
+    model: nn.Module,
+    ema: EMA | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    verified: bool = False,
 ) -> int:
     """Loads a checkpoint in place and returns its step. Any number of ranks may have written it.
+
+    Args:
+        path: the checkpoint.
+        model, ema, optimizer: what is filled; ``None``: is not.
+        verified: the files' hashes have been checked already.
 
     Raises:
         FileNotFoundError: a file of the checkpoint is missing.
         ValueError: the checkpoint is damaged, of another format version, or of a model with other parameters.
     """
-    state = read_state(path)
+    folders = ["model", *([] if ema is None else ema.folders), *([] if optimizer is None else ["optimizer"])]
+    state = read_state(path) if verified else verify(path, folders)
     load_parameters(model, path / "model")
     if ema is not None:
         for folder, shadow in ema.folders.items():
-            _load_tensors(shadow, path / folder)
+            tensor_folder.load(shadow, path / folder)
         ema.updates = state["ema_updates"]
     if optimizer is not None:
         _load_optimizer(model, optimizer, path / "optimizer")
@@ -152,34 +228,41 @@ def load_parameters(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the folder is damaged, or of a model with other parameters.
     """
-    _load_tensors(parameters_of(model), path)
+    tensor_folder.load(parameters_of(model), path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The contents of a checkpoint's ``state.json``, after checking the sizes of the files that it lists.
+    """The contents of a checkpoint's ``state.json``, after checking names and sizes of the files that it lists.
 
     Raises:
+        DamagedError: a file is damaged.
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or the format is another one.
+        ValueError: the format is another one.
     """
-    state = read_json(path / "state.json")
+    try:
+        state = read_json(path / STATE)
+    except FileNotFoundError:
+        raise
+    except ValueError as error:
+        raise DamagedError(f"{error}; damaged") from None
     check_format(path, state)
-    for name, size in state["files"].items():
-        if not (path / name).is_file():
-            raise FileNotFoundError(f"checkpoint: {path / name} is missing")
-        if (path / name).stat().st_size != size:
-            raise ValueError(f"{path / name}: damaged (got {(path / name).stat().st_size} bytes, expected {size})")
+    if state["format"] > OLDEST_FORMAT or SEAL in state:
+        check_seal(state, path / STATE)
+    state["files"] = manifest.parse(state["files"], path / STATE)
+    if f"step-{state['step']:08d}" != path.resolve().name and is_checkpoint(path.resolve()):
+        raise DamagedError(f"{path}: damaged (it holds step {state['step']})")
+    manifest.check_sizes(path, state["files"])
     return state
 
 
 def check_format(path: Path, values: Mapping[str, Any]) -> None:
-    """Checks that ``values``, read from ``path``, have this version's format.
+    """Checks that ``values``, read from ``path``, have a format that this version reads.
 
     Raises:
         ValueError: they have another one.
     """
     number = values.get("format", 0)
-    if number != FORMAT:
+    if not OLDEST_FORMAT <= number <= FORMAT:
         version = "a newer" if number > FORMAT else "an older"
         raise ValueError(f"{path}: got format {number}, expected {FORMAT}; it is from {version} version")
 
@@ -197,83 +280,19 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-def is_sharded(tensors: Iterable[Tensor]) -> bool:
-    """Whether each rank holds only its shards of the tensors."""
-    return any(isinstance(t, DTensor) for t in tensors)
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes tensors as safetensors into the folder ``path``: each rank its shards, or rank 0 alone. A collective."""
-    if is_sharded(tensors.values()):
-        _save_shards(tensors, path)
-        return
-    with distributed.raise_on_all_ranks():
-        if distributed.is_first():
-            _save_whole(tensors, path)
-
-
-def _save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes whole tensors as ``torch.distributed.checkpoint`` does for a single rank.
-
-    Unlike it, this streams the tensors to the file instead of copying them into one string of bytes, which would need
-    the memory twice and keep other threads waiting.
-    """
-    offsets = {name: {"saved_offsets": [0] * t.ndim} for name, t in tensors.items()}
-    metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-    path.mkdir()
-    try:
-        write_tensors(path / _WHOLE_FILE, tensors, metadata)
-    except OSError as error:
-        raise OSError(f"checkpoint: {path} cannot be written ({error})") from error
-
-
-def _save_shards(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes this rank's shards of the tensors. A collective."""
-    writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=distributed.world_size() == 1)
-    except CheckpointException as error:
-        failed = "; ".join(f"process {rank}: {reason}" for rank, (reason, _) in sorted(error.failures.items()))
-        raise OSError(f"checkpoint: {path} cannot be written ({failed})") from error
-
-
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a folder of safetensors files, by name."""
-    try:
-        metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
-    return {name: tuple(about.size) for name, about in metadata.items() if hasattr(about, "size")}
-
-
-def _load_tensors(targets: Mapping[str, Tensor], path: Path) -> None:
-    """Fills the targets in place. Of sharded targets this rank reads only its shards."""
-    stored = _stored_shapes(path)
-    missing, extra = sorted(set(targets) - set(stored)), sorted(set(stored) - set(targets))
-    if missing or extra:
-        raise ValueError(f"{path}: of another config: lacks {missing[:3]}, has {extra[:3]} more")
-    for name, target in targets.items():
-        if tuple(target.shape) != stored[name]:
-            raise ValueError(f"{path}: of another config: {name} has shape {stored[name]}, not {tuple(target.shape)}")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        # No collective: each rank reads what it needs by itself.
-        dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
-
-
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:
     """Creates the optimizer state, which exists only after a first step, sharded like the parameters, and loads it."""
-    stored = _stored_shapes(path)
+    stored = tensor_folder.stored(path)
     state: dict[Tensor, dict[str, Tensor]] = {}
     for name, p in model.named_parameters():
         keys = [key for key in stored if key.rpartition(".")[0] == name]
         state[p] = {
             key.rpartition(".")[2]: torch.zeros_like(p, requires_grad=False)
-            if stored[key] == tuple(p.shape)
-            else torch.zeros(stored[key])
+            if stored[key].shape == tuple(p.shape)
+            else torch.zeros(stored[key].shape)
             for key in keys
         }
-    _load_tensors({f"{name}.{key}": v for name, p in model.named_parameters() for key, v in state[p].items()}, path)
+    tensor_folder.load(
+        {f"{name}.{key}": v for name, p in model.named_parameters() for key, v in state[p].items()}, path
+    )
     optimizer.state.update({p: values for p, values in state.items() if values})

@@ -36,7 +36,7 @@ class Means:
     def read(self) -> dict[str, float]:
         """``loss``, a mean for each name, ``grad_norm`` and ``grad_norm_max`` over the steps. A collective.
 
-        Losses are means over all ranks, too. Infinity and NaN are not left out. :meth:`clear` begins anew.
+        Losses are means over all ranks, too. :meth:`clear` begins anew.
 
         Raises:
             ValueError: no step since the last reading.

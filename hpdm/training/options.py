@@ -57,6 +57,10 @@ class TrainOptions:
     precision trains worse."""
     clip_norm: float = 1.0
     """Largest gradient norm; 0 for no clipping."""
+    max_skipped: int = 10
+    """A step whose gradient is not finite is skipped; so many in a row end the run."""
+    timeout: float = 300.0
+    """Seconds after which a process that does not answer ends the run, by name; for runs of several processes."""
     objective: Annotated[Objective, tyro.conf.arg(name="")] = field(default_factory=Objective)
     """What training samples show."""
     split: Literal["train", "test"] | None = None
@@ -102,7 +106,7 @@ class TrainOptions:
             at_least(self, 1, "micro_batch")
             if self.steering.memory_gb is not None:
                 raise ValueError(f"memory_gb: got {self.steering.memory_gb}, expected it with --micro-batch auto alone")
-        at_least(self, 1, "stride", "log_every", "save_every", "sample_steps")
+        at_least(self, 1, "stride", "log_every", "save_every", "sample_steps", "max_skipped", "timeout")
         at_least(self, 0, "clip_norm", "workers", "cache_mb", "sample_every", "seed", "profile")
         if self.init is not None and self.base is not None:
             raise ValueError("base: got both init and base, expected one of them")

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from hpdm import distributed
 from hpdm.training.background import Background, HostCopy
-from hpdm.training.checkpoint import Contents, contents_of, is_sharded, write_checkpoint
+from hpdm.training.checkpoint import Contents, contents_of, write_checkpoint
 from hpdm.training.ema import EMA
 from hpdm.training.parallel import full_tensor
+from hpdm.training.tensor_folder import first_not_finite, is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +67,12 @@ class Saver:
         """Saves what is asked for of this step, once what was saved before is written.
 
         Raises:
+            FloatingPointError: it holds numbers that are not finite; nothing is written.
             OSError: this cannot be written, or what was saved before could not be. Complete files are untouched.
         """
         self.wait()
         contents = contents_of(self.model, self.ema, self.optimizer) if checkpoint else None
+        self._check_finite({"ema": self.ema.shadow} if contents is None else contents.parts)
         if self.sharded:
             if contents is not None:
                 write_checkpoint(self.run, step, contents, self.keep)
@@ -95,6 +98,14 @@ class Saver:
     def snapshot_path(self, step: int) -> Path:
         """The file of a step's snapshot."""
         return self.run / "snapshots" / f"step-{step:08d}.safetensors"
+
+    def _check_finite(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Raises FloatingPointError on all ranks where a number that would be written is not finite."""
+        with distributed.raise_on_all_ranks():
+            for part, tensors in parts.items() if self.sharded or distributed.is_first() else ():
+                name = first_not_finite(tensors)
+                if name is not None:
+                    raise FloatingPointError(f"{part}/{name} holds numbers that are not finite")
 
     def _start(self, step: int, contents: Contents | None, snapshot: bool) -> None:
         """Copies what is saved and starts the thread that writes it."""

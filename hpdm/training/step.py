@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,18 @@ from torch.profiler import record_function
 
 from hpdm.training.ema import EMA
 from hpdm.training.parallel import gradients_averaged
+
+
+class Update(NamedTuple):
+    """What an update returns."""
+
+    losses: Tensor
+    """``[L]``, averaged over the micro-batches."""
+    norm: Tensor
+    """Norm of the gradient before clipping."""
+    applied: bool
+    """Whether the weights were changed."""
+
 
 Losses = Callable[[], Tensor]
 """Runs the forward pass of one micro-batch and returns its losses ``[L]``, whose mean is minimized."""
@@ -26,7 +39,8 @@ def update(
     clip_norm: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     phase: Callable[[str], None] = lambda name: None,
-) -> tuple[Tensor, Tensor]:
+    accept: Callable[[Tensor], bool] = lambda norm: True,
+) -> Update:
     """Forward and backward of every micro-batch, then clipping, the optimizer and the moving average.
 
     Args:
@@ -37,9 +51,8 @@ def update(
         clip_norm: largest gradient norm; 0 for no clipping.
         autocast: makes the context of a forward pass, for automatic mixed precision.
         phase: called with ``"backward"`` before each backward pass and with ``"optimizer"`` before clipping.
-
-    Returns:
-        The losses ``[L]``, averaged over the micro-batches, and the norm of the gradient before clipping.
+        accept: called with the gradient's norm before clipping; where it returns false, the weights, the optimizer's
+            state and the moving averages stay as they are.
 
     Raises:
         ValueError: no micro-batches.
@@ -60,6 +73,8 @@ def update(
     phase("optimizer")
     with record_function("optimizer"):
         norm = clip_grad_norm_(network.parameters(), clip_norm or float("inf"), foreach=True)
-        optimizer.step()
-        ema.update(network)
-    return total, norm
+        applied = accept(norm)
+        if applied:
+            optimizer.step()
+            ema.update(network)
+    return Update(total, norm, applied)

@@ -8,13 +8,12 @@ of a CPU, up to rounding on another number of ranks.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,8 @@ from hpdm.training.samples import SampleGrid
 from hpdm.training.saving import Saver, WriteSnapshot
 from hpdm.training.schedule import rate_of_step
 from hpdm.training.short_clips import ShortClips
-from hpdm.training.shutdown import Stop
+from hpdm.training.shutdown import Interrupted, Stop
+from hpdm.training.skips import Skips, advice
 from hpdm.training.speed import Speed, peak_tflops
 from hpdm.training.statistics import optimizer_statistics
 from hpdm.training.step import update
@@ -92,7 +92,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         self.model = job.system.build(job.config, options.kernels, options.recompute).to(device)
         zero_started = zero_matrices(self.model) if recipe.lamb_floor == "xavier" else ()
-        checkpoints = list_checkpoints(options.out)
+        checkpoints = list_checkpoints(options.out)  # the newest is good, see prepare
         with distributed.raise_on_all_ranks():
             if job.start is not None and not checkpoints:
                 job.start(self.model)
@@ -109,9 +109,11 @@ class Trainer:
         self.loss_names: list[str] = []
         with distributed.raise_on_all_ranks():
             if checkpoints:
-                self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer)
+                self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer, verified=True)
         self.saved, self.snapshot = self.step, 0
-        self.means = Means()
+        self.means, self.skips, self.stop = Means(), Skips(options.max_skipped), Stop()
+        self.stopping = 0
+        """Number of the signal by which the ranks have agreed to stop; 0 for none."""
         steering = options.steering
         self.grid = None
         with distributed.raise_on_all_ranks():
@@ -136,49 +138,96 @@ class Trainer:
             about = options.as_json(self.recipe) | {"micro_batch": self.job.micro_batch}
             reports = Reports(folder, options.log, self.step, last, self.recipe.batch, speed, about)
         with (
-            reports, Stop() as stop, profiled(options.profile, options.out / "profile") as profile_step, self.saver,
+            reports, self.stop, profiled(options.profile, options.out / "profile") as profile_step, self.saver,
+            closing(clips),
         ):  # fmt: skip
             self._complete_snapshots()
             while self.step < last:
-                with reports.waiting(), record_function("data"):
-                    batches = [next(clips) for _ in range(self.batches.own)]
+                distributed.at(self.step, 0, "reading clips")
+                try:
+                    with self._interruptible(), reports.waiting(), record_function("data"):
+                        batches = [next(clips) for _ in range(self.batches.own)]
+                except Interrupted as interruption:
+                    self._save_and_stop(interruption.number)
+                except Exception:
+                    self._save_after_error()
+                    raise
+                distributed.at(self.step, 1, "training")
                 losses, norm, rate = self.train_step(batches)
-                self.means.add(losses, full_tensor(norm))
+                distributed.at(self.step, 2, "")  # what may follow, such as a validation, takes any time
+                if norm is not None:
+                    self.means.add(losses, norm)
                 self.step += 1
                 reports.step()
                 profile_step()
-                self._after_step(reports, stop, rate)
+                self._after_step(reports, rate)
 
-    def _after_step(self, reports: Reports, stop: Stop, rate: float) -> None:
+    def _after_step(self, reports: Reports, rate: float) -> None:
         """Logs, validates, saves, samples and stops, each if it is due after this step."""
         options, steering, at_end = self.options, self.options.steering, self.step == self.recipe.steps
+        self.skips.check(self.step, self.saved)
         logged = self._is_due(options.log_every) or at_end
         if logged:
-            row, steps = self.means.read(), self.means.steps
-            norms = optimizer_statistics(self.model, self.optimizer, self.job.system.parameter_parts)
-            reports.write({"step": self.step, **row, "lr": rate, "steps": steps, **norms})
-            self.short_clips.report(last=at_end)
-            self.check_finite(row)
-            self.means.clear()
+            self._log(reports, rate, at_end)
         # Collectives are called only on steps that synchronize anyway.
-        synchronized = logged or distributed.world_size() == 1
-        if synchronized:
+        if logged or distributed.world_size() == 1:
             self.saver.check()
         # A scheduler kills a process soon after its SIGTERM, so only what resumption needs is still done.
-        stopping = synchronized and distributed.any_rank(stop.requested) and not at_end
-        if self.job.validate is not None and (self._is_due(steering.validate_every) or at_end) and not stopping:
-            with reports.paused():
+        if self.stopping and not at_end:
+            self._save_and_stop(self.stopping)
+        if self.job.validate is not None and (self._is_due(steering.validate_every) or at_end):
+            with self._pausing(reports):
                 self.validate(self.job.validate, reports)
-        checkpoint = self._is_due(options.save_every) or at_end or stopping
+        checkpoint = self._is_due(options.save_every) or at_end
         snapshot = self._is_due(steering.snapshot_every) or (at_end and steering.snapshot_every > 0)
         self.save(checkpoint=checkpoint, snapshot=snapshot)
-        if stopping:
-            self.saver.wait()
-            logger.warning("stopped at step %d; the same command resumes", self.step)
-            raise KeyboardInterrupt
         if self.grid is not None and self._is_due(options.sample_every):
-            with reports.paused():
+            with self._pausing(reports):
                 reports.write_image("samples", self.sample_grid(self.grid), self.step)
+
+    def _log(self, reports: Reports, rate: float, at_end: bool) -> None:
+        """Writes a row about the steps since the last one; of steps that were all skipped there are no means."""
+        skipped = self.skips.read()
+        if self.means.steps:
+            row, steps = self.means.read(), self.means.steps
+            norms = optimizer_statistics(self.model, self.optimizer, self.job.system.parameter_parts)
+            reports.write({"step": self.step, **row, "lr": rate, "steps": steps, **skipped, **norms})
+            self.means.clear()
+        else:
+            reports.write_row({"step": self.step, "lr": rate, "steps": 0, **skipped})
+        self.short_clips.report(last=at_end)
+
+    def _interruptible(self) -> AbstractContextManager[None]:
+        """Within the block a signal ends the work at once, unless other ranks would wait for this one."""
+        return self.stop.interruptible(distributed.world_size() == 1)
+
+    @contextmanager
+    def _pausing(self, reports: Reports) -> Iterator[None]:
+        """For work beside the training, which a signal ends at once."""
+        try:
+            with self._interruptible(), reports.paused():
+                yield
+        except Interrupted as interruption:
+            self._save_and_stop(interruption.number)
+
+    def _save_and_stop(self, number: int) -> NoReturn:
+        """Saves a checkpoint of this step and raises :class:`Interrupted` with the number of the signal."""
+        self.save(checkpoint=True)
+        self.saver.wait()
+        if distributed.is_first():
+            logger.warning("stopped at step %d; the same command resumes", self.step)
+        raise Interrupted(number)
+
+    def _save_after_error(self) -> None:
+        """Saves what was learned before an error that has nothing to do with it, where no other rank is needed."""
+        if distributed.world_size() > 1 or self.saved == self.step:
+            return
+        try:
+            self.save(checkpoint=True)
+            self.saver.wait()
+            logger.warning("saved step %d before ending with an error", self.step)
+        except (OSError, FloatingPointError) as error:
+            logger.error("step %d could not be saved: %s", self.step, error)
 
     def _complete_snapshots(self) -> None:
         """Writes the snapshot of the step that is resumed from, if the run stopped between checkpoint and snapshot."""
@@ -190,24 +239,11 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def check_finite(self, means: dict[str, float]) -> None:
-        """Raises FloatingPointError where a loss or the gradient was not finite in a step since the last row.
+    def train_step(self, batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor | None, float]:
+        """One update from this rank's micro-batches; its losses by name, the gradient's norm and the learning rate.
 
-        Args:
-            means: what :meth:`hpdm.training.means.Means.read` returned.
+        The norm is ``None`` where the step was skipped, on all ranks, because the norm was not finite.
         """
-        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(means[name])]
-        if broken:
-            kind = {"loss": "loss", "grad_norm": "norm of the gradient"}[broken[0]]
-            first = self.step - self.means.steps + 1
-            steps = f"step {self.step}" if first == self.step else f"one of the steps {first} to {self.step}"
-            raise FloatingPointError(
-                f"the {kind} is {means[broken[0]]} at {steps}; the last checkpoint is of step {self.saved}. "
-                "Lower --lr or set --clip-norm"
-            )
-
-    def train_step(self, batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor, float]:
-        """One update from this rank's micro-batches; its losses by name, the gradient's norm and the learning rate."""
         options, recipe = self.options, self.recipe
         rate = rate_of_step(recipe, self.step)
         for group in self.optimizer.param_groups:
@@ -219,15 +255,27 @@ class Trainer:
             return torch.stack(list(losses.values()), dim=1).mean(0)  # [B, L] -> [L]
 
         numbers = self.batches.numbers(self.step)
-        total, norm = update(
+        total, norm, applied = update(
             self.network,
             self.optimizer,
             self.ema,
             [partial(losses_of, batch, number) for batch, number in zip(batches, numbers)],
             clip_norm=options.clip_norm,
             autocast=self.autocast,
+            accept=self._accept,
         )
-        return dict(zip(self.loss_names, total)), norm, rate
+        return dict(zip(self.loss_names, total)), full_tensor(norm) if applied else None, rate
+
+    def _accept(self, norm: Tensor) -> bool:
+        """Whether a gradient of this norm is finite on every rank; agrees on a signal to stop, too. A collective.
+
+        Reading the answer makes every step wait for the device once, before the optimizer.
+        """
+        broken = ~full_tensor(norm).isfinite()
+        flags = torch.stack((broken.float(), torch.tensor(float(self.stop.requested), device=broken.device)))
+        any_broken, self.stopping = map(int, distributed.maximum(flags).tolist())
+        self.skips.count(bool(any_broken))
+        return not any_broken
 
     def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
         """The losses of a micro-batch by name, each ``[B]``."""
@@ -250,15 +298,16 @@ class Trainer:
         """Saves a checkpoint or snapshot of this step, unless it is saved already. A collective.
 
         Raises:
-            FloatingPointError: a loss since the last row was not finite; nothing is saved.
+            FloatingPointError: the weights or what belongs to them are not finite; nothing is saved.
             OSError: as :meth:`hpdm.training.saving.Saver.save`.
         """
         checkpoint, snapshot = checkpoint and self.saved < self.step, snapshot and self.snapshot < self.step
         if not checkpoint and not snapshot:
             return
-        if self.means.steps:
-            self.check_finite(self.means.read())
-        self.saver.save(self.step, checkpoint=checkpoint, snapshot=snapshot)
+        try:
+            self.saver.save(self.step, checkpoint=checkpoint, snapshot=snapshot)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} after step {self.step}; {advice(self.saved)}") from None
         self.saved = self.step if checkpoint else self.saved
         self.snapshot = self.step if snapshot else self.snapshot
 

@@ -1,0 +1,75 @@
+"""The manifest of a checkpoint: the names, sizes and hashes of its files, as their writers report them.
+
+A manifest maps the name of a file in the checkpoint, ``"model/shard-00001-model-00001-of-00001.safetensors"``, to its
+size in bytes and its SHA-256. Checkpoints of earlier versions have no hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hpdm.integrity import DamagedError, check_names, hash_of_file
+
+
+class Written(NamedTuple):
+    """What is known of a file."""
+
+    bytes: int
+    sha256: str | None
+
+
+Manifest = dict[str, Written]
+
+
+def of_files(folder: Path, files: Iterable[Path]) -> Manifest:
+    """The manifest of files that were just written, somewhere in ``folder``."""
+    return {
+        path.relative_to(folder).as_posix(): Written(path.stat().st_size, hash_of_file(path)) for path in sorted(files)
+    }
+
+
+def parse(value: Any, place: object) -> Manifest:
+    """A manifest from JSON, read from ``place``.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    files: Manifest = {}
+    for name, about in value.items() if isinstance(value, dict) else ():
+        if isinstance(about, int):
+            files[name] = Written(about, None)
+        elif isinstance(about, list) and len(about) == 2 and isinstance(about[0], int) and isinstance(about[1], str):
+            files[name] = Written(*about)
+    if not isinstance(value, dict) or len(files) != len(value):
+        raise DamagedError(f"{place}: damaged (files: expected sizes and hashes by name)")
+    return files
+
+
+def check_sizes(folder: Path, files: Manifest) -> None:
+    """Checks that a checkpoint has these files, with these sizes, and no others.
+
+    Raises:
+        DamagedError: a file has another size, or was not written with the checkpoint.
+        FileNotFoundError: a file is missing.
+    """
+    for name, about in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"checkpoint: {path} is missing")
+        if path.stat().st_size != about.bytes:
+            raise DamagedError(f"{path}: damaged (got {path.stat().st_size} bytes, expected {about.bytes})")
+    check_names((path.relative_to(folder).as_posix() for path in folder.glob("*/*")), files, folder)
+
+
+def check_hashes(folder: Path, files: Manifest) -> None:
+    """Checks the contents of a checkpoint's files, as far as their hashes are known.
+
+    Raises:
+        DamagedError: a file has other contents.
+        FileNotFoundError: a file is missing.
+    """
+    for name, about in files.items():
+        if about.sha256 is not None and hash_of_file(folder / name) != about.sha256:
+            raise DamagedError(f"{folder / name}: damaged (its contents and their hash do not match)")
