@@ -10,22 +10,23 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpdm import published, systems
 from hpdm.checks import check_choice
 from hpdm.data.class_names import check_class_name
-from hpdm.files import atomic_path, make_folder, read_json, write_json
+from hpdm.files import atomic_path, make_folder, write_json
+from hpdm.json_file import Range, checked, parse_json, read_json
 from hpdm.system import System
-from hpdm.tensor_file import DTYPES, FilePrecision, write_tensors
+from hpdm.tensor_file import DTYPES, FilePrecision, TensorFile, write_tensors
 from hpdm.training.checkpoint import (
     FORMAT,
+    MAX_STEP,
     check_format,
+    check_parameters,
     is_checkpoint,
     load_parameters,
     newest_checkpoint,
@@ -36,6 +37,36 @@ from hpdm.training.ema import folder_of_weights
 
 FIRST_SYSTEM = "patch"
 """The system of runs whose config names none: older versions had only this one."""
+
+
+class _Training(TypedDict, total=False):
+    """Types of those training options that are used of a run that is loaded; runs of earlier versions lack some."""
+
+    stride: Annotated[int, Range(1, 2**20)]
+    fps: Annotated[float, Range(1e-6, 1e6)] | None
+    short: Literal["error", "skip", "loop"]
+    clean_context: Annotated[float, Range(0, 1)]
+    preset: str
+    ema: list[float] | float
+    micro_batch: Annotated[int, Range(1, 2**31)]
+    data_weights: list[float]
+    history: list[dict[str, Any]]
+
+
+class _RunFile(TypedDict):
+    """What ``config.json`` and the header of an exported file hold."""
+
+    format: int
+    model: dict[str, Any]
+    classes: list[Any]
+    training: _Training
+
+
+class _ExportedFile(_RunFile):
+    """What the header of an exported file holds."""
+
+    step: Annotated[int, Range(0, MAX_STEP)]
+    weights: Annotated[str, Range(1, 64)]
 
 
 class RunConfig(NamedTuple):
@@ -90,9 +121,9 @@ def load_run_config(run: Path) -> RunConfig:
             f"run: {run} has no config.json, expected the folder that `hpdm train --out` wrote, or one of the weights "
             f"that come with the package ({', '.join(published.names()) or 'none'})"
         )
-    values = read_json(path)
+    values = read_json(path, dict[str, Any])
     check_format(run, values)
-    return _from_json(values, path)
+    return _from_json(checked(values, _RunFile, f"{path}"), path)
 
 
 def load(
@@ -120,9 +151,10 @@ def load(
     folder = folder_of_weights(weights, _widths(run_config.training))
     checkpoint = path if path_is_checkpoint else newest_checkpoint(path)
     step = int(read_state(checkpoint)["step"])
+    check_parameters(_without_memory(run_config), checkpoint / folder)
     model = run_config.system.build(run_config.config, kernels)
     load_parameters(model, checkpoint / folder)
-    return _loaded_run(model, run_config, step, device)
+    return _loaded_run(model, run_config, step, device, checkpoint / folder)
 
 
 def export(run: Path, out: Path, weights: str = "ema", precision: FilePrecision = "fp32") -> int:
@@ -182,24 +214,39 @@ def _widths(training: Mapping[str, Any]) -> list[float]:
 
 
 def _load_exported(path: Path, kernels: str, device: torch.device | str, weights: str) -> Run:
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("hpdm", "null"))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
-    if header is None:
-        raise ValueError(f"{path}: got a safetensors file without a config, expected one that `hpdm export` wrote")
-    check_format(path, header)
-    run_config = _from_json(header, path)
-    if header["weights"] != folder_of_weights(weights, _widths(run_config.training)):
-        raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
-    model = run_config.system.build(run_config.config, kernels)
-    model.load_state_dict(load_file(path))
-    return _loaded_run(model, run_config, int(header["step"]), device)
+    with TensorFile(path) as file:
+        if "hpdm" not in file.metadata:
+            raise ValueError(f"{path}: got a safetensors file without a config, expected one that `hpdm export` wrote")
+        header = parse_json(file.metadata["hpdm"], dict[str, Any], path)
+        check_format(path, header)
+        header = checked(header, _ExportedFile, f"{path}")
+        run_config = _from_json(header, path)
+        if header["weights"] != folder_of_weights(weights, _widths(run_config.training)):
+            raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
+        file.check({name: (tuple(p.shape), p.dtype) for name, p in _without_memory(run_config).named_parameters()})
+        model = run_config.system.build(run_config.config, kernels)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(file.read(name))
+    return _loaded_run(model, run_config, header["step"], device, path)
 
 
-def _loaded_run(model: nn.Module, run_config: RunConfig, step: int, device: torch.device | str) -> Run:
+def _without_memory(run_config: RunConfig) -> nn.Module:
+    """The model of a config that may be a stranger's, without memory for its weights."""
+    with torch.device("meta"):
+        return run_config.system.build(run_config.config)
+
+
+def _loaded_run(model: nn.Module, run_config: RunConfig, step: int, device: torch.device | str, source: Path) -> Run:
+    """A run from a model that has its weights.
+
+    Raises:
+        ValueError: a weight that is not finite; the message names ``source``.
+    """
     system, config, classes, training = run_config
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"{source}: {name}: got NaN or infinity, expected finite weights")
     return Run(model.to(device).eval().requires_grad_(False), config, classes, training, step, system)
 
 
@@ -209,10 +256,13 @@ def _to_json(run_config: RunConfig) -> dict[str, Any]:
 
 
 def _from_json(values: Mapping[str, Any], path: Path) -> RunConfig:
-    system = systems.get(values.get("system", FIRST_SYSTEM))
-    config = system.config_from_dict(values["model"])
-    if not isinstance(values["classes"], list):
-        raise ValueError(f"{path}: classes: got {type(values['classes']).__name__}, expected a list of names")
     # They become parts of file names, and the file may be a stranger's.
     classes = [check_class_name(name, f"{path}: class {label}") for label, name in enumerate(values["classes"])]
+    try:
+        system = systems.get(values.get("system", FIRST_SYSTEM))
+        config = system.config_from_dict(values["model"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if config.conditioning == "class" and len(classes) > config.classes:
+        raise ValueError(f"{path}: classes: got {len(classes)} names, expected at most {config.classes}, as in model")
     return RunConfig(system, config, classes, dict(values["training"]))

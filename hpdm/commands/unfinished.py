@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hpdm.files import atomic_path
+from hpdm.tensor_file import TensorFile, write_tensors
 
 FOLDER = ".unfinished"
 """Folder of the finished parts, in the folder of the videos."""
@@ -34,17 +33,20 @@ def read(path: Path) -> list[Tensor]:
     if not path.exists():
         return []
     try:
-        with safe_open(path, "pt") as file:
-            return [file.get_tensor(str(n)) for n in range(len(file.keys()))]
-    except SafetensorError as error:
-        raise ValueError(f"out: {path} of an interrupted run is damaged ({error}); delete it") from None
+        with TensorFile(path) as file:
+            names = [str(n) for n in range(len(file.shapes))]
+            if set(names) != set(file.shapes):
+                raise ValueError(f"{path}: got tensors {sorted(file.shapes)[:3]}, expected {names[:3]}")
+            return [file.read(name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"out: the finished part of an interrupted run is damaged, delete it: {error}") from None
 
 
 def write(path: Path, parts: list[Tensor]) -> None:
     """Writes the videos of the finished parts, atomically."""
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
-        save_file({str(n): videos.contiguous() for n, videos in enumerate(parts)}, temporary)
+        write_tensors(temporary, {str(n): videos for n, videos in enumerate(parts)}, {})
 
 
 def clear(out: Path) -> None:

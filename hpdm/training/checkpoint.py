@@ -19,7 +19,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -30,15 +30,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from hpdm import distributed
-from hpdm.files import read_json, write_json
+from hpdm.files import write_json
+from hpdm.json_file import Range, checked, read_json
 from hpdm.tensor_file import write_tensors
 from hpdm.training.ema import EMA
 
 FORMAT = 2
 """Version of the format. Version 1 had one file each for weights, moving average and optimizer, of one process."""
+MAX_STEP = 99_999_999
+"""The largest step that a checkpoint's name has room for."""
 _STEP = re.compile(r"step-(\d{8})")
 _WHOLE_FILE = "shard-00001-model-00001-of-00001.safetensors"
 """The name that ``torch.distributed.checkpoint`` gives to the file of a single rank."""
+
+
+class _State(TypedDict):
+    """What ``state.json`` holds, and possibly more."""
+
+    format: int
+    step: Annotated[int, Range(0, MAX_STEP)]
+    ema_updates: Annotated[int, Range(0, MAX_STEP)]
+    files: Annotated[dict[Annotated[str, Range(1, 255)], Annotated[int, Range(0, 2**62)]], Range(1, 10**6)]
 
 
 class Contents(NamedTuple):
@@ -155,6 +167,15 @@ def load_parameters(model: nn.Module, path: Path) -> None:
     _load_tensors(parameters_of(model), path)
 
 
+def check_parameters(model: nn.Module, path: Path) -> None:
+    """Checks that a folder of a checkpoint holds a model's parameters; the model may be on the meta device.
+
+    Raises:
+        ValueError: the folder is damaged, or of a model with other parameters.
+    """
+    _check_stored(parameters_of(model), path)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint's ``state.json``, after checking the sizes of the files that it lists.
 
@@ -162,8 +183,13 @@ def read_state(path: Path) -> dict[str, Any]:
         FileNotFoundError: a file is missing.
         ValueError: a file is damaged, or the format is another one.
     """
-    state = read_json(path / "state.json")
-    check_format(path, state)
+    values = read_json(path / "state.json", dict[str, Any])
+    check_format(path, values)
+    state: dict[str, Any] = checked(values, _State, f"{path / 'state.json'}")
+    if (number := _STEP.fullmatch(path.resolve().name)) and state["step"] != int(number[1]):
+        raise ValueError(
+            f"{path / 'state.json'}: step: got {state['step']}, expected {int(number[1])} as the folder says"
+        )
     for name, size in state["files"].items():
         if not (path / name).is_file():
             raise FileNotFoundError(f"checkpoint: {path / name} is missing")
@@ -243,13 +269,13 @@ def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors in a folder of safetensors files, by name."""
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
+    except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # PyTorch reads the JSON in the headers without checking it.
+        raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     return {name: tuple(about.size) for name, about in metadata.items() if hasattr(about, "size")}
 
 
-def _load_tensors(targets: Mapping[str, Tensor], path: Path) -> None:
-    """Fills the targets in place. Of sharded targets this rank reads only its shards."""
+def _check_stored(targets: Mapping[str, Tensor], path: Path) -> None:
     stored = _stored_shapes(path)
     missing, extra = sorted(set(targets) - set(stored)), sorted(set(stored) - set(targets))
     if missing or extra:
@@ -257,6 +283,11 @@ def _load_tensors(targets: Mapping[str, Tensor], path: Path) -> None:
     for name, target in targets.items():
         if tuple(target.shape) != stored[name]:
             raise ValueError(f"{path}: of another config: {name} has shape {stored[name]}, not {tuple(target.shape)}")
+
+
+def _load_tensors(targets: Mapping[str, Tensor], path: Path) -> None:
+    """Fills the targets in place. Of sharded targets this rank reads only its shards."""
+    _check_stored(targets, path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         # No collective: each rank reads what it needs by itself.
