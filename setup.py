@@ -32,6 +32,7 @@ setup(
         "dev": [
             "pytest",
             "pytest-benchmark",
+            "hypothesis",  # inputs that nobody thought of, for what reads strangers' files, made small where one fails
             "pytest-xdist",  # tests on both cores: the interpreter and the compiler are slow
             "ruff",
             "mypy",

@@ -16,6 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+MAX_TEXT_FILE_BYTES = 16 * 2**20
+"""Longest text file that is read where nothing else is said."""
+MAX_LINE_BYTES = 2**20
+"""Longest line of a text file of any length that is read line by line."""
+
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -93,7 +98,21 @@ def decode_text(data: bytes, place: object) -> str:
     return text
 
 
-def read_text(path: Path, limit: int | None = None) -> str:
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The contents of a file that is not longer than ``limit`` bytes; no more than that is ever read.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is longer.
+    """
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path}: got more than {limit} bytes, expected at most {limit}")
+    return data
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_FILE_BYTES) -> str:
     """The contents of a UTF-8 file, with or without a byte-order mark; each line break is one newline character.
 
     Args:
@@ -103,11 +122,29 @@ def read_text(path: Path, limit: int | None = None) -> str:
     Raises:
         ValueError: it is UTF-16, no text, or longer than ``limit``.
     """
+    return decode_text(read_bytes(path, limit), path).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def numbered_lines(path: Path, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[str, str]]:
+    """The lines of a UTF-8 file that are not blank, each with ``path:line number`` for messages, read one by one.
+
+    Args:
+        path: the file.
+        limit: most bytes of a line.
+
+    Raises:
+        ValueError: the file is no UTF-8 text, or a line is longer than ``limit``.
+    """
     with path.open("rb") as file:
-        data = file.read() if limit is None else file.read(limit + 1)
-    if limit is not None and len(data) > limit:
-        raise ValueError(f"{path}: got more than {limit} bytes, expected at most {limit}")
-    return decode_text(data, path).replace("\r\n", "\n").replace("\r", "\n")
+        number = 0
+        while data := file.readline(limit + 1):
+            place = f"{path}:{number + 1}"
+            if len(data) > limit:
+                raise ValueError(f"{place}: got a line of more than {limit} bytes, expected at most {limit}")
+            for line in decode_text(data, place).removesuffix("\n").removesuffix("\r").split("\r"):
+                number += 1
+                if line.strip():
+                    yield f"{path}:{number}", line
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -122,24 +159,6 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         json.dump(value, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    text = read_text(path)
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    except RecursionError:
-        raise ValueError(f"{path}: not JSON (nested too deeply)") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got {type(values).__name__}, expected a JSON object")
-    return values
 
 
 def _temporary(path: Path) -> Path:

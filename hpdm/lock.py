@@ -51,14 +51,15 @@ class FolderLock:
         argument: the option that named the folder, for messages.
         work: what the holder does, for the message that others get: ``"hpdm train"``.
         name: of the lock's file.
+        subject: what is locked, for messages; the folder if not given.
 
     Raises:
         LockedError: on entering, somebody else holds it; at once.
         OSError: the folder is not writable.
     """
 
-    def __init__(self, folder: Path, argument: str, work: str, name: str = NAME) -> None:
-        self.folder, self.argument, self.work = folder, argument, work
+    def __init__(self, folder: Path, argument: str, work: str, name: str = NAME, subject: str | None = None) -> None:
+        self.folder, self.argument, self.subject = folder, argument, subject or str(folder)
         self.path = folder / name
         self._owner = folder / f"{name}.owner"  # where the file system has no locks
         self._about: dict[str, Any] = {
@@ -75,7 +76,7 @@ class FolderLock:
         self._key = self.path.resolve()
         with _held_guard:
             if self._key in _held:
-                raise LockedError(f"{self.argument}: {self.folder} is in use by another thread of this process")
+                raise LockedError(f"{self.argument}: {self.subject} is in use by another thread of this process")
             _held.add(self._key)
         try:
             self._take()
@@ -200,7 +201,7 @@ class FolderLock:
                 f"{holder.get('since')}"
             )
         return LockedError(
-            f"{self.argument}: {self.folder} is in use by {about}; wait until it has ended, or choose another folder"
+            f"{self.argument}: {self.subject} is in use by {about}; wait until it has ended, or choose another folder"
         )
 
 

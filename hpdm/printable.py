@@ -1,8 +1,9 @@
-"""Text from files made safe for a terminal: names and captions may hold bytes that a terminal obeys."""
+"""Text from files made safe for a terminal, which obeys some characters, and as a part of a file's name."""
 
 from __future__ import annotations
 
 import logging
+import re
 
 # Marks of writing direction, which can make a name look like another one, and Unicode's two line separators.
 _MISLEADING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
@@ -18,6 +19,27 @@ def printable(text: str, keep: str = "") -> str:
         keep: characters to leave as they are, such as a newline.
     """
     return "".join(c if c in keep or not _is_hidden(c) else c.encode("unicode_escape").decode() for c in text)
+
+
+def as_file_name(text: str) -> str:
+    """A text as a part of the name of one file, in no other folder: what could lead elsewhere or hide is ``%XX``.
+
+    Different texts give different names. ``playing guitar/bass`` becomes ``playing guitar%2Fbass``.
+
+    Args:
+        text: any text, such as a class name out of a file.
+    """
+    return "".join(
+        "".join(f"%{byte:02X}" for byte in c.encode(errors="surrogatepass")) if _misleads(text, place) else c
+        for place, c in enumerate(text)
+    )
+
+
+def _misleads(text: str, place: int) -> bool:
+    """Whether a character of a text could mean something else than itself in the name of a file."""
+    character = text[place]
+    is_escape = character == "%" and re.match("[0-9A-F]{2}", text[place + 1 :]) is not None
+    return character in "/\\" or (character == "." and place == 0) or is_escape or _is_hidden(character)
 
 
 def _is_hidden(character: str) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hpdm.json_file import checked
+
 Optimizer = Literal["adamw", "lamb", "muon"]
 """"muon": Muon for the matrices inside the network, AdamW for the rest; see :mod:`hpdm.training.muon`."""
 Parallel = Literal["ddp", "fsdp"]
@@ -110,13 +112,17 @@ def recipe_from_json(values: Mapping[str, Any], preset: Recipe) -> Recipe:
         values: the run's options.
         preset: the recipe of the run's preset, for fields that ``values`` lacks; those that came later than the run
             have the value that it was trained with.
+
+    Raises:
+        ValueError: a value of another type than the recipe's.
     """
     before = {"lr_scaling": "none", "lr_batch": preset.batch, "schedule": "cosine", "cooldown": 0}
     before |= {"lamb_floor": "off", "ema_decay": None}
     known = _fields(preset) | before | {name: values[name] for name in _fields(preset) if name in values}
     if isinstance(known["ema"], int | float):  # the decay of the only average
         known |= {"ema": (), "ema_decay": float(known["ema"])}
-    return Recipe(**known | {"ema": tuple(known["ema"])})
+    recipe: Recipe = checked(known, Recipe, "config: training")
+    return recipe
 
 
 def _fields(values: Recipe | RecipeChanges) -> dict[str, Any]:

@@ -7,35 +7,72 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hpdm import published, systems
 from hpdm.checks import check_choice
 from hpdm.data.class_names import check_class_name
-from hpdm.files import atomic_path, make_folder, read_json, write_json
+from hpdm.files import atomic_path, make_folder, write_json
+from hpdm.integrity import SEAL, DamagedError, check_seal, hash_of_file, hash_of_json, sealed
+from hpdm.json_file import Range, checked, parse_json, read_json
 from hpdm.system import System
-from hpdm.tensor_file import DTYPES, FilePrecision, write_tensors
+from hpdm.tensor_file import DTYPES, FilePrecision, TensorFile, write_tensors
 from hpdm.training.checkpoint import (
     FORMAT,
+    MAX_STEP,
+    OLDEST_FORMAT,
     check_format,
+    check_parameters,
     is_checkpoint,
+    list_checkpoints,
     load_parameters,
     newest_checkpoint,
     parameters_of,
-    read_state,
+    verify,
 )
 from hpdm.training.ema import folder_of_weights
 
+logger = logging.getLogger(__name__)
+
 FIRST_SYSTEM = "patch"
 """The system of runs whose config names none: older versions had only this one."""
+
+
+class _Training(TypedDict, total=False):
+    """Types of those training options that are used of a run that is loaded; runs of earlier versions lack some."""
+
+    stride: Annotated[int, Range(1, 2**20)]
+    fps: Annotated[float, Range(1e-6, 1e6)] | None
+    short: Literal["error", "skip", "loop"]
+    clean_context: Annotated[float, Range(0, 1)]
+    preset: str
+    ema: list[float] | float
+    micro_batch: Annotated[int, Range(1, 2**31)]
+    data_weights: list[float]
+    history: list[dict[str, Any]]
+
+
+class _RunFile(TypedDict):
+    """What ``config.json`` and the header of an exported file hold."""
+
+    format: int
+    model: dict[str, Any]
+    classes: list[Any]
+    training: _Training
+
+
+class _ExportedFile(_RunFile):
+    """What the header of an exported file holds."""
+
+    step: Annotated[int, Range(0, MAX_STEP)]
+    weights: Annotated[str, Range(1, 64)]
 
 
 class RunConfig(NamedTuple):
@@ -64,6 +101,8 @@ class Run(NamedTuple):
     step: int
     """Number of training steps of the weights."""
     system: System
+    digest: str
+    """A hash of the weights and the model's config: what a sample depends on besides its options."""
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +113,8 @@ class Run(NamedTuple):
 def save_run_config(run: Path, run_config: RunConfig) -> None:
     """Writes ``config.json`` into the folder ``run``, which is made if it is not there."""
     make_folder("out", run)
-    write_json(run / "config.json", {"format": FORMAT, **_to_json(run_config)})
+    values = json.loads(json.dumps({"format": FORMAT, **_to_json(run_config)}))  # tuples become lists, as when read
+    write_json(run / "config.json", sealed(values))
 
 
 def load_run_config(run: Path) -> RunConfig:
@@ -90,9 +130,11 @@ def load_run_config(run: Path) -> RunConfig:
             f"run: {run} has no config.json, expected the folder that `hpdm train --out` wrote, or one of the weights "
             f"that come with the package ({', '.join(published.names()) or 'none'})"
         )
-    values = read_json(path)
+    values = read_json(path, dict[str, Any])
     check_format(run, values)
-    return _from_json(values, path)
+    if values["format"] > OLDEST_FORMAT or SEAL in values:
+        check_seal(values, path)
+    return _from_json(checked(values, _RunFile, f"{path}"), path)
 
 
 def load(
@@ -111,6 +153,7 @@ def load(
     Raises:
         FileNotFoundError: no run, or a run without a checkpoint yet.
         ValueError: ``weights`` that the run does not have, damaged files, or a config that does not match the weights.
+            Of a run whose newest checkpoint is damaged the one before is taken, which the log tells.
     """
     path = published.find(path) or Path(path)
     if path.is_file():
@@ -118,11 +161,41 @@ def load(
     path_is_checkpoint = is_checkpoint(path.resolve())
     run_config = load_run_config(path.resolve().parent.parent if path_is_checkpoint else path)
     folder = folder_of_weights(weights, _widths(run_config.training))
-    checkpoint = path if path_is_checkpoint else newest_checkpoint(path)
-    step = int(read_state(checkpoint)["step"])
+    if path_is_checkpoint:
+        return _load_checkpoint(path, run_config, folder, kernels, device)
+    checkpoint, failed = newest_checkpoint(path), set[Path]()
+    while True:
+        try:
+            return _load_checkpoint(checkpoint, run_config, folder, kernels, device)
+        except (DamagedError, FileNotFoundError) as error:
+            # Damaged, or deleted meanwhile by a training that goes on.
+            failed.add(checkpoint)
+            left = [other for other in list_checkpoints(path) if other not in failed]
+            if not left:
+                raise
+            checkpoint = left[-1]
+            logger.warning("%s; taking %s", error, checkpoint.name)
+
+
+def _load_checkpoint(
+    checkpoint: Path, run_config: RunConfig, folder: str, kernels: str, device: torch.device | str
+) -> Run:
+    """Loads the weights in one folder of a checkpoint.
+
+    Raises:
+        DamagedError: they are not as they were written.
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    state = verify(checkpoint, [folder])
+    check_parameters(_without_memory(run_config), checkpoint / folder)
     model = run_config.system.build(run_config.config, kernels)
     load_parameters(model, checkpoint / folder)
-    return _loaded_run(model, run_config, step, device)
+    files = {
+        name: about.sha256 or hash_of_file(checkpoint / name)
+        for name, about in state["files"].items()
+        if name.split("/")[0] == folder
+    }
+    return _loaded_run(model, run_config, state["step"], device, checkpoint / folder, files)
 
 
 def export(run: Path, out: Path, weights: str = "ema", precision: FilePrecision = "fp32") -> int:
@@ -172,7 +245,7 @@ def write_weights(
     header = {"format": FORMAT, "step": step, "weights": weights, **_to_json(run_config)}
     stored = {name: t.to(dtype or t.dtype) for name, t in tensors.items()}
     with atomic_path(out) as temporary:
-        write_tensors(temporary, stored, {"hpdm": json.dumps(header)})
+        write_tensors(temporary, stored, {"hpdm": json.dumps(header)}, hashed=True)
 
 
 def _widths(training: Mapping[str, Any]) -> list[float]:
@@ -182,25 +255,47 @@ def _widths(training: Mapping[str, Any]) -> list[float]:
 
 
 def _load_exported(path: Path, kernels: str, device: torch.device | str, weights: str) -> Run:
-    try:
-        with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("hpdm", "null"))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged ({error})") from error
-    if header is None:
-        raise ValueError(f"{path}: got a safetensors file without a config, expected one that `hpdm export` wrote")
-    check_format(path, header)
-    run_config = _from_json(header, path)
-    if header["weights"] != folder_of_weights(weights, _widths(run_config.training)):
-        raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
-    model = run_config.system.build(run_config.config, kernels)
-    model.load_state_dict(load_file(path))
-    return _loaded_run(model, run_config, int(header["step"]), device)
+    with TensorFile(path) as file:
+        if "hpdm" not in file.metadata:
+            raise ValueError(f"{path}: got a safetensors file without a config, expected one that `hpdm export` wrote")
+        header = parse_json(file.metadata["hpdm"], dict[str, Any], path)
+        check_format(path, header)
+        if header["format"] > OLDEST_FORMAT and file.hashes is None:
+            raise DamagedError(f"{path}: damaged (it has no hashes)")
+        header = checked(header, _ExportedFile, f"{path}")
+        run_config = _from_json(header, path)
+        if header["weights"] != folder_of_weights(weights, _widths(run_config.training)):
+            raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
+        file.check({name: (tuple(p.shape), p.dtype) for name, p in _without_memory(run_config).named_parameters()})
+        model = run_config.system.build(run_config.config, kernels)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(file.read(name))
+        weights_hash = hash_of_file(path) if file.hashes is None else hash_of_json(file.hashes)
+    return _loaded_run(model, run_config, header["step"], device, path, weights_hash)
 
 
-def _loaded_run(model: nn.Module, run_config: RunConfig, step: int, device: torch.device | str) -> Run:
+def _without_memory(run_config: RunConfig) -> nn.Module:
+    """The model of a config that may be a stranger's, without memory for its weights."""
+    with torch.device("meta"):
+        return run_config.system.build(run_config.config)
+
+
+def _loaded_run(
+    model: nn.Module, run_config: RunConfig, step: int, device: torch.device | str, source: Path, hashes: Any
+) -> Run:
+    """A run from a model that has its weights, whose ``hashes`` are a JSON value.
+
+    Raises:
+        DamagedError: a weight that is not finite; the message names ``source``.
+    """
     system, config, classes, training = run_config
-    return Run(model.to(device).eval().requires_grad_(False), config, classes, training, step, system)
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise DamagedError(f"{source}: {name}: got NaN or infinity, expected finite weights")
+    about = _to_json(run_config)
+    digest = hash_of_json([hashes, about["system"], about["model"]])
+    return Run(model.to(device).eval().requires_grad_(False), config, classes, training, step, system, digest)
 
 
 def _to_json(run_config: RunConfig) -> dict[str, Any]:
@@ -209,10 +304,13 @@ def _to_json(run_config: RunConfig) -> dict[str, Any]:
 
 
 def _from_json(values: Mapping[str, Any], path: Path) -> RunConfig:
-    system = systems.get(values.get("system", FIRST_SYSTEM))
-    config = system.config_from_dict(values["model"])
-    if not isinstance(values["classes"], list):
-        raise ValueError(f"{path}: classes: got {type(values['classes']).__name__}, expected a list of names")
     # They become parts of file names, and the file may be a stranger's.
     classes = [check_class_name(name, f"{path}: class {label}") for label, name in enumerate(values["classes"])]
+    try:
+        system = systems.get(values.get("system", FIRST_SYSTEM))
+        config = system.config_from_dict(values["model"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if config.conditioning == "class" and len(classes) > config.classes:
+        raise ValueError(f"{path}: classes: got {len(classes)} names, expected at most {config.classes}, as in model")
     return RunConfig(system, config, classes, dict(values["training"]))

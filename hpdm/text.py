@@ -13,16 +13,16 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hpdm.checks import check_choice
-from hpdm.files import atomic_path, make_folder, read_text, write_text
+from hpdm.files import atomic_path, make_folder, numbered_lines, write_text
+from hpdm.json_file import Range, checked, read_json
+from hpdm.tensor_file import TensorFile, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ FORMAT = 1
 """Version of the folder that :class:`EmbeddingStore` writes."""
 SHARD_BYTES = 256 * 2**20
 """Bytes of embeddings to collect in memory before writing them to a file."""
+MAX_PROMPT_BYTES = 64 * 1024
+"""Longest line of a file of prompts."""
 _KEY_BYTES = 16  # of a caption's SHA-256: among 10^8 captions, two are equal with a probability of 10^-23
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -43,12 +45,18 @@ class EmbeddingInfo:
 
     encoder: str
     """Name of the encoder, the last part of its folder or hub name."""
-    width: int
+    width: Annotated[int, Range(1, 2**20)]
     """Channels of an embedding."""
-    max_length: int
+    max_length: Annotated[int, Range(1, 2**20)]
     """Longest caption in tokens."""
-    precision: str
+    precision: Precision
     """Of the encoder's weights and of the embeddings."""
+
+
+class _Index(TypedDict):
+    """The index of a store: the version, and an :class:`EmbeddingInfo`."""
+
+    format: Annotated[int, Range(0, 2**31)]
 
 
 def normalize_caption(caption: str) -> str:
@@ -78,7 +86,7 @@ class TextEncoder:
         *,
         max_length: int = MAX_LENGTH,
         device: torch.device | str = "cpu",
-        precision: str = "fp32",
+        precision: Precision = "fp32",
         download: bool = False,
     ) -> None:
         if max_length < 1:
@@ -182,7 +190,7 @@ class EmbeddingStore:
                 f"config.text_width = {width}"
             )
         self._files: list[Path] = []
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, TensorFile] = {}
         self._keys = np.empty(0, f"S{_KEY_BYTES}")  # sorted
         self._places = np.empty((0, 2), np.int64)  # of each key: index into _files, entry in that file
         self._add_files(sorted(self.folder.glob("embeddings-*.safetensors")))
@@ -224,8 +232,10 @@ class EmbeddingStore:
             )
         file, entry = place
         opened = self._opened(self._files[file])
-        first, last = opened.get_slice("starts")[entry : entry + 2].tolist()
-        return opened.get_slice("rows")[first:last]
+        first, last = opened.rows("starts", entry, entry + 2).tolist()
+        if not 0 <= first <= last <= opened.shapes["rows"][0][0]:
+            raise ValueError(f"embeddings: {opened.path} is damaged (entry {entry} has rows {first} to {last})")
+        return opened.rows("rows", first, last)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}  # open files cannot be pickled; each process maps them itself
@@ -254,7 +264,7 @@ class EmbeddingStore:
             "rows": torch.cat([e.to(_DTYPES[self.info.precision]) for e in embeddings]),
         }
         with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
+            write_tensors(temporary, tensors, {})
         self._add_files([path])
 
     def _find(self, caption: str) -> tuple[int, int] | None:
@@ -270,7 +280,7 @@ class EmbeddingStore:
         """Adds files to the lookup table."""
         keys, places = [self._keys], [self._places]
         for path in paths:
-            new = self._opened(path).get_tensor("keys").numpy().view(self._keys.dtype)[:, 0]
+            new = self._opened(path).read("keys").numpy().view(self._keys.dtype)[:, 0]
             keys.append(new)
             places.append(np.stack((np.full(len(new), len(self._files)), np.arange(len(new))), axis=1))
             self._files.append(path)
@@ -278,20 +288,28 @@ class EmbeddingStore:
         self._keys, first = np.unique(np.concatenate(keys), return_index=True)
         self._places = np.concatenate(places)[first]
 
-    def _opened(self, path: Path) -> Any:
-        """The file as safetensors maps it, opened once.
+    def _opened(self, path: Path) -> TensorFile:
+        """The file, mapped into memory and opened once.
 
         Raises:
-            ValueError: it is damaged.
+            ValueError: it is damaged, or holds something else than this store's embeddings.
         """
         if path not in self._open:
             try:
-                opened = safe_open(path, "pt").__enter__()
-                complete = set(opened.keys()) == {"keys", "starts", "rows"}
-            except (SafetensorError, OSError) as error:
+                opened = TensorFile(path)
+            except (ValueError, OSError) as error:
                 raise ValueError(f"embeddings: {path} is damaged ({error}); delete it and embed again") from None
-            if not complete:
-                raise ValueError(f"embeddings: {path} has tensors {opened.keys()}, expected keys, starts, rows")
+            sizes = {name: shape for name, (shape, _) in opened.shapes.items()}
+            if set(sizes) != {"keys", "starts", "rows"}:
+                raise ValueError(f"embeddings: {path} has tensors {sorted(sizes)}, expected keys, starts, rows")
+            count, rows = (sizes[name][0] if sizes[name] else 0 for name in ("keys", "rows"))
+            expected = {
+                "keys": ((count, _KEY_BYTES), torch.uint8),
+                "starts": ((count + 1,), torch.int64),
+                "rows": ((rows, self.info.width), _DTYPES[self.info.precision]),
+            }
+            if opened.shapes != expected:
+                raise ValueError(f"embeddings: {path} has {dict(opened.shapes)}, expected {expected}")
             self._open[path] = opened
         return self._open[path]
 
@@ -345,7 +363,7 @@ def read_prompts(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"prompts: {path} is not a file")
-    prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    prompts = [line.strip() for _, line in numbered_lines(path, MAX_PROMPT_BYTES)]
     if not prompts:
         raise ValueError(f"prompts: {path} has no lines, expected one prompt a line")
     return prompts
@@ -363,10 +381,11 @@ def _read_index(folder: Path) -> EmbeddingInfo:
             f"embeddings: no index.json in {folder}, expected a folder that `hpdm data embed` wrote"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, _Index)
         version = values.pop("format")
         if version > FORMAT:
-            raise ValueError(f"format {version}, from a newer version, expected at most {FORMAT}")
-        return EmbeddingInfo(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"embeddings: {path}: {error}") from None
+            raise ValueError(f"{path}: format {version}, from a newer version, expected at most {FORMAT}")
+        info: EmbeddingInfo = checked(values, EmbeddingInfo, f"{path}")
+    except ValueError as error:
+        raise ValueError(f"embeddings: {error}") from None
+    return info

@@ -24,8 +24,10 @@ from hpdm.commands.common import Kernels, clips_of_run, warn_of_untrained_contex
 from hpdm.commands.output_names import check_outputs
 from hpdm.commands.sampler_choice import choose_sampler, sampler_not_given
 from hpdm.commands.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
+from hpdm.commands.unfinished import Unfinished
 from hpdm.data.layout import Split
 from hpdm.files import check_not_a_file, make_folder
+from hpdm.integrity import hash_of_tensor
 from hpdm.runs import Run
 from hpdm.sampling import AXES, Sampler, SamplerOptions
 from hpdm.text import normalize_caption, read_prompts
@@ -130,15 +132,19 @@ def sample(options: SampleOptions) -> list[Path]:
         if distributed.is_first():
             make_folder("out", options.out)
             _announce(options, loaded, samplers, len(subjects))
-        for first in range(0, len(subjects), options.batch):
-            batch = subjects[first : first + options.batch]
-            seeds = range(options.seed + first, options.seed + first + len(batch))
-            parts = {overlap: _sample_batch(options, loaded, s, seeds, batch) for overlap, s in samplers.items()}
-            if distributed.is_first():
-                outputs.write(seeds, batch, parts, samplers)
-        if not distributed.is_first():
-            return []
-        outputs.finish(labeled=bool(conditions(subjects)))
+        with Unfinished(options.out) as kept:
+            for first in range(0, len(subjects), options.batch):
+                batch = subjects[first : first + options.batch]
+                seeds = range(options.seed + first, options.seed + first + len(batch))
+                parts = {
+                    overlap: _sample_batch(options, loaded, s, seeds, batch, kept) for overlap, s in samplers.items()
+                }
+                if distributed.is_first():
+                    outputs.write(seeds, batch, parts, samplers)
+            if not distributed.is_first():
+                return []
+            outputs.finish(labeled=bool(conditions(subjects)))
+            kept.remove()
     print(f"{len(outputs.paths)} videos and contact_sheet.png in {options.out}, {time.perf_counter() - started:.1f} s")
     return outputs.paths
 
@@ -205,22 +211,30 @@ def _announce(options: SampleOptions, loaded: Run, samplers: dict[str, Sampler],
 
 
 def _sample_batch(
-    options: SampleOptions, loaded: Run, sampler: Sampler, seeds: Sequence[int], subjects: Sequence[Subject]
-) -> list[Tensor]:
-    """The videos of every part, ``[B, C, F, H, W]`` each.
+    options: SampleOptions, loaded: Run, sampler: Sampler, seeds: Sequence[int], subjects: Sequence[Subject],
+    kept: Unfinished,
+) -> list[Tensor]:  # fmt: skip
+    """The videos of every part, ``[B, C, F, H, W]`` each. A collective.
 
     Each part is kept on disk when it is finished. Parts that an interrupted command kept are not sampled again.
+
+    Raises:
+        FloatingPointError: a video holds numbers that are not finite.
+        LockedError: another command samples the same videos.
     """
     # The tile batch and the place of the cache change a video by rounding at most, so they are not in its identity.
     choices = asdict(replace(sampler.options, tile_batch=1, cache="gpu"))
     identity: dict[str, Any] = {
-        "run": str(options.run_folder.resolve()), "step": loaded.step, "weights": options.weights,
-        "text": options.encoder or str(options.embeddings), "seeds": list(seeds),
-        "subjects": [subject.caption for subject in subjects], **choices,
+        "weights": loaded.digest, "seeds": list(seeds), "subjects": [subject.caption for subject in subjects],
+        "text": [None if subject.text is None else hash_of_tensor(subject.text.cpu()) for subject in subjects],
+        **choices,
     }  # fmt: skip
-    path = unfinished.path_of(options.out, identity)
-    first = distributed.is_first()
-    finished = distributed.broadcast(unfinished.read(path) if first else [])
+    first, found, path = distributed.is_first(), list[Tensor](), Path()
+    with distributed.raise_on_all_ranks():
+        if first:
+            path = kept.open(identity)
+            found = unfinished.read(path)
+    finished = distributed.broadcast(found)
     if finished and first:
         print(f"found {len(finished)} finished level(s) of seeds {seeds[0]} to {seeds[-1]}, going on from there")
     parts = list(finished)
@@ -228,6 +242,11 @@ def _sample_batch(
         progress = bars if first else None
         for videos in sampler.parts(seeds, **conditions(subjects), progress=progress, finished=finished):
             parts.append(videos.cpu())
+            if not parts[-1].isfinite().all():
+                raise FloatingPointError(
+                    f"the videos of level {len(parts) - 1} hold numbers that are not finite; lower --guidance or take "
+                    "other weights"
+                )
             if first:
                 unfinished.write(path, parts)
     return parts
@@ -278,7 +297,7 @@ class _Outputs:
         return ", generated" if self.real else ""
 
     def finish(self, labeled: bool) -> None:
-        """Writes the contact sheet and deletes the parts that were kept for resumption."""
+        """Writes the contact sheet."""
         options = self.options
         write_contact_sheet(
             options.out / "contact_sheet.png",
@@ -289,7 +308,6 @@ class _Outputs:
         )
         if options.compare_overlap:
             print(seam_table(self.seams))
-        unfinished.clear(options.out)
 
 
 def seam_table(seams: dict[str, list[dict[str, float]]]) -> str:

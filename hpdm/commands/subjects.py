@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpdm.printable import as_file_name
 from hpdm.text import EmbeddingStore, TextEncoder, collate_text
 
 STEM_LENGTH = 48
@@ -56,7 +57,7 @@ def subjects_of_classes(classes: Sequence[str], names: Sequence[str], count: int
     if not numbers:
         return [Subject("video", "video")] * count
     chosen = [numbers[i % len(numbers)] for i in range(count)]
-    return [Subject(names[n], names[n], label=n) for n in chosen]
+    return [Subject(names[n], as_file_name(names[n]), label=n) for n in chosen]
 
 
 def subjects_of_prompts(prompts: Sequence[str], texts: Sequence[Tensor], count: int) -> list[Subject]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from hpdm.data.layout import Split
 from hpdm.data.mixture import parse_root
 from hpdm.evaluation.distribution import PROTOCOLS, ProtocolName
 from hpdm.evaluation.tables import Cells, Section, sections_of, write_table
+from hpdm.json_file import read_json_lines
 from hpdm.objective import Objective
 from hpdm.recipe import Recipe
 from hpdm.runs import Run
@@ -201,7 +201,7 @@ def _clips_per_s(run: Path) -> float | None:
     path = run / "log.jsonl"
     if not path.is_file():
         return None
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = (row for _, row in read_json_lines(path, dict[str, float]))
     speeds = [row["clips_per_s"] for row in rows if "clips_per_s" in row]
     return median(speeds) if speeds else None
 

@@ -1,28 +1,64 @@
-"""The finished parts of an ``hpdm sample``, kept on disk so that the command can resume after an interruption."""
+"""The finished parts of an ``hpdm sample``, kept on disk so that the command can resume after an interruption.
+
+They are named by a hash of everything that the videos depend on, the weights included. Several commands may sample into
+one folder; each holds a lock for its own parts.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import contextlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hpdm.files import atomic_path
+from hpdm.integrity import hash_of_json
+from hpdm.lock import FolderLock
+from hpdm.tensor_file import TensorFile, write_tensors
 
 FOLDER = ".unfinished"
 """Folder of the finished parts, in the folder of the videos."""
 
 
-def path_of(out: Path, identity: Mapping[str, Any]) -> Path:
-    """The file for one call of the sampler, named by a hash of ``identity``: everything that its videos depend on."""
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    return out / FOLDER / f"{key}.safetensors"
+class Unfinished:
+    """The finished parts of one command, on rank 0. A context manager, which releases their locks.
+
+    Args:
+        out: the folder of the videos.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._locks = ExitStack()
+        self._paths: list[Path] = []
+
+    def __enter__(self) -> Unfinished:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._locks.close()
+        with contextlib.suppress(OSError):
+            (self.out / FOLDER).rmdir()  # fails unless it is empty
+
+    def open(self, identity: Mapping[str, Any]) -> Path:
+        """The file of one call of the sampler, which is named by ``identity``: all that its videos depend on.
+
+        Raises:
+            LockedError: another command samples the same videos into the same folder.
+        """
+        key = hash_of_json(identity)[:32]
+        lock = FolderLock(self.out / FOLDER, "out", "hpdm sample", f"{key}.lock", f"the same sampling into {self.out}")
+        self._locks.enter_context(lock)
+        self._paths.append(self.out / FOLDER / f"{key}.safetensors")
+        return self._paths[-1]
+
+    def remove(self) -> None:
+        """Deletes the parts; called once all videos are written."""
+        for path in self._paths:
+            path.unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[Tensor]:
@@ -34,19 +70,16 @@ def read(path: Path) -> list[Tensor]:
     if not path.exists():
         return []
     try:
-        with safe_open(path, "pt") as file:
-            return [file.get_tensor(str(n)) for n in range(len(file.keys()))]
-    except SafetensorError as error:
-        raise ValueError(f"out: {path} of an interrupted run is damaged ({error}); delete it") from None
+        with TensorFile(path) as file:
+            names = [str(n) for n in range(len(file.shapes))]
+            if set(names) != set(file.shapes) or file.hashes is None:
+                raise ValueError(f"{path}: got tensors {sorted(file.shapes)[:3]}, expected {names[:3]} and hashes")
+            return [file.read(name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"out: the finished part of an interrupted run is damaged, delete it: {error}") from None
 
 
 def write(path: Path, parts: list[Tensor]) -> None:
     """Writes the videos of the finished parts, atomically."""
-    path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
-        save_file({str(n): videos.contiguous() for n, videos in enumerate(parts)}, temporary)
-
-
-def clear(out: Path) -> None:
-    """Deletes all finished parts; called once all videos are written."""
-    shutil.rmtree(out / FOLDER, ignore_errors=True)
+        write_tensors(temporary, {str(n): videos for n, videos in enumerate(parts)}, {}, hashed=True)

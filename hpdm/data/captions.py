@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
 import posixpath
 from collections.abc import Iterable, Set
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 from hpdm.data.found import Report, VideoFile
-from hpdm.data.split_lists import numbered_lines
 from hpdm.files import read_text
+from hpdm.json_file import Range, read_json_lines
 
 CAPTIONS_FILE = "captions.jsonl"
 MAX_CAPTION_BYTES = 64 * 1024
 """Longest caption in UTF-8."""
+
+
+class _Line(TypedDict):
+    """A line of ``captions.jsonl``, which may say more."""
+
+    file: Annotated[str, Range(1, 4096)]
+    caption: Annotated[str, Range(0, 2**20)]
 
 
 def add_captions(
@@ -73,8 +80,8 @@ def _read_captions(path: Path, videos: Set[str], report: Report) -> dict[str, st
     captions: dict[str, str] = {}
     first: dict[str, str] = {}
     unmatched: list[tuple[str, str]] = []
-    for place, line in numbered_lines(path):
-        file, caption = _parse(place, line)
+    for place, line in read_json_lines(path, _Line):
+        file, caption = line["file"], check_caption(line["caption"].strip(), place)
         name = file if file in videos else posixpath.normpath(file.replace("\\", "/"))
         if name in first:
             raise ValueError(f"{place}: {file} has a caption already, in {first[name]}, expected one line per clip")
@@ -88,20 +95,6 @@ def _read_captions(path: Path, videos: Set[str], report: Report) -> dict[str, st
     for place, file in unmatched:
         report.leave_out(f"lines of {path.name} that match no clip", f"{place} {file!r}")
     return captions
-
-
-def _parse(place: str, line: str) -> tuple[str, str]:
-    """The file and the caption of a line."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), str) for key in ("file", "caption")):
-        shown = line if len(line) <= 200 else f"{line[:200]}..."
-        raise ValueError(f'{place}: got {shown!r}, expected {{"file": "relative/path.mp4", "caption": "..."}}')
-    caption: str = record["caption"].strip()
-    check_caption(caption, place)
-    return record["file"], caption
 
 
 def check_caption(caption: str, place: object) -> str:

@@ -1,6 +1,7 @@
 """Names of classes: which ones are safe, and how one is found in a list that spells it in another way.
 
-A class name becomes part of file names and of lines on a terminal, and it comes from files that other people wrote.
+A class name becomes part of file names (:func:`hpdm.printable.as_file_name`) and of lines on a terminal, and it comes
+from files that other people wrote.
 """
 
 from __future__ import annotations
@@ -15,23 +16,21 @@ MAX_BYTES = 200
 
 
 def check_class_name(name: object, place: object) -> str:
-    """Returns ``name`` if it is safe as a part of a file's name.
+    """Returns ``name`` if it can be shown, and be part of a file's name once slashes are escaped.
 
     Args:
         name: the name as it was read.
         place: where it was read, for the message: a file and its line, a shard and its member, or a folder.
 
     Raises:
-        ValueError: the name is no text, is empty, ``.`` or ``..``, is longer than 200 bytes, or holds a slash, a
-            backslash, a control character or bytes that are not UTF-8.
+        ValueError: the name is no text, is empty, ``.`` or ``..``, is longer than 200 bytes, or holds a control
+            character or bytes that are not UTF-8.
     """
     if not isinstance(name, str):
         raise ValueError(f"{place}: got {name!r}, expected the name of a class as text")
     shown = printable(name[:80]) + ("..." if len(name) > 80 else "")
     if not name.strip() or name in (".", ".."):
         raise ValueError(f"{place}: got class name '{shown}', expected a name that can be part of a file's name")
-    if "/" in name or "\\" in name:
-        raise ValueError(f"{place}: got class name '{shown}', expected one without slashes and backslashes")
     if printable(name) != name:
         raise ValueError(f"{place}: got class name '{shown}', expected UTF-8 without control characters")
     size = len(name.encode())

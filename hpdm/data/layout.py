@@ -15,8 +15,9 @@ from typing import Literal
 
 from hpdm.data.class_names import ClassIndex, check_class_name
 from hpdm.data.found import EMPTY, Found, Report, VideoFile
-from hpdm.data.split_lists import ClassFolder, numbered_lines, read_class_index, read_split
+from hpdm.data.split_lists import ClassFolder, read_class_index, read_split
 from hpdm.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, listed
+from hpdm.files import numbered_lines
 
 Split = Literal["train", "test"]
 """A side of UCF-101's official splits."""

@@ -9,33 +9,57 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, TypedDict
 
 from hpdm.data.captions import MAX_CAPTION_BYTES, check_caption
 from hpdm.data.class_names import check_class_name
 from hpdm.data.found import EMPTY, LeftOut, Report
 from hpdm.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_video, listed
-from hpdm.data.tar_members import TarDamageError, TarMember, follow_links, read_members
+from hpdm.data.tar_members import MAX_HEADER_BYTES, TarDamageError, TarMember, follow_links, read_members
 from hpdm.files import decode_text, write_text
+from hpdm.json_file import Range, parse_json, read_json
 
 log = logging.getLogger(__name__)
 
 _VERSION = 2
-_MAX_CLASSES = 1_000_000  # a larger number in a .cls is taken for an error
+MAX_CLASSES = 1_000_000
+"""A larger number in a ``.cls`` is taken for an error."""
+_MAX_INDEX_BYTES = 64 * 2**20
 _MAX_BYTES = {"cls": 1024, "txt": MAX_CAPTION_BYTES, "json": 16 * 2**20}
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)  # webdataset's key and extension
+
+# What a member ``key.json`` may say, beside other things. Not a class, since a field is called "class".
+_Record = TypedDict(
+    "_Record",
+    {
+        "label": Annotated[int, Range(0, MAX_CLASSES - 1)] | None,
+        "class": Annotated[str, Range(0, 2**20)] | None,
+        "caption": Annotated[str, Range(0, 2**24)] | None,
+    },
+    total=False,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A clip of a shard: where its bytes are, and what the other members of its key say about it."""
 
-    name: str  # of the video's member
-    offset: int  # of the video's first byte in the shard
-    size: int  # of the video, in bytes
-    label: int | None
+    name: Annotated[str, Range(1, MAX_HEADER_BYTES)]  # of the video's member
+    offset: Annotated[int, Range(0, 2**62)]  # of the video's first byte in the shard
+    size: Annotated[int, Range(1, 2**62)]  # of the video, in bytes
+    label: Annotated[int, Range(0, MAX_CLASSES - 1)] | None
     class_name: str | None
     caption: str  # "" for none
+
+
+class _SavedIndex(TypedDict):
+    """The file of an index: the version of its format, what it knows of the shard, and the :class:`ShardIndex`."""
+
+    version: int
+    bytes: Annotated[int, Range(0, 2**62)]
+    mtime_ns: Annotated[int, Range(-(2**63), 2**63)]
+    clips: Annotated[list[Entry], Range(1, 2**31)]
+    left_out: list[LeftOut]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,44 +84,38 @@ def index_shard(path: Path) -> ShardIndex:
     shard_version = {"version": _VERSION, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     index = path.with_name(f"{path.name}.index.json")
     try:
-        saved = json.loads(index.read_text(encoding="utf-8"))
+        saved = read_json(index, _SavedIndex, _MAX_INDEX_BYTES)
         if {key: saved[key] for key in shard_version} == shard_version:
-            return _from_json(saved, stat.st_size)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return _checked_index(saved, stat.st_size)
+    except (OSError, ValueError):
         pass  # missing, damaged or of another format: it is written anew
     found = scan(path)
     values = {"clips": [asdict(entry) for entry in found.clips], "left_out": [asdict(o) for o in found.left_out]}
+    text = json.dumps({**shard_version, **values})
+    if len(text) > _MAX_INDEX_BYTES:
+        log.info("%s: the index is not saved: it has %d bytes, at most %d are read", path, len(text), _MAX_INDEX_BYTES)
+        return found
     try:
-        write_text(index, json.dumps({**shard_version, **values}))
+        write_text(index, text)
     except OSError as error:
         log.info("%s: the index is not saved: %s", path, error)
     return found
 
 
-def _from_json(saved: Mapping[str, Any], shard_bytes: int) -> ShardIndex:
+def _checked_index(saved: _SavedIndex, shard_bytes: int) -> ShardIndex:
     """A saved index.
 
     Raises:
-        KeyError, TypeError, ValueError: values of a kind that :func:`index_shard` does not write.
+        ValueError: values that :func:`index_shard` does not write for a shard of ``shard_bytes``.
     """
-    clips = [Entry(**entry) for entry in saved["clips"]]
+    clips = saved["clips"]
     for clip in clips:
-        texts = isinstance(clip.name, str) and isinstance(clip.caption, str)
-        numbers = type(clip.offset) is int and type(clip.size) is int
-        labels = clip.label is None or (type(clip.label) is int and 0 <= clip.label < _MAX_CLASSES)
-        if not (texts and numbers and labels) or not 0 <= clip.offset < clip.offset + clip.size <= shard_bytes:
-            raise ValueError(f"{clip}: not an entry")
+        if clip.offset + clip.size > shard_bytes:
+            raise ValueError(f"{clip.name}: ends behind the shard")
         if clip.class_name is not None:
             check_class_name(clip.class_name, clip.name)
         check_caption(clip.caption, clip.name)
-    left_out = tuple(_left_out_from_json(values) for values in saved["left_out"])
-    if not clips:
-        raise ValueError("no clips")
-    return ShardIndex(clips, left_out)
-
-
-def _left_out_from_json(values: Mapping[str, Any]) -> LeftOut:
-    return LeftOut(str(values["reason"]), int(values["count"]), tuple(str(place) for place in values["places"]))
+    return ShardIndex(clips, tuple(saved["left_out"]))
 
 
 def scan(path: Path) -> ShardIndex:
@@ -170,8 +188,8 @@ class _Scan:
             label, class_name, caption = _parse_record(texts["json"], self._place(members["json"]))
         if "cls" in texts:
             number, place = texts["cls"], self._place(members["cls"])
-            if not re.fullmatch(r"\d{1,7}", number, re.ASCII) or int(number) >= _MAX_CLASSES:
-                raise ValueError(f"{place}: got {number[:40]!r}, expected an integer from 0 to {_MAX_CLASSES - 1}")
+            if not re.fullmatch(r"\d{1,7}", number, re.ASCII) or int(number) >= MAX_CLASSES:
+                raise ValueError(f"{place}: got {number[:40]!r}, expected an integer from 0 to {MAX_CLASSES - 1}")
             if label is not None and label != int(number):
                 raise ValueError(f"{place}: got {number}, but the json says {label}")
             label = int(number)
@@ -204,23 +222,8 @@ def _why_not_read(member: TarMember) -> str:
 
 def _parse_record(text: str, place: str) -> tuple[int | None, str | None, str]:
     """The label, the class and the caption in a json."""
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"{place}: not JSON: {problem}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: expected an object with 'label', 'class' or 'caption'")
-    label, class_name, caption = (record.get(key) for key in ("label", "class", "caption"))
-    if label is not None and (type(label) is not int or not 0 <= label < _MAX_CLASSES):
-        raise ValueError(f"{place}: label: got {_short(label)}, expected an integer from 0 to {_MAX_CLASSES - 1}")
-    for key, value in (("class", class_name), ("caption", caption)):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{place}: {key}: got {_short(value)}, expected a text")
+    record = parse_json(text, _Record, place)
+    class_name = record.get("class")
     if class_name is not None:
         check_class_name(class_name, place)
-    return label, class_name, check_caption((caption or "").strip(), place)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return record.get("label"), class_name, check_caption((record.get("caption") or "").strip(), place)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hpdm.data.class_names import check_class_name
 from hpdm.data.shard_index import Entry
 from hpdm.data.split_lists import read_class_index
-from hpdm.files import read_text
+from hpdm.json_file import read_json
 
 CLASSES_FILE = "classes.json"
 _MOST_UNNAMED = 10_000  # or the number of clips: a label beyond both is taken for an error where no file lists classes
@@ -37,13 +37,9 @@ def listed_classes(paths: Sequence[Path]) -> list[str] | None:
 
 
 def _read_classes(path: Path) -> list[str]:
-    text = read_text(path)
-    try:
-        names = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"{path}: expected a list of different class names, in the order of their labels")
+    names = read_json(path, list[Any])
+    if len({*map(repr, names)}) < len(names):
+        raise ValueError(f"{path}: got a class twice, expected a list of different names, in the order of their labels")
     return [check_class_name(name, f"{path}: class {label}") for label, name in enumerate(names)]
 
 

@@ -6,13 +6,13 @@ Copies of the set differ from the lists in the clips' suffix and in the case of 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from hpdm.data.class_names import ClassIndex, check_class_name, fold
 from hpdm.data.found import Report, VideoFile
-from hpdm.files import read_text
+from hpdm.files import numbered_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,17 +21,6 @@ class ClassFolder:
 
     path: Path
     videos: list[Path]
-
-
-def numbered_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a UTF-8 file that are not blank, each with ``path:line number`` for messages.
-
-    Raises:
-        ValueError: the file is no UTF-8 text.
-    """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
 
 
 def read_class_index(path: Path) -> list[str]:

@@ -18,6 +18,7 @@ from hpdm import distributed
 from hpdm.data.decode import probe, read_clip
 from hpdm.data.layout import find_videos
 from hpdm.evaluation.levels import Level
+from hpdm.printable import as_file_name
 from hpdm.sampling import Sampler
 from hpdm.video import to_uint8
 
@@ -117,8 +118,9 @@ def class_of_file(path: Path, names: Sequence[str]) -> str:
     Raises:
         ValueError: another name, or another class than those of ``names``.
     """
-    name = path.stem.rpartition("_seed")[0]
-    if name not in names:
+    stem = path.stem.rpartition("_seed")[0]
+    name = next((name for name in names if as_file_name(name) == stem), None)
+    if name is None:
         raise ValueError(
             f"generated: got file {path.name}, expected CLASS_seedNUMBER.mp4 with one of {', '.join(names)}"
         )

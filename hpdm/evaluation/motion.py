@@ -7,11 +7,10 @@ that the table also shows the error of the measurement itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -22,8 +21,20 @@ from hpdm.data.decode import probe
 from hpdm.data.synthetic import CLASSES
 from hpdm.evaluation.levels import Level
 from hpdm.evaluation.synthetic_score import SHOWS_TEXTURE, ClipScore, score_clip
+from hpdm.json_file import Range, read_json_lines
 
 METADATA = "metadata.jsonl"
+_Pixels = Annotated[float, Range(-1e6, 1e6)]
+_PerFrame = Annotated[list[tuple[_Pixels, _Pixels]], Range(1, 10**6)]
+
+
+class _Record(TypedDict):
+    """A line of the metadata, which says more."""
+
+    file: str
+    radius: _Pixels
+    position: _PerFrame
+    velocity: _PerFrame
 
 
 class SyntheticSet(NamedTuple):
@@ -53,12 +64,14 @@ def read_synthetic_set(dataset: VideoDataset) -> SyntheticSet:
     if unknown:
         raise ValueError(f"data: got class {unknown[0]!r}, expected some of {', '.join(CLASSES)}")
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        records = {Path(row["file"]).with_suffix("").as_posix(): row for row in rows}
-        speeds = [float(np.hypot(*row["velocity"][0])) for row in rows]
-        radii = [float(row["radius"]) for row in rows]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"data: {path} is damaged ({type(error).__name__}: {error})") from None
+        rows = [row for _, row in read_json_lines(path, _Record)]
+    except ValueError as error:
+        raise ValueError(f"data: damaged metadata: {error}") from None
+    if not rows:
+        raise ValueError(f"data: {path} is empty, expected a line per clip")
+    records = {Path(row["file"]).with_suffix("").as_posix(): row for row in rows}
+    speeds = [float(np.hypot(*row["velocity"][0])) for row in rows]
+    radii = [row["radius"] for row in rows]
     info = probe(dataset.files[0].source, timeout=dataset.timeout)
     height, width = dataset.size
     if height * info.width != width * info.height:

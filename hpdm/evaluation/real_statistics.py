@@ -19,6 +19,7 @@ from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.levels import Level
 from hpdm.evaluation.metrics import FeatureStatistics
 from hpdm.files import atomic_path
+from hpdm.json_file import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ def _write(path: Path, identity: dict[str, Any], statistics: RealStatistics) -> 
 def _read(path: Path, identity: dict[str, Any]) -> RealStatistics:
     try:
         with np.load(path, allow_pickle=False) as file:
-            identity_in_file = json.loads(str(file["identity"]))
+            identity_in_file = parse_json(str(file["identity"]), dict[str, Any], "identity")
             features = FeatureStatistics.of(int(file["count"]), file["mean"], file["covariance"])
             left_out = int(file["left_out"])
     except Exception as error:  # numpy raises errors of many types for damaged files

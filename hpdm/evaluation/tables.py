@@ -10,16 +10,24 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from hpdm import distributed
-from hpdm.files import make_folder, read_json, write_json, write_text
+from hpdm.files import make_folder, write_json, write_text
+from hpdm.json_file import read_json
 from hpdm.sampling import AXES
 
 MOTION_COLUMNS = ("motion_right", "shape_overlap", "color_right", "texture")
 """The scores of the metric motion that a table shows; all are in the cells."""
 
 Value = float | None
+
+
+class _Cell(TypedDict):
+    """The file of a finished row."""
+
+    settings: dict[str, Any]
+    result: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,8 @@ class Cells:
         stored = None
         with distributed.raise_on_all_ranks():
             if distributed.is_first() and path.is_file():
-                stored = read_json(path)
-                changed = _changes(stored.get("settings", {}), settings)
+                stored = read_json(path, _Cell)
+                changed = _changes(stored["settings"], settings)
                 if changed:
                     raise ValueError(
                         f"out: {path} was computed with other settings ({changed}); choose another folder, or delete it"

@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpdm.checks import Triple, at_least
+from hpdm.json_file import checked
 
+MOST_LAYERS = 1024
+"""Latent layers of all blocks together, and blocks; more are taken for an error."""
+MOST_PIXELS = 2**32
+"""Pixels of a video; more are taken for an error."""
 CONDITIONINGS = ("none", "class", "text")
 FUSIONS = ("deep", "shallow")
 COORDINATE_EMBEDDINGS = ("raw", "sinusoidal")
@@ -75,6 +80,8 @@ class HPDMConfig:
     def __post_init__(self) -> None:
         self._check_triples()
         at_least(self, 1, "levels", "channels", "width", "latents", "latent_width", "head_width", "latent_layers")
+        at_least(self, 1, "latent_mlp_ratio", "token_mlp_ratio", "text_width", "conditioning_width")
+        self._check_bounds()
         self._check_sizes()
         self._check_choices()
 
@@ -86,6 +93,20 @@ class HPDMConfig:
                 raise ValueError(f"{name}: got {value}, expected three ints >= 1 (frames, height, width)")
             object.__setattr__(self, name, value)
         object.__setattr__(self, "levels_per_block", tuple(self.levels_per_block))
+
+    def _check_bounds(self) -> None:
+        """Checks what would take a very long time or all of the memory, whatever the weights are."""
+        blocks = len(self.levels_per_block)
+        if max(self.levels, blocks, blocks * self.latent_layers) > MOST_LAYERS:
+            raise ValueError(
+                f"levels_per_block: got {blocks} blocks of {self.latent_layers} latent layers, "
+                f"{self.levels} levels, expected at most {MOST_LAYERS}"
+            )
+        pixels = math.prod(self.patch) * math.prod(self.ratio) ** (self.levels - 1)
+        if pixels > MOST_PIXELS:
+            raise ValueError(
+                f"levels: got {self.levels} of patches of {self.patch}, expected videos of at most {MOST_PIXELS} pixels"
+            )
 
     def _check_sizes(self) -> None:
         """Checks sizes that must fit each other."""
@@ -200,14 +221,9 @@ class HPDMConfig:
         """The inverse of :meth:`to_dict`.
 
         Raises:
-            ValueError: a field that this version does not know.
+            ValueError: a field that this version does not know, or a value of another type; the message names it.
         """
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"config: got unknown fields {unknown}, expected a subset of {sorted(known)}")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        return checked(values, cls, "config")
 
 
 def pyramid_of(patch: Sequence[int], resolution: Sequence[int]) -> tuple[int, Triple]:

@@ -19,14 +19,15 @@ import secrets
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from hpdm import distributed
-from hpdm.files import read_json, write_json
+from hpdm.files import write_json
 from hpdm.integrity import SEAL, DamagedError, check_seal, sealed
+from hpdm.json_file import Range, checked, read_json
 from hpdm.training import manifest, tensor_folder
 from hpdm.training.ema import EMA
 from hpdm.training.manifest import Manifest
@@ -38,8 +39,23 @@ FORMAT = 3
 2 had no hashes."""
 OLDEST_FORMAT = 2
 """The oldest version that is still read."""
+MAX_STEP = 99_999_999
+"""The largest step that a checkpoint's name has room for."""
 STATE = "state.json"
 _STEP = re.compile(r"step-(\d{8})")
+
+
+class _State(TypedDict):
+    """What ``state.json`` holds, and possibly more."""
+
+    format: int
+    step: Annotated[int, Range(0, MAX_STEP)]
+    ema_updates: Annotated[int, Range(0, MAX_STEP)]
+    files: manifest.Stored
+
+
+class FormatError(ValueError):
+    """A file of another version."""
 
 
 class Contents(NamedTuple):
@@ -113,7 +129,7 @@ def write_checkpoint(run: Path, step: int, contents: Contents, keep: int = 2) ->
             if first:
                 files = {name: about for report in reports for name, about in sorted(report.items())}
                 manifest.check_sizes(temporary, files)
-                state = {"format": FORMAT, "step": step, **contents.state, "files": files}
+                state = {"format": FORMAT, "step": step, **contents.state, "files": manifest.to_json(files)}
                 write_json(temporary / STATE, sealed(state))
                 for path in (*temporary.glob("*"), temporary):
                     _flush(path)
@@ -231,6 +247,15 @@ def load_parameters(model: nn.Module, path: Path) -> None:
     tensor_folder.load(parameters_of(model), path)
 
 
+def check_parameters(model: nn.Module, path: Path) -> None:
+    """Checks that a folder of a checkpoint holds a model's parameters; the model may be on the meta device.
+
+    Raises:
+        ValueError: the folder is damaged, or of a model with other parameters.
+    """
+    tensor_folder.check(parameters_of(model), path)
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The contents of a checkpoint's ``state.json``, after checking names and sizes of the files that it lists.
 
@@ -239,18 +264,20 @@ def read_state(path: Path) -> dict[str, Any]:
         FileNotFoundError: a file is missing.
         ValueError: the format is another one.
     """
+    place = path / STATE
     try:
-        state = read_json(path / STATE)
-    except FileNotFoundError:
-        raise
+        values = read_json(place, dict[str, Any])
+        check_format(path, values)
+        if values["format"] > OLDEST_FORMAT or SEAL in values:
+            check_seal(values, place)
+        state: dict[str, Any] = checked(values, _State, place)
     except ValueError as error:
-        raise DamagedError(f"{error}; damaged") from None
-    check_format(path, state)
-    if state["format"] > OLDEST_FORMAT or SEAL in state:
-        check_seal(state, path / STATE)
-    state["files"] = manifest.parse(state["files"], path / STATE)
-    if f"step-{state['step']:08d}" != path.resolve().name and is_checkpoint(path.resolve()):
-        raise DamagedError(f"{path}: damaged (it holds step {state['step']})")
+        if isinstance(error, DamagedError | FormatError):
+            raise
+        raise DamagedError(f"{error}") from None
+    if (number := _STEP.fullmatch(path.resolve().name)) and state["step"] != int(number[1]):
+        raise DamagedError(f"{place}: step: got {state['step']}, expected {int(number[1])} as the folder says")
+    state["files"] = manifest.parse(state["files"])
     manifest.check_sizes(path, state["files"])
     return state
 
@@ -259,12 +286,14 @@ def check_format(path: Path, values: Mapping[str, Any]) -> None:
     """Checks that ``values``, read from ``path``, have a format that this version reads.
 
     Raises:
-        ValueError: they have another one.
+        FormatError: they have another one.
     """
     number = values.get("format", 0)
+    if not isinstance(number, int):
+        raise DamagedError(f"{path}: format: got {number!r}, expected an integer")
     if not OLDEST_FORMAT <= number <= FORMAT:
         version = "a newer" if number > FORMAT else "an older"
-        raise ValueError(f"{path}: got format {number}, expected {FORMAT}; it is from {version} version")
+        raise FormatError(f"{path}: got format {number}, expected {FORMAT}; it is from {version} version")
 
 
 def _flush(path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hpdm.files import write_text
+from hpdm.json_file import parse_json
 from hpdm.training.speed import Speed
 
 LogKind = Literal["jsonl", "tensorboard", "wandb"]
@@ -54,7 +55,7 @@ class JsonlLog:
 def _step_of(line: str) -> float:
     """The step of a row; infinity for a line that is no row."""
     try:
-        return float(json.loads(line)["step"])
+        return float(parse_json(line, dict[str, Any], "log.jsonl")["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")  # the incomplete last line of a killed process
 

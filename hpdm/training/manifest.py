@@ -6,21 +6,26 @@ size in bytes and its SHA-256. Checkpoints of earlier versions have no hashes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 from hpdm.integrity import DamagedError, check_names, hash_of_file
+from hpdm.json_file import Range
 
 
-class Written(NamedTuple):
+@dataclass(frozen=True)
+class Written:
     """What is known of a file."""
 
-    bytes: int
-    sha256: str | None
+    bytes: Annotated[int, Range(0, 2**62)]
+    sha256: Annotated[str, Range(64, 64)] | None
 
 
 Manifest = dict[str, Written]
+Stored = Annotated[dict[Annotated[str, Range(1, 255)], Written | Annotated[int, Range(0, 2**62)]], Range(1, 10**6)]
+"""A manifest in a JSON file, where earlier versions have the sizes alone."""
 
 
 def of_files(folder: Path, files: Iterable[Path]) -> Manifest:
@@ -30,21 +35,14 @@ def of_files(folder: Path, files: Iterable[Path]) -> Manifest:
     }
 
 
-def parse(value: Any, place: object) -> Manifest:
-    """A manifest from JSON, read from ``place``.
+def to_json(files: Manifest) -> dict[str, Any]:
+    """A manifest for a JSON file."""
+    return {name: asdict(about) for name, about in files.items()}
 
-    Raises:
-        DamagedError: it is none.
-    """
-    files: Manifest = {}
-    for name, about in value.items() if isinstance(value, dict) else ():
-        if isinstance(about, int):
-            files[name] = Written(about, None)
-        elif isinstance(about, list) and len(about) == 2 and isinstance(about[0], int) and isinstance(about[1], str):
-            files[name] = Written(*about)
-    if not isinstance(value, dict) or len(files) != len(value):
-        raise DamagedError(f"{place}: damaged (files: expected sizes and hashes by name)")
-    return files
+
+def parse(stored: Mapping[str, Written | int]) -> Manifest:
+    """A manifest from a JSON file that has the type :data:`Stored`."""
+    return {name: Written(about, None) if isinstance(about, int) else about for name, about in stored.items()}
 
 
 def check_sizes(folder: Path, files: Manifest) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 from hpdm.files import atomic_path
+from hpdm.json_file import read_json_lines
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
@@ -19,7 +19,7 @@ def read_log(run: Path) -> list[dict[str, float]]:
     path = run / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"run: {path} does not exist, expected the folder that `hpdm train --out` wrote")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows: list[dict[str, float]] = [row for _, row in read_json_lines(path, dict[str, float])]
     if not rows:
         raise ValueError(f"run: {path} is empty")
     return rows

@@ -98,8 +98,9 @@ def stored(path: Path) -> dict[str, Stored]:
     """The tensors in a folder of safetensors files, by name."""
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError) as error:
-        raise DamagedError(f"{path}: damaged ({error})") from error
+    except (SafetensorError, FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # PyTorch reads the JSON in the headers without checking it.
+        raise DamagedError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     return {
         name: Stored(tuple(about.size), about.properties.dtype)
         for name, about in metadata.items()
@@ -107,8 +108,13 @@ def stored(path: Path) -> dict[str, Stored]:
     }
 
 
-def load(targets: Mapping[str, Tensor], path: Path) -> None:
-    """Fills the targets in place. Of sharded targets this rank reads only its shards."""
+def check(targets: Mapping[str, Tensor], path: Path) -> None:
+    """Checks that a folder has tensors of the targets' names, shapes and dtypes; they may be on the meta device.
+
+    Raises:
+        DamagedError: the folder is damaged.
+        ValueError: it has other tensors.
+    """
     found = stored(path)
     missing, extra = sorted(set(targets) - set(found)), sorted(set(found) - set(targets))
     if missing or extra:
@@ -120,6 +126,16 @@ def load(targets: Mapping[str, Tensor], path: Path) -> None:
             )
         if target.dtype != found[name].dtype:
             raise DamagedError(f"{path}: damaged ({name} has dtype {found[name].dtype}, expected {target.dtype})")
+
+
+def load(targets: Mapping[str, Tensor], path: Path) -> None:
+    """Fills the targets in place. Of sharded targets this rank reads only its shards.
+
+    Raises:
+        DamagedError: the folder is damaged, or holds numbers that are not finite.
+        ValueError: it has other tensors.
+    """
+    check(targets, path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         # No collective: each rank reads what it needs by itself.

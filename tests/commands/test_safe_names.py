@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from urllib.parse import unquote
 
 import pytest
 
@@ -11,10 +12,14 @@ from hpdm.commands.data import Shard, Synthetic
 from hpdm.commands.output_names import check_outputs
 from hpdm.commands.sample import SampleOptions, sample
 from hpdm.commands.train import train
+from hpdm.evaluation.generated import class_of_file
+from hpdm.printable import as_file_name
+from hpdm.sampling import SamplerOptions
+from hpdm.tensor_file import TensorFile
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from tests.small import random_model, save_as_run, small_config, train_options
 
-BAD_NAMES = ["playing guitar/bass", "../../home/x", "/abs", "..", "a\0b", "\x1b[31m", "x" * 300, "a\udcff", "", 7]
+BAD_NAMES = ["..", "a\0b", "\x1b[31m", "x" * 300, "a\udcff", "", 7]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +34,7 @@ def test_a_run_with_an_unsafe_class_is_refused_before_its_weights_are_read(run_f
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"classes": ["A", name]}))
     monkeypatch.setattr(runs, "load_parameters", lambda *_: pytest.fail("weights are read"))
-    with pytest.raises(ValueError, match=r"config\.json: class 1: got "):
+    with pytest.raises(ValueError, match=r"config\.json: class(es\[1\]| 1): got "):
         sample(SampleOptions(run_folder=run, out=tmp_path / "out", device="cpu"))
     assert not (tmp_path / "out").exists()
 
@@ -38,11 +43,11 @@ def test_an_exported_file_with_an_unsafe_class_is_refused(run_folder, tmp_path, 
     run = shutil.copytree(run_folder, tmp_path / "run")
     runs.export(run, tmp_path / "good.safetensors")
     assert runs.load(tmp_path / "good.safetensors").classes == ["A", "B"]
-    monkeypatch.setattr(runs, "check_class_name", lambda name, place: "../x")
+    monkeypatch.setattr(runs, "check_class_name", lambda name, place: "x" * 201)
     runs.export(run, tmp_path / "bad.safetensors")
     monkeypatch.undo()
-    monkeypatch.setattr(runs, "load_file", lambda *_: pytest.fail("weights are read"))
-    with pytest.raises(ValueError, match=r"bad\.safetensors: class 0: got class name '\.\./x', expected one without"):
+    monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(ValueError, match=r"bad\.safetensors: class 0: got class name 'x+\.\.\.' of 201 bytes"):
         runs.load(tmp_path / "bad.safetensors")
 
 
@@ -50,7 +55,7 @@ def test_classes_that_are_no_list_are_refused(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"classes": "AB"}))
-    with pytest.raises(ValueError, match=r"config\.json: classes: got str, expected a list of names"):
+    with pytest.raises(ValueError, match=r"config\.json: classes: got 'AB', expected a list"):
         runs.load(run)
 
 
@@ -107,3 +112,32 @@ def test_errors_and_logs_of_the_command_line_are_printable(tmp_path, capsys):
     assert ended.value.code == 1
     assert "a\\x1b]0;PWNED\\x07: got class name '\\x1b[31m', expected UTF-8 without control characters" in errors
     assert "\x1b" not in errors
+
+
+CLASS_PATHS = ["playing guitar/bass", "../../home/x", "/abs", "..\\x", ".hidden", "100%", "%2F"]
+
+
+def test_classes_with_slashes_are_sampled_into_their_folder(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    for first in CLASS_PATHS:
+        (run / "config.json").write_text(json.dumps(config | {"classes": [first, "B"]}))
+        before = set(tmp_path.rglob("*"))
+        sampler = SamplerOptions(steps=1, overlap="none")
+        paths = sample(
+            SampleOptions(
+                run_folder=run, out=tmp_path / "out", classes=(first,), count=1, sampler=sampler, device="cpu"
+            )
+        )
+        new = {path for path in set(tmp_path.rglob("*")) - before if path.is_file()}
+        assert new <= {*paths, tmp_path / "out" / "contact_sheet.png"}
+        assert {path.parent for path in new} == {tmp_path / "out"}
+        assert class_of_file(paths[0], ["B", *CLASS_PATHS]) == first
+
+
+def test_names_of_files_are_different_and_can_be_read_back():
+    names = [*CLASS_PATHS, "%", "%%2F", "%/", "a/b", "a%2Fb", "a%252Fb", "\x1b[31m", "a\udcff", "..", ".", ""]
+    stems = [as_file_name(name) for name in names]
+    assert len(set(stems)) == len(names)
+    assert not any(set(stem) & set("/\\\x1b\0") or stem.startswith(".") for stem in stems)
+    assert [unquote(stem, errors="surrogatepass") for stem in stems] == names

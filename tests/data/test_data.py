@@ -117,9 +117,14 @@ def test_captions_beside_the_clips_and_in_one_file(flat):
     (flat / "0.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"0\.txt: not UTF-8 text: .* at byte 3"):
         build(captions=True)
-    for line in ("3.mp4 three", '{"file": "3.mp4"}', '{"file": 3, "caption": "three"}', '["3.mp4", "three"]'):
+    for line, match in (
+        ("3.mp4 three", r"not JSON \("),
+        ('{"file": "3.mp4"}', "got no 'caption', expected an object with caption, file$"),
+        ('{"file": 3, "caption": "three"}', "file: got 3, expected a text$"),
+        ('["3.mp4", "three"]', r"got \['3.mp4', 'three'\], expected an object$"),
+    ):
         (flat / "captions.jsonl").write_text(f"\n{line}\n")
-        with pytest.raises(ValueError, match=r'captions\.jsonl:2: got .* expected \{"file": .*, "caption": '):
+        with pytest.raises(ValueError, match=rf"captions\.jsonl:2: {match}"):
             build(captions=True)
     (flat / "captions.jsonl").write_text('{"file": "3.mp4", "caption": "three"}\n' * 2)
     with pytest.raises(ValueError, match=r"captions\.jsonl:2: 3\.mp4 has a caption already"):

@@ -34,7 +34,7 @@ def test_byte_order_marks_are_no_part_of_the_text(tmp_path):
 def test_text_of_another_encoding_is_named(tmp_path, encoding, name):
     put(tmp_path, "A/a.mp4")
     write(tmp_path / name, "1 A\r\n", encoding)
-    with pytest.raises(ValueError, match=rf"^{tmp_path / name}: .*UTF-16.*, expected UTF-8"):
+    with pytest.raises(ValueError, match=rf"^{tmp_path / name}(:1)?: .*UTF-16.*, expected UTF-8"):
         find_clips(tmp_path, captions=True, split="train" if name.startswith("train") else None)
 
 
@@ -51,8 +51,6 @@ def test_text_is_decoded_strictly(tmp_path):
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("a/b", "without slashes"),
-        ("..\\x", "without slashes"),
         ("..", "a name that can be part"),
         ("", "a name that can be part"),
         ("  ", "a name that can be part"),
@@ -70,12 +68,26 @@ def test_unsafe_class_names(name, match):
         check_class_name(name, "classes.json: class 3")
 
 
-@pytest.mark.parametrize("name", ["Archery", "é" * 100, "a" * 200, "Playing Guitar", "v1.0", "-rf", "红色 🎾"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Archery",
+        "é" * 100,
+        "a" * 200,
+        "Playing Guitar",
+        "v1.0",
+        "-rf",
+        "红色 🎾",
+        "playing guitar/bass",
+        "..\\x",
+        "../x",
+    ],
+)
 def test_safe_class_names(name):
     assert check_class_name(name, "here") == name
 
 
-@pytest.mark.parametrize("folder", [b"a\xff", b"\x1b]0;PWNED\x07", b"back\\slash", "é".encode() * 120])
+@pytest.mark.parametrize("folder", [b"a\xff", b"\x1b]0;PWNED\x07", "é".encode() * 120])
 def test_unsafe_class_folders_are_refused(tmp_path, folder):
     name = os.fsdecode(folder)
     put(tmp_path, f"{name}/a.mp4")

@@ -193,8 +193,8 @@ def test_classes(tmp_path, video):
         (({"label": -1},), {}, r"0\.json': label: got -1"),
         (({"class": 3},), {}, r"0\.json': class: got 3, expected a text"),
         (({"caption": ["a"]},), {}, r"0\.json': caption: got \['a'\], expected a text"),
-        (([1],), {}, r"0\.json': expected an object"),
-        (({},), {"listed": {"a": 0}}, r"classes\.json: expected a list of different class names"),
+        (([1],), {}, r"0\.json': got \[1\], expected an object"),
+        (({},), {"listed": {"a": 0}}, r"classes\.json: got an object, expected a list"),
     ]:
         with pytest.raises(ValueError, match=match):
             names(*records, **options)

@@ -260,7 +260,7 @@ def test_what_lies_beside_shards_is_told(tmp_path):
     "clip",
     [
         {"offset": -1e300, "size": "y"}, {"offset": "0,,:/etc/passwd,x"}, {"size": 10**9}, {"size": 0}, {"offset": 0.5},
-        {"label": "zzz"}, {"label": 10**9}, {"label": True}, {"class_name": ["l"]}, {"class_name": "../x"},
+        {"label": "zzz"}, {"label": 10**9}, {"label": True}, {"class_name": ["l"]}, {"class_name": "\u009b"},
         {"caption": None}, {"name": 3}, {"extra": 1},
     ],
 )  # fmt: skip
@@ -289,10 +289,6 @@ def test_a_forged_index_is_written_anew(tmp_path, clip):
             [("a.cls", "999999")],
             r"s\.tar/a\.mp4: got label 999999, expected less than 10000, the most for 1 clips with",
         ),
-        (
-            [("a.json", '{"class": "../../home/x"}')],
-            r"member 'a\.json': got class name '\.\./\.\./home/x', expected one w",
-        ),
         ([("a.json", '{"class": "a\\u001b[31m"}')], r"member 'a\.json': got class name 'a\\x1b\[31m', expected UTF-8"),
         ([("a.json", '{"class": ""}')], r"member 'a\.json': got class name ''"),
     ],
@@ -315,7 +311,7 @@ def test_large_records_and_byte_order_marks_are_read(tmp_path):
     assert [(item.reason, item.places) for item in found.left_out] == [("classes without clips", ("'B'",))]
 
 
-@pytest.mark.parametrize("name", ["playing guitar/bass", "../../x", "/abs", "a\u0007", "x" * 201])
+@pytest.mark.parametrize("name", ["a\u0007", "x" * 201, "..", ""])
 def test_unsafe_classes_in_a_list_are_named(tmp_path, name):
     path = pack(tmp_path / "s.tar", ("a.mp4", CLIP), ("a.cls", "1"))
     (tmp_path / "classes.json").write_text(json.dumps(["A", name]))
