@@ -101,8 +101,9 @@ class Run(NamedTuple):
     step: int
     """Number of training steps of the weights."""
     system: System
-    digest: str
-    """A hash of the weights and the model's config: what a sample depends on besides its options."""
+    digest: str = ""
+    """A hash of the weights and the model's config, on which a sample depends besides its options; empty for a model
+    that was not loaded."""
 
     @property
     def device(self) -> torch.device:
