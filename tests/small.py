@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ def train_options(clips: Path, out: Path, **changes: Any) -> TrainOptions:
         "optimizer": "adamw", "lr": 1e-3, "log_every": 1, "save_every": 3, "kernels": "torch", "workers": 0,
     }  # fmt: skip
     return options.train_options(**(values | changes))
+
+
+def change_config(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes what a run's ``config.json`` holds, and leaves it as earlier versions wrote it, without a hash."""
+    path = run / "config.json"
+    values = json.loads(path.read_text())
+    values.pop("sha256", None)
+    change(values)
+    path.write_text(json.dumps(values | {"format": 2}))
 
 
 def stop_after_checkpoint(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from hpdm.training.batches import collate
 from hpdm.training.options import TrainOptions, train_options
 from hpdm.video import write_video
 from tests.processes import run_ranks
-from tests.small import stop_after_checkpoint
+from tests.small import change_config, stop_after_checkpoint
 from tests.small import train_options as options
 
 CLASSES = ["RedDisc", "GreenSquare"]
@@ -96,9 +96,7 @@ def test_other_weights_are_another_run(clips, images, saved_run, tmp_path):
     run = shutil.copytree(saved_run, tmp_path / "run")
     with pytest.raises(ValueError, match=r"other options \(data_weights: \[1.0\] -> \[1.0, 0.5\]\)"):
         train(options(clips, run, data=[clips, f"{images}:0.5"]))
-    config = json.loads((run / "config.json").read_text())
-    del config["training"]["data_weights"]  # as in runs of earlier versions
-    (run / "config.json").write_text(json.dumps(config))
+    change_config(run, lambda config: config["training"].pop("data_weights"))  # as in runs of earlier versions
     with pytest.raises(ValueError, match="data_weights"):
         train(options(clips, run, data=[clips, images]))
     train(options(shutil.copytree(clips, tmp_path / "moved"), run))
@@ -230,15 +228,12 @@ def test_a_run_keeps_what_it_does_with_short_clips(clips, saved_run, tmp_path):
     """Not given, the option is the run's: runs of earlier versions stopped at a short clip by default."""
     run = shutil.copytree(saved_run, tmp_path / "run")
     for then in ("error", "skip", "loop"):
-        config = json.loads((run / "config.json").read_text())
-        config["training"]["short"] = then
-        (run / "config.json").write_text(json.dumps(config))
+        change_config(run, lambda config, then=then: config["training"].update(short=then))
         train(options(clips, run))
         assert stored(run)["short"] == then
     with pytest.raises(ValueError, match="short: loop -> skip"):
         train(options(clips, run, short="skip"))
-    config["training"]["short"] = "error"
-    (run / "config.json").write_text(json.dumps(config))
+    change_config(run, lambda config: config["training"].update(short="error"))
     train(options(clips, run, short="skip"))
     assert stored(run)["short"] == "skip", "a run that stopped at a short clip may go on without it"
 

@@ -15,7 +15,7 @@ from hpdm.objective import Objective, draw_times, flipped, loss_weight
 from hpdm.patch.objective import denoising_error, finish_lower_levels
 from hpdm.recipe import Recipe
 from hpdm.training.options import TrainOptions, train_options
-from tests.small import random_model, small_config
+from tests.small import change_config, random_model, small_config
 from tests.small import train_options as options
 
 
@@ -242,10 +242,8 @@ def test_a_run_from_before_the_options_goes_on_with_nested_boxes(clips, tmp_path
     train(options(clips, whole, boxes="nested", clean_context=0.0, steps=2, save_every=1))
     shutil.copytree(whole, run)
     shutil.rmtree(run / "checkpoints" / "step-00000002")
-    about = json.loads((run / "config.json").read_text())
-    for name in ("boxes", "low_discrepancy", "weighting", "clean_context", "context_t_max", "flip", "cuts"):
-        del about["training"][name]
-    (run / "config.json").write_text(json.dumps(about))
+    new = ("boxes", "low_discrepancy", "weighting", "clean_context", "context_t_max", "flip", "cuts")
+    change_config(run, lambda about: [about["training"].pop(name) for name in new])
     with pytest.raises(ValueError, match="boxes: nested -> uniform"):
         train(options(clips, run, boxes="uniform", steps=2, save_every=1))
     train(options(clips, run, steps=2, save_every=1))

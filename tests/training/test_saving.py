@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 import hpdm.training.saving as saving
 from hpdm import runs, tensor_file
 from hpdm.commands.train import train
-from hpdm.patch.system import PatchDiffusion
 from hpdm.training.background import Background, HostCopy
 from hpdm.training.checkpoint import list_checkpoints
 from hpdm.training.trainer import Trainer
@@ -96,30 +95,6 @@ def test_a_file_in_the_way_of_snapshots_is_named(clips, tmp_path):
     (tmp_path / "snapshots").write_text("")
     with pytest.raises(OSError, match=r"snapshots: .* cannot take the weights of step 1 \(.*File exists"):
         train(options(clips, tmp_path, steps=1, snapshot_every=1))
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_is_never_saved(clips, tmp_path, monkeypatch, what):
-    """Also where the log is written less often than checkpoints are."""
-    real, calls = PatchDiffusion.losses, []
-
-    def broken(*arguments, **options):
-        calls.append(1)
-        losses = real(*arguments, **options)
-        if len(calls) < 4:
-            return losses
-        if what == "loss":
-            return {name: loss * float("nan") for name, loss in losses.items()}
-        return {
-            name: loss.sqrt() - loss.sqrt().detach() + (loss - loss.detach()).sqrt() for name, loss in losses.items()
-        }
-
-    monkeypatch.setattr(PatchDiffusion, "losses", broken)
-    match = f"the {'loss' if what == 'loss' else 'norm of the gradient'} is .* at one of the steps 1 to 4"
-    with pytest.raises(FloatingPointError, match=match + "; the last checkpoint is of step 2"):
-        train(options(clips, tmp_path, log_every=5, save_every=2, snapshot_every=2))
-    assert names(tmp_path / "checkpoints") == ["step-00000002"]
-    assert names(tmp_path / "snapshots") == ["step-00000002.safetensors"]
 
 
 def test_background_work_is_done_one_at_a_time_and_its_errors_are_raised(caplog):
