@@ -111,11 +111,8 @@ class Trainer:
             if checkpoints:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer, verified=True)
         self.saved, self.snapshot = self.step, 0
-        self.means, self.skips, self.stop = (
-            Means(),
-            Skips(min(options.max_skipped, max(1, recipe.steps - self.step))),
-            Stop(),
-        )
+        self.means, self.stop = Means(), Stop()
+        self.skips = Skips(min(options.max_skipped, max(1, recipe.steps - self.step)))
         self.stopping = 0
         """Number of the signal by which the ranks have agreed to stop; 0 for none."""
         steering = options.steering
