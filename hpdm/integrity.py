@@ -73,7 +73,8 @@ def check_names(found: Iterable[str], expected: Iterable[str], place: object) ->
     Raises:
         DamagedError: some are missing, or there are others.
     """
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    there, written = set(found), set(expected)
+    missing, extra = sorted(written - there), sorted(there - written)
     if missing:
         raise DamagedError(f"{place}: damaged ({missing[0]} is missing)")
     if extra:

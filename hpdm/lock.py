@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -21,6 +20,7 @@ import socket
 import threading
 import time
 from datetime import datetime
+from fcntl import LOCK_EX, LOCK_NB, lockf
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ STALE = 60.0
 """Age in seconds from which the file of another machine counts as left behind."""
 TAKEOVER = 0.2
 """Seconds in which another process that saw the same stale file may still act on it."""
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""Errors of a file system that has no locks."""
 _LIMIT = 4096  # bytes of a lock's contents
 
 # Record locks do not tell the threads of a process apart, and closing a file in any thread releases them.
@@ -109,9 +110,9 @@ class FolderLock:
     def _take(self) -> None:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lockf(self._file, LOCK_EX | LOCK_NB)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 self._take_by_heartbeat()
                 return
             if error.errno not in (errno.EACCES, errno.EAGAIN):

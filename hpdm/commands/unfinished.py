@@ -52,6 +52,8 @@ class Unfinished:
         key = hash_of_json(identity)[:32]
         lock = FolderLock(self.out / FOLDER, "out", "hpdm sample", f"{key}.lock", f"the same sampling into {self.out}")
         self._locks.enter_context(lock)
+        for path in (self.out / FOLDER).glob(f".{key}.*"):  # of a command that was killed while it wrote
+            path.unlink(missing_ok=True)
         self._paths.append(self.out / FOLDER / f"{key}.safetensors")
         return self._paths[-1]
 

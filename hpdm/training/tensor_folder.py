@@ -133,13 +133,20 @@ def load(targets: Mapping[str, Tensor], path: Path) -> None:
 
     Raises:
         DamagedError: the folder is damaged, or holds numbers that are not finite.
+        FileNotFoundError: it has been deleted meanwhile.
         ValueError: it has other tensors.
     """
     check(targets, path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        # No collective: each rank reads what it needs by itself.
-        dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        try:
+            # No collective: each rank reads what it needs by itself.
+            dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        except CheckpointException as error:
+            if not path.is_dir():
+                raise FileNotFoundError(f"checkpoint: {path} is missing") from None
+            reason = next(iter(error.failures.values()))[0]
+            raise DamagedError(f"{path}: damaged ({type(reason).__name__}: {reason})") from None
     broken = first_not_finite(targets)
     if broken is not None:
         raise DamagedError(f"{path}: damaged ({broken} holds numbers that are not finite)")
