@@ -41,6 +41,8 @@ from hpdm.training.ema import folder_of_weights
 
 logger = logging.getLogger(__name__)
 
+MOST_DELETED = 20
+"""Number of checkpoints in a row that may be deleted while they are read."""
 FIRST_SYSTEM = "patch"
 """The system of runs whose config names none: older versions had only this one."""
 
@@ -164,18 +166,21 @@ def load(
     folder = folder_of_weights(weights, _widths(run_config.training))
     if path_is_checkpoint:
         return _load_checkpoint(path, run_config, folder, kernels, device)
-    checkpoint, failed = newest_checkpoint(path), set[Path]()
+    checkpoint, damaged, deleted = newest_checkpoint(path), set[Path](), 0
     while True:
         try:
             return _load_checkpoint(checkpoint, run_config, folder, kernels, device)
         except (DamagedError, FileNotFoundError) as error:
-            # Damaged, or deleted meanwhile by a training that goes on.
-            failed.add(checkpoint)
-            left = [other for other in list_checkpoints(path) if other not in failed]
+            if not checkpoint.exists() and deleted < MOST_DELETED:
+                deleted += 1  # by a training that goes on, once it has written newer ones
+            else:
+                damaged.add(checkpoint)
+            left = [other for other in list_checkpoints(path) if other not in damaged]
             if not left:
                 raise
+            if checkpoint in damaged:
+                logger.warning("%s; taking %s", error, left[-1].name)
             checkpoint = left[-1]
-            logger.warning("%s; taking %s", error, checkpoint.name)
 
 
 def _load_checkpoint(

@@ -69,7 +69,8 @@ class Watchdog:
         self.end = end or _end_process
         self.reason: str | None = None
         """Why the run must end, once that is known."""
-        self._own = Report(0, "running", -1, 0, "")
+        self._beat, self._status = 0, "running"
+        self._place = (-1, 0, "")  # one object, since the main thread sets it and others read it
         self._reports: dict[int, Report] = {}
         self._seen: dict[int, _Seen] = {}
         self._told = time.monotonic()  # when the store last answered
@@ -94,14 +95,14 @@ class Watchdog:
 
     def at(self, step: int, part: int, what: str) -> None:
         """Says where the process is. With ``what`` empty it may take any time, as for a validation."""
-        self._own = self._own._replace(step=step, part=part, what=what)
+        self._place = (step, part, what)
 
     def leave(self, failed: bool) -> None:
         """Ends the threads; the others are told whether the process failed."""
         self._stop.set()
         self._watching.join(INTERVAL)
         self._talking.join(INTERVAL)
-        self._own = self._own._replace(status="failed" if failed else "done")
+        self._status = "failed" if failed else "done"
         if self.reason is None and not self._talking.is_alive():
             with contextlib.suppress(RuntimeError):  # the process with the store is gone already
                 self._tell()
@@ -117,21 +118,27 @@ class Watchdog:
         others = range(1, self.world_size) if self.rank == 0 else (0,)
         while not self._stop.wait(INTERVAL):
             try:
-                self._own = self._own._replace(beat=self._own.beat + 1)
+                self._beat += 1
                 self._tell()
                 self._reports = {rank: Report(*json.loads(self.store.get(f"report/{rank}"))) for rank in others}
                 if self._found is not None:
                     self.store.compare_set("reason", "", self._found)  # the first one wins, so that all say the same
                 if self.store.check(["reason"]):
-                    self._conclude(self.store.get("reason").decode())
+                    reason = self.store.get("reason").decode()
+                    if self.rank == 0:  # with which the store may end: the others are to read it, too
+                        self._stop.wait(2 * INTERVAL)
+                    self._conclude(reason)
                     return
             except RuntimeError:
                 self._lost = True
                 return
             self._told = time.monotonic()
 
+    def _report(self) -> Report:
+        return Report(self._beat, self._status, *self._place)
+
     def _tell(self) -> None:
-        self.store.set(f"report/{self.rank}", json.dumps(self._own))
+        self.store.set(f"report/{self.rank}", json.dumps(self._report()))
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL) and self.reason is None:
@@ -146,7 +153,7 @@ class Watchdog:
             if not self._asked.is_set() and time.monotonic() - first < GRACE:
                 continue
             self._found = reason
-            if self._lost or self._stop.wait(2 * INTERVAL) or self.reason is None:
+            if self._lost or self._asked.is_set() or (not self._stop.wait(4 * INTERVAL) and self.reason is None):
                 self._conclude(reason)
 
     def _conclude(self, reason: str) -> None:
@@ -183,7 +190,7 @@ class Watchdog:
     def _silent(self) -> str | None:
         """Rank 0 looks at all processes, the others at rank 0."""
         now = time.monotonic()
-        for rank, report in {self.rank: self._own, **self._reports}.items():
+        for rank, report in {self.rank: self._report(), **self._reports}.items():
             seen = self._seen.get(rank) or _Seen(report, now, now)
             alive = now if report != seen.report else seen.alive
             moved = now if report[2:4] != seen.report[2:4] or not report.what else seen.moved

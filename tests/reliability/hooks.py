@@ -25,3 +25,72 @@ def die_after_the_first_level(*_: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     os.replace = replace
+
+
+def hang_at_step(step: str) -> None:
+    """Makes this process wait for its clips for ever at a step, as on a dead network drive."""
+    import time
+
+    from hpdm.training.trainer import Trainer
+
+    real = Trainer.train_step
+
+    def train_step(self: Trainer, batches: list) -> tuple:
+        result = real(self, batches)
+        if self.step + 2 == int(step):
+            self.batches.own = _Endless()
+        return result
+
+    class _Endless:
+        def __index__(self) -> int:
+            time.sleep(3600)
+            return 0
+
+    Trainer.train_step = train_step
+
+
+def break_a_number(step: str, part: str, seed: str) -> None:
+    """Puts a NaN into one number of a loss, gradient, weight, average or of the optimizer's state, in a step."""
+    import math
+    import random
+
+    import torch
+
+    from hpdm.patch.system import PatchDiffusion
+    from hpdm.training import step as step_module
+    from hpdm.training.trainer import Trainer
+
+    now, draw = [0], random.Random(seed)
+    real_step, real_losses, real_clip = Trainer.train_step, PatchDiffusion.losses, step_module.clip_grad_norm_
+
+    def spoil(t: torch.Tensor) -> None:
+        local = t.to_local() if hasattr(t, "to_local") else t
+        if local.numel():
+            local.view(-1)[draw.randrange(local.numel())] = math.nan
+
+    @torch.no_grad()
+    def train_step(self: Trainer, batches: list) -> tuple:
+        now[0] = self.step + 1
+        if now[0] == int(step):
+            name, p = draw.choice(list(self.model.named_parameters()))
+            if part == "weight":
+                spoil(p)
+            elif part == "average":
+                spoil(self.ema.shadow[name])
+            elif part == "state" and self.optimizer.state[p]:
+                spoil(self.optimizer.state[p]["exp_avg"])
+        with torch.enable_grad():
+            return real_step(self, batches)
+
+    def losses(*arguments: object, **options: object) -> dict:
+        values = real_losses(*arguments, **options)
+        factor = math.nan if part == "loss" and now[0] == int(step) else 1.0
+        return {name: loss * factor for name, loss in values.items()}
+
+    def clip(parameters: object, *rest: object, **options: object) -> torch.Tensor:
+        parameters = list(parameters)
+        if part == "gradient" and now[0] == int(step):
+            spoil(draw.choice(parameters).grad)
+        return real_clip(parameters, *rest, **options)
+
+    Trainer.train_step, PatchDiffusion.losses, step_module.clip_grad_norm_ = train_step, losses, clip
