@@ -13,7 +13,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv bench test test-aot test-video lint format types check-python gpu clean
+.PHONY: help venv bench test test-aot test-video test-soak lint format types check-python gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,11 @@ test-aot: $(READY)  ## compile every kernel ahead of time, for three GPUs, in a 
 # `make test` reads the hardest files of the corpus and a random draw of the others.
 test-video: $(READY)  ## read every file of the video corpus, each frame and each window against a sequential decode
 	HPDM_VIDEO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/video -n $(WORKERS) --dist worksteal $(ARGS)
+
+# `make test` tries each of these a few times.
+test-soak: $(READY)  ## kill, damage, starve, signal and fuzz for an hour or two: what happens once in a thousand times
+	HPDM_SOAK=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability tests/hostile tests/data/test_worker_kills.py \
+		-n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
