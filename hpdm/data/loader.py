@@ -14,7 +14,7 @@ import re
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
@@ -34,7 +34,7 @@ _MAX_DEATHS = 3  # in a row, over the same batch
 _DEATH_S = 1.0  # for the exit code of a worker whose connections are closed already
 
 
-def load(make: Callable[[Iterable[Keys]], DataLoader[Batch]], keys: Iterable[Keys]) -> Iterator[Batch]:
+def load(make: Callable[[Iterable[Keys]], DataLoader[Batch]], keys: Iterable[Keys]) -> Generator[Batch, None, None]:
     """Yields the batches of ``keys`` in order, and reads a batch again when a worker dies that had it.
 
     A death is noticed when that worker's batch is due, within the five seconds of PyTorch's own check. All workers are
