@@ -31,7 +31,7 @@ Keys = list[ClipKey]
 
 _WORKER_RAISED = re.compile(r"Caught \w+ in DataLoader worker process")
 _MAX_DEATHS = 3  # in a row, over the same batch
-_DEATH_S = 1.0  # for the exit code of a worker whose connections are closed already
+_DEATH_S = 2.0  # for the exit code of a worker whose connections are closed already
 
 
 def load(make: Callable[[Iterable[Keys]], DataLoader[Batch]], keys: Iterable[Keys]) -> Generator[Batch, None, None]:

@@ -6,6 +6,7 @@ About 30 kills run by default; with ``HPDM_SOAK=all`` there are 200 of each kind
 import contextlib
 import functools
 import itertools
+import json
 import logging
 import os
 import random
@@ -19,10 +20,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils import pin_memory
 
+from hpdm.commands.train import train
 from hpdm.data import loader
 from hpdm.data.clips import VideoDataset
 from hpdm.data.order import ClipOrder
 from hpdm.training.batches import collate
+from tests.small import train_options
 
 SOAK = os.environ.get("HPDM_SOAK") == "all"
 KILLS = 200 if SOAK else 4
@@ -156,3 +159,30 @@ def test_kills_at_random_moments_change_no_batch(workers, pinned, caplog):
 @pytest.mark.parametrize("find", [workers_of_this_process, decoders_of_workers], ids=["workers", "decoders"])
 def test_kills_while_videos_are_read_change_no_batch(clips, find):
     check(VideoDataset(clips, frames=4, size=16), 6, 2, False, Killer(KILLS, find))
+
+
+def test_kills_change_no_loss_of_a_training_run(clips, saved_run, tmp_path):
+    """Of workers and of their decoders, now and then, while ``hpdm train`` runs as a whole."""
+    done, draw, killed = threading.Event(), random.Random(), []
+
+    def kill():
+        while not done.wait(draw.uniform(0.2, 1.2)):
+            found = draw.choice([workers_of_this_process, decoders_of_workers])()
+            with contextlib.suppress(ProcessLookupError):
+                for process in found[:1]:
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    try:
+        train(train_options(clips, tmp_path, workers=2, save_every=100))
+    finally:
+        done.set()
+        thread.join()
+    expected, got = (
+        [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+        for run in (saved_run, tmp_path)
+    )
+    assert got == expected
+    assert killed
