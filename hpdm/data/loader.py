@@ -68,6 +68,7 @@ def load(make: Callable[[Iterable[Keys]], DataLoader[Batch]], keys: Iterable[Key
             dead = _dead(batches)
             if not dead:
                 raise _original(error) from None
+            _forget_frames(error)
         else:
             deaths = 0
             pending.popleft()
@@ -110,7 +111,13 @@ def _original(error: Exception) -> Exception:
     """The error that a worker raised; PyTorch raises one whose message is that worker's whole traceback."""
     if not _WORKER_RAISED.match(str(error)):
         return error
+    _forget_frames(error)
     return type(error)(str(error).rstrip().splitlines()[-1].partition(": ")[2])
+
+
+def _forget_frames(error: Exception) -> None:
+    """Frees PyTorch's frames, which hold the workers: of an error that a worker raised, one of them holds the error."""
+    error.__traceback__ = None
 
 
 def _start(loader: DataLoader[Batch]) -> Iterator[Batch]:

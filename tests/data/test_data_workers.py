@@ -1,6 +1,7 @@
 """Processes that read: killed, hung or dead on a clip, data go on, the same bit for bit, and the clip is named."""
 
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -277,6 +278,39 @@ def test_an_error_is_no_death_whatever_its_words(flat, caplog, error, workers):
         next(batches)
     assert str(caught.value) == str(error)
     assert not caplog.records
+
+
+class FailingBesideDeath(Failing):
+    """Also, the first time, clip 2 ends the process that reads it, before clip 1 raises."""
+
+    def __getitem__(self, key):
+        tally = self.root / ".tally"
+        if key.clip == 1:
+            time.sleep(0.5)
+        if key.clip == 2 and not tally.exists():
+            tally.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(key)
+
+
+def test_an_error_beside_a_death_is_raised_once_the_dead_worker_is_replaced(flat, caplog):
+    data, alive = FailingBesideDeath(flat, frames=4, size=16), []
+    data.error = ValueError("a: cut")
+
+    def make_and_count(keys):
+        alive.append(len(multiprocessing.active_children()))
+        return make(data, 2, keys)
+
+    gc.collect()  # ends the workers of other tests
+    gc.disable()
+    try:
+        batches = load(make_and_count, [[ClipKey(clip, 0)] for clip in (1, 2)])
+        with pytest.raises(ValueError, match=r"^a: cut$"):
+            next(batches)
+    finally:
+        gc.enable()
+    assert len(caplog.records) == 1
+    assert alive == [0, 0], "the workers that are left end before their replacements start"
 
 
 def test_the_error_of_a_worker_is_what_it_met_and_not_its_traceback(flat):
