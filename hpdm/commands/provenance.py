@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import hpdm
@@ -40,13 +41,14 @@ def sources() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes and decodes."""
+    """Versions of what computes, draws and decodes."""
     import av  # deferred: it loads the codecs
 
     found = {
         "hpdm": hpdm.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "av": av.__version__,
         "libavcodec": ".".join(map(str, av.library_versions["libavcodec"])),
     }
@@ -105,9 +107,9 @@ def changed_inputs(options: TrainOptions, inputs: Inputs) -> dict[str, tuple[str
             f"{'; '.join(f'{name}: {text}' for name, text in refused.items())}; expected what the run at {options.out} "
             "had, or --data-changed to go on with this"
         )
-    differing = [
-        f"{name}: {then.get(name)} -> {value}" for name, value in environment().items() if then.get(name) != value
-    ]
+    here = environment()
+    names = dict.fromkeys([*then, *here])
+    differing = [f"{name}: {then.get(name)} -> {here.get(name)}" for name in names if then.get(name) != here.get(name)]
     if differing:
         _log_once("%s goes on with %s", options.out, ", ".join(differing))
     return {name: (before[name], now[name]) for name in now if before.get(name, now[name]) != now[name]}

@@ -78,12 +78,9 @@ class Inputs:
 
     def changes(self, run: Path, before: Mapping[str, str]) -> dict[str, str]:
         """What changed in which part since a run recorded it, in words."""
-        lists = read_lists(run)
-        return {
-            name: self._changed(name, before[name], lists)
-            for name, now in self.fingerprints.items()
-            if before.get(name, now) != now
-        }
+        changed = [name for name, now in self.fingerprints.items() if before.get(name, now) != now]
+        lists = read_lists(run) if changed else {}
+        return {name: self._changed(name, before[name], lists) for name in changed}
 
     def _changed(self, name: str, before: str | None, lists: Mapping[str, Sequence[ClipRecord]]) -> str:
         """What changed in one part against a list of clips, or against its fingerprint where there is no list of it."""

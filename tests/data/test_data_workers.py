@@ -123,6 +123,31 @@ def test_a_decoding_process_that_is_always_killed_ends_the_read(flat, patch_work
         read(data, 0)
 
 
+@pytest.mark.parametrize("failures", [2, 3])
+def test_a_disk_that_fails_says_nothing_about_a_clip(flat, tmp_path, patch_worker, failures):
+    """As network file systems do for a moment: read again, or the end of the read, and never another clip."""
+    expected = read(VideoDataset(flat, frames=4, size=16), 0)
+    tally = tmp_path / "tally"
+    tally.touch()
+    patch_worker(
+        f"import errno\n"
+        f"real = os.stat\n"
+        f"def stat(path, **options):\n"
+        f"    if str(path).endswith('2.mp4') and real({str(tally)!r}).st_size < {failures}:\n"
+        f"        open({str(tally)!r}, 'a').write('.')\n"
+        f"        raise OSError(errno.EIO, 'Input/output error')\n"
+        f"    return real(path, **options)\n"
+        f"os.stat = stat"
+    )
+    data = VideoDataset(flat, frames=4, size=16)
+    if failures < 3:
+        same(read(data, 0), expected)
+    else:
+        with pytest.raises(decode.StalledError, match=r"2\.mp4: .*Input/output error.*, after 3 tries"):
+            read(data, 0)
+    assert tally.read_text() == "." * failures
+
+
 def test_a_decoding_process_that_does_not_start_says_so(flat, patch_worker):
     patch_worker("sys.exit(3)")
     with pytest.raises(RuntimeError, match=r"^the decoding process did not start \(exit status 3\)$"):

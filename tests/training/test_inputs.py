@@ -220,7 +220,13 @@ def test_the_list_is_written_anew_where_it_is_damaged(clips, run):
 
 def test_other_versions_are_named_in_one_line(clips, run, caplog):
     def change(training):
-        training["provenance"]["environment"] |= {"torch": "1.0", "threads": 77, "processes": 8, "av": "0.1"}
+        training["provenance"]["environment"] |= {
+            "torch": "1.0",
+            "threads": 77,
+            "processes": 8,
+            "av": "0.1",
+            "gone": "3",
+        }
 
     recorded = training_of(run)["provenance"]
     assert {"hpdm", "torch", "av", "libavcodec", "sources", "processes", "threads"} <= set(recorded["environment"])
@@ -230,7 +236,12 @@ def test_other_versions_are_named_in_one_line(clips, run, caplog):
     said = [record.getMessage() for record in caplog.records if record.name == "hpdm.commands.provenance"]
     now = recorded["environment"]
     assert len(said) == 1
-    for text in (f"torch: 1.0 -> {now['torch']}", f"threads: 77 -> {now['threads']}", "processes: 8 -> 1", "av: 0.1"):
+    for text in (
+        f"torch: 1.0 -> {now['torch']}",
+        f"threads: 77 -> {now['threads']}",
+        "processes: 8 -> 1",
+        "gone: 3 -> None",
+    ):
         assert text in said[0]
     assert training_of(run)["provenance"] == recorded
 
