@@ -171,13 +171,15 @@ def test_captions_and_embeddings_count(copy, tmp_path):
     assert set(training_of(run)["history"][0]["changes"]) == {"data", "embeddings"}
 
 
-def test_labels_count_for_a_model_with_classes_alone(clips, tmp_path):
+def test_names_and_sizes_are_those_of_the_files_and_labels_count_where_there_are_classes(clips, tmp_path):
     """They are the places in ``classInd.txt``; names alone are compared before."""
     for conditioned in (True, False):
         root = shutil.copytree(clips, tmp_path / f"{conditioned}")
         data = prepare(options(root, tmp_path / "run")).dataset.sets[0]
         records = list(fingerprint.ClipSet(data, labeled=conditioned).records())
         assert {record.label for record in records} == ({0, 1} if conditioned else {0})
+        there = sorted((path.relative_to(root).as_posix(), path.stat().st_size) for path in root.rglob("*.mp4"))
+        assert sorted(record[:2] for record in records) == there
 
 
 def test_runs_without_a_record_get_one(clips, run, caplog):
