@@ -6,6 +6,7 @@ below that communicates is a collective: every rank must call it, in the same or
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from hpdm.watchdog import Watchdog
 T = TypeVar("T")
 
 _single_process = ContextVar("single_process", default=False)
+_NAMED = 5  # in messages about ranks that differ
 
 
 TIMEOUT = 300.0
@@ -203,12 +205,45 @@ def assert_same_on_all_ranks(name: str, value: object) -> None:
     """Checks that every rank has the same value, by its ``repr``.
 
     Raises:
-        ValueError: the ranks differ; raised on every rank.
+        ValueError: the ranks differ; raised on every rank. Of mappings it names the entries that differ, the first
+            few, and which ranks have what.
     """
-    texts = all_gather(repr(value))
-    for other, text in enumerate(texts):
-        if text != texts[0]:
-            raise ValueError(f"{name}: process {other} got {text}, expected {texts[0]} as in process 0")
+    entries = dict(_entries(name, value))
+    digest = hashlib.sha256(repr(entries).encode()).hexdigest()
+    if len(set(gather({rank(): digest}))) == 1:
+        return
+    ranks = gather({rank(): entries})
+    names = list(dict.fromkeys(entry for other in ranks for entry in other))
+    differing = [entry for entry in names if any(other.get(entry) != ranks[0].get(entry) for other in ranks)]
+    messages = [_difference(entry, [other.get(entry, "none") for other in ranks]) for entry in differing[:_NAMED]]
+    more = f"; {len(differing) - _NAMED} more differ" if len(differing) > _NAMED else ""
+    raise ValueError("; ".join(messages) + more)
+
+
+def _entries(name: str, value: object) -> Iterator[tuple[str, str]]:
+    """The ``repr`` of a value, or of each value inside of a mapping, with its name."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _entries(f"{name}: {key}", inner)
+    else:
+        yield name, repr(value)
+
+
+def _difference(name: str, texts: Sequence[str]) -> str:
+    """Which ranks have another text than rank 0."""
+    ranks: dict[str, list[int]] = {}
+    for number, text in enumerate(texts):
+        ranks.setdefault(text, []).append(number)
+    got = ", ".join(
+        f"process{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:_NAMED]))}"
+        f"{', ...' if len(numbers) > _NAMED else ''} got {_short(text)}"
+        for text, numbers in list(ranks.items())[1 : 1 + _NAMED]
+    )
+    return f"{name}: {got}, expected {_short(texts[0])} as in process 0"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 class OtherRankError(RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,18 @@ def check_resumable(job: Job, class_names: list[str]) -> int:
     return int(before["micro_batch"])
 
 
-def history(job: Job) -> list[dict[str, Any]]:
-    """How the schedule of the run in a job's folder changed, with what the job changes now, which is also logged.
+def history(job: Job, inputs: Mapping[str, tuple[Any, Any]]) -> list[dict[str, Any]]:
+    """How the run in a job's folder changed, with what the job changes now, which is also logged.
+
+    Args:
+        job: gives the schedule.
+        inputs: ``(before, now)`` of the clips and embeddings that the job changes.
 
     Returns:
         For every change ``step``, at which the run went on, and ``changes``, by option the pair of old and new value.
     """
     stored = runs.load_run_config(job.options.out).training
-    changes = _changes(_options_before(job), _schedule(job.recipe))
+    changes = _changes(_options_before(job), _schedule(job.recipe)) | dict(inputs)
     earlier = list(stored.get("history", []))
     if not changes:
         return earlier

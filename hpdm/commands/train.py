@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hpdm import distributed, presets, runs, systems
+from hpdm.commands import provenance
 from hpdm.commands.resume import check_resumable, history, recipe_of, with_options_of_run
 from hpdm.commands.steering import choose_micro_batch, open_validation, snapshot_writer
 from hpdm.data.clips import VideoDataset
@@ -27,6 +28,7 @@ from hpdm.runs import RunConfig
 from hpdm.system import System
 from hpdm.text import EmbeddingStore
 from hpdm.training.checkpoint import good_checkpoint, list_checkpoints, remove_leftovers
+from hpdm.training.inputs import Inputs
 from hpdm.training.options import TrainOptions
 from hpdm.training.schedule import check_schedule, peak_rate
 from hpdm.training.trainer import Job, Trainer
@@ -61,7 +63,8 @@ def train(options: TrainOptions) -> nn.Module:
         before = torch.get_float32_matmul_precision()
         values = job.options.as_json(job.recipe)
         values |= {"micro_batch": job.micro_batch, "history": list(job.history)}
-        about = RunConfig(job.system, job.config, _class_names(job), values)
+        values |= {"provenance": provenance.of_run(job.inputs)}
+        about = RunConfig(job.system, job.config, _class_names(job.config, job.dataset), values)
         share = job.recipe.batch // distributed.world_size()
         flops = StepFlops(job.system, job.config, share)
         job = dataclasses.replace(job, write_snapshot=snapshot_writer(job.options, about), step_flops=flops)
@@ -69,6 +72,7 @@ def train(options: TrainOptions) -> nn.Module:
         with distributed.raise_on_all_ranks():
             if distributed.is_first():
                 runs.save_run_config(options.out, about)
+                job.inputs.save_lists(options.out)
         if distributed.is_first():
             _describe(job.dataset)
         logger.info(
@@ -95,6 +99,7 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
     Raises:
         FileNotFoundError, RuntimeError, ValueError: as :func:`train`.
     """
+    provenance.assert_same_code_on_all_ranks()
     distributed.assert_same_on_all_ranks("options", dataclasses.asdict(options))
     system = systems.of_preset(options.preset)
     with distributed.raise_on_all_ranks():
@@ -113,20 +118,26 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         config = _with_conditioning(config, options.preset, dataset.class_names, embeddings)
         if embeddings is not None:
             _check_embedded(embeddings, dataset)
-    micro_batch = 0  # chosen below, unless the run to resume has it
-    job = Job(options, recipe, system, config, dataset, embeddings, micro_batch, _start_from(options, system))
-    distributed.assert_same_on_all_ranks("data: number of clips", len(dataset))
-    distributed.assert_same_on_all_ranks("data: classes", _class_names(job))
+    class_names = _class_names(config, dataset)
+    distributed.assert_same_on_all_ranks("class", dict(enumerate(class_names)))
+    distributed.assert_same_on_all_ranks("config", config.to_dict())
     with distributed.raise_on_all_ranks():
-        validate = open_validation(options, system, config, _class_names(job), embeddings)
+        validate = open_validation(options, system, config, class_names, embeddings)
+        held_out = None if validate is None else validate.clips
+        inputs = Inputs(dataset, held_out, embeddings, labeled=bool(class_names))
+    inputs.assert_same_on_all_ranks()
+    micro_batch = 0  # chosen below, unless the run to resume has it
+    start = _start_from(options, system)
+    job = Job(options, recipe, system, config, dataset, embeddings, inputs, micro_batch, start, validate)
+    with distributed.raise_on_all_ranks():
         checkpoints = list_checkpoints(options.out)
         if checkpoints:
-            micro_batch = check_resumable(job, _class_names(job))
-            job = dataclasses.replace(job, history=history(job))
+            micro_batch = check_resumable(job, class_names)
+            job = dataclasses.replace(job, history=history(job, provenance.changed_inputs(options, inputs)))
     distributed.assert_same_on_all_ranks("out: checkpoints", [path.name for path in checkpoints])
     device = device or distributed.pick_device(options.device)
     micro_batch = micro_batch or choose_micro_batch(options, recipe, system, config, device)
-    return dataclasses.replace(job, micro_batch=micro_batch, validate=validate)
+    return dataclasses.replace(job, micro_batch=micro_batch)
 
 
 @contextmanager
@@ -254,5 +265,6 @@ def _start_from(options: TrainOptions, system: System) -> Callable[[nn.Module], 
     return lambda model: system.start_from_base(model, runs.load(base).model, base)
 
 
-def _class_names(job: Job) -> list[str]:
-    return job.dataset.class_names if job.config.conditioning == "class" else []
+def _class_names(config: Any, dataset: Mixture) -> list[str]:
+    """The classes that the model knows."""
+    return dataset.class_names if config.conditioning == "class" else []

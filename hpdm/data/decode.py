@@ -13,7 +13,8 @@ before the window (:mod:`hpdm.data.decoding.with_decord` has the rule).
 **Hangs and crashes.** Each process that reads has one that decodes (:mod:`hpdm.data.decoder_process`), started at the
 first call. It is killed when nothing is heard of it for the timeout. After a hang in decord PyAV reads the file; after
 one in PyAV the read is tried again with more time, since a slow disk is no damage, and in the end
-:class:`StalledError` names the file.
+:class:`StalledError` names the file. So it is with a process that is killed from outside. One that crashes again on a
+second try has met a damaged file.
 
 **Videos inside other files.** A :class:`Member` is read in place, and gives the same frames as a file of its own.
 """
@@ -196,13 +197,12 @@ def _ask(
             if failure and "doubt" in reply:
                 reply["doubt"] = failure
             return name, reply, frames
-        if reply["stage"] == "decord":
+        in_decord = reply["stage"] == "decord"
+        if in_decord and request["decoder"] == "auto":
             _decord_fails[name] = f"decord: {reply['error']}"
             log.info("%s: read with PyAV from now on: decord: %s", name, reply["error"])
-            if request["decoder"] == "decord":
-                return name, {"status": "error", "error": f"decord: {reply['error']}"}, None
         elif reply["status"] == "error":
-            return name, reply, frames
+            return name, reply | {"error": f"decord: {reply['error']}" if in_decord else reply["error"]}, frames
         elif len(tries) == 1:
             raise StalledError(f"{name}: {reply['error']}, after {len(_PATIENCE)} tries")
         else:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,18 @@ log = logging.getLogger(__name__)
 
 COMMAND = [sys.executable, "-P", "-m", "hpdm.data.decoding"]
 _START_TIMEOUT_S = 120.0  # enough for the imports on a busy machine with a slow disk
+_LAUNCH = "launch"  # the stage before the process is ready for requests
+_CRASHES = frozenset(
+    (
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGSEGV,
+        signal.SIGSYS,
+        signal.SIGTRAP,
+    )
+)  # by which a process ends through what it does itself; other signals come from outside
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -72,18 +85,22 @@ class DecoderProcess:
 
         An answer may take as long as it needs, as long as something is heard every ``timeout`` seconds. If nothing is,
         the process is killed, and the status is ``"stalled"`` with the stage at which it stood. A process that dies is
-        replaced and asked once more, since the operating system may have ended it; a second death gives ``"error"``.
+        replaced and asked once more. The status of a second death is ``"error"`` if the process crashed, and
+        ``"stalled"`` if it was killed from outside, for lack of memory perhaps, which says nothing about the file.
 
         Args:
             request: as :mod:`hpdm.data.decoding.server` describes it.
             timeout: seconds.
             transform: applied to each frame, uint8 ``[H, W, 3]``, as it arrives.
+
+        Raises:
+            RuntimeError: the process does not start.
         """
         clip = _Clip(len(request.get("numbers", ())), transform)
         with self.lock:
             for attempt in range(2):
-                self.stage = "start"
                 try:
+                    self.stage = "start"
                     if self.process is None or self.process.poll() is not None:
                         self.start()
                     messages.send(self._pipes()[0], {**request, "timeout": timeout})
@@ -91,16 +108,24 @@ class DecoderProcess:
                     return self.collect(timeout, clip), clip.frames
                 except TimeoutError:
                     self.stop()
+                    if self.stage == _LAUNCH:
+                        raise RuntimeError(
+                            f"the decoding process did not start within {_START_TIMEOUT_S:g} s"
+                        ) from None
                     error = f"no answer within {timeout:g} s, decoder stopped"
                     return {"status": "stalled", "stage": self.stage, "error": error}, None
                 except (EOFError, BrokenPipeError):
-                    died = f"the decoding process died (exit status {self.stop()})"
+                    code = self.stop()
+                    crashed = code is None or code >= 0 or -code in _CRASHES
+                    if crashed and self.stage == _LAUNCH:
+                        raise RuntimeError(f"the decoding process did not start (exit status {code})") from None
+                    died = f"the decoding process {'died' if crashed else 'was killed'} (exit status {code})"
                     if attempt == 0:
                         log.warning("%s: %s; asked once more", request["path"], died)
                 except BaseException:
                     self.stop()  # else the next call would read the reply of this one as its own
                     raise
-            return {"status": "error", "stage": self.stage, "error": died}, None
+            return {"status": "error" if crashed else "stalled", "stage": self.stage, "error": died}, None
 
     def collect(self, timeout: float, clip: _Clip) -> Message:
         """Reads messages to the one that ends the answer, and frames into ``clip``; raises as :meth:`read`."""
@@ -120,8 +145,10 @@ class DecoderProcess:
         """Starts the process and waits until it is ready.
 
         Raises:
-            RuntimeError: it did not start.
+            TimeoutError, EOFError: as :meth:`read`.
+            RuntimeError: it says why it cannot serve.
         """
+        self.stage = _LAUNCH
         # The package may be on this process's path alone. Without -P, so would be its working directory.
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         self.ring = Ring(_open_memory())
@@ -130,14 +157,10 @@ class DecoderProcess:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
             env={**os.environ, "PYTHONPATH": path},
         )  # fmt: skip
-        try:
-            reply = self.receive(time.monotonic() + _START_TIMEOUT_S)
-        except (TimeoutError, EOFError) as error:
-            code = self.stop()
-            raise RuntimeError(f"the decoding process did not start (exit status {code}): {error}") from None
+        reply = self.receive(time.monotonic() + _START_TIMEOUT_S)
         if reply["status"] != "ready":
-            self.stop()
             raise RuntimeError(f"the decoding process did not start: {reply['error']}")
+        self.stage = "start"
 
     def receive(self, deadline: float) -> Message:
         """Reads one message, without the frame that may follow it; raises as :meth:`read`."""

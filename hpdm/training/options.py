@@ -29,6 +29,8 @@ class TrainOptions:
     shards. Given several times, the sets are mixed; --data images:0.5 gives a set the weight 0.5 instead of 1."""
     out: Path
     """Folder of the run; a run that exists already is resumed."""
+    data_changed: bool = False
+    """Resume a run although its clips or embeddings are others than before, which the run's history then keeps."""
     embeddings: Path | None = None
     """Embeddings of the clips' captions, from `hpdm data embed`: the model is conditioned on text, not on classes."""
     init: Path | None = None
@@ -115,6 +117,7 @@ class TrainOptions:
         """All options as one flat dictionary of JSON values, with the full ``recipe`` in place of the changes to it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del values["recipe"], values["architecture"], values["objective"], values["steering"]
+        del values["data_changed"]  # about the command, not about the run
         if len(self.data) == 1:
             values["data"] = self.data[0]
         weights = [parse_root(root).weight for root in self.data]

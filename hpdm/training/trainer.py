@@ -28,6 +28,7 @@ from hpdm.training.averaged import averaged_weights
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
 from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
 from hpdm.training.ema import EMA, laws
+from hpdm.training.inputs import Inputs
 from hpdm.training.log import Reports
 from hpdm.training.means import Means
 from hpdm.training.optim import make_optimizer, zero_matrices
@@ -60,6 +61,8 @@ class Job:
     """Clips at the config's resolution."""
     embeddings: EmbeddingStore | None
     """Of the clips' captions, for a model with text."""
+    inputs: Inputs
+    """What tells the clips and embeddings from others, for a run that goes on."""
     micro_batch: int
     """Clips of a micro-batch."""
     start: Callable[[nn.Module], None] | None = None
@@ -71,7 +74,7 @@ class Job:
     step_flops: Callable[[], float | None] = lambda: None
     """FLOPs of a step on this rank; ``None`` as long as they are not known."""
     history: Sequence[Any] = ()
-    """How the run's schedule was changed, for its config."""
+    """How the run's schedule and inputs were changed, for its config."""
 
 
 class Trainer:

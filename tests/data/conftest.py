@@ -1,8 +1,9 @@
-"""Decoding processes of a test's own, which may run with parts of them replaced."""
+"""Decoding processes of a test's own, which may run with parts of them replaced, and workers that are soon missed."""
 
 import sys
 
 import pytest
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from hpdm.data import decode, decoder_process
 
@@ -33,3 +34,9 @@ def patch_worker(tmp_path, monkeypatch, worker):
         monkeypatch.setattr(decoder_process, "COMMAND", [sys.executable, "-P", str(script)])
 
     return patch
+
+
+@pytest.fixture
+def quick_checks(monkeypatch):
+    """PyTorch looks for workers that are dead after 0.2 s without a batch, instead of 5."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.2,))

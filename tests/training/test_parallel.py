@@ -128,8 +128,8 @@ def test_checkpoints_are_shared_out(runs):
 def test_errors_reach_every_process(runs):
     errors = [(runs / f"errors_{rank}").read_text().splitlines() for rank in range(2)]
     assert errors[0][0] == errors[1][0]
-    assert errors[0][0].startswith("ValueError: options: process 1 got")
-    assert errors[0][1].startswith("ValueError: options: process 1 got")
+    assert errors[0][0] == "ValueError: options: recipe: lr: process 1 got 1.005, expected 0.005 as in process 0"
+    assert errors[0][1].startswith("ValueError: options: data: process 1 got")
     for rank in range(2):
         assert errors[rank][2].startswith("ValueError: batch: got 6, expected a multiple of 2 process(es) times")
         assert "conditioned on text" in errors[rank][3]

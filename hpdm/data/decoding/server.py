@@ -2,11 +2,13 @@
 
 A request is ``{"op": "probe" | "verify" | "read", "path": ..., "timeout": seconds}``, with ``start`` and ``end`` for a
 range of bytes, and for ``read`` with ``numbers`` (sorted, without repeats) and ``decoder``. The answer is any number of
-messages that say ``busy`` or bring a frame, and one that ends it, of status ``ok``, ``error`` or ``index``.
+messages that say ``busy`` or bring a frame, and one that ends it, of status ``ok``, ``error``, ``index``, or
+``stalled`` when the disk or the system failed, which says nothing about the video.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -27,6 +29,7 @@ from hpdm.data.decoding.with_decord import Refused, first_line
 from hpdm.data.decoding.with_pyav import Changed, Reader
 
 GRACE_S = 10  # seconds beyond a request's timeout after which this process ends itself
+_MACHINE = frozenset((errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE))  # not about a file
 _REPORT_S = 0.2  # seconds between two reports of progress
 _KEPT_FRAMES = 200_000  # frames of the files whose scans are kept in memory, 200 bytes each
 _UNEVEN = 0.15  # of the mean time between frames: frames that are farther than this from even spacing are not even
@@ -73,6 +76,9 @@ class Server:
             end = self.serve(request)
         except Exception as error:
             end = {"status": "error", "error": first_line(error).replace(locate(request), request["path"])}
+            # Of PyAV's errors, which are subclasses, the same numbers may mean a damaged file.
+            if type(error) is OSError and error.errno in _MACHINE:
+                end |= {"status": "stalled", "stage": "start"}
         self.port.settle()
         signal.alarm(0)
         self.port.send(end)
