@@ -15,6 +15,7 @@ from tests.small import train_options
 
 TRAIN = """
 import os, sys
+from pathlib import Path
 if os.environ["RANK"] == sys.argv[3]:
     sys.path.insert(0, sys.argv[4])
 import hpdm
@@ -22,7 +23,7 @@ from hpdm.commands.train import train
 sys.path.append({root!r})
 from tests.small import train_options
 try:
-    train(train_options(sys.argv[1], sys.argv[2], steps=1, batch=2, micro_batch=1, device="cpu"))
+    train(train_options(sys.argv[1], Path(sys.argv[2]), steps=1, batch=2, micro_batch=1, device="cpu"))
 except ValueError as error:
     print(error)
 """

@@ -15,6 +15,7 @@ from hpdm.commands.train import prepare, train
 from hpdm.data import fingerprint
 from hpdm.data.fingerprint import ClipRecord, differences
 from hpdm.text import EmbeddingInfo, EmbeddingStore
+from tests.small import change_config
 from tests.small import train_options as options
 
 
@@ -23,9 +24,7 @@ def training_of(run):
 
 
 def change_training(run, change):
-    config = json.loads((run / "config.json").read_text())
-    change(config["training"])
-    (run / "config.json").write_text(json.dumps(config))
+    change_config(run, lambda config: change(config["training"]))
 
 
 @pytest.fixture
