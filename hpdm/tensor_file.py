@@ -132,7 +132,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, dict(metadata))
     except SafetensorError as error:  # what safetensors makes of an OSError
-        raise OSError(f"{path.parent}: {error}") from error
+        raise OSError(f"{path}: {error}") from error
     path.chmod(mode & 0o777)  # safetensors makes it unreadable for others
     with path.open("rb") as file:
         os.fsync(file.fileno())
