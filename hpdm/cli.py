@@ -119,7 +119,7 @@ def _reporting_errors(command: Callable[[], int]) -> int:
 
 
 def _give_up_stdout() -> None:
-    """Drops what cannot be printed, as the disk is full or the reader of a pipe gone: Python would try again at exit."""
+    """Drops what cannot be printed, as the disk is full or the pipe is closed: Python would try again."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -204,7 +204,7 @@ def check_format(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they have another one.
     """
-    number = values.get("format", 0)
+    number = checked(values.get("format", 0), int, f"{path}: format")
     if number != FORMAT:
         version = "a newer" if number > FORMAT else "an older"
         raise ValueError(f"{path}: got format {number}, expected {FORMAT}; it is from {version} version")

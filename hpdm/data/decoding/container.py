@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 
-# What a file may be. Left out are lists of other files or of addresses on the network (concat, HLS, DASH, SDP), devices,
+# What a file may be. Left out are lists of other files or of addresses (concat, HLS, DASH, SDP), devices,
 # and what nobody stores clips in: each format that ffmpeg reads is code that meets a stranger's bytes.
 FORMATS = (
     "apng", "asf", "asf_o", "avi", "bmp_pipe", "dv", "flv", "gif", "h264", "hevc", "image2", "ivf", "jpeg_pipe", "m4v",
