@@ -42,7 +42,7 @@ class Ended:
     def error_lines(self) -> list[str]:
         """The lines on standard error that are no progress bars and no log."""
         lines = re.split(r"[\r\n]+", self.errors)
-        return [line for line in lines if line.strip() and not re.search(r"%\||\dit/s|\?it/s|^hpdm\.[\w.]+: ", line)]
+        return [line for line in lines if line.strip() and not re.search(r"%\||\dit/s|\?it/s|^hpdm[._][\w.]+: ", line)]
 
 
 def run(

@@ -11,18 +11,27 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from hpdm import runs
+from hpdm import runs, systems
+from hpdm.commands import unfinished
+from hpdm.evaluation import real_statistics
+from hpdm.evaluation.metrics import FeatureStatistics
+from hpdm.evaluation.tables import Section, write_table
+from hpdm.runs import RunConfig
+from hpdm.text import EmbeddingInfo, EmbeddingStore
+from hpdm.video import write_contact_sheet, write_video
 from tests.hostile.runner import CRASHED, run, tree
 from tests.hostile.soak import everything
 from tests.small import random_model, save_as_run, small_config
 
-PLACES = 6
+PLACES = 3
 """Places at which the disk is full in the ordinary suite, spread over all."""
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -65,7 +74,8 @@ def fail_at(number: int, folder: str, counter: str) -> None:
 def good(clips, tmp_path_factory) -> Iterator[Path]:
     root = tmp_path_factory.mktemp("good")
     about = {"stride": 1, "short": "error", "ema": [0.05]}
-    save_as_run(random_model(small_config(classes=2)), root / "run", ["RedDisc", "GreenSquare"], about)
+    model = random_model(small_config(classes=2).with_pyramid((2, 8, 8), (4, 16, 16)))
+    save_as_run(model, root / "run", ["RedDisc", "GreenSquare"], about)
     runs.export(root / "run", root / "good.safetensors")
     (root / "clips").symlink_to(clips)
     return root
@@ -100,7 +110,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in tree(folder)}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if everything() or name != "plan"])
 def test_a_disk_that_is_full_from_any_call_on(name, good, tmp_path):
     def attempt(number: int, label: str):
         folder = tmp_path / label
@@ -119,8 +129,12 @@ def test_a_disk_that_is_full_from_any_call_on(name, good, tmp_path):
     for number in numbers:
         folder, ended = attempt(number, str(number))
         print(number, ended)
-        assert ended.status == 1
         assert "Traceback" not in ended.errors
+        if ended.status == 0:  # what could not be written was the index beside a shard, which saves time and no more
+            assert contents(folder / "out") == whole
+            assert "the index is not saved" in ended.errors
+            continue
+        assert ended.status == 1
         (line,) = ended.error_lines
         assert line.startswith("hpdm: error: ")
         assert "No space left on device" in line
@@ -147,7 +161,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of its own in memory, of which a part is taken by a file ``fill``."""
     place = tmp_path / "disk"
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place]
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place]
     try:
         mounted = subprocess.run(command, capture_output=True).returncode == 0
     except FileNotFoundError:
@@ -166,9 +180,9 @@ def test_a_disk_without_room(name, good, small_disk, tmp_path):
     needed = sum((small_disk / path).stat().st_size for path in whole)
     for path in sorted(small_disk.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    for share in (0, 0.3, 0.7, 0.95) if not everything() else [n / 40 for n in range(39)]:
+    for share in [n / 40 for n in range(39)] if everything() else (0, 0.6, 0.95):
         room = -(-int(share * needed) // 4096) * 4096
-        (small_disk / "fill").write_bytes(bytes((4 << 20) - room))
+        (small_disk / "fill").write_bytes(bytes((64 << 20) - room))
         ended = run(COMMANDS[name](good, small_disk), tmp_path / "work")
         print(share, room, ended)
         assert ended.status in ((0, 1) if share > 0.9 else (1,))
@@ -176,10 +190,71 @@ def test_a_disk_without_room(name, good, small_disk, tmp_path):
             assert ended.status != CRASHED
             (line,) = ended.error_lines
             assert line.startswith("hpdm: error: ")
-            assert "No space left on device" in line or "os error 28" in line
+            assert "No space left on device" in line
         left = contents(small_disk)
         assert not [path for path in left if "/." in f"/{path}" and not path.startswith("videos/.unfinished/")], left
         if name == "train" and (small_disk / "run").exists():
             check_run(small_disk / "run")
         for path in sorted(small_disk.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "embeddings": lambda folder: EmbeddingStore.create(folder, INFO).add(["a"], [torch.zeros(2, 8)]),
+    "statistics": lambda folder: real_statistics._write(folder / "real.npz", {"format": 1}, statistics()),
+    "unfinished": lambda folder: unfinished.write(folder / ".unfinished" / "x.safetensors", [torch.zeros(1, 3)]),
+    "table": lambda folder: write_table(folder, "title", [Section("t", ("n",), {"row": (1.0,)})], {}),
+    "sheet": lambda folder: write_contact_sheet(folder / "a.png", [np.zeros((2, 8, 8, 3), np.uint8)]),
+    "video": lambda folder: write_video(folder / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8)),
+    "config": lambda folder: runs.save_run_config(folder, ABOUT),
+}
+INFO = EmbeddingInfo("t5", 8, 16, "fp32")
+ABOUT = RunConfig(systems.get("patch"), small_config(), [], {})
+
+
+def statistics() -> real_statistics.RealStatistics:
+    features = FeatureStatistics()
+    features.update(np.eye(3))
+    return real_statistics.RealStatistics(features, 0)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_written_is_whole_or_absent(name, tmp_path, monkeypatch):
+    """At every call that makes, flushes or renames a file or a folder."""
+    real = {call: getattr(os, call) for call in ("mkdir", "open", "fsync", "replace")}
+    calls, limit = 0, 0
+
+    def counted(call: str) -> Callable[..., object]:
+        def one(*arguments: object, **options: object) -> object:
+            nonlocal calls
+            flags = arguments[1] if call == "open" else os.O_CREAT
+            if isinstance(flags, int) and flags & os.O_CREAT:
+                calls += 1
+                if limit and calls >= limit:
+                    raise OSError(FULL.errno, FULL.strerror)
+            return real[call](*arguments, **options)
+
+        return one
+
+    def attempt(number: int) -> Path:
+        nonlocal calls, limit
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        calls, limit = 0, number
+        try:
+            WRITERS[name](folder)
+        finally:
+            limit = 0
+        return folder
+
+    for call in real:
+        monkeypatch.setattr(os, call, counted(call))
+    whole = set(tree(attempt(0)))
+    made = calls
+    assert made >= 4
+    for number in range(1, made + 1):
+        with pytest.raises(OSError, match="No space left on device") as error:
+            attempt(number)
+        assert error.value.errno == errno.ENOSPC
+        left = tree(tmp_path / str(number))
+        assert left < whole, (number, left)
