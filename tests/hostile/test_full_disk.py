@@ -24,6 +24,7 @@ from hpdm.commands import unfinished
 from hpdm.evaluation import real_statistics
 from hpdm.evaluation.metrics import FeatureStatistics
 from hpdm.evaluation.tables import Section, write_table
+from hpdm.patch.system import PatchDiffusion
 from hpdm.runs import RunConfig
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.video import write_contact_sheet, write_video
@@ -36,8 +37,14 @@ PLACES = 3
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def without_plan() -> None:
+    """Leaves out the prediction of time and memory, which takes seconds and writes nothing."""
+    PatchDiffusion.plan_line = lambda *_, **__: "no plan"
+
+
 def fail_at(number: int, folder: str, counter: str) -> None:
     """Makes the ``number``-th call that writes into ``folder`` fail, and all later ones; counts them in a file."""
+    without_plan()
     calls = 0
 
     def count() -> None:
@@ -174,7 +181,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("plan", "evaluate")])
 def test_a_disk_without_room(name, good, small_disk, tmp_path):
-    ended = run(COMMANDS[name](good, small_disk), tmp_path / "work")
+    ended = run(COMMANDS[name](good, small_disk), tmp_path / "work", without_plan)
     assert ended.status == 0
     whole = contents(small_disk)
     needed = sum((small_disk / path).stat().st_size for path in whole)
@@ -183,7 +190,7 @@ def test_a_disk_without_room(name, good, small_disk, tmp_path):
     for share in [n / 40 for n in range(39)] if everything() else (0, 0.6, 0.95):
         room = -(-int(share * needed) // 4096) * 4096
         (small_disk / "fill").write_bytes(bytes((64 << 20) - room))
-        ended = run(COMMANDS[name](good, small_disk), tmp_path / "work")
+        ended = run(COMMANDS[name](good, small_disk), tmp_path / "work", without_plan)
         print(share, room, ended)
         assert ended.status in ((0, 1) if share > 0.9 else (1,))
         if ended.status == 1:
