@@ -13,7 +13,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv bench test test-aot test-video lint format types check-python gpu clean
+.PHONY: help venv bench test test-aot test-video test-soak lint format types check-python gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ test-aot: $(READY)  ## compile every kernel ahead of time, for three GPUs, in a 
 # `make test` reads the hardest files of the corpus and a random draw of the others.
 test-video: $(READY)  ## read every file of the video corpus, each frame and each window against a sequential decode
 	HPDM_VIDEO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/video -n $(WORKERS) --dist worksteal $(ARGS)
+
+# `make test` takes the hardest of the hostile files and a draw of the others, and three places at which the disk is full.
+test-soak: $(READY)  ## every hostile file, damage at random at length, a full disk at every call
+	HPDM_SOAK=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/hostile -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
