@@ -12,7 +12,7 @@ from tests.small import random_model, save_as_run, small_config
 
 CASES = cases()
 # The others are drawn anew in every run.
-ALWAYS = ("3 GB", "bomb", "ffconcat", "escapes", "10^9", "pickle", "1000000000", "nested", "many")
+ALWAYS = ("3 GB", "bomb", "ffconcat", "escapes", "10^9", "pickle", "nested")
 SHOWN = 40
 SECONDS, MEGABYTES = 5, 1000
 
