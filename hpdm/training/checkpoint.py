@@ -191,6 +191,8 @@ def read_state(path: Path) -> dict[str, Any]:
             f"{path / 'state.json'}: step: got {state['step']}, expected {int(number[1])} as the folder says"
         )
     for name, size in state["files"].items():
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"{path / 'state.json'}: files: got {name!r}, expected names inside of the checkpoint")
         if not (path / name).is_file():
             raise FileNotFoundError(f"checkpoint: {path / name} is missing")
         if (path / name).stat().st_size != size:

@@ -89,7 +89,8 @@ STATE_EDITS: list[tuple[tuple[str | int, ...], Any]] = [
     (("step",), 3), (("step",), -5), (("step",), 10**30), (("step",), "1"), (("step",), NAN), (("step",), None),
     (("step",), True), (("step",), 1.0), (("step",), ...), (("step",), [1]),
     (("files",), ...), (("files",), []), (("files",), {}), (("files",), None), (("files",), "x"),
-    (("files",), {"../../../../etc/passwd": 1}), (("files",), {"model/x": 1}), (("files",), {"model/x\0": 1}),
+    (("files",), {"../../../../etc/passwd": 1}), (("files",), {"/etc/passwd": 1}),
+    (("files",), {"model/x": 1}), (("files",), {"model/x\0": 1}),
     (("ema_updates",), None), (("ema_updates",), "3"), (("ema_updates",), -1), (("ema_updates",), ...),
 ]  # fmt: skip
 

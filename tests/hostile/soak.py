@@ -23,7 +23,7 @@ _SEED = random.SystemRandom().randrange(2**28)
 
 # The machine may be busy, so time is no reason to fail; what failed is printed, and no folder of examples is left.
 EXAMPLES = settings(
-    max_examples=20_000 if everything() else 200,
+    max_examples=10_000 if everything() else 200,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
