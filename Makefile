@@ -48,10 +48,10 @@ test-aot: $(READY)  ## compile every kernel ahead of time, for three GPUs, in a 
 test-video: $(READY)  ## read every file of the video corpus, each frame and each window against a sequential decode
 	HPDM_VIDEO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/video -n $(WORKERS) --dist worksteal $(ARGS)
 
-# `make test` tries each of these a few times.
+# `make test` tries each of these a few times, and takes the hardest of the hostile files.
 test-soak: $(READY)  ## kill, damage, starve, signal and fuzz for an hour or two: what happens once in a thousand times
 	HPDM_SOAK=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability tests/hostile tests/data/test_worker_kills.py \
-		-n $(WORKERS) --dist worksteal $(ARGS)
+		tests/kernels/test_fuzz.py -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -10,11 +10,12 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 from typing import Any, NamedTuple, NoReturn
 
 import hpdm
-from hpdm.printable import PrintableFormatter, printable
+from hpdm.printable import PrintableFormatter, PrintableStream, printable
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, by the convention of shells: 128 plus the signal's number."""
@@ -106,18 +107,32 @@ def _run(word: str, arguments: Sequence[str]) -> int:
     kind: Any = getattr(import_module(command.options_module or module.__name__), command.options)
     config = (tyro.conf.OmitSubcommandPrefixes,)
     options = tyro.cli(kind, prog=f"hpdm {word}", args=arguments, config=config)
-    status: int = module.run(options)
+    # What is printed holds names of classes and files, which may hold what a terminal obeys.
+    with redirect_stdout(PrintableStream(sys.stdout)):
+        status: int = module.run(options)
     return status
 
 
 def _reporting_errors(command: Callable[[], int]) -> int:
     """The exit status of ``command``; 1 after an error that a user can cause."""
     try:
-        return command()
-    except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError) as error:
+        status = command()
+        sys.stdout.flush()
+        return status
+    except (ValueError, OSError, RuntimeError, FloatingPointError, ImportError, MemoryError) as error:
         if os.environ.get("HPDM_DEBUG") == "1":
             raise
-        print(printable(f"hpdm: error: {error}", keep="\n\t"), file=sys.stderr)
+        reason = "out of memory" if isinstance(error, MemoryError) else str(error).strip()
+        print(printable(f"hpdm: error: {reason}"), file=sys.stderr)
+        _give_up_stdout()
         return 1
     except KeyboardInterrupt as interruption:
         return getattr(interruption, "status", INTERRUPTED)
+
+
+def _give_up_stdout() -> None:
+    """Drops what cannot be printed, as the disk is full or the pipe is closed: Python would try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,18 +1,27 @@
-"""Writing files and folders atomically: under its final name, a file is always complete.
+"""Writing files and folders atomically: under its final name, a file is always complete. And reading text of any size.
 
-Each is written under a temporary name in the same folder and then renamed. A temporary name starts with a dot, which
-readers of folders skip.
+What is written lies first in a temporary folder beside its place, ``.NAME.0123456789abcdef.tmp``, and is then flushed
+to the disk and renamed. Nobody can guess that name, and nobody else can write into that folder, so no link that
+somebody planted is followed, and what libraries leave beside a file they write is in there too. The dot makes readers
+skip it.
+
+While it is in use, the folder holds a locked file. A killed process loses its locks but leaves its folder: the next
+process that writes there deletes those whose lock it gets.
 """
 
 from __future__ import annotations
 
 import codecs
+import errno
+import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +31,33 @@ MAX_LINE_BYTES = 2**20
 """Longest line of a text file of any length that is read line by line."""
 
 
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp", re.DOTALL)
+_LOCK = ".lock"
+_START_S = 60.0  # seconds from the making of a temporary folder to that of its lock, at most
+_cleaned: set[Path] = set()  # folders in which this process has looked for what killed ones left
+
+
 @contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(path: str | os.PathLike[str], *, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary path for a file; renames it to ``path`` on success, deletes it on failure.
 
-    The temporary name has the suffix of ``path``, from which many writers choose the format.
+    The temporary file has the name of ``path``, from whose suffix many writers choose the format.
+
+    Args:
+        path: the file; an existing one is replaced.
+        flush: bring the contents to the disk before the renaming, so that a power cut cannot lose them.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
+        OSError: the file cannot be written, e.g. as the disk is full.
     """
     path = Path(path)
-    temporary = _temporary(path)
-    try:
+    with _temporary_folder(path) as folder:
+        temporary = folder / path.name
         yield temporary
+        if flush:
+            _flush(temporary)
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager
@@ -47,17 +66,94 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder that is to hold ``path`` does not exist.
-        OSError: on success, ``path`` is a file or a folder that is not empty.
+        OSError: a file cannot be written, e.g. as the disk is full; on success, ``path`` is a file or a folder that is
+            not empty.
     """
     path = Path(path).absolute()
-    temporary = _temporary(path)
-    temporary.mkdir()
-    try:
+    with _temporary_folder(path) as folder:
+        temporary = folder / path.name
+        temporary.mkdir()
         yield temporary
+        for file in (*temporary.rglob("*"), temporary):
+            _flush(file)
         os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+@contextmanager
+def _temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` that no other process or user writes into; errors of writing there name ``path``."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: folder {path.parent} does not exist, cannot write {path.name}")
+    _delete_leftovers(path.parent)
+    folder, lock = path, -1
+    try:
+        while lock < 0:
+            folder = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(8)}.tmp")
+            folder.mkdir(mode=0o700)
+            lock = _new_lock(folder / _LOCK)
+        yield folder
+    except OSError as error:
+        inside = error.filename is None or str(error.filename).startswith(str(folder))
+        if not inside:
+            raise
+        if error.errno is None:
+            raise OSError(str(error).replace(str(folder), str(path.parent))) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        if folder != path:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+
+
+def _new_lock(path: Path) -> int:
+    """The descriptor of a new file that this process has locked; -1 if another one took it for a leftover."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # On a file system without locks nobody gets the lock, and nothing is taken for a leftover.
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(lock)
+            return -1
+    return lock
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Deletes the temporary folders of killed processes, once per process and folder."""
+    folder = folder.absolute()
+    if folder in _cleaned:
+        return
+    _cleaned.add(folder)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
+                _delete_leftover(Path(entry.path))
+
+
+def _delete_leftover(folder: Path) -> None:
+    """Deletes a temporary folder unless a living process uses it, which has its lock."""
+    with suppress(OSError):
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            if time.time() - folder.stat().st_mtime > _START_S:
+                shutil.rmtree(folder)
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(lock)
+
+
+def _flush(path: Path) -> None:
+    """Brings a file, or the list of names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def make_folder(argument: str, path: Path) -> None:
@@ -154,15 +250,5 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes ``value`` to ``path`` as indented JSON, atomically and flushed to the disk before the renaming."""
-    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _temporary(path: Path) -> Path:
-    """A name beside ``path`` that no other process or call uses."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"path: folder {path.parent} does not exist, cannot write {path.name}")
-    return path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+    """Writes ``value`` to ``path`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import re
+from typing import TextIO
 
 # Marks of writing direction, which can make a name look like another one, and Unicode's two line separators.
 _MISLEADING = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029\ufeff")
@@ -53,3 +55,31 @@ class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """The record as text, escaped."""
         return printable(super().format(record), keep="\n\t")
+
+
+class PrintableStream(io.TextIOBase):
+    """A stream for ``sys.stdout`` that is safe for a terminal; line breaks and tabs stay.
+
+    Args:
+        stream: where the escaped text goes.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes the text, escaped; returns the number of characters of the text itself."""
+        self._stream.write(printable(text, keep="\n\t"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream."""
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        """The stream's descriptor."""
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self._stream.isatty()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -174,7 +175,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     try:
         save_file({name: t.contiguous() for name, t in tensors.items()}, path, dict(metadata))
     except SafetensorError as error:  # what safetensors makes of an OSError
-        raise OSError(f"{path.parent}: {error}") from error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     path.chmod(mode & 0o777)  # safetensors makes it unreadable for others
     with path.open("rb") as file:
         os.fsync(file.fileno())

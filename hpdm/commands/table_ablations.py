@@ -201,8 +201,8 @@ def _clips_per_s(run: Path) -> float | None:
     path = run / "log.jsonl"
     if not path.is_file():
         return None
-    rows = (row for _, row in read_json_lines(path, dict[str, float]))
-    speeds = [row["clips_per_s"] for row in rows if "clips_per_s" in row]
+    rows = (row for _, row in read_json_lines(path, dict[str, float | None]))
+    speeds = [speed for row in rows if (speed := row.get("clips_per_s")) is not None]
     return median(speeds) if speeds else None
 
 

@@ -76,7 +76,10 @@ def read(path: Path) -> list[Tensor]:
             names = [str(n) for n in range(len(file.shapes))]
             if set(names) != set(file.shapes) or file.hashes is None:
                 raise ValueError(f"{path}: got tensors {sorted(file.shapes)[:3]}, expected {names[:3]} and hashes")
-            return [file.read(name) for name in names]
+            parts = [file.read(name) for name in names]
+            if not all(part.isfinite().all() for part in parts):
+                raise ValueError(f"{path}: got NaN or infinity, expected finite videos")
+            return parts
     except ValueError as error:
         raise ValueError(f"out: the finished part of an interrupted run is damaged, delete it: {error}") from None
 

@@ -13,6 +13,8 @@ from hpdm.printable import printable
 
 MAX_BYTES = 200
 """Longest name in UTF-8. File systems allow 255 bytes, of which a sample's seed and level need some."""
+MOST_WITHOUT_CLIPS = 10_000
+"""Number of classes that a set of any size may have; with more clips, as many as clips."""
 
 
 def check_class_name(name: object, place: object) -> str:
@@ -37,6 +39,17 @@ def check_class_name(name: object, place: object) -> str:
     if size > MAX_BYTES:
         raise ValueError(f"{place}: got class name '{shown}' of {size} bytes, expected at most {MAX_BYTES}")
     return name
+
+
+def check_number(names: Sequence[str], clips: int, place: object) -> Sequence[str]:
+    """Returns the classes of a set if there are not many more of them than clips: each needs memory in a model.
+
+    Raises:
+        ValueError: more than 10,000, and more than clips.
+    """
+    if len(names) > max(MOST_WITHOUT_CLIPS, clips):
+        raise ValueError(f"{place}: got {len(names)} classes for {clips} clips, expected at most {MOST_WITHOUT_CLIPS}")
+    return names
 
 
 class ClassIndex:

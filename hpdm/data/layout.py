@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpdm.data.class_names import ClassIndex, check_class_name
+from hpdm.data.class_names import ClassIndex, check_class_name, check_number
 from hpdm.data.found import EMPTY, Found, Report, VideoFile
 from hpdm.data.split_lists import ClassFolder, read_class_index, read_split
 from hpdm.data.suffixes import IMAGE_SUFFIXES, VIDEO_SUFFIXES, listed
@@ -213,6 +213,7 @@ def find_in_tree(tree: Tree, split_file: str | os.PathLike[str] | None, report: 
     if listing is None and split_file is None:
         _check_depth(root, folders)
     names = read_class_index(listing) if listing is not None else list(folders)
+    check_number(names, sum(map(len, folders.values())), listing or root)
     index = ClassIndex(names, listing or root)
     classes = index.find_folders(folders, root)
     unknown = [folder for folder, name in classes.items() if name is None]

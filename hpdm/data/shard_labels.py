@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpdm.data.class_names import check_class_name
+from hpdm.data.class_names import MOST_WITHOUT_CLIPS, check_class_name, check_number
 from hpdm.data.shard_index import Entry
 from hpdm.data.split_lists import read_class_index
 from hpdm.json_file import read_json
 
 CLASSES_FILE = "classes.json"
-_MOST_UNNAMED = 10_000  # or the number of clips: a label beyond both is taken for an error where no file lists classes
 
 
 def listed_classes(paths: Sequence[Path]) -> list[str] | None:
@@ -62,6 +61,7 @@ def assign_labels(names: list[str] | None, entries: list[tuple[Path, Entry]]) ->
         raise ValueError(f"{path}/{entry.name}: no label ({sum(unlabeled)} of {len(entries)} clips have none)")
     if names is None:
         names = _named_classes(entries)
+    check_number(names, len(entries), "root")
     numbers = {name: label for label, name in enumerate(names)}
     labels = []
     for path, entry in entries:
@@ -81,7 +81,7 @@ def _named_classes(entries: list[tuple[Path, Entry]]) -> list[str]:
     """Class names from the members of the shards; a label without a name is named by its number."""
     if all(entry.label is None for _, entry in entries):
         return sorted({entry.class_name for _, entry in entries if entry.class_name is not None})
-    most = max(_MOST_UNNAMED, len(entries))
+    most = max(MOST_WITHOUT_CLIPS, len(entries))
     names: dict[int, str] = {}
     for path, entry in entries:
         if entry.label is None:

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from hpdm.data.captions import CAPTIONS_FILE
 from hpdm.data.layout import SPLIT_FOLDER
-from hpdm.files import check_not_a_file, make_folder, write_text
+from hpdm.files import atomic_folder, check_not_a_file, make_folder, write_text
 from hpdm.video import write_video
 
 RADIUS = (0.36, 0.40)
@@ -231,7 +232,7 @@ def render_synthetic(
     crf: int = 12,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a labeled set of clips in UCF-101's layout and returns its folder.
+    """Writes a labeled set of clips in UCF-101's layout, as a whole or not at all, and returns its folder.
 
     The folder gets ``Class/v_Class_g01_c01.mp4``, the split files ``ucfTrainTestlist/{classInd,trainlist01,
     testlist01}.txt`` in the official format, ``captions.jsonl`` (see :func:`describe_clip`) and ``metadata.jsonl``: per
@@ -259,7 +260,30 @@ def render_synthetic(
     check_not_a_file("out", out)
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise FileExistsError(f"out: {out} is not empty; choose another folder or pass overwrite")
-    make_folder("out", out / SPLIT_FOLDER)
+    render = partial(_render_set, names=names, clips=clips, frames=frames, size=size, fps=fps, seed=seed, radius=radius)
+    make_folder("out", out.absolute().parent)
+    if out.exists() and any(out.iterdir()):
+        render(out, crf=crf)
+    else:
+        with atomic_folder(out) as temporary:
+            render(temporary, crf=crf)
+    return out
+
+
+def _render_set(
+    out: Path,
+    names: Sequence[str],
+    *,
+    clips: int,
+    frames: int,
+    size: tuple[int, int],
+    fps: float,
+    seed: int,
+    radius: tuple[float, float],
+    crf: int,
+) -> None:
+    """Writes the files of a set into a folder; arguments as :func:`render_synthetic`, checked."""
+    (out / SPLIT_FOLDER).mkdir(exist_ok=True)
     group_size = min(_GROUP_CLIPS, max(1, clips // 4))
     test_groups = max(1, round(math.ceil(clips / group_size) / 4))
     records: list[dict[str, Any]] = []
@@ -278,7 +302,6 @@ def render_synthetic(
             caption = describe_clip(name, clip, rng=np.random.default_rng([*entropy, 1]))
             captions.append({"file": file, "caption": caption})
     _write_lists(out, names, records, captions)
-    return out
 
 
 def _check_set(names: Sequence[str], clips: int, seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,10 +162,17 @@ def _write(path: Path, identity: dict[str, Any], statistics: RealStatistics) -> 
 
 def _read(path: Path, identity: dict[str, Any]) -> RealStatistics:
     try:
+        # It is written uncompressed. A compressed one could ask for any amount of memory.
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+                raise ValueError("compressed")
         with np.load(path, allow_pickle=False) as file:
             identity_in_file = parse_json(str(file["identity"]), dict[str, Any], "identity")
             features = FeatureStatistics.of(int(file["count"]), file["mean"], file["covariance"])
             left_out = int(file["left_out"])
+            shapes = (features.mean.shape, file["covariance"].shape)
+            if shapes != ((features.width,), (features.width, features.width)) or features.count < 2:
+                raise ValueError(f"shapes {shapes} of {features.count} clips")
     except Exception as error:  # numpy raises errors of many types for damaged files
         raise ValueError(f"statistics: {path} is damaged ({type(error).__name__}: {error}); delete it") from None
     if identity_in_file != identity:

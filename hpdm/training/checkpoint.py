@@ -289,7 +289,7 @@ def check_format(path: Path, values: Mapping[str, Any]) -> None:
         FormatError: they have another one.
     """
     number = values.get("format", 0)
-    if not isinstance(number, int):
+    if type(number) is not int:
         raise DamagedError(f"{path}: format: got {number!r}, expected an integer")
     if not OLDEST_FORMAT <= number <= FORMAT:
         version = "a newer" if number > FORMAT else "an older"

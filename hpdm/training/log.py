@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from hpdm.files import write_text
+from hpdm.files import read_text, write_text
 from hpdm.json_file import parse_json
 from hpdm.training.speed import Speed
 
@@ -40,8 +41,9 @@ class JsonlLog:
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, float]) -> None:
-        """Appends a row and flushes it to the file."""
-        self.file.write(json.dumps(row) + "\n")
+        """Appends a row and flushes it to the file; JSON has no NaN and no infinity, which are ``null``."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self.file.write(json.dumps(numbers) + "\n")
         self.file.flush()
 
     def write_image(self, name: str, path: Path, step: int) -> None:
@@ -113,7 +115,7 @@ class WandbLog:
         name = path / "wandb_id.txt"
         if not name.is_file():
             write_text(name, f"{secrets.token_hex(8)}\n")
-        identity = name.read_text(encoding="utf-8").strip()
+        identity = read_text(name, 256).strip()
         self.run = wandb.init(
             project="hpdm", name=path.resolve().name, id=identity, resume="allow", dir=str(path), config=dict(config)
         )

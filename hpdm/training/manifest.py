@@ -54,6 +54,8 @@ def check_sizes(folder: Path, files: Manifest) -> None:
     """
     for name, about in files.items():
         path = folder / name
+        if name.startswith("/") or ".." in name.split("/"):
+            raise DamagedError(f"{folder}: files: got {name!r}, expected names inside of the checkpoint")
         if not path.is_file():
             raise FileNotFoundError(f"checkpoint: {path} is missing")
         if path.stat().st_size != about.bytes:

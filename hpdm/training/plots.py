@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 from hpdm.files import atomic_path
 from hpdm.json_file import read_json_lines
+from hpdm.printable import printable
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
@@ -19,7 +21,10 @@ def read_log(run: Path) -> list[dict[str, float]]:
     path = run / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"run: {path} does not exist, expected the folder that `hpdm train --out` wrote")
-    rows: list[dict[str, float]] = [row for _, row in read_json_lines(path, dict[str, float])]
+    rows = [
+        {name: math.nan if value is None else value for name, value in row.items()}
+        for _, row in read_json_lines(path, dict[str, float | None])
+    ]
     if not rows:
         raise ValueError(f"run: {path} is empty")
     return rows
@@ -71,4 +76,7 @@ def plot_losses(run: Path, out: Path, window: int = 20) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m hpdm.training.plots RUN OUT.png")
-    plot_losses(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        plot_losses(Path(sys.argv[1]), Path(sys.argv[2]))
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(printable(f"error: {error}"))

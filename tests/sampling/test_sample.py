@@ -220,7 +220,7 @@ def test_files_are_named_by_their_prompts(prompt, stem):
 def test_a_damaged_file_of_an_interrupted_run_is_named(run_folder, monkeypatch):
     path = run_folder.parent / "broken.safetensors"
     path.write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match=r"an interrupted run is damaged, delete it: .*broken.safetensors: damaged"):
+    with pytest.raises(ValueError, match=r"interrupted run is damaged, delete it: .*broken.safetensors: damaged"):
         unfinished.read(path)
 
 

@@ -1,7 +1,8 @@
 """The process that decodes videos: a decoder that hangs or crashes ends this process, not the training process.
 
 :mod:`hpdm.data.decoder_process` starts it (``python -m hpdm.data.decoding``) and talks to it over pipes. Nothing here
-imports other parts of the product, so that a start costs no more than importing numpy and the codecs.
+imports other parts of the product but the readers and writers of files, which need the standard library alone, so that
+a start costs no more than importing numpy and the codecs.
 
 The first sight of a file is a **scan** (:mod:`~hpdm.data.decoding.scan`): one sequential decode from the first packet,
 as ``ffmpeg -i FILE`` makes it. It gives the number of frames, their times, and a checksum of each frame, and is kept on

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,20 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+
+
+# What a file may be. Left out are lists of other files or of addresses (concat, HLS, DASH, SDP), devices,
+# and what nobody stores clips in: each format that ffmpeg reads is code that meets a stranger's bytes.
+FORMATS = (
+    "apng", "asf", "asf_o", "avi", "bmp_pipe", "dv", "flv", "gif", "h264", "hevc", "image2", "ivf", "jpeg_pipe", "m4v",
+    "matroska", "mjpeg", "mov", "mpeg", "mpegts", "mpegvideo", "mxf", "nut", "obu", "ogg", "png_pipe", "webm",
+    "webp_pipe", "yuv4mpegpipe",
+)  # fmt: skip
+PROTOCOLS = ("file", "subfile")  # the second reads a member of a tar, from the file
+MOST_PIXELS = 8192 * 4320
+"""Of a frame of a video: those of 8K. A small file can hold frames of any size, and each needs ten bytes per pixel."""
+MOST_PIXELS_OF_IMAGE = 2**26
+"""Of an image, which is one frame."""
 
 
 def locate(request: dict[str, Any]) -> str:
@@ -35,15 +50,45 @@ def open_video(url: str, number: int | None = None) -> Iterator[tuple[InputConta
         number: which of the container's video streams; ``None`` for the one that ffmpeg shows.
 
     Raises:
-        ValueError: it holds no video stream.
+        ValueError: it holds no video stream, or one of larger frames than :data:`MOST_PIXELS`.
+    """
+    options = {
+        "pattern_type": "none",  # a name with %03d in it is a name, not the names of a sequence of images
+        "format_whitelist": ",".join(FORMATS),
+        "protocol_whitelist": ",".join(PROTOCOLS),
+    }
+    with _open(url, options) as container:
+        stream = container.streams.video[choose_streams(container)[0] if number is None else number]
+        stream.codec_context.thread_count = 1
+        limit = _most_pixels(container)
+        if stream.width * stream.height > limit:
+            raise ValueError(f"has frames of {stream.width}x{stream.height} pixels, expected at most {limit} pixels")
+        # The frames may be larger than the container says; the codec then refuses them before it asks for memory.
+        stream.codec_context.options = {"max_pixels": str(limit)}
+        yield container, stream
+
+
+def _open(url: str, options: dict[str, str]) -> InputContainer:
+    """What ffmpeg opens.
+
+    Raises:
+        ValueError: a format that is not allowed.
+        FFmpegError: no video, or damaged.
     """
     import av
 
-    # A name with %03d in it is a name, not the names of a sequence of images.
-    with av.open(url, options={"pattern_type": "none"}) as container:
-        stream = container.streams.video[choose_streams(container)[0] if number is None else number]
-        stream.codec_context.thread_count = 1
-        yield container, stream
+    try:
+        return av.open(url, options=options)
+    except av.error.ArgumentError as error:
+        refused = re.search(r"\[(\w+)\] Format not on whitelist", str(error))
+        if refused is None:
+            raise
+        raise ValueError(f"is in the format {refused[1]}, expected one that holds its frames itself") from None
+
+
+def _most_pixels(container: InputContainer) -> int:
+    is_image = container.format.name == "image2" or container.format.name.endswith("_pipe")
+    return MOST_PIXELS_OF_IMAGE if is_image else MOST_PIXELS
 
 
 def choose_streams(container: InputContainer) -> list[int]:

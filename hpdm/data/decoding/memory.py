@@ -11,15 +11,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hpdm.data.decoding.scan import Scan
+from hpdm.files import atomic_path
+from hpdm.json_file import read_json
 
 _VERSION = 1
+_MOST_BYTES = 64 << 20  # of a scan: those of a video of a million frames are half as large
 _SAMPLE = 1 << 16  # bytes at the start, in the middle and at the end
 
 
@@ -60,12 +62,9 @@ def fingerprint(request: dict[str, Any]) -> str:
 def load(name: str) -> Scan | None:
     """The scan of that name; ``None`` where there is none, or none that is whole."""
     try:
-        values = json.loads(_path(name).read_text(encoding="utf-8"))
-        scan = Scan(**{field.name: values[field.name] for field in fields(Scan)})
-    except (OSError, ValueError, KeyError, TypeError):
+        scan: Scan = read_json(_path(name), Scan, _MOST_BYTES)
+    except (OSError, ValueError):
         return None
-    scan.entries = [(number, target) for number, target in scan.entries]
-    scan.gaps = [(first, last) for first, last in scan.gaps]
     return scan if scan.frames and len(scan.pts) == scan.frames else None
 
 
@@ -74,12 +73,9 @@ def save(name: str, scan: Scan) -> None:
     with suppress(OSError):
         path = _path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        try:
+        # One that a power cut damages is made again, so it need not be on the disk before the next one.
+        with atomic_path(path, flush=False) as temporary:
             temporary.write_text(json.dumps(asdict(scan), separators=(",", ":")), encoding="utf-8")
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
 
 
 def _path(name: str) -> Path:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
 from hpdm.data.decoding.container import Orientation, choose_streams, decode, open_video, orientation
 from hpdm.data.decoding.keyframes import holds_idr
+from hpdm.json_file import Range
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -29,6 +30,9 @@ _LUMA_BYTES = {
     **{f"yuv{sampling}p{bits}le": 2 for sampling in (420, 422, 440, 444) for bits in (9, 10, 12, 14, 16)},
     "gray": 1,
 }
+
+Ticks = Annotated[int, Range(-(2**63), 2**63 - 1)]
+"""A time stamp, in units of the stream's time base."""
 
 
 @dataclass
@@ -51,11 +55,11 @@ class Scan:
     pixel_format: str
     packets: int = 0
     random_access: bool = True  # whether each keyframe is one behind which nothing refers to what came before
-    pts: list[int | None] = field(default_factory=list)
-    checksums: list[int] = field(default_factory=list)
+    pts: list[Ticks | None] = field(default_factory=list)
+    checksums: list[Annotated[int, Range(0, 2**32 - 1)]] = field(default_factory=list)
     corrupt: list[int] = field(default_factory=list)  # frames that the decoder marks as damaged
     gaps: list[tuple[int, int]] = field(default_factory=list)  # frames, first and last, before which packets are lost
-    entries: list[tuple[int, int]] = field(default_factory=list)  # (keyframe, time stamp to seek to), sorted
+    entries: list[tuple[int, Ticks]] = field(default_factory=list)  # (keyframe, time stamp to seek to), sorted
     decord: str | None = None  # why decord may not read it, "" where it may, None where that is not known yet
 
     @property

@@ -27,7 +27,7 @@ def verify(url: str, scan: Scan, progress: Callable[[], None] = lambda: None) ->
             raise ValueError(f"packets before frame {count} of {scan.frames} cannot be decoded")
 
     with open_video(url, scan.number) as (container, stream):
-        stream.codec_context.options = {"err_detect": "explode+crccheck+bitstream+buffer"}
+        stream.codec_context.options |= {"err_detect": "explode+crccheck+bitstream+buffer"}
         for frame in decode(container, stream, lost=lost):
             if frame.is_corrupt:
                 raise ValueError(f"frame {count} of {scan.frames} is damaged")
