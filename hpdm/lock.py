@@ -24,6 +24,9 @@ from fcntl import LOCK_EX, LOCK_NB, lockf
 from pathlib import Path
 from typing import Any
 
+from hpdm.files import decode_text
+from hpdm.json_file import parse_json
+
 NAME = ".lock"
 HEARTBEAT = 10.0
 """Seconds between touches of the file, where the file system has no locks."""
@@ -209,10 +212,10 @@ class FolderLock:
 def _parsed(data: bytes) -> dict[str, Any]:
     """The contents of a lock; empty where it has none yet, or others."""
     try:
-        values = json.loads(data)
+        values: dict[str, Any] = parse_json(decode_text(data, NAME), dict[str, Any], NAME)
     except ValueError:
         return {}
-    return values if isinstance(values, dict) else {}
+    return values
 
 
 def _read(path: Path) -> dict[str, Any]:

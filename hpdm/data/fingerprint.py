@@ -16,11 +16,12 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from hpdm.data.clips import VideoDataset
 from hpdm.data.decode import Member
-from hpdm.files import atomic_path
+from hpdm.files import atomic_path, decode_text
+from hpdm.json_file import Range, parse_json
 
 LIST_FILE = "clips.jsonl.gz"
 """The clips of a run, in its folder: a JSON array ``[set, name, bytes, label, caption's hash]`` per line."""
@@ -28,6 +29,7 @@ MOST_LISTED = 1_000_000
 """Clips in the file. Of more than that a run keeps their number and hash alone."""
 _MOST_BYTES = 2**30  # of the file, unpacked
 _NAMED = 3
+_Line = tuple[str, str, Annotated[int, Range(0, 2**62)], int, str]
 
 Key = tuple[str, int]
 
@@ -161,10 +163,8 @@ def read_lists(run: Path) -> dict[str, list[ClipRecord]]:
         if len(data) > _MOST_BYTES:
             return {}
         for line in data.splitlines():
-            part, name, size, label, caption = json.loads(line)
-            if [type(value) for value in (part, name, size, label, caption)] != [str, str, int, int, str]:
-                return {}
-            found[part].append(ClipRecord(name, size, label, caption))
-    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error):
+            part, *record = parse_json(decode_text(line, LIST_FILE), _Line, LIST_FILE)
+            found[part].append(ClipRecord(*record))
+    except (OSError, EOFError, ValueError, zlib.error):
         return {}
     return dict(found)
