@@ -209,7 +209,7 @@ def assert_same_on_all_ranks(name: str, value: object) -> None:
             few, and which ranks have what.
     """
     entries = dict(_entries(name, value))
-    digest = hashlib.sha256(repr(entries).encode()).hexdigest()
+    digest = hashlib.sha256(repr(sorted(entries.items())).encode()).hexdigest()
     if len(set(gather({rank(): digest}))) == 1:
         return
     ranks = gather({rank(): entries})

@@ -57,6 +57,7 @@ def differ(clips, out):
         fails(data=["clips", clips])
         fails(validate_every=1, validation=Path("clips"))
         distributed.assert_same_on_all_ranks("x", {"a": 1, "b": {"c": [rank // 3]}})
+        distributed.assert_same_on_all_ranks("x", dict(sorted({"a": 1, "b": 2}.items(), reverse=rank == 1)))
         with pytest.raises(ValueError, match=r"^x: 1: process 1 got '1', .*; x: 5: .* as in process 0; 2 more differ$"):
             distributed.assert_same_on_all_ranks("x", {number: f"{number * (rank == 1)}" for number in range(8)})
         with pytest.raises(ValueError, match=r"^x: process 2 got 'y{199}\.\.\., expected 0 as in process 0$"):
