@@ -84,7 +84,7 @@ def _temporary_folder(path: Path) -> Iterator[Path]:
     """A new folder beside ``path`` that no other process or user writes into; errors of writing there name ``path``."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: folder {path.parent} does not exist, cannot write {path.name}")
-    _delete_leftovers(path.parent)
+    delete_leftovers(path.parent)
     folder, lock = path, -1
     try:
         while lock < 0:
@@ -119,7 +119,7 @@ def _new_lock(path: Path) -> int:
     return lock
 
 
-def _delete_leftovers(folder: Path) -> None:
+def delete_leftovers(folder: Path) -> None:
     """Deletes the temporary folders of killed processes, once per process and folder."""
     folder = folder.absolute()
     if folder in _cleaned:

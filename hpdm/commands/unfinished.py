@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hpdm.files import atomic_path
+from hpdm.files import atomic_path, delete_leftovers
 from hpdm.integrity import hash_of_json
 from hpdm.lock import FolderLock
 from hpdm.tensor_file import TensorFile, write_tensors
@@ -52,8 +52,7 @@ class Unfinished:
         key = hash_of_json(identity)[:32]
         lock = FolderLock(self.out / FOLDER, "out", "hpdm sample", f"{key}.lock", f"the same sampling into {self.out}")
         self._locks.enter_context(lock)
-        for path in (self.out / FOLDER).glob(f".{key}.*"):  # of a command that was killed while it wrote
-            path.unlink(missing_ok=True)
+        delete_leftovers(self.out / FOLDER)
         self._paths.append(self.out / FOLDER / f"{key}.safetensors")
         return self._paths[-1]
 
@@ -86,5 +85,6 @@ def read(path: Path) -> list[Tensor]:
 
 def write(path: Path, parts: list[Tensor]) -> None:
     """Writes the videos of the finished parts, atomically."""
+    path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
         write_tensors(temporary, {str(n): videos for n, videos in enumerate(parts)}, {}, hashed=True)

@@ -59,11 +59,11 @@ def test_memory_files_and_processes_do_not_grow(commands, training, tmp_path):
     settled = step >= step[0] + (step[-1] - step[0]) / 5
     slope = np.polyfit(step[settled], memory[settled], 1)[0] * 10_000 / 2**20
     print(f"{slope:+.2f} MB per 10,000 steps over {step[-1] - step[0]:.0f} steps, {memory[-1] / 2**20:.0f} MB")
-    # In the short form one page more or less decides the slope, so it bounds the growth itself.
-    growth = (memory[settled][-1] - memory[settled][0]) / 2**20
-    assert slope < 1 if times(0, 1) else growth < 4, f"{slope:.2f} MB per 10,000 steps, {growth:.2f} MB"
+    # The short form has too few steps for a slope, which one checkpoint more or less decides.
+    third = len(memory) // 3
+    growth = (np.median(memory[-third:]) - np.median(memory[:third])) / 2**20
+    assert slope < 1 if times(0, 1) else growth < 6, f"{slope:.2f} MB per 10,000 steps, {growth:.2f} MB"
     assert len(set(processes)) == 1, sorted(set(processes))
     # A checkpoint or a row that is just being written has its file open, so single readings differ.
-    third = len(files) // 3
     assert abs(np.median(files[-third:]) - np.median(files[:third])) <= 1, files
     assert len(list_checkpoints(run)) == 2
