@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from hpdm import distributed
@@ -173,7 +174,12 @@ def check_parameters(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the folder is damaged, or of a model with other parameters.
     """
-    _check_stored(parameters_of(model), path)
+    parameters = parameters_of(model)
+    _check_stored(parameters, path)
+    for name, about in _stored_tensors(path).items():
+        if about.properties.dtype != parameters[name].dtype:
+            got, expected = about.properties.dtype, parameters[name].dtype
+            raise ValueError(f"{path}: of another config: {name} has numbers of {got}, not {expected}")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -267,14 +273,18 @@ def _save_shards(tensors: Mapping[str, Tensor], path: Path) -> None:
         raise OSError(f"checkpoint: {path} cannot be written ({failed})") from error
 
 
-def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a folder of safetensors files, by name."""
+def _stored_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
+    """Sizes and dtypes of the tensors in a folder of safetensors files, by name."""
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     except (SafetensorError, FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         # PyTorch reads the JSON in the headers without checking it.
         raise ValueError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    return {name: tuple(about.size) for name, about in metadata.items() if hasattr(about, "size")}
+    return {name: about for name, about in metadata.items() if isinstance(about, TensorStorageMetadata)}
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(about.size) for name, about in _stored_tensors(path).items()}
 
 
 def _check_stored(targets: Mapping[str, Tensor], path: Path) -> None:
