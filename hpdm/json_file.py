@@ -172,7 +172,8 @@ def _one_of(value: Any, kinds: tuple[Any, ...], place: _Place) -> Any:
         except ValueError as error:
             reasons.append(str(error))
     # The reason of the first one says most: `X | None` is an X.
-    raise ValueError(reasons[0] + (" or null" if type(None) in kinds else ""))
+    has_parts = isinstance(value, dict | list)  # then the reason may be about one of them
+    raise ValueError(reasons[0] + (" or null" if type(None) in kinds and not has_parts else ""))
 
 
 def _sequence(value: Any, origin: Any, kinds: tuple[Any, ...], limits: Range | None, place: _Place) -> Any:

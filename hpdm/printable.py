@@ -40,7 +40,7 @@ def as_file_name(text: str) -> str:
 def _misleads(text: str, place: int) -> bool:
     """Whether a character of a text could mean something else than itself in the name of a file."""
     character = text[place]
-    is_escape = character == "%" and re.match("[0-9A-F]{2}", text[place + 1 :]) is not None
+    is_escape = character == "%" and re.fullmatch("[0-9A-F]{2}", text[place + 1 : place + 3]) is not None
     return character in "/\\" or (character == "." and place == 0) or is_escape or _is_hidden(character)
 
 

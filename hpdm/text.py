@@ -100,10 +100,12 @@ class TextEncoder:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(name), **source)
             model = AutoModelForTextEncoding.from_pretrained(str(name), dtype=_DTYPES[precision], **source)
+        except ImportError:  # a package that the tokenizer needs, which the message names
+            raise
         except Exception as error:  # transformers raises errors of many types for damaged files
             expected = "the folder of a T5 model and its tokenizer, or its name on the hub"
             note = "" if download else "; one that is not in the local cache yet needs --download"
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             kind = OSError if isinstance(error, OSError) else ValueError
             raise kind(f"encoder: got {str(name)!r}, expected {expected}{note} ({reason})") from error
         # Where the tokenizer's files are missing, transformers makes one whose only token is the space.

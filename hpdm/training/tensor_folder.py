@@ -125,7 +125,9 @@ def check(targets: Mapping[str, Tensor], path: Path) -> None:
                 f"{path}: of another config: {name} has shape {found[name].shape}, not {tuple(target.shape)}"
             )
         if target.dtype != found[name].dtype:
-            raise DamagedError(f"{path}: damaged ({name} has dtype {found[name].dtype}, expected {target.dtype})")
+            raise ValueError(
+                f"{path}: of another config: {name} has numbers of {found[name].dtype}, not {target.dtype}"
+            )
 
 
 def load(targets: Mapping[str, Tensor], path: Path) -> None:

@@ -130,6 +130,20 @@ def run_cases() -> list[Case]:
             change = lambda values, path=path, value=value: json.dumps(edited(values, path, value)).encode()
             found.append(Case(f"{kind}: {'.'.join(map(str, path))} = {_short(value)}", make(change)))
         found += [Case(f"{kind}: {name}", make(lambda _, text=text: text)) for name, text in NO_OBJECTS.items()]
+    found += [
+        Case(f"weights: {name}", lambda folder, good, change=change: _run_with_weights(folder, good, change))
+        for name, change in {
+            "integers for floats": lambda b: b.replace(b'"F32"', b'"I32"'),
+            "another shape": lambda b: b.replace(b'"shape":[4,16]', b'"shape":[16,4]'),
+            "NaN": lambda b: b[:-4] + struct.pack("<f", NAN),
+            "a huge header": lambda b: struct.pack("<Q", 2**62) + b[8:],
+            "a header of rubbish": lambda b: b[:9] + b"\xff" * 9 + b[18:],
+            "half": lambda b: b[: len(b) // 2],
+            "a header that is a list": lambda b: (
+                b[:8] + b"[".ljust(struct.unpack("<Q", b[:8])[0] - 1) + b"]" + _rest(b)
+            ),
+        }.items()
+    ]
     return found
 
 
@@ -230,6 +244,25 @@ def _name_twice(file: bytes) -> bytes:
 def _run_with(folder: Path, good: Good, file: str, change: Callable[[Any], bytes]) -> Sequence[object]:
     run = shutil.copytree(good.run, folder / "run")
     (run / file).write_bytes(change(json.loads((run / file).read_text())))
+    return export_of(run, folder)
+
+
+def _rest(file: bytes) -> bytes:
+    """A safetensors file without its header."""
+    return file[8 + struct.unpack("<Q", file[:8])[0] :]
+
+
+def _run_with_weights(folder: Path, good: Good, change: Callable[[bytes], bytes]) -> Sequence[object]:
+    """A run whose averaged weights are changed, and whose list of files says so."""
+    run = shutil.copytree(good.run, folder / "run")
+    checkpoint = run / "checkpoints" / "step-00000001"
+    (weights,) = (checkpoint / "ema").iterdir()
+    before = weights.read_bytes()
+    weights.write_bytes(change(before))
+    assert weights.read_bytes() != before
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["files"][weights.relative_to(checkpoint).as_posix()] = weights.stat().st_size
+    (checkpoint / "state.json").write_text(json.dumps(state))
     return export_of(run, folder)
 
 

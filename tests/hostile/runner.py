@@ -35,6 +35,7 @@ class Ended:
     out: str
     errors: str
     seconds: float
+    """Of a processor, of it and its decoding process: on a busy machine it may take longer."""
     megabytes: int
     """The most that it or its decoding process had in memory."""
 
@@ -86,7 +87,7 @@ def _command(arguments: list[str], folder: str, setup: Callable[[], None] | None
     os.chdir(folder)
     os.environ |= {"HPDM_CACHE": f"{folder}/.cache", "HOME": folder, "TMPDIR": folder}
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark of memory starts anew
-    started, status = time.monotonic(), CRASHED
+    started, status = time.process_time(), CRASHED
     try:
         if setup is not None:
             setup()
@@ -97,13 +98,14 @@ def _command(arguments: list[str], folder: str, setup: Callable[[], None] | None
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    seconds = time.monotonic() - started
     from hpdm.data.decoder_process import process
 
     own = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     children = process.memory() >> 20
     process.stop()
-    children = max(children, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
+    of_children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    children = max(children, of_children.ru_maxrss >> 10)
+    seconds = time.process_time() - started + of_children.ru_utime + of_children.ru_stime
     end = {"status": status, "seconds": seconds, "megabytes": max(int(own.split()[1]) >> 10, children)}
     (printed / "end").write_text(json.dumps(end))
     os._exit(0)
