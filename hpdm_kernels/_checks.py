@@ -5,8 +5,11 @@ Boxes are validated in :mod:`hpdm_kernels.boxes`, arguments of a single op in th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -75,16 +78,50 @@ def check_triple(name: str, value: object, minimum: int = 1) -> Triple:
     return (value[0], value[1], value[2])
 
 
-def values_are_readable(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read cheaply: true for a real CPU tensor, unless it is being traced.
+def check_number(name: str, value: object) -> float:
+    """Checks a finite number, or a tensor of one that requires no gradient; returns it as a float.
 
-    Values on CUDA are never checked: reading them would synchronize with the stream and break CUDA graphs.
+    While ``torch.compile`` traces, a number may be a symbol, whose value is not looked at.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: a number that is not finite, a tensor with several elements, or one that requires a gradient.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.requires_grad:
+            what = "one that requires a gradient" if value.numel() == 1 else f"shape {tuple(value.shape)}"
+            raise ValueError(f"{name}: got a tensor, {what}, expected a number: it is a constant without a gradient")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: got {value!r}, expected a finite number")
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return float(value)
+
+
+def values_are_readable(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read cheaply: true for a real CPU tensor, unless it is traced or transformed.
+
+    Values on CUDA are never checked: reading them would synchronize with the stream and break CUDA graphs. Inside of
+    ``torch.func``'s transforms the tensors that these wrap have no values of their own.
     """
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
+
+
+def read_values(tensor: Tensor) -> npt.NDArray[np.generic]:
+    """The values of a tensor that :func:`values_are_readable`, of its shape and dtype, as a numpy array.
+
+    numpy has less overhead per operation than PyTorch, which dominates for a few boxes.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return tensor.detach().numpy()
+    # Inside of a torch.func transform every operation wraps its result, which numpy cannot read.
+    return np.array(tensor.tolist(), dtype=str(tensor.dtype).removeprefix("torch.")).reshape(tensor.shape)
 
 
 def flatten_triples(values: Sequence[Sequence[int]]) -> list[int]:

@@ -6,6 +6,7 @@ No other module imports Triton. Without it the ``reference`` and ``torch`` backe
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,27 @@ INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET", "0") == "1"
 def jit(fn: Any) -> Any:
     """``triton.jit``; without Triton the undecorated function, which is then never launched."""
     return triton.jit(fn) if AVAILABLE else fn
+
+
+MAX_PROGRAMS = 2**31 - 1
+"""CUDA's limit on the first axis of a grid. That of the second and third axis is 65,535."""
+
+
+def launch_grid(*counts: int) -> tuple[int]:
+    """The grid of a launch with ``counts[0] * counts[1] * ...`` programs, all on the first axis.
+
+    Sizes of a caller's tensors never go on the other axes, which CUDA limits to 65,535 programs.
+
+    Raises:
+        ValueError: more programs than :data:`MAX_PROGRAMS`.
+    """
+    programs = math.prod(counts)
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"tensors: got sizes that need {' x '.join(map(str, counts))} = {programs} programs of one kernel, expected "
+            f"at most {MAX_PROGRAMS}; use a smaller batch"
+        )
+    return (programs,)
 
 
 def dense_rows(x: Tensor) -> Tensor:
