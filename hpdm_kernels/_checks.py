@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -113,7 +114,7 @@ def values_are_readable(tensor: Tensor) -> bool:
     )
 
 
-def read_values(tensor: Tensor) -> npt.NDArray[np.generic]:
+def read_values(tensor: Tensor) -> npt.NDArray[Any]:
     """The values of a tensor that :func:`values_are_readable`, of its shape and dtype, as a numpy array.
 
     numpy has less overhead per operation than PyTorch, which dominates for a few boxes.

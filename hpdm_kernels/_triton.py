@@ -11,8 +11,6 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 # Fused multiply-add is Triton's own default, but newer versions warn if it is not set.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -51,15 +49,10 @@ def launch_grid(*counts: int) -> tuple[int]:
     programs = math.prod(counts)
     if programs > MAX_PROGRAMS:
         raise ValueError(
-            f"tensors: got sizes that need {' x '.join(map(str, counts))} = {programs} programs of one kernel, expected "
-            f"at most {MAX_PROGRAMS}; use a smaller batch"
+            f"tensors: got sizes that need {' x '.join(map(str, counts))} = {programs} programs of one kernel, "
+            f"expected at most {MAX_PROGRAMS}; use a smaller batch"
         )
     return (programs,)
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """``x`` if its last axis has stride 1, as the kernels require; else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpdm_kernels._triton import INTERPRETED, dense_rows, launch_grid, triton
+from hpdm_kernels._layout import dense_rows
+from hpdm_kernels._triton import INTERPRETED, launch_grid, triton
 from hpdm_kernels.attention import triton_kernels as kernels
 from hpdm_kernels.attention.layout import empty_heads
 
@@ -33,8 +34,8 @@ class Tiling(NamedTuple):
 # - one TF32 pass at width 256: blocks of 64 rows spill registers on sm_90;
 # - 3xTF32 at width 128 and above, and bwd_kv at width 64: HGMMA needs blocks of 64 rows, which spill registers on sm_80
 #   or sm_90;
-# - 3xTF32 in bwd_q at every width: blocks of 64 by 16 would fit on HGMMA, but ptxas 12.8.93 (Triton 3.6 and 3.7.1) gives them
-#   shared-memory addresses from unset registers. ptxas 12.9.86, 13.1.80 and 13.4.59 do not.
+# - 3xTF32 in bwd_q at every width: blocks of 64 by 16 would fit on HGMMA, but ptxas 12.8.93 (Triton 3.6 and 3.7.1)
+#   gives them shared-memory addresses from unset registers. ptxas 12.9.86, 13.1.80 and 13.4.59 do not.
 _TILINGS = {
     ("fwd", "16bit"): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 8, 2)),
     ("fwd", "tf32"): (Tiling(128, 32, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2), Tiling(32, 32, 8, 2)),

@@ -110,8 +110,7 @@ def _read_footprint(geometry: Geometry, k: int, bound: Triple | None) -> Triple:
         rows = read_values(geometry.source_index)[:, k]
         if not 0 <= rows.min() <= rows.max() < outer.shape[0]:
             raise ValueError(
-                f"source_index: column {k} is {rows.tolist()}, expected rows of sources[{k}]: "
-                f"0..{outer.shape[0] - 1}"
+                f"source_index: column {k} is {rows.tolist()}, expected rows of sources[{k}]: 0..{outer.shape[0] - 1}"
             )
         outer = outer[rows]
     (offset, scale), (outer_offset, outer_scale) = np.split(inner, 2, axis=1), np.split(outer, 2, axis=1)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from hpdm_kernels._backend import resolve_precision
-from hpdm_kernels._triton import dense_rows, launch_grid, triton
+from hpdm_kernels._layout import dense_rows
+from hpdm_kernels._triton import launch_grid, triton
 from hpdm_kernels.context import triton_kernels as kernels
 from hpdm_kernels.context.block_sizes import (
     CONTRACT,

@@ -23,8 +23,8 @@ Pointer arguments, besides the tables, unless a kernel's docstring says otherwis
 K is the number of sources and k one of them. In names, n is the patch's tokens per axis, m the source's, p the
 footprint's.
 
-Grids have one axis, which may have 2**31 - 1 programs; CUDA limits the others to 65,535. ``_block_of_program`` takes a
-program's number apart.
+Grids have one axis, which may have 2**31 - 1 programs; CUDA limits the others to 65,535. So a kernel takes the number of
+its program apart; ``_block_of_program`` does it for kernels that work on samples.
 
 Triton turns integer arguments equal to 1 into Python ints, which have no ``.to``. So sizes and strides are converted by
 ``* 1.0`` and ``tl.cast``.
@@ -296,8 +296,9 @@ def _context_contract_kernel(  # type: ignore[no-untyped-def]
     A program works on a block of the ``outer * p`` rows of the result. Footprint token ``j`` sums over the tokens whose
     positions are less than one away, a range in closed form; a border token also over all tokens beyond it.
     """
-    first_r, first_d, _ = _block_of_program(rows, BLOCK_R, width, BLOCK_D)
-    r, d = first_r + tl.arange(0, BLOCK_R), first_d + tl.arange(0, BLOCK_D)
+    blocks_d = tl.cdiv(width, BLOCK_D)
+    r = tl.program_id(0) // blocks_d * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.program_id(0) % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
     real = r < rows
     outer, j = r // p, r % p
     position = position_table_ptr + ((outer // per_sample) * K + k) * 6 + AXIS
@@ -307,14 +308,15 @@ def _context_contract_kernel(  # type: ignore[no-untyped-def]
     low = tl.where(j == 0, 0, tl.minimum(tl.maximum(tl.ceil((j - 1 - first) / step) - 1.0, 0.0), n).to(tl.int32))
     high = tl.floor((j + 1 - first) / step) + 1.0
     high = tl.where(j == p - 1, n - 1, tl.minimum(tl.maximum(high, -1.0), n - 1).to(tl.int32))
-    count = tl.max(tl.where(real, high - low + 1, 0), axis=0)
+    high = tl.where(real, high, -1)
+    count = tl.max(high - low, axis=0) + 1
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     grad = grad_ptr + outer.to(tl.int64) * n * width
     for c in range(count):
         i = low + c
         u = tl.minimum(tl.maximum(first + i.to(tl.float32) * step, 0.0), (p - 1) * 1.0)
         weight = tl.maximum(1.0 - tl.abs(u - j.to(tl.float32)), 0.0)
-        mask = (real & (i <= high))[:, None] & (d < width)[None, :]
+        mask = (i <= high)[:, None] & (d < width)[None, :]
         value = tl.load((grad + i.to(tl.int64) * width)[:, None] + d[None, :], mask=mask, other=0.0)
         acc += weight[:, None] * value.to(tl.float32)
     if MEAN:
@@ -361,8 +363,9 @@ def _context_matmul_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = a [M, K] @ b [K, N]``, any strides of a and b, in precisions that PyTorch does not offer."""
-    first_m, first_n, _ = _block_of_program(M, BLOCK_M, N, BLOCK_N)
-    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    m = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     a = a_ptr + m.to(tl.int64)[:, None] * stride_a_m + k.to(tl.int64)[None, :] * stride_a_k
     b = b_ptr + k.to(tl.int64)[:, None] * stride_b_k + n.to(tl.int64)[None, :] * stride_b_n

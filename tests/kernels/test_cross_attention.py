@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm_kernels import cross_attention, reference
 from hpdm_kernels._backend import PORTABLE
-from hpdm_kernels._triton import dense_rows
+from hpdm_kernels._layout import dense_rows
 from hpdm_kernels.attention.triton_backend import _grid_split
 from hpdm_kernels.testing import max_error, value_and_grads
 
