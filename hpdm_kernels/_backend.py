@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch.autograd import forward_ad
 
 from hpdm_kernels import _triton
 
@@ -132,51 +131,6 @@ def resolve_precision(precision: str | None) -> str:
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected None or one of {', '.join(map(repr, PRECISIONS))}")
     return precision
-
-
-def refuse_transforms(op: str, backend: str, tensors: Iterable[torch.Tensor | None]) -> None:
-    """Raises if a derivative is asked for that only the reference has, instead of letting it be zero without a word.
-
-    The registered ops have gradients by ``backward`` and :func:`torch.autograd.grad`. PyTorch gives a registered op
-    neither a derivative in forward mode, where tangents would be lost, nor one under ``torch.func``.
-
-    Args:
-        op: the public name of the op, for messages.
-        backend: the backend that will run it, from :func:`resolve`.
-        tensors: the op's inputs, ``None`` for those that are missing.
-
-    Raises:
-        NotImplementedError: ``backend`` is not ``"reference"``, and an input carries a tangent (forward mode, such as
-            ``torch.func.jvp``) or is differentiated by ``torch.func`` (``grad``, ``vjp``, ``jacrev``).
-    """
-    if backend != "reference" and transforms_differentiate(tensors):
-        raise NotImplementedError(
-            f"{op}: backend={backend!r} has no derivative under torch.func (grad, vjp, jvp, ...) and in forward mode, "
-            "only by backward() and torch.autograd.grad; use backend='reference'"
-        )
-
-
-def transforms_differentiate(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """Whether one of ``tensors`` has a tangent or is differentiated by ``torch.func``; never while it is compiled."""
-    if torch.compiler.is_compiling():
-        return False
-    forward = forward_ad._current_level >= 0
-    if not forward and torch._C._functorch.peek_interpreter_stack() is None:
-        return False
-    return any(t is not None and _is_differentiated(t, forward) for t in tensors)
-
-
-def _is_differentiated(tensor: torch.Tensor, forward: bool) -> bool:
-    """Whether ``tensor`` has a tangent (looked for if ``forward``) or a gradient of one of torch.func's levels."""
-    while True:
-        batched = torch._C._functorch.is_batchedtensor(tensor)
-        if forward and not batched and forward_ad.unpack_dual(tensor).tangent is not None:
-            return True
-        if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return False
-        if torch._C._functorch.is_gradtrackingtensor(tensor) and tensor.requires_grad:
-            return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
 
 
 def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:

@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from hpdm_kernels._transforms import inside_transform, is_mapped
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that an op accepts unless its documentation says otherwise."""
 Triple = tuple[int, int, int]
@@ -101,16 +103,15 @@ def check_number(name: str, value: object) -> float:
 
 
 def values_are_readable(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read cheaply: true for a real CPU tensor, unless it is traced or transformed.
+    """Whether a tensor's values can be read cheaply: true for a real CPU tensor, unless it is traced or mapped over.
 
-    Values on CUDA are never checked: reading them would synchronize with the stream and break CUDA graphs. Inside of
-    ``torch.func``'s transforms the tensors that these wrap have no values of their own.
+    Values on CUDA are never checked: reading them would synchronize with the stream and break CUDA graphs.
     """
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_mapped(tensor)
     )
 
 
@@ -119,7 +120,7 @@ def read_values(tensor: Tensor) -> npt.NDArray[Any]:
 
     numpy has less overhead per operation than PyTorch, which dominates for a few boxes.
     """
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if not inside_transform():
         return tensor.detach().numpy()
     # Inside of a torch.func transform every operation wraps its result, which numpy cannot read.
     return np.array(tensor.tolist(), dtype=str(tensor.dtype).removeprefix("torch.")).reshape(tensor.shape)

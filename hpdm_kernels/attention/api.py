@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpdm_kernels import _backend, reference
+from hpdm_kernels import _backend, _transforms, reference
 from hpdm_kernels._checks import check_tensor
 from hpdm_kernels.attention import ops
 from hpdm_kernels.attention.checks import check_key_mask, check_piece_rows, check_queries, check_scale, check_tokens
@@ -85,7 +85,7 @@ def cross_attention(
         mask = None if key_mask is None else key_mask[:, None, None]  # [B, 1, 1, N]
         with _backend.autocast_off(q):
             return F.scaled_dot_product_attention(q, k, v, mask, scale=factor)
-    _backend.refuse_transforms("cross_attention", chosen, (q, k, v))
+    _transforms.refuse("cross_attention", chosen, (q, k, v))
     return ops.cross_attention_fwd(q, k, v, factor, _kernel_precision(q, precision), key_mask)[0]
 
 
@@ -147,6 +147,6 @@ def read_tokens(
             rows = torch.cat([sequence.to(q.dtype) for sequence in sequences], dim=1)  # [B, N, D]
             k, v = project(rows, weight_kv.to(q.dtype), heads)  # [B, h, N, d]
             return reference.cross_attention(q, k, v, factor, key_mask)
-    _backend.refuse_transforms("read_tokens", chosen, (q, *sequences, weight_kv))
+    _transforms.refuse("read_tokens", chosen, (q, *sequences, weight_kv))
     precision = _kernel_precision(q, precision)
     return ops.read_tokens_fwd(q, sequences, weight_kv, key_mask, factor, piece_rows, precision, chosen)[0]

@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hpdm_kernels import reference
-from hpdm_kernels._backend import autocast_off, refuse_transforms, resolve, resolve_precision
+from hpdm_kernels import _transforms, reference
+from hpdm_kernels._backend import autocast_off, resolve, resolve_precision
 from hpdm_kernels._checks import check_tensor
 from hpdm_kernels.context import ops
 from hpdm_kernels.context.checks import check_context, check_sources, check_weight
@@ -87,7 +87,7 @@ def sample_context(
     if chosen == "reference":
         with autocast_off(first):
             return reference.sample_context(sources, source_boxes, box, source_grids, grid, source_index)
-    refuse_transforms("sample_context", chosen, (*sources, *source_boxes, box))
+    _transforms.refuse("sample_context", chosen, (*sources, *source_boxes, box))
     return ops.sample_fwd(sources, *geometry.flat(), chosen)
 
 
@@ -170,7 +170,7 @@ def project_sources(
     if chosen == "reference":
         with autocast_off(first):
             return reference.project_sources(sources, weight)
-    refuse_transforms("project_sources", chosen, (*sources, weight))
+    _transforms.refuse("project_sources", chosen, (*sources, weight))
     return tuple(ops.project_fwd(source, weight, precision, chosen) for source in sources)
 
 
@@ -244,6 +244,6 @@ def _fuse(
         source_boxes, box, source_index, source_grids, grid, _ = geometry
         with autocast_off(x):
             return formula(x, sources, source_boxes, box, weight, bias, source_grids, grid, source_index)
-    refuse_transforms(op, chosen, (x, *sources, *geometry.source_boxes, geometry.box, weight, bias))
+    _transforms.refuse(op, chosen, (x, *sources, *geometry.source_boxes, geometry.box, weight, bias))
     source_boxes, box, *index_and_shapes = geometry.flat()
     return ops.fuse_fwd(x, sources, source_boxes, box, weight, bias, *index_and_shapes, projected, precision, chosen)

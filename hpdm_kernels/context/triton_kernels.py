@@ -23,8 +23,8 @@ Pointer arguments, besides the tables, unless a kernel's docstring says otherwis
 K is the number of sources and k one of them. In names, n is the patch's tokens per axis, m the source's, p the
 footprint's.
 
-Grids have one axis, which may have 2**31 - 1 programs; CUDA limits the others to 65,535. So a kernel takes the number of
-its program apart; ``_block_of_program`` does it for kernels that work on samples.
+Grids have one axis, which may have 2**31 - 1 programs; CUDA limits the others to 65,535. So a kernel takes the number
+of its program apart; ``_block_of_program`` does it for kernels that work on samples.
 
 Triton turns integer arguments equal to 1 into Python ints, which have no ``.to``. So sizes and strides are converted by
 ``* 1.0`` and ``tl.cast``.

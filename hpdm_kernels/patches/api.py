@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpdm_kernels import reference
-from hpdm_kernels._backend import TRITON_DTYPES, autocast_off, refuse_transforms, resolve
+from hpdm_kernels import _transforms, reference
+from hpdm_kernels._backend import TRITON_DTYPES, autocast_off, resolve
 from hpdm_kernels._checks import FLOATS, check_tensor, check_triple
 from hpdm_kernels.boxes import check_boxes
 from hpdm_kernels.patches.ops import sample_patches_fwd
@@ -63,5 +63,5 @@ def sample_patches(video: Tensor, box: Tensor, size: Sequence[int], *, backend: 
     if chosen == "reference":
         with autocast_off(video):
             return reference.sample_patches(video, box, size)
-    refuse_transforms("sample_patches", chosen, (video, box))
+    _transforms.refuse("sample_patches", chosen, (video, box))
     return sample_patches_fwd(video, box, size, chosen)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpdm_kernels._backend import check_backend, resolve, transforms_differentiate
+from hpdm_kernels._backend import check_backend, resolve
 from hpdm_kernels._checks import check_tensor, check_triple
+from hpdm_kernels._transforms import differentiates
 from hpdm_kernels.boxes import coordinate_dtype
 from hpdm_kernels.tiles import ops
 from hpdm_kernels.tiles.checks import check_factors
@@ -146,5 +147,5 @@ class TileAccumulator:
 
 
 def _refuse_gradient(name: str, tensor: Tensor) -> None:
-    if (torch.is_grad_enabled() and tensor.requires_grad) or transforms_differentiate((tensor,)):
+    if (torch.is_grad_enabled() and tensor.requires_grad) or differentiates((tensor,)):
         raise ValueError(f"{name}: got a tensor that requires a gradient, expected none (average_tiles has one)")

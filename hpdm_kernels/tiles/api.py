@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpdm_kernels import reference
-from hpdm_kernels._backend import refuse_transforms, resolve
+from hpdm_kernels import _transforms, reference
+from hpdm_kernels._backend import resolve
 from hpdm_kernels._checks import check_tensor, check_triple
 from hpdm_kernels.tiles import ops
 from hpdm_kernels.tiles.checks import check_factors
@@ -62,7 +62,7 @@ def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int], *, b
     if chosen == "reference":
         read_origins(origins, tile, video.shape[2:])
         return reference.extract_tiles(video, origins, tile)
-    refuse_transforms("extract_tiles", chosen, (video,))
+    _transforms.refuse("extract_tiles", chosen, (video,))
     return ops.extract_tiles(video, origins, tile, False, 1.0, chosen)
 
 
@@ -117,5 +117,5 @@ def average_tiles(
     if chosen == "reference":
         read_origins(origins, tiles.shape[3:], size, cover=True)
         return reference.average_tiles(tiles, origins, size, x, alpha, beta)
-    refuse_transforms("average_tiles", chosen, (tiles, x))
+    _transforms.refuse("average_tiles", chosen, (tiles, x))
     return ops.average_tiles(tiles, origins, size, x, alpha, beta, True, chosen)

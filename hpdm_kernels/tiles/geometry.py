@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hpdm_kernels._checks import read_values
+from hpdm_kernels._transforms import is_mapped
 
 AXES = ("frames", "height", "width")
 
@@ -163,7 +163,7 @@ def read_origins(origins: Tensor, tile: Sequence[int], size: Sequence[int], cove
     Raises:
         ValueError: a tile outside of the video; with ``cover`` also tiles that are no product grid or leave gaps.
     """
-    if torch._C._functorch.is_batchedtensor(origins):
+    if is_mapped(origins):
         raise ValueError("origins: got a tensor that torch.func.vmap maps over, expected the same origins for all")
     host = origins if origins.device.type == "cpu" else origins.cpu()
     data = read_values(host).astype(np.int64).tobytes()

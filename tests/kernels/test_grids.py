@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 
 from hpdm_kernels import _triton
 from hpdm_kernels.attention import triton_backend as attention
-from hpdm_kernels.context import block_sizes, triton_backend as context
+from hpdm_kernels.context import block_sizes
+from hpdm_kernels.context import triton_backend as context
 from hpdm_kernels.context.geometry import Geometry
 from hpdm_kernels.context.weight import FusionWeight
 from hpdm_kernels.patches import triton_backend as patches
