@@ -113,10 +113,11 @@ class TileAccumulator:
         self._chosen = resolve(self.backend, "TileAccumulator", tiles)
         shape, dtype = (tiles.shape[0], tiles.shape[2], *self.size), coordinate_dtype(tiles.dtype)
         old = self._sums
-        if old is None or (old.shape, old.dtype, old.device) != (shape, dtype, tiles.device):
-            self._sums = None  # freed before the new buffer is allocated
-            with torch.inference_mode(False):  # else a buffer of an inference could be used in inference mode only
-                self._sums = ops.new_sums(tiles, shape, dtype)
+        # Compiled code in inference mode leaves a buffer that cannot be written outside of the mode, and cannot ask.
+        reuse = not torch.compiler.is_compiling() and old is not None and not old.is_inference()
+        if not reuse or old is None or (old.shape, old.dtype, old.device) != (shape, dtype, tiles.device):
+            self._sums = old = None  # freed before the new buffer is allocated
+            self._sums = ops.new_sums(tiles, shape, dtype)
         self._like = tiles.new_empty(tiles.shape[0], tiles.shape[2], 0)
 
     def step(self, x: Tensor | None = None, alpha: float = 0.0, beta: float = 1.0) -> Tensor:

@@ -57,9 +57,11 @@ def average_tiles(
 def new_sums(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialized buffer for :func:`add_tiles`, on the device of ``like``.
 
-    An op of its own because ``torch.compile`` cannot trace how it asks the system for huge pages.
+    An op of its own because ``torch.compile`` cannot trace how it asks the system for huge pages. The buffer is made
+    outside of inference mode, since one of that mode could not be written in a later step outside of it.
     """
-    return new_empty(like, *shape, dtype=dtype)
+    with torch.inference_mode(False):
+        return new_empty(like, *shape, dtype=dtype)
 
 
 @new_sums.register_fake

@@ -30,6 +30,8 @@ SHAPES = [
     (2, 1, 4, 1, 3),
     (1, 2, 128, 256, 32),  # whole blocks: no masks
     (1, 1, 150, 140, 128),
+    (2, 1, 9, 37, 160),
+    (1, 2, 128, 140, 256),
 ]
 
 
@@ -436,7 +438,7 @@ BAD = [
     ({"q": GOOD.int()}, TypeError, "q: got dtype torch.int32"),
     ({"q": GOOD[0]}, ValueError, "q: got shape"),
     ({"q": GOOD[:, :, :0]}, ValueError, "q: got shape"),
-    ({"q": torch.zeros(1, 1, 1, 129)}, ValueError, "q: got head width 129, expected at most 128"),
+    ({"q": torch.zeros(1, 1, 1, 257)}, ValueError, "q: got head width 257, expected at most 256"),
     ({"k": GOOD[:1]}, ValueError, "k: got shape"),
     ({"k": GOOD[:, :2]}, ValueError, "k: got shape"),
     ({"k": GOOD[..., :4]}, ValueError, "k: got shape"),

@@ -17,7 +17,7 @@ def test_every_subset_of_gradients(name, backend, generator, device):
     n = len(inputs)
     found = {}
     for wanted in itertools.product((True, False), repeat=n):
-        if not any(wanted):
+        if not any(wanted) or (backend == "triton" and sum(wanted) not in (1, n)):  # the interpreter is slow
             continue
         leaves = [t.clone().requires_grad_(w) for t, w in zip(inputs, wanted)]
         call.run(backend, *leaves).backward(grad)
