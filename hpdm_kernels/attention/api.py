@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hpdm_kernels import _backend, _transforms, reference
 from hpdm_kernels._checks import check_tensor
-from hpdm_kernels.attention import ops
+from hpdm_kernels.attention import ops, torch_backend
 from hpdm_kernels.attention.checks import check_key_mask, check_piece_rows, check_queries, check_scale, check_tokens
 from hpdm_kernels.attention.read import PIECE_ROWS, project
 
@@ -82,9 +81,8 @@ def cross_attention(
         with _backend.autocast_off(q):
             return reference.cross_attention(q, k, v, factor, key_mask)
     if chosen == "torch":
-        mask = None if key_mask is None else key_mask[:, None, None]  # [B, 1, 1, N]
         with _backend.autocast_off(q):
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=factor)
+            return torch_backend.attention(q, k, v, factor, key_mask)
     _transforms.refuse("cross_attention", chosen, (q, k, v))
     return ops.cross_attention_fwd(q, k, v, factor, _kernel_precision(q, precision), key_mask)[0]
 

@@ -11,12 +11,16 @@ none of PyTorch's fused attention functions for CUDA both takes every dtype and 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpdm_kernels._layout import dense_rows
 from hpdm_kernels.boxes import coordinate_dtype
 
 LOG2E = 1.4426950408889634
+FEWEST_KEYS = 16
+"""PyTorch's fused kernel for the CPU loses a NaN among fewer scores than a vector register holds: it gives zeros."""
 
 
 def forward(
@@ -27,7 +31,7 @@ def forward(
     ``q`` is ``[B, h, M, d]``, ``k`` and ``v`` are ``[B, h, N, d]``, ``key_mask`` is ``[B, N]`` bool. ``precision`` is
     not used: PyTorch's own setting governs its products.
     """
-    if not _has_kernel(q):
+    if not _has_kernel(q, k):
         return formula_forward(q, k, v, scale, key_mask)
     q, k, v = map(dense_rows, (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -53,7 +57,7 @@ def backward(
 
     ``k`` and ``v`` may be a subset of the keys and values, as long as ``out`` and ``lse`` are the results for all keys.
     """
-    if not _has_kernel(q):
+    if not _has_kernel(q, k):
         return formula_backward(grad, q, k, v, out, lse, scale, key_mask)
     grad, q, k, v, out = map(dense_rows, (grad, q, k, v, out))
     grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -62,13 +66,23 @@ def backward(
     return grads
 
 
-def _has_kernel(q: Tensor) -> bool:
-    """Whether PyTorch's fused kernel computes attention of ``q [B, h, M, d]``.
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
+    """PyTorch's own attention and gradients: ``out [B, h, M, d]``. The arguments are those of :func:`forward`."""
+    mask = None if key_mask is None else key_mask[:, None, None]  # [B, 1, 1, N]
+    if q.device.type == "cpu" and k.shape[2] < FEWEST_KEYS:
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+def _has_kernel(q: Tensor, k: Tensor) -> bool:
+    """Whether PyTorch's fused kernel computes attention of ``q [B, h, M, d]`` to ``k [B, h, N, d]``.
 
     Of the conditions of ``use_flash_attention_cpp``, PyTorch's own choice on the CPU, these are left to look at: the
     shapes and dtypes of the ops fulfil the others, and :func:`dense_rows` gives last axes of stride 1.
     """
-    return q.device.type == "cpu" and torch.backends.cuda.flash_sdp_enabled()  # the switch is for every device
+    switched_on = torch.backends.cuda.flash_sdp_enabled()  # for every device, in spite of its name
+    return q.device.type == "cpu" and k.shape[2] >= FEWEST_KEYS and switched_on
 
 
 def formula_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

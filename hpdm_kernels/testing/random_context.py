@@ -13,6 +13,8 @@ from hpdm_kernels.testing.draw import Draw
 
 # Positions are rounded to fp32 once, which moves them by a fraction of a token that grows with the source's grid.
 ULPS = 64.0
+PRECISIONS = (None, "ieee", "tf32x3")
+"""``"tf32"`` is left out: its errors are not those of fp32."""
 
 
 def _geometry(draw: Draw) -> Arguments:
@@ -94,8 +96,7 @@ def _fusion(draw: Draw, dtype: torch.dtype, backend: str, projected: bool) -> Ca
         "weight": draw.normal(width, 2 * width + draw.choose((0, 3)), dtype=dtype),
         "bias": draw.normal(width, dtype=dtype) if draw.chance(0.7) else None,
     }
-    if draw.chance(0.3):
-        arguments["precision"] = "ieee"
+    arguments["precision"] = draw.choose(PRECISIONS)
     ours, formula = (
         (hpdm_kernels.fuse_projected, formulas.fuse_projected)
         if projected
@@ -122,5 +123,6 @@ def project_sources(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
             draw.normal(draw.size(3), draw.size(12), width, dtype=dtype) for _ in range(draw.choose((1, 2, 3)))
         ),
         "weight": draw.normal(width, 2 * width + draw.choose((0, 3)), dtype=dtype),
+        "precision": draw.choose(PRECISIONS),
     }
     return Case(hpdm_kernels.project_sources, formulas.project_sources, arguments, ("sources", "weight"), 8.0, 8.0)
