@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpdm_kernels._layout import dense_rows
 from hpdm_kernels.boxes import coordinate_dtype
@@ -68,10 +67,9 @@ def backward(
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None) -> Tensor:
     """PyTorch's own attention and gradients: ``out [B, h, M, d]``. The arguments are those of :func:`forward`."""
-    mask = None if key_mask is None else key_mask[:, None, None]  # [B, 1, 1, N]
     if q.device.type == "cpu" and k.shape[2] < FEWEST_KEYS:
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return formula_forward(q, k, v, scale, key_mask)[0]
+    mask = None if key_mask is None else key_mask[:, None, None]  # [B, 1, 1, N]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
 
 
