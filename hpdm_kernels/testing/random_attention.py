@@ -74,7 +74,7 @@ def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
 def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     """A configuration of :func:`hpdm_kernels.read_tokens`."""
     batch, heads, head, width = draw.size(4), draw.size(3), draw.choose(WIDTHS), draw.size(12)
-    lengths = [draw.size(20) for _ in range(draw.choose((1, 1, 2, 3)))]
+    lengths = [draw.size(60) for _ in range(draw.choose((1, 1, 2, 3)))]
     other = dtype if backend == "triton" or draw.chance(0.7) else draw.choose((torch.bfloat16, torch.float32))
     tokens = tuple(draw.normal(batch, n, width, dtype=other) for n in lengths)
     arguments: Arguments = {
@@ -83,7 +83,7 @@ def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
         "weight_kv": draw.normal(2 * heads * head, width, dtype=draw.choose((dtype, other))),
         "scale": draw.choose(SCALES),
         "key_mask": _mask(draw, batch, sum(lengths)),
-        "piece_rows": draw.choose((1, 2, 7, 30, 8192)),
+        "piece_rows": draw.choose((1, 7, 20, 50, 8192)),
     }
 
     def sizes(wide: Arguments, grads: Sequence[Tensor]) -> list[float]:

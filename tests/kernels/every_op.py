@@ -49,12 +49,13 @@ CALLS = {
         {"source": (2, 6, 5), "weight": (5, 13)}, lambda backend, s, w: ops.project_sources((s,), w, backend=backend)[0]
     ),
     "cross_attention": Call(
-        {"q": (2, 3, 4, 8), "k": (2, 3, 6, 8), "v": (2, 3, 6, 8)},
+        {"q": (2, 3, 4, 8), "k": (2, 3, 20, 8), "v": (2, 3, 20, 8)},
         lambda backend, q, k, v: ops.cross_attention(q, k, v, backend=backend),
     ),
     "read_tokens": Call(
-        {"q": (2, 3, 4, 8), "weight_kv": (48, 5), "tokens 0": (2, 6, 5), "tokens 1": (2, 3, 5)},
-        lambda backend, q, w, *tokens: ops.read_tokens(q, tokens, w, piece_rows=4, backend=backend),
+        # Parts of 20 and 18 tokens, enough for PyTorch's fused kernel for the CPU.
+        {"q": (2, 3, 4, 8), "weight_kv": (48, 5), "tokens 0": (2, 40, 5), "tokens 1": (2, 18, 5)},
+        lambda backend, q, w, *tokens: ops.read_tokens(q, tokens, w, piece_rows=20, backend=backend),
     ),
     "sample_patches": Call(
         {"video": (2, 2, 3, 6, 7)}, lambda backend, video: ops.sample_patches(video, BOX, (2, 3, 2), backend=backend)

@@ -64,7 +64,7 @@ def test_views_are_read_as_copies(name, backend, view, generator, device):
 @pytest.mark.parametrize("view", VIEWS)
 def test_masks_that_are_views(view, generator):
     q, weight, *tokens = CALLS["read_tokens"].inputs(generator)
-    mask = torch.rand(2, 9, generator=generator) < 0.6
+    mask = torch.rand(2, 58, generator=generator) < 0.6
     mask = view(mask.float()) == 1
     strided = mask.t().contiguous().t()
     results = []
@@ -85,14 +85,9 @@ def registered_calls(backend, generator, device):
     whole, box = [w.to(device) for w in WHOLE], BOX.to(device)
     geometry = (None, flatten_triples(SOURCE_GRIDS), list(GRID), flatten_triples(SOURCE_GRIDS))
     sources, x, weight, bias = [normal(2, 12, 5), normal(2, 6, 5)], normal(2, 12, 5), normal(5, 13), normal(5)
-    q, k, v, tokens, weight_kv = (
-        normal(2, 3, 4, 8),
-        normal(2, 3, 6, 8),
-        normal(2, 3, 6, 8),
-        normal(2, 6, 5),
-        normal(48, 5),
-    )
-    out, lse = torch.ops.hpdm.read_tokens_fwd(q, [tokens], weight_kv, None, 0.3, 4, "ieee", backend)
+    q, k, v = normal(2, 3, 4, 8), normal(2, 3, 6, 8), normal(2, 3, 6, 8)
+    tokens, weight_kv = normal(2, 40, 5), normal(48, 5)
+    out, lse = torch.ops.hpdm.read_tokens_fwd(q, [tokens], weight_kv, None, 0.3, 20, "ieee", backend)
     video, patch, tiles = normal(2, 2, *SIZE), normal(2, 2, 1, 3, 2), normal(2, 4, 2, *TILE)
     fusion = (x, sources, whole, box, weight, bias, *geometry)
     calls = {
@@ -102,8 +97,8 @@ def registered_calls(backend, generator, device):
         "fuse_context_bwd": (normal(2, 12, 5), *fusion, [True] * 5, False, "ieee", backend),
         "project_source_fwd": (sources[0], weight, "ieee", backend),
         "project_source_bwd": (normal(2, 12, 5), sources[0], weight, [True, True], "ieee", backend),
-        "read_tokens_fwd": (q, [tokens], weight_kv, None, 0.3, 4, "ieee", backend),
-        "read_tokens_bwd": (normal(2, 3, 4, 8), q, [tokens], weight_kv, out, lse, None, 0.3, 4, "ieee", backend),
+        "read_tokens_fwd": (q, [tokens], weight_kv, None, 0.3, 20, "ieee", backend),
+        "read_tokens_bwd": (normal(2, 3, 4, 8), q, [tokens], weight_kv, out, lse, None, 0.3, 20, "ieee", backend),
         "sample_patches_fwd": (video, box, [1, 3, 2], backend),
         "sample_patches_bwd": (patch, box, list(SIZE), backend),
         "extract_tiles": (video, origins, list(TILE), True, 0.5, backend),
