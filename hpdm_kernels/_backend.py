@@ -7,11 +7,13 @@ Four backends (README, "Backends"):
 ``triton``     the same algorithm as fused kernels; the default on CUDA
 ``auto``       picks ``triton`` or ``torch`` and logs why, once per reason
 
-An explicit backend never falls back to another one: it raises and says why.
+An explicit backend never falls back to another one: it raises and says why. Whatever the backend, results have the
+dtype that the op documents, under :class:`torch.autocast` too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -131,9 +133,12 @@ def resolve_precision(precision: str | None) -> str:
     return precision
 
 
-def autocast_off(x: torch.Tensor) -> torch.autocast:
-    """Disables autocast inside a custom op on ``x``'s device: the op's inputs keep their dtype."""
-    return torch.autocast(x.device.type, enabled=False)
+def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Disables autocast on ``x``'s device: inside, an op's inputs keep their dtype and so do its results."""
+    device = x.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 PORTABLE: dict[Any, Callable[..., Any]] = {}

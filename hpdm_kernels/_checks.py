@@ -5,10 +5,16 @@ Boxes are validated in :mod:`hpdm_kernels.boxes`, arguments of a single op in th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from hpdm_kernels._transforms import inside_transform, is_mapped
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The dtypes that an op accepts unless its documentation says otherwise."""
@@ -75,8 +81,29 @@ def check_triple(name: str, value: object, minimum: int = 1) -> Triple:
     return (value[0], value[1], value[2])
 
 
+def check_number(name: str, value: object) -> float:
+    """Checks a finite number, or a tensor of one that requires no gradient; returns it as a float.
+
+    While ``torch.compile`` traces, a number may be a symbol, whose value is not looked at.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: a number that is not finite, a tensor with several elements, or one that requires a gradient.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.requires_grad:
+            what = "one that requires a gradient" if value.numel() == 1 else f"shape {tuple(value.shape)}"
+            raise ValueError(f"{name}: got a tensor, {what}, expected a number: it is a constant without a gradient")
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: got {value!r}, expected a finite number")
+    if not torch.compiler.is_compiling() and not math.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return float(value)
+
+
 def values_are_readable(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be read cheaply: true for a real CPU tensor, unless it is being traced.
+    """Whether a tensor's values can be read cheaply: true for a real CPU tensor, unless it is traced or mapped over.
 
     Values on CUDA are never checked: reading them would synchronize with the stream and break CUDA graphs.
     """
@@ -84,7 +111,19 @@ def values_are_readable(tensor: Tensor) -> bool:
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not is_mapped(tensor)
     )
+
+
+def read_values(tensor: Tensor) -> npt.NDArray[Any]:
+    """The values of a tensor that :func:`values_are_readable`, of its shape and dtype, as a numpy array.
+
+    numpy has less overhead per operation than PyTorch, which dominates for a few boxes.
+    """
+    if not inside_transform():
+        return tensor.detach().numpy()
+    # Inside of a torch.func transform every operation wraps its result, which numpy cannot read.
+    return np.array(tensor.tolist(), dtype=str(tensor.dtype).removeprefix("torch.")).reshape(tensor.shape)
 
 
 def flatten_triples(values: Sequence[Sequence[int]]) -> list[int]:

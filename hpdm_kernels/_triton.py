@@ -6,11 +6,10 @@ No other module imports Triton. Without it the ``reference`` and ``torch`` backe
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 # Fused multiply-add is Triton's own default, but newer versions warn if it is not set.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -35,9 +34,25 @@ def jit(fn: Any) -> Any:
     return triton.jit(fn) if AVAILABLE else fn
 
 
-def dense_rows(x: Tensor) -> Tensor:
-    """``x`` if its last axis has stride 1, as the kernels require; else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+MAX_PROGRAMS = 2**31 - 1
+"""CUDA's limit on the first axis of a grid. That of the second and third axis is 65,535."""
+
+
+def launch_grid(*counts: int) -> tuple[int]:
+    """The grid of a launch with ``counts[0] * counts[1] * ...`` programs, all on the first axis.
+
+    Sizes of a caller's tensors never go on the other axes, which CUDA limits to 65,535 programs.
+
+    Raises:
+        ValueError: more programs than :data:`MAX_PROGRAMS`.
+    """
+    programs = math.prod(counts)
+    if programs > MAX_PROGRAMS:
+        raise ValueError(
+            f"tensors: got sizes that need {' x '.join(map(str, counts))} = {programs} programs of one kernel, "
+            f"expected at most {MAX_PROGRAMS}; use a smaller batch"
+        )
+    return (programs,)
 
 
 @dataclass(frozen=True)

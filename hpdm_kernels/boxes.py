@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpdm_kernels._checks import check_tensor, values_are_readable
+from hpdm_kernels._checks import check_tensor, read_values, values_are_readable
 
 BOX_SLACK = 1e-5
 """Allowed overshoot of a box's edges, since boxes are built in fp32 by adding fractions, which rounds."""
@@ -87,14 +87,13 @@ def check_boxes(name: str, boxes: object, rows: int | str, like: tuple[str, Tens
     """
     boxes = check_tensor(name, boxes, (rows, 6), dtypes=(torch.float32,), like=like, same_dtype=False)
     if values_are_readable(boxes):
-        # numpy has less overhead per operation than PyTorch, which dominates for so few numbers.
-        values = boxes.detach().numpy()
+        values = read_values(boxes)
         offset, scale = values[:, :3], values[:, 3:]
         valid = (scale > 0) & (offset >= -BOX_SLACK) & (offset + scale <= 1 + BOX_SLACK)
         if not valid.all():
             row = int((~valid.all(axis=1)).nonzero()[0][0])
             raise ValueError(
-                f"{name}: row {row} is {boxes[row].tolist()}, expected (offset, scale) inside the whole video: "
+                f"{name}: row {row} is {values[row].tolist()}, expected (offset, scale) inside the whole video: "
                 "offset >= 0, scale > 0, offset + scale <= 1 on every axis"
             )
     return boxes

@@ -210,7 +210,9 @@ class TileAverage(nn.Module):
         super().__init__()
         self.backend = check_backend(backend)
         self.size = tuple(size)
-        self.origins = origins  # not a buffer, which would move to a GPU with the module: origins are read on the CPU
+        # A copy, which the caller cannot change. Not a buffer, which would move to a GPU with the module: origins are
+        # read on the CPU.
+        self.origins = origins.detach().clone()
 
     def forward(self, tiles: Tensor, x: Tensor | None = None, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
         """``tiles [B, T, C, f, h, w]``, ``x [B, C, F, H, W]`` -> ``alpha * x + beta * mean``, ``[B, C, F, H, W]``."""

@@ -117,7 +117,7 @@ def average_tiles(
     """
     b, _, c, f, h, w = tiles.shape
     work = coordinate_dtype(tiles.dtype)
-    total = torch.zeros(b, c, *size, dtype=work, device=tiles.device)
+    total = tiles.new_zeros(b, c, *size, dtype=work)  # one per element under torch.func.vmap, as the tiles are
     count = torch.zeros(1, 1, *size, dtype=work, device=tiles.device)
     for t, (i, j, k) in enumerate(origins.tolist()):
         total[:, :, i : i + f, j : j + h, k : k + w] += tiles[:, t]

@@ -51,7 +51,7 @@ def sample_boxes(
         offsets = _uniform_offsets(config, batch, generator, borders)
     else:
         offsets = _nested_offsets(config, batch, generator)
-    scales = torch.tensor([config.level_scale(level) for level in range(config.levels)])  # [L, 3]
+    scales = torch.tensor([config.level_scale(level) for level in range(config.levels)], dtype=torch.float32)  # [L, 3]
     return torch.cat((offsets.float(), scales.expand(batch, -1, -1)), dim=2)
 
 

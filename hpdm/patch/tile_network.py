@@ -126,7 +126,7 @@ class TileNetwork:
         """
         inputs = self._inputs(level, tiles, boxes, t, context, copies_of(guidance))
         v = _guide(self._predict(level, inputs), guidance)  # [B * n, C, f, h, w]
-        y = denoise(tiles.flatten(0, 1), v, torch.full((1,), t, device=self.device))
+        y = denoise(tiles.flatten(0, 1), v, torch.full((1,), t, dtype=torch.float32, device=self.device))
         if self.options.clip:
             bound = self.config.signal_scale(level)
             y = y.clamp_(-bound, bound)
@@ -146,8 +146,8 @@ class TileNetwork:
 
     def scale_input(self, level: int, tiles: Tensor, t: float) -> Tensor:
         """Tiles ``[B, n, C, f, h, w]`` of unit variance; see :func:`hpdm.process.network_input`."""
-        time = torch.full((1,), t, device=self.device)
-        signal = torch.full((1,), self.config.signal_scale(level), device=self.device)
+        time = torch.full((1,), t, dtype=torch.float32, device=self.device)
+        signal = torch.full((1,), self.config.signal_scale(level), dtype=torch.float32, device=self.device)
         return network_input(tiles.flatten(0, 1), time, signal).unflatten(0, tiles.shape[:2])
 
     def rows(self, x: Tensor, tiles: int, copies: int) -> Tensor:

@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hpdm_kernels import _backend, reference
+from hpdm_kernels import _backend, _transforms, reference
 from hpdm_kernels._checks import check_tensor
-from hpdm_kernels.attention import ops
+from hpdm_kernels.attention import ops, torch_backend
 from hpdm_kernels.attention.checks import check_key_mask, check_piece_rows, check_queries, check_scale, check_tokens
 from hpdm_kernels.attention.read import PIECE_ROWS, project
 
@@ -45,24 +44,28 @@ def cross_attention(
     Args:
         q: ``[B, h, M, d]`` queries; float16, bfloat16, float32, or float64 (``reference`` and ``torch`` only). Any
             strides: a view into a fused projection is read in place.
-        k: ``[B, h, N, d]`` keys, dtype and device of ``q``. ``d`` is at most 128.
+        k: ``[B, h, N, d]`` keys, dtype and device of ``q``. ``d`` is at most 256.
         v: ``[B, h, N, d]`` values.
         scale: factor of the scores, any finite number; default ``1 / sqrt(d)``.
         key_mask: ``[B, N]`` bool, true where a key may be read, for texts of different lengths; ``None`` hides no key.
             Hidden keys and values get no gradient; they must be finite, since zero times NaN is NaN.
         precision: how the kernels compute fp32 products: ``"ieee"``, ``"tf32x3"``, ``"tf32"``; ``None`` follows
             :func:`torch.get_float32_matmul_precision`. ``reference`` and ``torch`` always follow PyTorch's setting.
+            For ``d`` above 128 the backward computes the products of ``"tf32x3"`` in ``"ieee"``.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Returns:
         ``[B, h, M, d]`` of ``q``'s dtype. Gradients flow to ``q``, ``k`` and ``v``. A sample whose keys are all hidden
-        gives zeros and zero gradients.
+        gives zeros and zero gradients. A query whose scores are all -inf without a mask gives zeros too, but NaN with
+        ``reference``. A NaN or infinity stays within its sample and head: in ``q`` it reaches its query's row, in ``k``
+        and ``v`` all rows.
 
     Raises:
         TypeError: an argument is not a tensor, its dtype is no float or not ``q``'s, ``key_mask`` is not bool, or
             ``scale`` is no number.
         ValueError: wrong rank, sizes or device; ``scale`` not finite; unknown ``precision`` or ``backend``.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
+        NotImplementedError: ``torch.func`` or forward mode differentiates the op, and its backend cannot.
 
     Source: the read and the write of a RIN block, paper Fig. 11.
     """
@@ -75,10 +78,12 @@ def cross_attention(
     precision = _backend.resolve_precision(precision)
     chosen = _backend.resolve(backend, "cross_attention", q)
     if chosen == "reference":
-        return reference.cross_attention(q, k, v, factor, key_mask)
+        with _backend.autocast_off(q):
+            return reference.cross_attention(q, k, v, factor, key_mask)
     if chosen == "torch":
-        mask = None if key_mask is None else key_mask[:, None, None]  # [B, 1, 1, N]
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=factor)
+        with _backend.autocast_off(q):
+            return torch_backend.attention(q, k, v, factor, key_mask)
+    _transforms.refuse("cross_attention", chosen, (q, k, v))
     return ops.cross_attention_fwd(q, k, v, factor, _kernel_precision(q, precision), key_mask)[0]
 
 
@@ -101,7 +106,7 @@ def read_tokens(
 
     Args:
         q: ``[B, h, M, d]`` queries; float16, bfloat16, float32, or float64 (``reference`` and ``torch`` only). Any
-            strides; ``d`` is at most 128.
+            strides; ``d`` is at most 256.
         tokens: ``[B, N, D]``, or several tensors ``[B, N_i, D]``, read as if they were concatenated. Any float dtype;
             cast to the dtype of ``q`` one chunk at a time, so that mixed precision needs no second copy of all tokens.
         weight_kv: ``[2 * h * d, D]``, the rows of all heads' keys, then those of the values. Any float dtype.
@@ -122,6 +127,7 @@ def read_tokens(
         ValueError: wrong rank, sizes or device; no tokens; ``scale`` not finite; ``piece_rows`` below 1; unknown
             ``precision`` or ``backend``.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
+        NotImplementedError: ``torch.func`` or forward mode differentiates the op on another backend than ``reference``.
 
     Source: the read of a RIN block, paper Fig. 11.
     """
@@ -135,8 +141,10 @@ def read_tokens(
     precision = _backend.resolve_precision(precision)
     chosen = _backend.resolve(backend, "read_tokens", q)
     if chosen == "reference":
-        rows = torch.cat([sequence.to(q.dtype) for sequence in sequences], dim=1)  # [B, N, D]
-        k, v = project(rows, weight_kv.to(q.dtype), heads)  # [B, h, N, d]
-        return reference.cross_attention(q, k, v, factor, key_mask)
+        with _backend.autocast_off(q):
+            rows = torch.cat([sequence.to(q.dtype) for sequence in sequences], dim=1)  # [B, N, D]
+            k, v = project(rows, weight_kv.to(q.dtype), heads)  # [B, h, N, d]
+            return reference.cross_attention(q, k, v, factor, key_mask)
+    _transforms.refuse("read_tokens", chosen, (q, *sequences, weight_kv))
     precision = _kernel_precision(q, precision)
     return ops.read_tokens_fwd(q, sequences, weight_kv, key_mask, factor, piece_rows, precision, chosen)[0]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from hpdm_kernels._checks import check_tensor
+from hpdm_kernels._checks import check_number, check_tensor
 
-MAX_HEAD_WIDTH = 128
+MAX_HEAD_WIDTH = 256
+"""The widest heads that the kernels have block sizes for. The limit is the same on every backend."""
 
 
 def check_queries(q: Tensor) -> Tensor:
@@ -32,11 +32,7 @@ def check_scale(scale: object, width: int) -> float:
     """Checks and returns the factor of the scores: a finite number; ``None`` gives ``1 / sqrt(width)``."""
     if scale is None:
         return width**-0.5
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: got {scale!r}, expected None or a finite number")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale}, expected a finite number")
-    return float(scale)
+    return check_number("scale", scale)
 
 
 def check_tokens(tokens: object, width: int, q: Tensor) -> list[Tensor]:

@@ -138,7 +138,8 @@ def backward(
     attention = _attention(backend)
     cast_weight, sum_dtype = weight.to(q.dtype), coordinate_dtype(q.dtype)
     # Sums over chunks are fp32 for 16-bit inputs.
-    dq, dweight = torch.zeros_like(empty_heads(q), dtype=sum_dtype), torch.zeros_like(weight, dtype=sum_dtype)
+    dq = empty_heads(q, sum_dtype).zero_()
+    dweight = torch.zeros(weight.shape, dtype=sum_dtype, device=weight.device)
     dtokens: dict[int, Tensor] = {}
     for samples, ranges in token_chunks(q.shape[0], [t.shape[1] for t in tokens], piece_rows):
         for sequence, piece, columns in ranges:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hpdm_kernels._triton import KernelSpec
 from hpdm_kernels.attention import triton_kernels
-from hpdm_kernels.attention.triton_backend import COMBINE_ROWS, gpu_tiling
+from hpdm_kernels.attention.triton_backend import COMBINE_ROWS, backward_precision, gpu_tiling
 
 _KERNELS = {
     "fwd": triton_kernels.cross_attention_fwd_kernel,
@@ -15,6 +15,9 @@ _KERNELS = {
     "bwd_kv": triton_kernels.cross_attention_bwd_kv_kernel,
     "combine": triton_kernels.cross_attention_combine_kernel,
 }
+
+BLOCKS_D = (16, 32, 64, 128, 256)
+"""Head widths, rounded up to a power of two."""
 
 
 def aot_specs() -> list[KernelSpec]:
@@ -24,7 +27,9 @@ def aot_specs() -> list[KernelSpec]:
     """
     dtypes = [("fp32", p) for p in ("ieee", "tf32x3", "tf32")] + [("bf16", "ieee"), ("fp16", "ieee")]
     specs = []
-    for kernel, (dtype, precision), block_d in product(("fwd", "bwd_q", "bwd_kv"), dtypes, (16, 32, 64, 128)):
+    for kernel, (dtype, precision), block_d in product(("fwd", "bwd_q", "bwd_kv"), dtypes, BLOCKS_D):
+        if kernel != "fwd" and backward_precision(precision, block_d) != precision:
+            continue
         tile = gpu_tiling(kernel, precision if dtype == "fp32" else "16bit", block_d)
         for even, masked in ((False, False), (False, True), *([(True, False)] if block_d == 64 else [])):
             width = block_d if even else block_d * 3 // 4
@@ -36,7 +41,7 @@ def aot_specs() -> list[KernelSpec]:
                 constexprs["bias_ptr"] = None
             label = f"{dtype},{precision},d{width}{',mask' * masked}"
             specs.append(_spec(kernel, label, dtype, constexprs, tile.num_warps, tile.num_stages))
-    for dtype, block_d in product(("fp32", "bf16", "fp16"), (16, 32, 64, 128)):
+    for dtype, block_d in product(("fp32", "bf16", "fp16"), BLOCKS_D):
         constexprs = {"WIDTH": block_d, "BLOCK_D": block_d, "BLOCK_M": COMBINE_ROWS}
         specs.append(_spec("combine", f"{dtype},d{block_d}", dtype, constexprs, 4, 2))
     return specs

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hpdm_kernels._triton import INTERPRETED, dense_rows, triton
+from hpdm_kernels._layout import dense_rows
+from hpdm_kernels._triton import INTERPRETED, launch_grid, triton
 from hpdm_kernels.attention import triton_kernels as kernels
 from hpdm_kernels.attention.layout import empty_heads
 
@@ -26,25 +27,28 @@ class Tiling(NamedTuple):
     num_stages: int
 
 
-# (kernel, products) -> tilings for head widths up to 32, up to 64, and above. Each is the largest tested tiling that
-# uses no stack and fits the shared memory of sm_80, sm_90 and sm_100, with and without hidden keys (Triton 3.9).
-# On sm_90 all products of 16 bits and of one TF32 pass run on HGMMA. These 3xTF32 products run on HMMA instead:
-# - head width 128, and bwd_kv at width 64: HGMMA needs blocks of 64 rows, which spill registers on sm_80 or sm_90;
-# - bwd_q at every width: blocks of 64 by 16 would fit on HGMMA, but ptxas 12.8.93 (Triton 3.6 and 3.7.1) gives them
-#   shared-memory addresses from unset registers. ptxas 12.9.86, 13.1.80 and 13.4.59 do not.
+# (kernel, products) -> tilings for head widths up to 32, up to 64, up to 128, and up to 256. Each is the largest tested
+# tiling that uses no stack and fits the shared memory of sm_80, sm_90 and sm_100, with and without hidden keys (Triton
+# 3.9). 3xTF32 has none for the backward at width 256: see `backward_precision`.
+# On sm_90 all products of 16 bits and of one TF32 pass run on HGMMA up to width 128. These run on HMMA instead:
+# - one TF32 pass at width 256: blocks of 64 rows spill registers on sm_90;
+# - 3xTF32 at width 128 and above, and bwd_kv at width 64: HGMMA needs blocks of 64 rows, which spill registers on sm_80
+#   or sm_90;
+# - 3xTF32 in bwd_q at every width: blocks of 64 by 16 would fit on HGMMA, but ptxas 12.8.93 (Triton 3.6 and 3.7.1)
+#   gives them shared-memory addresses from unset registers. ptxas 12.9.86, 13.1.80 and 13.4.59 do not.
 _TILINGS = {
-    ("fwd", "16bit"): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3)),
-    ("fwd", "tf32"): (Tiling(128, 32, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2)),
-    ("fwd", "tf32x3"): (Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2)),
-    ("fwd", "ieee"): (Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(16, 32, 8, 2)),
-    ("bwd_q", "16bit"): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)),
-    ("bwd_q", "tf32"): (Tiling(128, 32, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2)),
+    ("fwd", "16bit"): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 3), Tiling(64, 64, 8, 2)),
+    ("fwd", "tf32"): (Tiling(128, 32, 8, 3), Tiling(128, 64, 8, 3), Tiling(128, 32, 8, 2), Tiling(32, 32, 8, 2)),
+    ("fwd", "tf32x3"): (Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(16, 32, 8, 2)),
+    ("fwd", "ieee"): (Tiling(64, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(16, 32, 8, 2), Tiling(16, 32, 8, 2)),
+    ("bwd_q", "16bit"): (Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2)),
+    ("bwd_q", "tf32"): (Tiling(128, 32, 8, 2), Tiling(128, 32, 8, 2), Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2)),
     ("bwd_q", "tf32x3"): (Tiling(16, 64, 4, 2), Tiling(32, 64, 8, 2), Tiling(16, 32, 8, 2)),
-    ("bwd_q", "ieee"): (Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(64, 16, 8, 2)),
-    ("bwd_kv", "16bit"): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 64, 8, 2)),
-    ("bwd_kv", "tf32"): (Tiling(32, 64, 4, 2), Tiling(32, 64, 8, 2), Tiling(16, 64, 4, 1)),
+    ("bwd_q", "ieee"): (Tiling(32, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(64, 16, 8, 2), Tiling(32, 32, 8, 2)),
+    ("bwd_kv", "16bit"): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2)),
+    ("bwd_kv", "tf32"): (Tiling(32, 64, 4, 2), Tiling(32, 64, 8, 2), Tiling(16, 64, 4, 1), Tiling(16, 32, 8, 2)),
     ("bwd_kv", "tf32x3"): (Tiling(16, 64, 4, 2), Tiling(32, 16, 8, 2), Tiling(32, 16, 8, 2)),
-    ("bwd_kv", "ieee"): (Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(16, 64, 8, 2)),
+    ("bwd_kv", "ieee"): (Tiling(64, 32, 8, 2), Tiling(32, 32, 8, 2), Tiling(16, 64, 8, 2), Tiling(16, 32, 8, 2)),
 }
 
 
@@ -56,7 +60,16 @@ def gpu_tiling(kernel: str, products: str, block_d: int) -> Tiling:
         products: the second part: ``"16bit"``, or the precision of fp32 products.
         block_d: head width, rounded up to a power of two.
     """
-    return _TILINGS[kernel, products][(block_d > 32) + (block_d > 64)]
+    return _TILINGS[kernel, products][(block_d > 32) + (block_d > 64) + (block_d > 128)]
+
+
+def backward_precision(precision: str, block_d: int) -> str:
+    """The precision in which the backward computes the fp32 products that the caller wants in ``precision``.
+
+    3xTF32 keeps three parts of its operands in registers, too many for head widths above 128 in any block size. These
+    products are computed in fp32, which is slower and rounds less.
+    """
+    return "ieee" if precision == "tf32x3" and block_d > 128 else precision
 
 
 def _tiling(kernel: str, dtype: torch.dtype, precision: str, block_d: int) -> Tiling:
@@ -107,7 +120,7 @@ def forward(
     part, part_lse = out, lse
     if splits > 1:
         part, part_lse = empty_heads(q, torch.float32, splits), lse.new_empty(splits, *lse.shape)
-    kernels.cross_attention_fwd_kernel[(blocks * splits,)](
+    kernels.cross_attention_fwd_kernel[launch_grid(blocks, splits)](
         q, k, v, bias, part, part_lse,
         *_strides(q, k, v), 0 if bias is None else bias.stride(0),
         batch, heads, queries, keys, per_split * tile.block_n, scale * LOG2E,
@@ -117,7 +130,7 @@ def forward(
     )  # fmt: skip
     if splits > 1:
         block_m = COMBINE_ROWS
-        kernels.cross_attention_combine_kernel[(triton.cdiv(queries, block_m) * batch * heads,)](
+        kernels.cross_attention_combine_kernel[launch_grid(triton.cdiv(queries, block_m), batch, heads)](
             part, part_lse, out, lse, batch, heads, queries, splits, WIDTH=width, BLOCK_D=block_d, BLOCK_M=block_m
         )
     return out, lse
@@ -147,13 +160,14 @@ def backward(
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     block_d = max(16, triton.next_power_of_2(width))
+    precision = backward_precision(precision, block_d)
     delta = torch.empty_like(lse)
 
     tile = _tiling("bwd_q", q.dtype, precision, block_d)
     blocks = triton.cdiv(queries, tile.block_m) * batch * heads
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(keys, tile.block_n))
     part_q = empty_heads(q, torch.float32 if splits > 1 else q.dtype, splits)
-    kernels.cross_attention_bwd_q_kernel[(blocks * splits,)](
+    kernels.cross_attention_bwd_q_kernel[launch_grid(blocks, splits)](
         grad, q, k, v, bias, out, lse, delta, part_q,
         *_strides(grad, q, k, v, out), 0 if bias is None else bias.stride(0),
         batch, heads, queries, keys, per_split * tile.block_n, scale, scale * LOG2E,
@@ -167,7 +181,7 @@ def backward(
     blocks = triton.cdiv(keys, tile.block_n) * batch * heads
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(queries, tile.block_m))
     part_k, part_v = (empty_heads(k, torch.float32 if splits > 1 else k.dtype, splits) for _ in range(2))
-    kernels.cross_attention_bwd_kv_kernel[(blocks * splits,)](
+    kernels.cross_attention_bwd_kv_kernel[launch_grid(blocks, splits)](
         grad, q, k, v, bias, lse, delta, part_k, part_v,
         *_strides(grad, q, k, v), 0 if bias is None else bias.stride(0),
         batch, heads, queries, keys, per_split * tile.block_m, scale, scale * LOG2E,
@@ -192,7 +206,8 @@ def _bias_of(key_mask: Tensor | None) -> Tensor | None:
     if key_mask is None:
         return None
     batch, keys = key_mask.shape
-    bias = torch.full((batch, triton.cdiv(keys, KEY_PAD) * KEY_PAD), -torch.inf, device=key_mask.device)
+    shape = (batch, triton.cdiv(keys, KEY_PAD) * KEY_PAD)
+    bias = torch.full(shape, -torch.inf, dtype=torch.float32, device=key_mask.device)
     bias[:, :keys].masked_fill_(key_mask, 0.0)
     return bias
 

@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hpdm_kernels import reference
-from hpdm_kernels._backend import resolve, resolve_precision
+from hpdm_kernels import _transforms, reference
+from hpdm_kernels._backend import autocast_off, resolve, resolve_precision
 from hpdm_kernels._checks import check_tensor
 from hpdm_kernels.context import ops
 from hpdm_kernels.context.checks import check_context, check_sources, check_weight
@@ -67,12 +67,15 @@ def sample_context(
 
     Returns:
         ``[B, F * H * W, D]``, dtype of the sources. Differentiable with respect to the sources; boxes get no gradient.
+        A NaN or infinity makes every output not finite that gives its token a weight, and may reach others of the same
+        sample and channel, but no other.
 
     Raises:
         TypeError: a wrong dtype, or not a tensor or triple.
         ValueError: wrong shapes or devices; on the CPU also a box outside the video or outside its source's box, a row
             index outside the source, or a footprint that is too small.
         RuntimeError: ``backend="triton"`` where the kernels cannot run.
+        NotImplementedError: ``torch.func`` or forward mode differentiates the op on another backend than ``reference``.
     """
     sources = check_sources("sources", sources)
     first = check_tensor("sources[0]", sources[0], ("B_0", "N_0", "D"))
@@ -82,7 +85,9 @@ def sample_context(
     )  # fmt: skip
     chosen = resolve(backend, "sample_context", first)
     if chosen == "reference":
-        return reference.sample_context(sources, source_boxes, box, source_grids, grid, source_index)
+        with autocast_off(first):
+            return reference.sample_context(sources, source_boxes, box, source_grids, grid, source_index)
+    _transforms.refuse("sample_context", chosen, (*sources, *source_boxes, box))
     return ops.sample_fwd(sources, *geometry.flat(), chosen)
 
 
@@ -122,7 +127,8 @@ def fuse_context(
 
     Returns:
         ``[B, N, D]``, dtype of ``x``. Differentiable with respect to ``x``, the sources, ``weight`` and ``bias``; boxes
-        get no gradient. Only inputs are saved for the backward.
+        get no gradient. Only inputs are saved for the backward. A NaN or infinity in a source may reach all outputs of
+        the samples that read it, but no other; see :func:`sample_context`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`sample_context`; also ``ValueError`` for an unknown precision.
@@ -162,7 +168,9 @@ def project_sources(
     weight = check_weight(weight, d, like)
     chosen = resolve(backend, "project_sources", first)
     if chosen == "reference":
-        return reference.project_sources(sources, weight)
+        with autocast_off(first):
+            return reference.project_sources(sources, weight)
+    _transforms.refuse("project_sources", chosen, (*sources, weight))
     return tuple(ops.project_fwd(source, weight, precision, chosen) for source in sources)
 
 
@@ -229,10 +237,13 @@ def _fuse(
     weight = check_weight(weight, d, ("x", x))
     if bias is not None:
         bias = check_tensor("bias", bias, (d,), like=("x", x))
-    chosen = resolve(backend, "fuse_projected" if projected else "fuse_context", x)
+    op = "fuse_projected" if projected else "fuse_context"
+    chosen = resolve(backend, op, x)
     if chosen == "reference":
         formula = reference.fuse_projected if projected else reference.fuse_context
         source_boxes, box, source_index, source_grids, grid, _ = geometry
-        return formula(x, sources, source_boxes, box, weight, bias, source_grids, grid, source_index)
+        with autocast_off(x):
+            return formula(x, sources, source_boxes, box, weight, bias, source_grids, grid, source_index)
+    _transforms.refuse(op, chosen, (x, *sources, *geometry.source_boxes, geometry.box, weight, bias))
     source_boxes, box, *index_and_shapes = geometry.flat()
     return ops.fuse_fwd(x, sources, source_boxes, box, weight, bias, *index_and_shapes, projected, precision, chosen)

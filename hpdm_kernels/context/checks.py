@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpdm_kernels._checks import Triple, check_tensor, check_triple, values_are_readable
+from hpdm_kernels._checks import Triple, check_tensor, check_triple, read_values, values_are_readable
 from hpdm_kernels.boxes import BOX_SLACK, check_boxes
 from hpdm_kernels.context.geometry import POSITION_SLACK, Geometry, needed_footprint
 
@@ -86,7 +86,8 @@ def check_context(
         check_boxes(f"source_boxes[{k}]", source_box, source.shape[0], like)
     bounds = None if footprints is None else _check_bounds(footprints, sizes)
     geometry = Geometry(source_boxes, box, source_index, sizes, size, bounds or sizes)
-    if not all(map(values_are_readable, (box, *source_boxes))):
+    indices = () if source_index is None else (source_index,)
+    if not all(map(values_are_readable, (box, *source_boxes, *indices))):
         return geometry
     return geometry._replace(
         footprints=[_read_footprint(geometry, k, None if bounds is None else bounds[k]) for k in range(count)]
@@ -104,24 +105,22 @@ def _check_bounds(footprints: Sequence[Sequence[int]], source_grids: Sequence[Tr
 
 def _read_footprint(geometry: Geometry, k: int, bound: Triple | None) -> Triple:
     """The footprint in source ``k``: ``bound`` if given, else what the boxes need. Checks the values of the boxes."""
-    box, source_box, rows = geometry.box, geometry.source_boxes[k], geometry.rows_of_source(k)
-    if rows is not None:
-        if not 0 <= int(rows.min()) <= int(rows.max()) < source_box.shape[0]:
+    inner, outer = read_values(geometry.box), read_values(geometry.source_boxes[k])
+    if geometry.source_index is not None:
+        rows = read_values(geometry.source_index)[:, k]
+        if not 0 <= rows.min() <= rows.max() < outer.shape[0]:
             raise ValueError(
-                f"source_index: column {k} is {rows.tolist()}, expected rows of sources[{k}]: "
-                f"0..{source_box.shape[0] - 1}"
+                f"source_index: column {k} is {rows.tolist()}, expected rows of sources[{k}]: 0..{outer.shape[0] - 1}"
             )
-        source_box = source_box[rows]
-    # numpy has less overhead per operation than PyTorch, which dominates for so few numbers.
-    inner, outer = box.detach().numpy(), source_box.detach().numpy()
+        outer = outer[rows]
     (offset, scale), (outer_offset, outer_scale) = np.split(inner, 2, axis=1), np.split(outer, 2, axis=1)
     end, outer_end = offset + scale, outer_offset + outer_scale
     inside = (offset >= outer_offset - BOX_SLACK) & (end <= outer_end + BOX_SLACK)
     if not inside.all():
         row = int((~inside.all(axis=1)).nonzero()[0][0])
         raise ValueError(
-            f"box: row {row} is {box[row].tolist()}, expected inside its box in source_boxes[{k}], "
-            f"{source_box[row].tolist()}"
+            f"box: row {row} is {inner[row].tolist()}, expected inside its box in source_boxes[{k}], "
+            f"{outer[row].tolist()}"
         )
     grid, source_grid = geometry.grid, geometry.source_grids[k]
     if bound is None:

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from hpdm_kernels._backend import resolve_precision
-from hpdm_kernels._triton import dense_rows, triton
+from hpdm_kernels._layout import dense_rows
+from hpdm_kernels._triton import launch_grid, triton
 from hpdm_kernels.context import triton_kernels as kernels
 from hpdm_kernels.context.block_sizes import (
     CONTRACT,
@@ -69,7 +70,7 @@ def _tables(geometry: Geometry, tokens: Sequence[Tensor], whole: Sequence[bool] 
     position_table = torch.empty(b, count, 6, dtype=torch.float32, device=box.device)
     address_table = torch.empty(b, count, 4, dtype=torch.int64, device=box.device)
     for k, t in enumerate(tokens):
-        kernels._context_geometry_kernel[(b,)](
+        kernels._context_geometry_kernel[launch_grid(b)](
             box, geometry.source_boxes[k].contiguous(), box if index is None else index.contiguous(),
             footprint_table, position_table, address_table, k, count,
             *geometry.grid, *geometry.source_grids[k], *geometry.footprints[k],
@@ -84,7 +85,7 @@ def _gather(source: Tensor, k: int, tables: Tables, out: Tensor) -> Tensor:
     b, count, _ = tables.footprint_table.shape
     source = dense_rows(source)
     p, d = out.shape[0] // b, source.shape[2]
-    kernels._context_gather_kernel[(triton.cdiv(p, ROWS.rows), b, triton.cdiv(d, ROWS.columns))](
+    kernels._context_gather_kernel[launch_grid(triton.cdiv(p, ROWS.rows), triton.cdiv(d, ROWS.columns), b)](
         source, out, tables.footprint_table, k, count, p, d, source.stride(0), source.stride(1),
         BLOCK_T=ROWS.rows, BLOCK_D=ROWS.columns, num_warps=ROWS.num_warps,
     )  # fmt: skip
@@ -96,7 +97,7 @@ def _scatter(grad: Tensor, k: int, source: Tensor, tables: Tables, has_index: bo
     b, count, _ = tables.footprint_table.shape
     rows, n, d = source.shape
     out = source.new_empty(rows, n, d)
-    kernels._context_scatter_kernel[(triton.cdiv(n, ROWS.rows), rows, triton.cdiv(d, ROWS.columns))](
+    kernels._context_scatter_kernel[launch_grid(triton.cdiv(n, ROWS.rows), triton.cdiv(d, ROWS.columns), rows)](
         grad, out, tables.footprint_table, k, count, b, n, grad.shape[0] // b, d,
         HAS_INDEX=has_index, BLOCK_T=ROWS.rows, BLOCK_D=ROWS.columns, num_warps=ROWS.num_warps,
     )  # fmt: skip
@@ -119,7 +120,8 @@ def _contract(grad: Tensor, tables: Tables, geometry: Geometry, chosen: Sequence
         for axis, per_sample, n, p, width in ((2, f * h, w, pw, d), (1, f, h, ph, pw * d), (0, 1, f, pf, ph * pw * d)):
             rows = b * per_sample * p
             out = footprint_grad if axis == 0 else value.new_empty(rows, width, dtype=torch.float32)
-            kernels._context_contract_kernel[(triton.cdiv(rows, CONTRACT.rows), triton.cdiv(width, CONTRACT.columns))](
+            blocks = triton.cdiv(rows, CONTRACT.rows), triton.cdiv(width, CONTRACT.columns)
+            kernels._context_contract_kernel[launch_grid(*blocks)](
                 value, out, tables.position_table, k, count, rows, per_sample, n, p, width, AXIS=axis, MEAN=axis == 0,
                 BLOCK_R=CONTRACT.rows, BLOCK_D=CONTRACT.columns, num_warps=CONTRACT.num_warps,
             )  # fmt: skip
@@ -132,7 +134,7 @@ def _coordinate_sums(grad: Tensor, geometry: Geometry) -> Tensor:
     b, n, d = grad.shape
     chunks = triton.cdiv(n, SUMS_CHUNK)
     out = torch.empty(b, chunks, 4, d, dtype=torch.float32, device=grad.device)
-    kernels._coordinate_sums_kernel[(chunks, b, triton.cdiv(d, SUMS.columns))](
+    kernels._coordinate_sums_kernel[launch_grid(chunks, triton.cdiv(d, SUMS.columns), b)](
         grad, geometry.box.contiguous(), out, n, d, *geometry.grid, SUMS_CHUNK,
         BLOCK_T=SUMS.rows, BLOCK_D=SUMS.columns, num_warps=SUMS.num_warps,
     )  # fmt: skip
@@ -150,7 +152,7 @@ def _add_context(
     aligned = tables.aligned
     tile = add_context_tile(out.itemsize, aligned)
     blocks = triton.cdiv(n_f * n_h, tile.lines) * triton.cdiv(n_w, tile.tokens)
-    kernels._add_context_kernel[(blocks, box.shape[0], triton.cdiv(d, tile.columns))](
+    kernels._add_context_kernel[launch_grid(blocks, triton.cdiv(d, tile.columns), box.shape[0])](
         tables.position_table, tables.footprint_table, tables.address_table, box.contiguous(),
         box if coordinates is None else coordinates, box if bias is None else bias.contiguous(), out,
         len(tables.tokens), d, n_f, n_h, n_w,
@@ -173,7 +175,7 @@ def _multiply_onto_context(
     out, x = x.new_empty(b, n, d), dense_rows(x)
     tile = fuse_context_tile(precision)
     blocks = triton.cdiv(n_f * n_h, tile.lines) * triton.cdiv(n_w, tile.tokens)
-    kernels._fuse_context_fwd_kernel[(blocks * triton.cdiv(d, tile.columns), b)](
+    kernels._fuse_context_fwd_kernel[launch_grid(blocks, triton.cdiv(d, tile.columns), b)](
         x, weight, tables.position_table, tables.footprint_table, tables.address_table, geometry.box.contiguous(),
         weight if coordinates is None else coordinates, weight if bias is None else bias.contiguous(), out,
         len(tables.tokens), d, n_f, n_h, n_w, x.stride(0), x.stride(1), weight.stride(0),
@@ -204,7 +206,8 @@ def _matmul(a: Tensor, b: Tensor, precision: str, out: Tensor | None = None) -> 
         b = b.t().contiguous().t()
     out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
     tile = product_tile(precision)
-    kernels._context_matmul_kernel[(triton.cdiv(a.shape[0], tile.rows), triton.cdiv(b.shape[1], tile.columns))](
+    blocks = triton.cdiv(a.shape[0], tile.rows), triton.cdiv(b.shape[1], tile.columns)
+    kernels._context_matmul_kernel[launch_grid(*blocks)](
         a, b, out, a.shape[0], b.shape[1], a.shape[1], *a.stride(), *b.stride(), out.stride(0), PRECISION=precision,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner,
         num_warps=tile.num_warps, num_stages=tile.num_stages,

@@ -23,6 +23,9 @@ Pointer arguments, besides the tables, unless a kernel's docstring says otherwis
 K is the number of sources and k one of them. In names, n is the patch's tokens per axis, m the source's, p the
 footprint's.
 
+Grids have one axis, which may have 2**31 - 1 programs; CUDA limits the others to 65,535. So a kernel takes the number
+of its program apart; ``_block_of_program`` does it for kernels that work on samples.
+
 Triton turns integer arguments equal to 1 into Python ints, which have no ``.to``. So sizes and strides are converted by
 ``* 1.0`` and ``tl.cast``.
 """
@@ -30,6 +33,17 @@ Triton turns integer arguments equal to 1 into Python ints, which have no ``.to`
 from __future__ import annotations
 
 from hpdm_kernels._triton import jit, tl
+
+
+@jit
+def _block_of_program(size, BLOCK: tl.constexpr, columns, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What this program works on: the first of its ``BLOCK`` rows, the first of its ``BLOCK_D`` columns, the sample.
+
+    ``size`` and ``columns`` are the rows and columns of a sample. Blocks of rows vary fastest, samples slowest.
+    """
+    blocks, blocks_d = tl.cdiv(size, BLOCK), tl.cdiv(columns, BLOCK_D)
+    pid = tl.program_id(0)
+    return pid % blocks * BLOCK, pid // blocks % blocks_d * BLOCK_D, pid // blocks // blocks_d
 
 
 @jit
@@ -85,9 +99,8 @@ def _context_gather_kernel(  # type: ignore[no-untyped-def]
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """Copies a block of one sample's footprint tokens: ``source [B_k, N_k, D] -> out [B, P, D]``, contiguous."""
-    b = tl.program_id(1)
-    j = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first_j, first_d, b = _block_of_program(P, BLOCK_T, D, BLOCK_D)
+    j, d = first_j + tl.arange(0, BLOCK_T), first_d + tl.arange(0, BLOCK_D)
     footprint = footprint_table_ptr + (b * K + k) * 10
     p_h, p_w = tl.load(footprint + 4), tl.load(footprint + 5)
     f = tl.load(footprint) + j // (p_h * p_w)
@@ -110,9 +123,8 @@ def _context_scatter_kernel(  # type: ignore[no-untyped-def]
 
     Each token sums, in order, over the samples whose footprint contains it. Both tensors are contiguous.
     """
-    row = tl.program_id(1)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first_t, first_d, row = _block_of_program(N, BLOCK_T, D, BLOCK_D)
+    t, d = first_t + tl.arange(0, BLOCK_T), first_d + tl.arange(0, BLOCK_D)
     m_h, m_w = tl.load(footprint_table_ptr + k * 10 + 7), tl.load(footprint_table_ptr + k * 10 + 8)
     f, h, w = t // (m_h * m_w), t // m_w % m_h, t % m_w
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
@@ -125,7 +137,7 @@ def _context_scatter_kernel(  # type: ignore[no-untyped-def]
         p_h, p_w = tl.load(footprint + 4), tl.load(footprint + 5)
         j_f, j_h, j_w = f - tl.load(footprint), h - tl.load(footprint + 1), w - tl.load(footprint + 2)
         inside = (j_f >= 0) & (j_f < p_f) & (j_h >= 0) & (j_h < p_h) & (j_w >= 0) & (j_w < p_w) & (t < N)
-        grad = grad_ptr + ((b * P).to(tl.int64) + (j_f * p_h + j_h) * p_w + j_w) * D
+        grad = grad_ptr + (tl.cast(b, tl.int64) * P + (j_f * p_h + j_h) * p_w + j_w) * D
         acc += tl.load(grad[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     out = out_ptr + (row.to(tl.int64) * N + t) * D
     tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=(t < N)[:, None] & (d < D)[None, :])
@@ -214,10 +226,9 @@ def _add_context_kernel(  # type: ignore[no-untyped-def]
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes a block of one sample's context, coordinates and bias to ``out``; ``ONTO``: adds it to ``out``."""
-    b = tl.program_id(1)
     blocks_w = tl.cdiv(n_w, BLOCK_W)
-    first_line, first_w = tl.program_id(0) // blocks_w * BLOCK_L, tl.program_id(0) % blocks_w * BLOCK_W
-    first_d = tl.program_id(2) * BLOCK_D
+    block, first_d, b = _block_of_program(tl.cdiv(n_f * n_h, BLOCK_L) * blocks_w, 1, D, BLOCK_D)
+    first_line, first_w = block // blocks_w * BLOCK_L, block % blocks_w * BLOCK_W
     acc = _context_tile(
         position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
         b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
@@ -246,10 +257,10 @@ def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
 
     The accumulator starts with the context. Adding the context at the end would keep both in registers at once.
     """
-    b = tl.program_id(1)
-    # Neighboring programs share tokens, so that their rows of x and of the sources are still in the L2 cache.
-    blocks_d, blocks_w = tl.cdiv(D, BLOCK_D), tl.cdiv(n_w, BLOCK_W)
-    block, first_d = tl.program_id(0) // blocks_d, tl.program_id(0) % blocks_d * BLOCK_D
+    blocks_w = tl.cdiv(n_w, BLOCK_W)
+    # Blocks of columns vary fastest: neighboring programs share tokens, so that their rows of x and of the sources are
+    # still in the L2 cache.
+    first_d, block, b = _block_of_program(D, BLOCK_D, tl.cdiv(n_f * n_h, BLOCK_L) * blocks_w, 1)
     first_line, first_w = block // blocks_w * BLOCK_L, block % blocks_w * BLOCK_W
     acc = _context_tile(
         position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
@@ -285,8 +296,9 @@ def _context_contract_kernel(  # type: ignore[no-untyped-def]
     A program works on a block of the ``outer * p`` rows of the result. Footprint token ``j`` sums over the tokens whose
     positions are less than one away, a range in closed form; a border token also over all tokens beyond it.
     """
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    blocks_d = tl.cdiv(width, BLOCK_D)
+    r = tl.program_id(0) // blocks_d * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = tl.program_id(0) % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
     real = r < rows
     outer, j = r // p, r % p
     position = position_table_ptr + ((outer // per_sample) * K + k) * 6 + AXIS
@@ -296,14 +308,15 @@ def _context_contract_kernel(  # type: ignore[no-untyped-def]
     low = tl.where(j == 0, 0, tl.minimum(tl.maximum(tl.ceil((j - 1 - first) / step) - 1.0, 0.0), n).to(tl.int32))
     high = tl.floor((j + 1 - first) / step) + 1.0
     high = tl.where(j == p - 1, n - 1, tl.minimum(tl.maximum(high, -1.0), n - 1).to(tl.int32))
-    count = tl.max(tl.where(real, high - low + 1, 0), axis=0)
+    high = tl.where(real, high, -1)
+    count = tl.max(high - low, axis=0) + 1
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     grad = grad_ptr + outer.to(tl.int64) * n * width
     for c in range(count):
         i = low + c
         u = tl.minimum(tl.maximum(first + i.to(tl.float32) * step, 0.0), (p - 1) * 1.0)
         weight = tl.maximum(1.0 - tl.abs(u - j.to(tl.float32)), 0.0)
-        mask = (real & (i <= high))[:, None] & (d < width)[None, :]
+        mask = (i <= high)[:, None] & (d < width)[None, :]
         value = tl.load((grad + i.to(tl.int64) * width)[:, None] + d[None, :], mask=mask, other=0.0)
         acc += weight[:, None] * value.to(tl.float32)
     if MEAN:
@@ -317,9 +330,9 @@ def _coordinate_sums_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, box_ptr, out_ptr, N, D, n_f, n_h, n_w, chunk, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """``out [B, chunks, 4, D]`` fp32: sums of grad over a chunk of tokens, weighted by the coordinates, and by 1."""
-    b = tl.program_id(1)
-    chunk_id = tl.program_id(0)
-    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    chunks = tl.cdiv(N, chunk)
+    chunk_id, first_d, b = _block_of_program(chunks, 1, D, BLOCK_D)
+    d = first_d + tl.arange(0, BLOCK_D)
     box = box_ptr + b * 6
     o_f, o_h, o_w = tl.load(box), tl.load(box + 1), tl.load(box + 2)
     s_f, s_h, s_w = tl.load(box + 3), tl.load(box + 4), tl.load(box + 5)
@@ -337,7 +350,7 @@ def _coordinate_sums_kernel(  # type: ignore[no-untyped-def]
         by_h += tl.sum(c_h[:, None] * value, axis=0)
         by_w += tl.sum(c_w[:, None] * value, axis=0)
         total += tl.sum(value, axis=0)
-    out = out_ptr + (b.to(tl.int64) * tl.num_programs(0) + chunk_id) * 4 * D + d
+    out = out_ptr + (b.to(tl.int64) * chunks + chunk_id) * 4 * D + d
     tl.store(out, by_f, mask=d < D)
     tl.store(out + D, by_h, mask=d < D)
     tl.store(out + 2 * D, by_w, mask=d < D)
@@ -350,8 +363,9 @@ def _context_matmul_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = a [M, K] @ b [K, N]``, any strides of a and b, in precisions that PyTorch does not offer."""
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    m = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     a = a_ptr + m.to(tl.int64)[:, None] * stride_a_m + k.to(tl.int64)[None, :] * stride_a_k
     b = b_ptr + k.to(tl.int64)[:, None] * stride_b_k + n.to(tl.int64)[None, :] * stride_b_n

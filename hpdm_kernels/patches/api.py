@@ -20,8 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpdm_kernels import reference
-from hpdm_kernels._backend import TRITON_DTYPES, resolve
+from hpdm_kernels import _transforms, reference
+from hpdm_kernels._backend import TRITON_DTYPES, autocast_off, resolve
 from hpdm_kernels._checks import FLOATS, check_tensor, check_triple
 from hpdm_kernels.boxes import check_boxes
 from hpdm_kernels.patches.ops import sample_patches_fwd
@@ -44,13 +44,15 @@ def sample_patches(video: Tensor, box: Tensor, size: Sequence[int], *, backend: 
             ``"torch"`` therefore cannot crop there and filters whole axes.
 
     Returns:
-        ``[B, C, f, h, w]`` of ``video``'s dtype (fp32 for uint8).
+        ``[B, C, f, h, w]`` of ``video``'s dtype (fp32 for uint8). A NaN or infinity makes every pixel not finite whose
+        window contains it, and may reach others of the same patch and channel, but no other.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape or device, an unknown backend, or (on the CPU, where values can be read without
             waiting) a box that is not inside of the video.
         RuntimeError: ``backend="triton"`` cannot run here.
+        NotImplementedError: ``torch.func`` or forward mode differentiates the op on another backend than ``reference``.
 
     Source: paper eq. 6.
     """
@@ -59,5 +61,7 @@ def sample_patches(video: Tensor, box: Tensor, size: Sequence[int], *, backend: 
     size = check_triple("size", size)
     chosen = resolve(backend, "sample_patches", video, (*TRITON_DTYPES, torch.uint8))
     if chosen == "reference":
-        return reference.sample_patches(video, box, size)
+        with autocast_off(video):
+            return reference.sample_patches(video, box, size)
+    _transforms.refuse("sample_patches", chosen, (video, box))
     return sample_patches_fwd(video, box, size, chosen)

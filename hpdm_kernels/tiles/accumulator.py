@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hpdm_kernels._backend import check_backend, resolve
 from hpdm_kernels._checks import check_tensor, check_triple
+from hpdm_kernels._transforms import differentiates
 from hpdm_kernels.boxes import coordinate_dtype
 from hpdm_kernels.tiles import ops
+from hpdm_kernels.tiles.checks import check_factors
 from hpdm_kernels.tiles.geometry import read_origins
-from hpdm_kernels.tiles.huge_pages import new_empty
 
 
 class TileAccumulator:
@@ -54,7 +55,8 @@ class TileAccumulator:
         self, origins: Tensor, tile_size: Sequence[int], size: Sequence[int], *, backend: str = "auto"
     ) -> None:
         self.tile_size, self.size = check_triple("tile_size", tile_size), check_triple("size", size)
-        self.origins = check_tensor("origins", origins, ("T", 3), dtypes=(torch.int32, torch.int64)).cpu()
+        self.origins = check_tensor("origins", origins, ("T", 3), dtypes=(torch.int32, torch.int64))
+        self.origins = self.origins.to("cpu", copy=True)  # the caller may change its own
         read_origins(self.origins, self.tile_size, self.size, cover=True)
         self.backend = check_backend(backend)
         self._chosen = backend
@@ -100,8 +102,7 @@ class TileAccumulator:
                 f"tiles: got {tiles.shape[1]} tiles, expected at most {self.tiles - self.added}: {self.added} of "
                 f"{self.tiles} were added before"
             )
-        if torch.is_grad_enabled() and tiles.requires_grad:
-            raise ValueError("tiles: got tiles that require a gradient, expected none (average_tiles has one)")
+        _refuse_gradient("tiles", tiles)
         if self._like is None:
             self._start(tiles)
         ops.add_tiles(self._sums, tiles, self.origins, self.added, self._chosen)
@@ -112,9 +113,11 @@ class TileAccumulator:
         self._chosen = resolve(self.backend, "TileAccumulator", tiles)
         shape, dtype = (tiles.shape[0], tiles.shape[2], *self.size), coordinate_dtype(tiles.dtype)
         old = self._sums
-        if old is None or (old.shape, old.dtype, old.device) != (shape, dtype, tiles.device):
-            self._sums = None  # freed before the new buffer is allocated
-            self._sums = new_empty(tiles, *shape, dtype=dtype)
+        # Compiled code in inference mode leaves a buffer that cannot be written outside of the mode, and cannot ask.
+        reuse = not torch.compiler.is_compiling() and old is not None and not old.is_inference()
+        if not reuse or old is None or (old.shape, old.dtype, old.device) != (shape, dtype, tiles.device):
+            self._sums = old = None  # freed before the new buffer is allocated
+            self._sums = ops.new_sums(tiles, shape, dtype)
         self._like = tiles.new_empty(tiles.shape[0], tiles.shape[2], 0)
 
     def step(self, x: Tensor | None = None, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
@@ -122,8 +125,8 @@ class TileAccumulator:
 
         Args:
             x: ``[B, C, F, H, W]`` like the tiles, or ``None``.
-            alpha: factor of ``x``; must be 0 without ``x``.
-            beta: factor of the mean.
+            alpha: factor of ``x``, a finite number; must be 0 without ``x``.
+            beta: factor of the mean, a finite number.
 
         Returns:
             ``[B, C, F, H, W]`` of the tiles' dtype and device.
@@ -137,12 +140,13 @@ class TileAccumulator:
             raise ValueError(f"tiles: got {self.added} of {self.tiles} tiles, expected all of them before a step")
         if x is not None:
             check_tensor("x", x, self._sums.shape, like=("tiles", self._like))
-            if torch.is_grad_enabled() and x.requires_grad:
-                raise ValueError("x: got a tensor that requires a gradient, expected none (average_tiles has one)")
-        elif alpha != 0.0:
-            raise ValueError(f"alpha: got {alpha} without x, expected 0.0 or a tensor x to multiply")
-        out = ops.step_tiles(
-            self._sums, self.origins, self.tile_size, self._like.dtype, x, float(alpha), float(beta), self._chosen
-        )
+            _refuse_gradient("x", x)
+        alpha, beta = check_factors(alpha, beta, x)
+        out = ops.step_tiles(self._sums, self.origins, self.tile_size, self._like.dtype, x, alpha, beta, self._chosen)
         self.reset()
         return out
+
+
+def _refuse_gradient(name: str, tensor: Tensor) -> None:
+    if (torch.is_grad_enabled() and tensor.requires_grad) or differentiates((tensor,)):
+        raise ValueError(f"{name}: got a tensor that requires a gradient, expected none (average_tiles has one)")

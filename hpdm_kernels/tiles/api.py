@@ -18,10 +18,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpdm_kernels import reference
+from hpdm_kernels import _transforms, reference
 from hpdm_kernels._backend import resolve
 from hpdm_kernels._checks import check_tensor, check_triple
 from hpdm_kernels.tiles import ops
+from hpdm_kernels.tiles.checks import check_factors
 from hpdm_kernels.tiles.geometry import read_origins
 
 
@@ -49,6 +50,7 @@ def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int], *, b
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, an unknown backend, or a tile that is not inside of the video.
         RuntimeError: ``backend="triton"`` cannot run here.
+        NotImplementedError: ``torch.func`` or forward mode differentiates the op on another backend than ``reference``.
 
     Source: paper section 4.4 (tiled inference).
     """
@@ -60,6 +62,7 @@ def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int], *, b
     if chosen == "reference":
         read_origins(origins, tile, video.shape[2:])
         return reference.extract_tiles(video, origins, tile)
+    _transforms.refuse("extract_tiles", chosen, (video,))
     return ops.extract_tiles(video, origins, tile, False, 1.0, chosen)
 
 
@@ -86,18 +89,20 @@ def average_tiles(
             then each call synchronizes with the GPU. Gets no gradient.
         size: (frames, height, width) of the video in pixels.
         x: ``[B, C, F, H, W]`` like ``tiles``, or ``None``. Gets a gradient.
-        alpha: factor of ``x``; must be 0 without ``x``.
-        beta: factor of the mean.
+        alpha: factor of ``x``, a finite number; must be 0 without ``x``. Numbers get no gradient.
+        beta: factor of the mean, a finite number.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        ``[B, C, F, H, W]`` of ``tiles``'s dtype and device.
+        ``[B, C, F, H, W]`` of ``tiles``'s dtype and device. A NaN or infinity reaches its own voxel alone.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, an unknown backend, tiles that are not inside of the video, are no product grid or
-            leave a voxel uncovered, ``alpha`` without ``x``.
+            leave a voxel uncovered, ``alpha`` without ``x``, ``alpha`` or ``beta`` not finite or a tensor with a
+            gradient.
         RuntimeError: ``backend="triton"`` cannot run here.
+        NotImplementedError: ``torch.func`` or forward mode differentiates the op on another backend than ``reference``.
 
     Source: MultiDiffusion (Bar-Tal et al., 2023), as used in paper section 4.4 (tiled inference).
     """
@@ -107,10 +112,10 @@ def average_tiles(
     _check_fits(tiles.shape[3:], size, "size")
     if x is not None:
         check_tensor("x", x, (tiles.shape[0], tiles.shape[2], *size), like=("tiles", tiles))
-    elif alpha != 0.0:
-        raise ValueError(f"alpha: got {alpha} without x, expected 0.0 or a tensor x to multiply")
+    alpha, beta = check_factors(alpha, beta, x)
     chosen = resolve(backend, "average_tiles", tiles)
     if chosen == "reference":
         read_origins(origins, tiles.shape[3:], size, cover=True)
         return reference.average_tiles(tiles, origins, size, x, alpha, beta)
-    return ops.average_tiles(tiles, origins, size, x, float(alpha), float(beta), True, chosen)
+    _transforms.refuse("average_tiles", chosen, (tiles, x))
+    return ops.average_tiles(tiles, origins, size, x, alpha, beta, True, chosen)

@@ -7,8 +7,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
+
+from hpdm_kernels._checks import read_values
+from hpdm_kernels._transforms import is_mapped
 
 AXES = ("frames", "height", "width")
 
@@ -160,7 +163,10 @@ def read_origins(origins: Tensor, tile: Sequence[int], size: Sequence[int], cove
     Raises:
         ValueError: a tile outside of the video; with ``cover`` also tiles that are no product grid or leave gaps.
     """
-    data = origins.detach().to("cpu", torch.int64).contiguous().numpy().tobytes()
+    if is_mapped(origins):
+        raise ValueError("origins: got a tensor that torch.func.vmap maps over, expected the same origins for all")
+    host = origins if origins.device.type == "cpu" else origins.cpu()
+    data = read_values(host).astype(np.int64).tobytes()
     plan = _parse(data, tuple(map(int, tile)), tuple(map(int, size)))
     if cover and plan.obstacle:
         raise ValueError(f"origins: {plan.obstacle}, expected a product grid of tiles that covers the whole video")

@@ -14,6 +14,7 @@ from torch import Tensor
 from hpdm_kernels._backend import custom_op
 from hpdm_kernels.tiles import torch_backend, triton_backend
 from hpdm_kernels.tiles.geometry import read_origins
+from hpdm_kernels.tiles.huge_pages import new_empty
 
 
 @custom_op("extract_tiles")
@@ -50,6 +51,22 @@ def average_tiles(
     # range, and both backends add the tiles one by one in PyTorch.
     average = triton_backend.average if backend == "triton" and plan.axes else torch_backend.average
     return average(tiles, plan, size, x, alpha, beta, mean)
+
+
+@torch.library.custom_op("hpdm::new_tile_sums", mutates_args=())
+def new_sums(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialized buffer for :func:`add_tiles`, on the device of ``like``.
+
+    An op of its own because ``torch.compile`` cannot trace how it asks the system for huge pages. The buffer is made
+    outside of inference mode, since one of that mode could not be written in a later step outside of it.
+    """
+    with torch.inference_mode(False):
+        return new_empty(like, *shape, dtype=dtype)
+
+
+@new_sums.register_fake
+def _(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return like.new_empty(shape, dtype=dtype)
 
 
 @custom_op("add_tiles", mutates_args=("sums",))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpdm_kernels._triton import INTERPRETED, triton
+from hpdm_kernels._triton import INTERPRETED, launch_grid, triton
 from hpdm_kernels.tiles import triton_kernels
 from hpdm_kernels.tiles.geometry import TilePlan
 from hpdm_kernels.tiles.huge_pages import new_empty
@@ -76,10 +76,10 @@ def extract(video: Tensor, plan: TilePlan, tile: Sequence[int], mean: bool, scal
     t = len(plan.origins)
     out = new_empty(video, b, t, c, *tile)
     blocks = _blocks(tile[1], tile[2], _vector(plan, tile[2], video, out))
-    programs = b * t * c * tile[0] * blocks["n_blocks_h"] * blocks["n_blocks_w"]
+    grid = launch_grid(b, t, c, tile[0], blocks["n_blocks_h"], blocks["n_blocks_w"])
     origins, cover, _ = _tables(plan, video.device)
     with torch.cuda.device_of(video):
-        triton_kernels.extract_tiles_kernel[(programs,)](
+        triton_kernels.extract_tiles_kernel[grid](
             video, out, origins, cover, scale, *video.stride(), t, c, f, h, *tile, MEAN=mean, **blocks
         )
     return out
@@ -119,13 +119,13 @@ def _launch(
     blocks = _blocks(stop[1] - start[1], stop[2] - start[2], vector)
     frames = stop[0] - start[0]
     _, cover, starts = _tables(plan, out.device)
-    grid = [len(axis.origins) for axis in plan.axes]
+    tile_grid = [len(axis.origins) for axis in plan.axes]
     most = [max(axis.counts()) for axis in plan.axes]
     with torch.cuda.device_of(out):
-        triton_kernels.average_tiles_kernel[(b * c * frames * blocks["n_blocks_h"] * blocks["n_blocks_w"],)](
+        triton_kernels.average_tiles_kernel[launch_grid(b, c, frames, blocks["n_blocks_h"], blocks["n_blocks_w"])](
             *(out if t is None else t for t in (tiles, sums, x)), out, starts, cover, alpha, beta,
             *((0,) * 6 if tiles is None else tiles.stride()), *((0,) * 5 if x is None else x.stride()),
-            c, *out.shape[2:], *grid, *most, *chunk, *start, frames, *stop[1:],
+            c, *out.shape[2:], *tile_grid, *most, *chunk, *start, frames, *stop[1:],
             ADD=tiles is not None, SUMS=sums is not None, FINISH=finish, MEAN=mean, HAS_X=x is not None, **blocks,
         )  # fmt: skip
 

@@ -21,6 +21,8 @@ SHAPES = [
     (2, 2, 65, (130,), 64, 24, 50),  # three parts of a sample
     (3, 1, 4, (9, 5), 16, 12, 4),  # two sequences in parts
     (2, 2, 4, (9, 1, 5), 40, 12, 100),  # three sequences, all at once
+    (2, 1, 9, (20, 17), 160, 6, 8),  # heads wider than 128
+    (1, 2, 5, (11,), 256, 8, 100),
 ]
 
 
@@ -273,7 +275,7 @@ Q, TOKENS, WEIGHT = torch.zeros(2, 3, 5, 8), torch.zeros(2, 7, 10), torch.zeros(
 BAD = [
     ({"q": None}, TypeError, "q: got NoneType"),
     ({"q": Q[0]}, ValueError, "q: got shape"),
-    ({"q": torch.zeros(2, 1, 1, 129)}, ValueError, "q: got head width 129, expected at most 128"),
+    ({"q": torch.zeros(2, 1, 1, 257)}, ValueError, "q: got head width 257, expected at most 256"),
     ({"tokens": None}, TypeError, "tokens: got NoneType, expected a torch.Tensor or a sequence of them"),
     ({"tokens": []}, ValueError, "tokens: got none"),
     ({"tokens": TOKENS[:1]}, ValueError, "tokens: got shape"),

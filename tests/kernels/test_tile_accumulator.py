@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hpdm_kernels import TileAccumulator, average_tiles, reference
+from hpdm_kernels.modules import TileAverage
 from hpdm_kernels.testing import assert_within_budget
 from hpdm_kernels.tiles.geometry import read_origins
 from tests.kernels.test_tiles import GRIDS, inputs, product
@@ -122,6 +123,47 @@ def test_opcheck(backend, generator, device):
     torch.library.opcheck(torch.ops.hpdm.step_tiles.default, step)
 
 
+@pytest.mark.parametrize("backend", EVERY)
+def test_steps_inside_and_outside_of_inference_mode(backend, generator, device):
+    """The buffer outlives the mode it is made in."""
+    tiles, _, _, origins, tile, size = inputs("half", generator, device)
+    sums = TileAccumulator(origins, tile, size, backend=backend)
+    with torch.inference_mode():
+        inside = accumulate(sums, tiles.clone(), 3)
+    outside = accumulate(sums, tiles, 3)
+    with torch.inference_mode():
+        again = accumulate(sums, tiles.clone(), 3)
+    assert inside.is_inference()
+    assert not outside.is_inference()
+    assert torch.equal(inside, outside)
+    assert torch.equal(again, outside)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("backend", EVERY)
+def test_the_first_step_compiles_as_one_graph(backend, inference, generator, device):
+    tiles, x, _, origins, tile, size = inputs("half", generator, device)
+    expected = accumulate(TileAccumulator(origins, tile, size, backend=backend), tiles, 4, x=x, alpha=0.5)
+    sums = TileAccumulator(origins, tile, size, backend=backend)
+    torch._dynamo.reset()
+    step = torch.compile(lambda t, x: accumulate(sums, t, 4, x=x, alpha=0.5), fullgraph=True, backend="aot_eager")
+    with torch.inference_mode(inference):
+        first = step(tiles, x)
+    second = step(tiles, x)
+    assert torch.equal(first, expected)
+    assert torch.equal(second, expected)
+
+
+def test_origins_are_the_accumulators_own():
+    mine = ORIGINS.clone()
+    sums, module = make(origins=mine, backend="torch"), TileAverage(mine, (1, 3, 4), backend="torch")
+    mine += 1
+    assert torch.equal(sums.origins, ORIGINS)
+    sums.add(TILES + 1)
+    assert torch.equal(sums.step(), torch.ones_like(X))
+    assert torch.equal(module(TILES + 1), torch.ones_like(X))
+
+
 def test_boxes():
     plan = read_origins(product((0, 2), (0, 2, 4), (0, 3)), (3, 3, 5), (5, 7, 8))
     assert plan.box(0, 12) == [(0, 5), (0, 7), (0, 8)]
@@ -189,7 +231,7 @@ def test_constructor_rejects(message, error, change):
         ("tiles: got 4 tiles, expected at most 3: 1 of 4", ValueError, TILES, None),
         ("first: got 0, expected 1", ValueError, TILES[:, :2], 0),
         ("first: got 2, expected 1", ValueError, TILES[:, 2:], 2),
-        ("tiles: got tiles that require a gradient", ValueError, TILES[:, :2].clone().requires_grad_(), None),
+        ("tiles: got a tensor that requires a gradient", ValueError, TILES[:, :2].clone().requires_grad_(), None),
     ],
 )
 def test_add_rejects_and_goes_on(message, error, tiles, first):
@@ -213,6 +255,12 @@ def test_step_rejects_and_goes_on():
         sums.add(TILES[:, :1])
     with pytest.raises(ValueError, match=r"alpha: got 0\.5 without x"):
         sums.step(alpha=0.5)
+    with pytest.raises(TypeError, match="alpha: got None"):
+        sums.step(alpha=None)
+    with pytest.raises(TypeError, match="beta: got '1'"):
+        sums.step(beta="1")
+    with pytest.raises(ValueError, match="beta: got a tensor, one that requires a gradient"):
+        sums.step(beta=torch.ones((), requires_grad=True))
     with pytest.raises(ValueError, match="x: got shape"):
         sums.step(X[..., :2], 1.0)
     with pytest.raises(TypeError, match="x: got dtype"):

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -209,6 +210,17 @@ BAD_AVERAGES = {
     "x: got shape": (ValueError, {"x": VIDEO[..., :2], "alpha": 1.0}),
     "x: got dtype": (TypeError, {"x": VIDEO.double(), "alpha": 1.0}),
     "alpha: got 0.5 without x": (ValueError, {"alpha": 0.5}),
+    "alpha: got None, expected a finite number": (TypeError, {"alpha": None}),
+    "alpha: got nan": (ValueError, {"x": VIDEO, "alpha": float("nan")}),
+    "alpha: got a tensor, one that requires a gradient": (
+        ValueError,
+        {"x": VIDEO, "alpha": torch.ones((), requires_grad=True)},
+    ),
+    r"alpha: got a tensor, shape \(2,\)": (ValueError, {"x": VIDEO, "alpha": torch.ones(2)}),
+    "beta: got '1', expected a finite number": (TypeError, {"beta": "1"}),
+    "beta: got True": (TypeError, {"beta": True}),
+    "beta: got inf": (ValueError, {"beta": float("inf")}),
+    "beta: got a tensor, one that requires": (ValueError, {"beta": torch.ones((), requires_grad=True)}),
     "backend: got 'cuda'": (ValueError, {"backend": "cuda"}),
 }
 
@@ -222,6 +234,27 @@ def test_average_rejects(message, backend):
     arguments = {"tiles": TILES, "origins": ORIGINS, "size": (1, 3, 4), "backend": backend} | change
     with pytest.raises(error, match=message):
         average_tiles(**arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_factors_may_be_any_kind_of_number(backend):
+    expected = average_tiles(TILES + 1, ORIGINS, (1, 3, 4), x=VIDEO + 3, alpha=2.0, beta=0.5, backend=backend)
+    for kind in (np.float32, np.float64, torch.tensor, lambda n: torch.tensor([n])):
+        out = average_tiles(
+            TILES + 1, ORIGINS, (1, 3, 4), x=VIDEO + 3, alpha=kind(2.0), beta=kind(0.5), backend=backend
+        )
+        assert torch.equal(out, expected)
+    assert torch.equal(
+        average_tiles(TILES + 1, ORIGINS, (1, 3, 4), beta=2, backend=backend), 2 * torch.ones_like(VIDEO)
+    )
+
+
+def test_factors_may_change_in_compiled_code():
+    step = lambda alpha: average_tiles(TILES + 1, ORIGINS, (1, 3, 4), x=VIDEO + 3, alpha=alpha, backend="torch")
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for alpha in (0.0, 0.25, 0.5, 1):
+        assert torch.equal(compiled(alpha), step(alpha))
 
 
 BAD_EXTRACTIONS = {

@@ -109,3 +109,14 @@ def test_odd_patches_cannot_overlap_by_half():
 def test_unknown_overlaps_are_refused(overlap):
     with pytest.raises(ValueError, match="overlap: got"):
         parse_overlap(overlap)
+
+
+@pytest.mark.parametrize("law", ["uniform", "nested"])
+def test_boxes_are_fp32_whatever_the_default_dtype(law):
+    """The ops take boxes in fp32 alone."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        boxes = sample_boxes(presets.tiny(), 3, torch.Generator().manual_seed(1), law)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert boxes.dtype == torch.float32

@@ -198,8 +198,8 @@ def random_boxes(rows: int, scale: Sequence[float], generator: torch.Generator, 
     """``[rows, 6]`` boxes of the given scale (three fractions) at uniform offsets inside ``inside`` (or the video)."""
     size = torch.tensor(scale, dtype=torch.float32).expand(rows, 3)
     if inside is None:
-        low, room = torch.zeros(rows, 3), 1.0 - size
+        low, room = torch.zeros_like(size), 1.0 - size
     else:
         low, room = inside[:, :3], inside[:, 3:] - size
-    offset = low + torch.rand(rows, 3, generator=generator) * room.clamp(min=0)
+    offset = low + torch.rand(rows, 3, generator=generator, dtype=torch.float32) * room.clamp(min=0)
     return torch.cat((offset, size), dim=1)
