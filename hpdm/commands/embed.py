@@ -11,6 +11,8 @@ from hpdm.checks import at_least
 from hpdm.data.finding import survey
 from hpdm.data.summary import log_summary
 from hpdm.distributed import pick_device
+from hpdm.files import check_not_a_file
+from hpdm.lock import FolderLock
 from hpdm.text import MAX_LENGTH, EmbeddingStore, Precision, TextEncoder, embed_captions, read_prompts
 
 
@@ -58,8 +60,10 @@ class Embed:
             precision=self.precision,
             download=self.download,
         )
-        store = EmbeddingStore.create(self.out, encoder.info)
-        with tqdm(total=len(store.missing(captions)), unit="caption", dynamic_ncols=True) as bar:
-            new = embed_captions(encoder, store, captions, self.batch, lambda done, _: bar.update(done - bar.n))
+        check_not_a_file("out", self.out)
+        with FolderLock(self.out, "out", "hpdm data embed"):
+            store = EmbeddingStore.create(self.out, encoder.info)
+            with tqdm(total=len(store.missing(captions)), unit="caption", dynamic_ncols=True) as bar:
+                new = embed_captions(encoder, store, captions, self.batch, lambda done, _: bar.update(done - bar.n))
         print(f"{self.out}: {len(store)} captions of width {encoder.info.width} ({encoder.info.encoder}), {new} new")
         return 0
