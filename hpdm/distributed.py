@@ -70,12 +70,12 @@ def process_group(device: torch.device, timeout: float = TIMEOUT) -> Iterator[to
         from_peer = type(error) is RuntimeError or isinstance(error, dist.DistError)
         reason = watchdog.wait_for_reason() if from_peer else None
         watchdog.leave(failed=True)
-        _close_group()
+        _close_group(device)
         if reason is not None:
             raise RuntimeError(reason) from error
         raise
     watchdog.leave(failed=False)
-    _close_group()
+    _close_group(device)
 
 
 def _start_group(backend: str, timeout: float) -> Watchdog:
@@ -100,11 +100,17 @@ def _start_group(backend: str, timeout: float) -> Watchdog:
     return _watchdog
 
 
-def _close_group() -> None:
+def _close_group(device: torch.device) -> None:
     """Destroys the group; gives up after some seconds, since it waits for what other processes may never send."""
     global _watchdog
     _watchdog = None
-    closing = threading.Thread(target=dist.destroy_process_group, name="hpdm-closing", daemon=True)
+
+    def close() -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # of this thread
+        dist.destroy_process_group()
+
+    closing = threading.Thread(target=close, name="hpdm-closing", daemon=True)
     closing.start()
     closing.join(_ENDING)
 

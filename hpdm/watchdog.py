@@ -77,7 +77,8 @@ class Watchdog:
         self._lost = False  # the store has ended
         self._found: str | None = None  # a reason of this process, which the others do not know yet
         self._since: dict[str, float] = {}  # when a reason was first found
-        self._parent = os.getppid()
+        # Of torchrun's processes the parent is the launcher; others may outlive the shell that began them.
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._stop, self._known, self._asked = threading.Event(), threading.Event(), threading.Event()
         self._talking = threading.Thread(target=self._talk, name="hpdm-watchdog-store", daemon=True)
         self._watching = threading.Thread(target=self._watch, name="hpdm-watchdog", daemon=True)
@@ -142,7 +143,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(INTERVAL) and self.reason is None:
-            if os.getppid() != self._parent:
+            if self._parent not in (None, os.getppid()):
                 self._launcher_is_gone()
                 return
             reason = self._store_is_gone() or self._dead_here() or self._silent() or self._behind()
