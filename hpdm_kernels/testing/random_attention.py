@@ -54,7 +54,7 @@ def _grown(terms: dict[str, Tensor], scores: float, eps_ratio: float) -> list[fl
 def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     """A configuration of :func:`hpdm_kernels.cross_attention`."""
     batch, heads, width = draw.size(4), draw.size(3), draw.choose(WIDTHS)
-    queries, keys = draw.size(40), draw.size(60)
+    queries, keys = draw.rows(40), draw.rows(60)
     arguments: Arguments = {
         "q": draw.normal(batch, heads, queries, width, dtype=dtype),
         "k": draw.normal(batch, heads, keys, width, dtype=dtype),
@@ -74,11 +74,11 @@ def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
 def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     """A configuration of :func:`hpdm_kernels.read_tokens`."""
     batch, heads, head, width = draw.size(4), draw.size(3), draw.choose(WIDTHS), draw.size(12)
-    lengths = [draw.size(60) for _ in range(draw.choose((1, 1, 2, 3)))]
+    lengths = [draw.rows(60) for _ in range(draw.choose((1, 1, 2, 3)))]
     other = dtype if backend == "triton" or draw.chance(0.7) else draw.choose((torch.bfloat16, torch.float32))
     tokens = tuple(draw.normal(batch, n, width, dtype=other) for n in lengths)
     arguments: Arguments = {
-        "q": draw.normal(batch, heads, draw.size(20), head, dtype=dtype),
+        "q": draw.normal(batch, heads, draw.rows(20), head, dtype=dtype),
         "tokens": tokens[0] if len(tokens) == 1 and draw.chance(0.5) else tokens,
         "weight_kv": draw.normal(2 * heads * head, width, dtype=draw.choose((dtype, other))),
         "scale": draw.choose(SCALES),
