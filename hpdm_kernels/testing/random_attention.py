@@ -46,9 +46,9 @@ def _terms(
     }  # fmt: skip
 
 
-def _grown(terms: dict[str, Tensor], scores: float, eps_ratio: float) -> list[float]:
-    """Largest terms, with the rounding of the weights: three times per score, and that of exp."""
-    return [t.max().item() * (1 + eps_ratio * scores) for t in terms.values()]
+def _largest(terms: dict[str, Tensor], scores: float) -> list[float]:
+    """The largest of each kind of ``terms``, grown with the scores: their rounding changes the weights by a factor."""
+    return [t.max().item() * (1 + scores / 10) for t in terms.values()]
 
 
 def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
@@ -66,7 +66,7 @@ def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     def sizes(wide: Arguments, grads: Sequence[Tensor]) -> list[float]:
         q, k, v = wide["q"], wide["k"], wide["v"]
         scores, terms = _terms(q, k, v, k.abs(), v.abs(), grads[0], wide)
-        return _grown(terms, scores, 0.1)
+        return _largest(terms, scores)
 
     return Case(hpdm_kernels.cross_attention, formulas.cross_attention, arguments, ("q", "k", "v"), 6.0, 32.0, sizes)
 
@@ -101,7 +101,7 @@ def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
         parts = of_tokens.split(lengths, dim=1)
         terms |= {f"tokens {i}": part for i, part in enumerate(parts)}
         terms["weight"] = of_kv.flatten(0, 1).t() @ rows.abs().flatten(0, 1)
-        return _grown(terms, scores, 0.1)
+        return _largest(terms, scores)
 
     names = ("q", "tokens", "weight_kv")
     return Case(hpdm_kernels.read_tokens, formulas.read_tokens, arguments, names, 6.0, 32.0, sizes)
