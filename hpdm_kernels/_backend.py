@@ -136,9 +136,8 @@ def resolve_precision(precision: str | None) -> str:
 def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Disables autocast on ``x``'s device: inside, an op's inputs keep their dtype and so do its results."""
     device = x.device.type
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 
 PORTABLE: dict[Any, Callable[..., Any]] = {}

@@ -31,7 +31,8 @@ class Tiling(NamedTuple):
 # tiling that uses no stack and fits the shared memory of sm_80, sm_90 and sm_100, with and without hidden keys (Triton
 # 3.9). 3xTF32 has none for the backward at width 256: see `backward_precision`.
 # On sm_90 all products of 16 bits and of one TF32 pass run on HGMMA up to width 128. These run on HMMA instead:
-# - one TF32 pass at width 256: blocks of 64 rows spill registers on sm_90;
+# - at width 256 one TF32 pass, and 16 bits in bwd_kv: HGMMA needs blocks of 64 rows, which spill registers on sm_80 or
+#   sm_90, or need too much shared memory on sm_80;
 # - 3xTF32 at width 128 and above, and bwd_kv at width 64: HGMMA needs blocks of 64 rows, which spill registers on sm_80
 #   or sm_90;
 # - 3xTF32 in bwd_q at every width: blocks of 64 by 16 would fit on HGMMA, but ptxas 12.8.93 (Triton 3.6 and 3.7.1)

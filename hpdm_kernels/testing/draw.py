@@ -15,9 +15,15 @@ OVERSHOOT = 8e-6
 
 
 class Draw:
-    """Random choices that follow from one seed."""
+    """Random choices that follow from one seed.
 
-    def __init__(self, seed: int) -> None:
+    Args:
+        seed: what all choices follow from.
+        longest: limit of :meth:`size`, for interpreted kernels, which take their time.
+    """
+
+    def __init__(self, seed: int, longest: int = 1000) -> None:
+        self.longest = longest
         self.random = random.Random(seed)
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -31,6 +37,10 @@ class Draw:
 
     def size(self, most: int) -> int:
         """A size from 1 to ``most``, small ones more often."""
+        return min(self.rows(most), self.longest)
+
+    def rows(self, most: int) -> int:
+        """As :meth:`size`, without the limit: for sizes that cost little in any case."""
         return min(self.random.randint(1, most), self.random.randint(1, most))
 
     def triple(self, most: int) -> tuple[int, int, int]:

@@ -145,7 +145,7 @@ def check_spoiled(case: Case, backend: str, draw: Draw) -> str | None:
 
 def try_seed(op: str, backend: str, seed: int) -> tuple[bool, str | None]:
     """One configuration: whether it was valid, and what went wrong, or ``None``."""
-    draw = Draw(seed)
+    draw = Draw(seed, longest=6) if backend == "triton" else Draw(seed)
     dtype = torch.float32 if backend == "triton" else draw.choose(DTYPES)
     case = OPS[op](draw, dtype, backend)
     if draw.chance(WRONG_SHARE):

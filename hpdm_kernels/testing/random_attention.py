@@ -46,15 +46,15 @@ def _terms(
     }  # fmt: skip
 
 
-def _grown(terms: dict[str, Tensor], scores: float, eps_ratio: float) -> list[float]:
-    """Largest terms, with the rounding of the weights: three times per score, and that of exp."""
-    return [t.max().item() * (1 + eps_ratio * scores) for t in terms.values()]
+def _largest(terms: dict[str, Tensor], scores: float) -> list[float]:
+    """The largest of each kind of ``terms``, grown with the scores: their rounding changes the weights by a factor."""
+    return [t.max().item() * (1 + scores / 10) for t in terms.values()]
 
 
 def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     """A configuration of :func:`hpdm_kernels.cross_attention`."""
     batch, heads, width = draw.size(4), draw.size(3), draw.choose(WIDTHS)
-    queries, keys = draw.size(40), draw.size(60)
+    queries, keys = draw.rows(40), draw.rows(60)
     arguments: Arguments = {
         "q": draw.normal(batch, heads, queries, width, dtype=dtype),
         "k": draw.normal(batch, heads, keys, width, dtype=dtype),
@@ -66,7 +66,7 @@ def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     def sizes(wide: Arguments, grads: Sequence[Tensor]) -> list[float]:
         q, k, v = wide["q"], wide["k"], wide["v"]
         scores, terms = _terms(q, k, v, k.abs(), v.abs(), grads[0], wide)
-        return _grown(terms, scores, 0.1)
+        return _largest(terms, scores)
 
     return Case(hpdm_kernels.cross_attention, formulas.cross_attention, arguments, ("q", "k", "v"), 6.0, 32.0, sizes)
 
@@ -74,11 +74,11 @@ def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
 def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     """A configuration of :func:`hpdm_kernels.read_tokens`."""
     batch, heads, head, width = draw.size(4), draw.size(3), draw.choose(WIDTHS), draw.size(12)
-    lengths = [draw.size(60) for _ in range(draw.choose((1, 1, 2, 3)))]
+    lengths = [draw.rows(60) for _ in range(draw.choose((1, 1, 2, 3)))]
     other = dtype if backend == "triton" or draw.chance(0.7) else draw.choose((torch.bfloat16, torch.float32))
     tokens = tuple(draw.normal(batch, n, width, dtype=other) for n in lengths)
     arguments: Arguments = {
-        "q": draw.normal(batch, heads, draw.size(20), head, dtype=dtype),
+        "q": draw.normal(batch, heads, draw.rows(20), head, dtype=dtype),
         "tokens": tokens[0] if len(tokens) == 1 and draw.chance(0.5) else tokens,
         "weight_kv": draw.normal(2 * heads * head, width, dtype=draw.choose((dtype, other))),
         "scale": draw.choose(SCALES),
@@ -101,7 +101,7 @@ def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
         parts = of_tokens.split(lengths, dim=1)
         terms |= {f"tokens {i}": part for i, part in enumerate(parts)}
         terms["weight"] = of_kv.flatten(0, 1).t() @ rows.abs().flatten(0, 1)
-        return _grown(terms, scores, 0.1)
+        return _largest(terms, scores)
 
     names = ("q", "tokens", "weight_kv")
     return Case(hpdm_kernels.read_tokens, formulas.read_tokens, arguments, names, 6.0, 32.0, sizes)
