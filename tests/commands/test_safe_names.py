@@ -1,6 +1,5 @@
 """Names out of files and options that become paths: refused before any work is done."""
 
-import json
 import logging
 import shutil
 from urllib.parse import unquote
@@ -17,7 +16,7 @@ from hpdm.printable import as_file_name
 from hpdm.sampling import SamplerOptions
 from hpdm.tensor_file import TensorFile
 from hpdm.text import EmbeddingInfo, EmbeddingStore
-from tests.small import random_model, save_as_run, small_config, train_options
+from tests.small import change_config, random_model, save_as_run, small_config, train_options
 
 BAD_NAMES = ["..", "a\0b", "\x1b[31m", "x" * 300, "a\udcff", "", 7]
 
@@ -31,8 +30,7 @@ def run_folder(tmp_path_factory):
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_run_with_an_unsafe_class_is_refused_before_its_weights_are_read(run_folder, tmp_path, name, monkeypatch):
     run = shutil.copytree(run_folder, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"classes": ["A", name]}))
+    change_config(run, lambda config: config.update(classes=["A", name]))
     monkeypatch.setattr(runs, "load_parameters", lambda *_: pytest.fail("weights are read"))
     with pytest.raises(ValueError, match=r"config\.json: class(es\[1\]| 1): got "):
         sample(SampleOptions(run_folder=run, out=tmp_path / "out", device="cpu"))
@@ -53,8 +51,7 @@ def test_an_exported_file_with_an_unsafe_class_is_refused(run_folder, tmp_path, 
 
 def test_classes_that_are_no_list_are_refused(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"classes": "AB"}))
+    change_config(run, lambda config: config.update(classes="AB"))
     with pytest.raises(ValueError, match=r"config\.json: classes: got 'AB', expected a list"):
         runs.load(run)
 
@@ -119,9 +116,8 @@ CLASS_PATHS = ["playing guitar/bass", "../../home/x", "/abs", "..\\x", ".hidden"
 
 def test_classes_with_slashes_are_sampled_into_their_folder(run_folder, tmp_path):
     run = shutil.copytree(run_folder, tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
     for first in CLASS_PATHS:
-        (run / "config.json").write_text(json.dumps(config | {"classes": [first, "B"]}))
+        change_config(run, lambda config, first=first: config.update(classes=[first, "B"]))
         before = set(tmp_path.rglob("*"))
         sampler = SamplerOptions(steps=1, overlap="none")
         paths = sample(

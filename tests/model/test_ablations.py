@@ -21,7 +21,7 @@ from hpdm.sampling import SamplerOptions
 from hpdm.system import Architecture
 from hpdm_kernels import reference
 from tests.processes import run_ranks
-from tests.small import random_model, save_as_run, small_config, train_options
+from tests.small import change_config, random_model, save_as_run, small_config, train_options
 
 PATCH = systems.get("patch")
 ABLATIONS = [
@@ -139,9 +139,7 @@ def test_every_block_calls_the_shared_weights(generator):
 def test_old_configs_have_neither(tmp_path):
     model = random_model(small_config())
     run = save_as_run(model, tmp_path / "run")
-    about = json.loads((run / "config.json").read_text())
-    del about["model"]["coordinate_embedding"], about["model"]["share_blocks"]
-    (run / "config.json").write_text(json.dumps(about))
+    change_config(run, lambda about: [about["model"].pop(name) for name in ("coordinate_embedding", "share_blocks")])
     loaded = runs.load(run)
     assert loaded.config == model.config
     assert (loaded.config.coordinate_embedding, loaded.config.share_blocks) == ("raw", False)
