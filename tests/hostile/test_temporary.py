@@ -16,8 +16,9 @@ from hpdm.video import write_video
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
-import sys, time
+import signal, sys, time
 from hpdm.files import atomic_path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores
 with atomic_path(sys.argv[1]) as temporary:
     temporary.write_text("half")
     print(temporary, flush=True)
@@ -51,7 +52,7 @@ def test_what_a_killed_process_leaves_is_deleted_and_a_living_one_keeps_its_own(
         assert alive_path.read_text() == "half"
     finally:
         alive.send_signal(signal.SIGINT)
-        alive.wait()
+        alive.wait(60)
     assert os.listdir(tmp_path) == ["other.txt"]  # it was interrupted, and deleted its own
 
 
