@@ -36,10 +36,11 @@ Arguments = tuple[Any, ...]
 
 
 def registered_ops() -> list[str]:
-    """Names of the ops that the library registers, such as ``cross_attention_fwd``."""
+    """Names of the ops that the library registers and that compute something, such as ``cross_attention_fwd``."""
     names = [name.removeprefix("hpdm::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("hpdm::")]
-    # Tests register ops of their own.
-    return sorted({name.split(".")[0] for name in names if not name.startswith("test_")})
+    # Tests register ops of their own; new_tile_sums gives memory without contents, which opcheck would compare.
+    found = {name.split(".")[0] for name in names if not name.startswith("test_")}
+    return sorted(found - {"new_tile_sums"})
 
 
 def attention_inputs(generator: torch.Generator, device: torch.device) -> list[Tensor]:

@@ -15,6 +15,9 @@ from typing import Any
 
 from tests.processes import ROOT
 
+SMALL = ("--overlap", "none", "--device", "cpu")
+"""Options of a sampling that takes a second."""
+
 
 class Commands:
     """Processes of ``hpdm``, started by a server that has imported everything. A context manager."""

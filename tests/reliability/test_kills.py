@@ -9,6 +9,7 @@ import pytest
 
 from hpdm import runs
 from hpdm.training.checkpoint import list_checkpoints
+from tests.reliability.commands import SMALL
 from tests.reliability.kill_points import count_calls, points_of
 from tests.reliability.run_files import check_checkpoints, curve, leftovers
 from tests.reliability.soak import generator, times
@@ -90,7 +91,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_curve(commands, 
 
 def test_a_sampling_killed_at_any_call_gives_the_same_videos(commands, trained, tmp_path):
     def sample(point, report, out="killed", **options):
-        words = ["sample", "--run", trained, "--out", tmp_path / out, "--count", 1, "--steps", 2, "--device", "cpu"]
+        words = ["sample", "--run", trained, "--out", tmp_path / out, "--count", 1, "--steps", 2, *SMALL]
         return commands.run(*words, before=(count_calls, (tmp_path / out, point, "", report)), **options)
 
     assert sample(-1, "", "whole").status() == 0
@@ -102,7 +103,7 @@ def test_a_sampling_killed_at_any_call_gives_the_same_videos(commands, trained, 
 
     calls = points_of(killed, tmp_path)
     random = generator("sample")
-    for point in sorted(random.sample(range(len(calls)), times(4, len(calls)))):
+    for point in sorted(random.sample(range(len(calls)), times(3, len(calls)))):
         process = killed(point, "")
         assert process.status() == -signal.SIGKILL, process.output()
         for path in (tmp_path / "killed").glob("[!.]*"):
@@ -115,7 +116,9 @@ def test_a_sampling_killed_at_any_call_gives_the_same_videos(commands, trained, 
             if not path.name.startswith(".")
         }
         assert got == expected, calls[point]
-        assert not (tmp_path / "killed" / ".unfinished").exists()
+        # What was killed before it had locked its temporary folder is not told from one that begins just now.
+        left = tmp_path / "killed" / ".unfinished"
+        assert not left.exists() or not any(any(folder.iterdir()) for folder in left.iterdir()), calls[point]
 
 
 def test_an_export_killed_at_any_call_leaves_the_old_file_or_the_new_one(commands, trained, tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import signal
 
+from tests.reliability.commands import SMALL
 from tests.reliability.hooks import die_after_the_first_level
 from tests.reliability.soak import generator
 
@@ -11,7 +12,7 @@ from tests.reliability.soak import generator
 def test_levels_of_other_weights_are_not_used(commands, training, tmp_path):
     """The run is trained anew in its folder, to the same step, between the kill and the next try."""
     run, out = tmp_path / "run", tmp_path / "videos"
-    words = ["sample", "--run", run, "--out", out, "--count", 1, "--steps", 2, "--weights", "model", "--device", "cpu"]
+    words = ["sample", "--run", run, "--out", out, "--count", 1, "--steps", 2, "--weights", "model", *SMALL]
 
     def hashes(folder):
         return [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.mp4")]
@@ -35,7 +36,7 @@ def test_levels_of_other_weights_are_not_used(commands, training, tmp_path):
 
 def test_a_flipped_bit_in_a_kept_level_is_noticed(commands, trained, tmp_path):
     random, out = generator("kept"), tmp_path / "videos"
-    words = ["sample", "--run", trained, "--out", out, "--count", 1, "--steps", 2, "--device", "cpu"]
+    words = ["sample", "--run", trained, "--out", out, "--count", 1, "--steps", 2, *SMALL]
     assert commands.run(*words, before=(die_after_the_first_level, ())).status() == -signal.SIGKILL
     (kept,) = (out / ".unfinished").glob("*.safetensors")
     good = kept.read_bytes()

@@ -14,6 +14,7 @@ import hpdm.lock as lock_module
 from hpdm import runs
 from hpdm.lock import FolderLock, LockedError
 from hpdm.training.checkpoint import list_checkpoints
+from tests.reliability.commands import SMALL
 from tests.reliability.hooks import without_locks
 from tests.reliability.run_files import check_checkpoints, curve, leftovers
 from tests.reliability.soak import generator, times
@@ -110,7 +111,7 @@ def videos(folder: Path) -> dict[str, str]:
 
 
 def test_samplers_share_a_folder_unless_they_sample_the_same(commands, trained, tmp_path):
-    words = ["sample", "--run", trained, "--count", 2, "--steps", 2, "--device", "cpu"]
+    words = ["sample", "--run", trained, "--count", 2, "--steps", 2, *SMALL]
     for seed in (0, 10):
         assert commands.run(*words, "--seed", seed, "--out", tmp_path / "whole").status() == 0
     for _ in range(times(1, 50)):
@@ -139,7 +140,7 @@ def test_a_run_can_be_sampled_while_it_trains(commands, training, tmp_path):
     while not list_checkpoints(run) and time.monotonic() < end:
         time.sleep(0.02)
     for seed in range(times(2, 50)):
-        words = ["sample", "--run", run, "--out", run / "videos", "--count", 1, "--steps", 1, "--device", "cpu"]
+        words = ["sample", "--run", run, "--out", run / "videos", "--count", 1, "--steps", 1, *SMALL]
         sampled = commands.run(*words, "--seed", seed)
         assert sampled.status() == 0, sampled.output()
     for _ in range(times(20, 500)):
