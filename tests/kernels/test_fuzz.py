@@ -1,5 +1,7 @@
 """The fuzzer finds nothing in the ops, and finds what is put there."""
 
+import os
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from hpdm_kernels.testing.fuzz import OPS, fuzz, try_seed
 from hpdm_kernels.testing.wrong import is_clear
 
 SECONDS = {"torch": 3.5, "triton": 1.5, "reference": 0.7}
+LONGER = 40 if os.environ.get("HPDM_SOAK") == "all" else 1
 
 
 def _told(failure):
@@ -22,7 +25,7 @@ def _told(failure):
 @pytest.mark.parametrize("backend", SECONDS)
 @pytest.mark.parametrize("op", OPS)
 def test_random_configurations(op, backend, generator):
-    report = fuzz(op, backend, seed=generator.initial_seed(), seconds=SECONDS[backend], on_failure=_told)
+    report = fuzz(op, backend, seed=generator.initial_seed(), seconds=LONGER * SECONDS[backend], on_failure=_told)
     assert report.valid + report.spoiled > 0
     assert not report.failures
 
