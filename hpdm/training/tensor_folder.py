@@ -98,7 +98,8 @@ def stored(path: Path) -> dict[str, Stored]:
     """The tensors in a folder of safetensors files, by name."""
     try:
         metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    except (SafetensorError, FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (SafetensorError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        _check_still_there(path)
         # PyTorch reads the JSON in the headers without checking it.
         raise DamagedError(f"{path}: damaged ({type(error).__name__}: {error})") from error
     return {
@@ -113,11 +114,13 @@ def check(targets: Mapping[str, Tensor], path: Path) -> None:
 
     Raises:
         DamagedError: the folder is damaged.
+        FileNotFoundError: it has been deleted meanwhile.
         ValueError: it has other tensors.
     """
     found = stored(path)
     missing, extra = sorted(set(targets) - set(found)), sorted(set(found) - set(targets))
     if missing or extra:
+        _check_still_there(path)
         raise ValueError(f"{path}: of another config: lacks {missing[:3]}, has {extra[:3]} more")
     for name, target in targets.items():
         if tuple(target.shape) != found[name].shape:
@@ -145,13 +148,21 @@ def load(targets: Mapping[str, Tensor], path: Path) -> None:
             # No collective: each rank reads what it needs by itself.
             dcp.load(dict(targets), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
         except CheckpointException as error:
-            if not path.is_dir():
-                raise FileNotFoundError(f"checkpoint: {path} is missing") from None
+            _check_still_there(path)
             reason = next(iter(error.failures.values()))[0]
             raise DamagedError(f"{path}: damaged ({type(reason).__name__}: {reason})") from None
+        except (RuntimeError, OSError):
+            _check_still_there(path)
+            raise
     broken = first_not_finite(targets)
     if broken is not None:
         raise DamagedError(f"{path}: damaged ({broken} holds numbers that are not finite)")
+
+
+def _check_still_there(path: Path) -> None:
+    """Raises FileNotFoundError if a folder has been deleted while it was read, as by a training that goes on."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"checkpoint: {path} is missing")
 
 
 @torch.no_grad()
