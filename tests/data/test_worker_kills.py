@@ -166,7 +166,7 @@ def test_kills_change_no_loss_of_a_training_run(clips, saved_run, tmp_path):
     done, draw, killed = threading.Event(), random.Random(), []
 
     def kill():
-        while not done.wait(draw.uniform(0.2, 1.2) if killed else 0.02):
+        while not done.wait(draw.uniform(0.8, 2.0) if killed else 0.02):
             found = draw.choice([workers_of_this_process, decoders_of_workers])()
             with contextlib.suppress(ProcessLookupError):
                 for process in found[:1]:
