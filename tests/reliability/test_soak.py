@@ -46,8 +46,8 @@ def test_memory_files_and_processes_do_not_grow(commands, training, tmp_path):
     while "tflop_per_s" not in text_of(run) and process.status() is None and time.monotonic() < end:
         time.sleep(0.2)
     rows = []  # step, memory, files, processes
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    first, end = steps_of(run), time.monotonic() + seconds
+    while time.monotonic() < end or (steps_of(run) < first + 60 and time.monotonic() < end + 120):  # on a busy machine
         assert process.status() is None, process.output()
         found = session(process.pid)
         rows.append((steps_of(run), sum(m for m, _ in found.values()), max(n for _, n in found.values()), len(found)))
