@@ -49,7 +49,7 @@ test-video: $(READY)  ## read every file of the video corpus, each frame and eac
 	HPDM_VIDEO=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/video -n $(WORKERS) --dist worksteal $(ARGS)
 
 # `make test` tries each of these a few times, and takes the hardest of the hostile files.
-test-soak: $(READY)  ## kill, damage, starve, signal and fuzz for an hour or two: what happens once in a thousand times
+test-soak: $(READY)  ## kill, damage, signal and fuzz at length: what happens once in a thousand times
 	HPDM_SOAK=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reliability tests/hostile tests/data/test_worker_kills.py \
 		tests/kernels/test_fuzz.py -n $(WORKERS) --dist worksteal $(ARGS)
 

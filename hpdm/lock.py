@@ -242,5 +242,5 @@ def start_of_process(pid: int) -> str | None:
     except ProcessLookupError:
         return None
     except PermissionError:
-        return "running"
+        pass  # it runs, and is somebody else's
     return "running"

@@ -38,6 +38,7 @@ from hpdm.training.checkpoint import (
     verify,
 )
 from hpdm.training.ema import folder_of_weights
+from hpdm.training.tensor_folder import first_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def _load_checkpoint(
         for name, about in state["files"].items()
         if name.split("/")[0] == folder
     }
-    return _loaded_run(model, run_config, state["step"], device, checkpoint / folder, files)
+    return _loaded_run(model, run_config, state["step"], device, files)
 
 
 def export(run: Path, out: Path, weights: str = "ema", precision: FilePrecision = "fp32") -> int:
@@ -277,8 +278,11 @@ def _load_exported(path: Path, kernels: str, device: torch.device | str, weights
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(file.read(name))
+        broken = first_not_finite(parameters_of(model))
+        if broken is not None:
+            raise DamagedError(f"{path}: {broken}: got NaN or infinity, expected finite weights")
         weights_hash = hash_of_file(path) if file.hashes is None else hash_of_json(file.hashes)
-    return _loaded_run(model, run_config, header["step"], device, path, weights_hash)
+    return _loaded_run(model, run_config, header["step"], device, weights_hash)
 
 
 def _without_memory(run_config: RunConfig) -> nn.Module:
@@ -287,18 +291,9 @@ def _without_memory(run_config: RunConfig) -> nn.Module:
         return run_config.system.build(run_config.config)
 
 
-def _loaded_run(
-    model: nn.Module, run_config: RunConfig, step: int, device: torch.device | str, source: Path, hashes: Any
-) -> Run:
-    """A run from a model that has its weights, whose ``hashes`` are a JSON value.
-
-    Raises:
-        DamagedError: a weight that is not finite; the message names ``source``.
-    """
+def _loaded_run(model: nn.Module, run_config: RunConfig, step: int, device: torch.device | str, hashes: Any) -> Run:
+    """A run from a model that has its weights, whose ``hashes`` are a JSON value."""
     system, config, classes, training = run_config
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            raise DamagedError(f"{source}: {name}: got NaN or infinity, expected finite weights")
     about = _to_json(run_config)
     digest = hash_of_json([hashes, about["system"], about["model"]])
     return Run(model.to(device).eval().requires_grad_(False), config, classes, training, step, system, digest)

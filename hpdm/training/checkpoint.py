@@ -114,7 +114,8 @@ def write_checkpoint(run: Path, step: int, contents: Contents, keep: int = 2) ->
     """
     folder = run / "checkpoints"
     final = folder / f"step-{step:08d}"
-    temporary = folder / distributed.broadcast(f".{final.name}.{secrets.token_hex(8)}.tmp")
+    # Another ending than in hpdm.files: only remove_leftovers, under the run's lock, may take it for a leftover.
+    temporary = folder / distributed.broadcast(f".{final.name}.{secrets.token_hex(8)}.new")
     first = distributed.is_first()
     with distributed.raise_on_all_ranks():
         if first:
@@ -156,7 +157,7 @@ def remove_leftovers(run: Path) -> None:
     """Deletes what a killed process left of checkpoints that it wrote or deleted; call it under the run's lock."""
     folder = run / "checkpoints"
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.startswith(".step-") and path.suffix in (".tmp", ".old"):
+        if path.name.startswith(".step-") and path.suffix in (".new", ".old"):
             shutil.rmtree(path, ignore_errors=True)
 
 

@@ -36,7 +36,7 @@ def steps_of(run: Path) -> int:
 
 
 def test_memory_files_and_processes_do_not_grow(commands, training, tmp_path):
-    """With a process that reads clips, a validation, checkpoints and snapshots on the way."""
+    """With a process that reads clips, and a validation and checkpoints on the way."""
     run, seconds = tmp_path / "run", times(20, 600)
     words = [*training, "--out", run, "--steps", 10**6, "--workers", 1, "--log-every", 10, "--save-every", 100]
     words += ["--validate-every", 100, "--validation", training[2], "--validation-clips", 4]

@@ -73,7 +73,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, fail
 def test_a_killed_process_leaves_a_folder_that_is_no_checkpoint(tmp_path):
     model, ema, opt = state()
     ckpt.save_checkpoint(tmp_path, 1, model, ema, opt)
-    for name in (".step-00000002.0123.tmp", ".step-00000000.4567.old"):
+    for name in (".step-00000002.0123.new", ".step-00000000.4567.old"):
         (tmp_path / "checkpoints" / name).mkdir()
         (tmp_path / "checkpoints" / name / "state.json").write_bytes(b"half")
     assert [p.name for p in ckpt.list_checkpoints(tmp_path)] == ["step-00000001"]
