@@ -12,23 +12,9 @@ from hpdm.data.shard_index import index_shard
 from hpdm.data.shards import find_shards, read_shards
 from hpdm.data.summary import summarize
 from hpdm.data.tar_members import MAX_HEADER_BYTES, TarDamageError, read_members
+from tests.tar_files import pack
 
 CLIP = b"never opened" * 100
-
-
-def pack(path, *members, **options):
-    """A tar of ``(name, contents)``, or ``(name, type, target)`` for links."""
-    with tarfile.open(path, "w", **options) as out:
-        for name, *rest in members:
-            member = tarfile.TarInfo(name)
-            if len(rest) == 1:
-                content = rest[0].encode() if isinstance(rest[0], str) else rest[0]
-                member.size = len(content)
-                out.addfile(member, io.BytesIO(content))
-            else:
-                member.type, member.linkname = rest
-                out.addfile(member)
-    return path
 
 
 def contents(path):

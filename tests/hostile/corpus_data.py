@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import struct
 import tarfile
@@ -15,8 +14,7 @@ from safetensors.torch import save
 
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from tests.hostile.corpus import INFINITE, NAN, NO_OBJECTS, Case, Good, edited
-
-Member = tuple[Any, ...]
+from tests.tar_files import Member, pack
 
 
 def cases() -> list[Case]:
@@ -37,21 +35,6 @@ def shard_of(folder: Path, *options: object) -> list[object]:
     return ["data", "shard", folder / "set", folder / "out" / "shards", *options]
 
 
-def tar(path: Path, *members: Member) -> Path:
-    """A tar of ``(name, contents)``, or ``(name, type, target)`` for links and devices."""
-    with tarfile.open(path, "w") as out:
-        for name, *rest in members:
-            member = tarfile.TarInfo(name)
-            if len(rest) == 1:
-                content = rest[0].encode() if isinstance(rest[0], str) else rest[0]
-                member.size = len(content)
-                out.addfile(member, io.BytesIO(content))
-            else:
-                member.type, member.linkname = rest
-                out.addfile(member)
-    return path
-
-
 def sized_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     """A tar header whose size is any integer, in base 256."""
     member = tarfile.TarInfo(name)
@@ -66,7 +49,7 @@ def sized_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
 def label_cases() -> list[Case]:
     """What stands beside a video in a shard, and beside the shards."""
     found = [
-        Case(f"label: {name}", lambda folder, good, members=members: inspect(tar(
+        Case(f"label: {name}", lambda folder, good, members=members: inspect(pack(
             folder / "s.tar", ("a.mp4", good.video), *members
         )))
         for name, members in {
@@ -103,7 +86,7 @@ def label_cases() -> list[Case]:
     }
     found += [
         Case(f"label: {name}", lambda folder, good, members=members: inspect(
-            tar(folder / "s.tar", ("a.mp4", good.video), *members)
+            pack(folder / "s.tar", ("a.mp4", good.video), *members)
         ))
         for name, members in texts.items()
     ]  # fmt: skip
@@ -123,7 +106,7 @@ def label_cases() -> list[Case]:
 
 def _with_classes(folder: Path, good: Good, text: bytes) -> list[object]:
     (folder / "classes.json").write_bytes(text)
-    tar(folder / "s.tar", ("a.mp4", good.video), ("a.cls", "1"))
+    pack(folder / "s.tar", ("a.mp4", good.video), ("a.cls", "1"))
     return inspect(folder)
 
 
@@ -132,7 +115,7 @@ def tar_cases() -> list[Case]:
 
     def raw(change: Callable[[bytes], bytes]) -> Callable[[Path, Good], Sequence[object]]:
         def make(folder: Path, good: Good) -> Sequence[object]:
-            path = tar(folder / "s.tar", *((f"{n}.mp4", good.video) for n in range(3)))
+            path = pack(folder / "s.tar", *((f"{n}.mp4", good.video) for n in range(3)))
             path.write_bytes(change(path.read_bytes()))
             return inspect(folder)
 
@@ -190,7 +173,7 @@ def tar_cases() -> list[Case]:
     found += [
         Case(
             f"tar: {name}",
-            lambda folder, good, members=members: inspect(tar(folder / "s.tar", ("a.mp4", good.video), *members)),
+            lambda folder, good, members=members: inspect(pack(folder / "s.tar", ("a.mp4", good.video), *members)),
             status,
         )
         for name, (members, status) in links.items()
@@ -203,7 +186,7 @@ def tar_cases() -> list[Case]:
         Case(
             f"tar: {name}",
             lambda folder, good, members=members: [
-                "data", "inspect", tar(folder / "s.tar", ("a.mp4", good.video), *members),
+                "data", "inspect", pack(folder / "s.tar", ("a.mp4", good.video), *members),
             ],
             0, line=False,
         )
@@ -216,7 +199,7 @@ def tar_cases() -> list[Case]:
     found += [
         Case(
             f"tar: a name {kind}",
-            lambda folder, good, name=name: ["data", "inspect", tar(folder / "s.tar", (name, good.video))],
+            lambda folder, good, name=name: ["data", "inspect", pack(folder / "s.tar", (name, good.video))],
             0, line=False,
         )
         for kind, name in names.items()
@@ -249,7 +232,7 @@ def index_cases() -> list[Case]:
     }
 
     def make(folder: Path, good: Good, path: Sequence[str | int], value: Any) -> Sequence[object]:
-        shard = tar(folder / "s.tar", ("a.mp4", good.video))
+        shard = pack(folder / "s.tar", ("a.mp4", good.video))
         about = shard.stat()
         clip = {
             "name": "a.mp4",
@@ -271,7 +254,7 @@ def index_cases() -> list[Case]:
 
         def forged(folder: Path, good: Good, text: bytes = text) -> Sequence[object]:
             (folder / "s.tar.index.json").write_bytes(text)
-            return ["data", "inspect", tar(folder / "s.tar", ("a.mp4", good.video))]
+            return ["data", "inspect", pack(folder / "s.tar", ("a.mp4", good.video))]
 
         found.append(Case(f"index: {name}", forged, 0, line=False))
     return found

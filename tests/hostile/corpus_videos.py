@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 
 from tests.hostile.corpus import Case, Good
+from tests.tar_files import pack
 
 
 def cases() -> list[Case]:
@@ -56,10 +57,8 @@ def content_cases() -> list[Case]:
 
     def in_tar(change: Callable[[bytes], bytes]) -> Callable[[Path, Good], Sequence[object]]:
         def make(folder: Path, good: Good) -> Sequence[object]:
-            from tests.hostile.corpus_data import tar
-
             (folder / other).write_bytes(good.video)
-            return _inspect(tar(folder / "s.tar", ("a.mp4", change(good.video))))
+            return _inspect(pack(folder / "s.tar", ("a.mp4", change(good.video))))
 
         return make
 

@@ -18,9 +18,9 @@ from hpdm.data.tar_members import TarDamageError, read_members
 from hpdm.patch.config import HPDMConfig
 from hpdm.tensor_file import TensorFile
 from hpdm.training.checkpoint import read_state
-from tests.hostile.corpus_data import tar
 from tests.hostile.soak import EXAMPLES
 from tests.small import random_model, save_as_run, small_config
+from tests.tar_files import pack
 
 # Where to damage a file, as a share of its length, and what to put there.
 EDITS = st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=8), st.integers(0, 8)), min_size=1, max_size=4)
@@ -116,7 +116,7 @@ def test_the_values_of_a_config(edits):
 @given(edits=EDITS)
 def test_a_tar(tmp_path, edits):
     texts = (("a.json", '{"label": 1}'), ("a.txt", "caption"))
-    good = tar(tmp_path / "good.tar", ("a.mp4", b"video"), *texts, ("b.mp4", b"x"))
+    good = pack(tmp_path / "good.tar", ("a.mp4", b"video"), *texts, ("b.mp4", b"x"))
     path = tmp_path / "s.tar"
     path.write_bytes(damaged(good.read_bytes()[:6144], edits))
     read_or_named(lambda: scan(path), path)
