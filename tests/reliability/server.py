@@ -6,6 +6,7 @@ own, that runs a command; ``status`` says how one has ended.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -25,6 +26,9 @@ import hpdm.commands.sample
 import hpdm.commands.train
 import hpdm.patch.presets
 from tests.small import small_config
+
+PR_SET_PDEATHSIG = 1
+"""Linux: a process asks for a signal when its parent ends, here so that a test that is killed leaves no training."""
 
 
 def main() -> None:
@@ -60,6 +64,7 @@ def _start(request: dict[str, Any]) -> int:
     status = 99
     try:
         os.setsid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         nothing = os.open(os.devnull, os.O_RDONLY)
