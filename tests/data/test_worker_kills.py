@@ -46,28 +46,40 @@ class Killer(threading.Thread):
     Args:
         count: how many.
         find: lists the processes that may be killed.
+
+    Attributes:
+        left: how many are still to be killed.
+        delivered: how many batches the test has had, which it sets.
+        done: set by the test when it ends.
     """
 
     def __init__(self, count, find):
         super().__init__(daemon=True)
         self.left, self.find, self.seed, self.delivered = count, find, random.randrange(2**31), 0
+        self.done = threading.Event()
         print(f"seed {self.seed}")
 
     def run(self):
         draw = random.Random(self.seed)
         while self.left > 0:
             seen = self.delivered
-            while self.delivered == seen:  # so that the data get on
-                time.sleep(0.001)
+            self.wait(lambda seen=seen: self.delivered != seen)  # so that the data get on
             time.sleep(draw.choice([0, 0.002, 0.02]) * draw.random())
             found = self.find()
             if draw.random() < 0.3 and found:
                 self.kill(found[:1])
-                while not (new := set(self.find()) - set(found)):
-                    time.sleep(0.0005)
+                known = set(found)
+                # None come after one that was ending anyway.
+                self.wait(lambda known=known: set(self.find()) - known, seconds=2)
                 time.sleep(draw.choice([0, 0.01]) * draw.random())
-                found = list(new)
+                found = list(set(self.find()) - known)
             self.kill(found if draw.random() < 0.2 else found and [draw.choice(found)])
+
+    def wait(self, condition, seconds=float("inf")):
+        end = time.monotonic() + seconds
+        while not condition() and time.monotonic() < end:
+            if self.done.wait(0.001):
+                raise SystemExit  # the test has ended, and this thread ends with it
 
     def kill(self, processes):
         for process in processes:
@@ -77,8 +89,9 @@ class Killer(threading.Thread):
 
 
 def workers_of_this_process():
-    """The processes that this one forked."""
-    return [process for process, parent, command in processes() if parent == os.getpid() and not decodes(command)]
+    """The processes that this one forked, which have its command line: not those that other tests have started."""
+    own = Path("/proc/self/cmdline").read_bytes()
+    return [process for process, parent, command in processes() if parent == os.getpid() and command == own]
 
 
 def decoders_of_workers():
@@ -130,19 +143,23 @@ def check(data, clips, workers, pinned, killer):
     keys = (order.keys(number) for number in itertools.count())
     batches = loader.load(functools.partial(make, data, workers, pinned), keys)
     killer.start()
-    for number in itertools.count():
-        expected = collate([data[key] for key in order.keys(number)])
-        batch = next(batches)
-        for name in ("video", "labels"):
-            assert torch.equal(batch[name], expected[name]), f"{name} of batch {number}"
-        assert batch["paths"] == expected["paths"]
-        killer.delivered = number + 1
-        if killer.left <= 0:
-            last = last or number + 10
-            if number == last:
-                break
-    batches.close()
-    killer.join()
+    try:
+        for number in itertools.count():
+            expected = collate([data[key] for key in order.keys(number)])
+            batch = next(batches)
+            for name in ("video", "labels"):
+                assert torch.equal(batch[name], expected[name]), f"{name} of batch {number}"
+            assert batch["paths"] == expected["paths"]
+            killer.delivered = number + 1
+            if not killer.is_alive():
+                assert killer.left <= 0, "the thread that kills has ended early"
+                last = last or number + 10
+                if number == last:
+                    break
+    finally:
+        batches.close()
+        killer.done.set()
+        killer.join()
 
 
 # The thread ends with an error when the process ends that it takes a batch from.
