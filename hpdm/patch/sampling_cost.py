@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import Counter
@@ -107,11 +108,14 @@ def _tiles_below(ancestors: Sequence[Sequence[Tensor]], level: int, tiles: int, 
     return counts
 
 
+# A plan, the memory and the time of one sampling need the same counts, which take a part of a second each.
+@functools.cache
 def patch_flops(config: HPDMConfig, level: int) -> int:
     """FLOPs (matrix products and attention) of denoising one patch of one level while sampling, kernels on."""
     return _flops(config, lambda model: _call(model, level, 1))
 
 
+@functools.cache
 def feature_flops(config: HPDMConfig, level: int) -> int:
     """FLOPs of the features of one clean patch for the levels above."""
     return _flops(config, lambda model: model.level_features(**_inputs(model, level, 1)))

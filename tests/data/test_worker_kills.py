@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -129,8 +130,12 @@ def pinned(monkeypatch, request):
 
 @pytest.fixture(autouse=True)
 def _deaths(monkeypatch, quick_checks):
-    """Any number of deaths in a row is borne."""
+    """Any number of deaths in a row is borne; temporary files of the dead are removed."""
     monkeypatch.setattr(loader, "_MAX_DEATHS", 1000)
+    # Not a folder of pytest's, whose long name may not fit into the address of a socket.
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 def make(data, workers, pinned, keys):

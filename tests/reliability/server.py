@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from typing import Any
 
@@ -32,6 +33,13 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    # Processes that are killed leave their temporary files, which are removed with this folder.
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        _serve()
+
+
+def _serve() -> None:
     torch.set_num_threads(1)
     # What is tested are files, signals and processes, so the model is as small as can be.
     hpdm.patch.presets.PRESETS["tiny"] = small_config
