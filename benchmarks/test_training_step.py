@@ -15,6 +15,8 @@ import torch
 
 from benchmarks import harness
 from hpdm import HPDM, presets, systems
+from hpdm.objective import on_device
+from hpdm.patch.draws import draw
 from hpdm.patch.objective import denoising_error
 from hpdm.planning.training_cost import training_step
 from hpdm.training.optim import make_optimizer
@@ -52,7 +54,8 @@ def test_training_step(record, backends, device, tmp_path, preset, batch, produc
     models = {kernels: disturbed_model(config, kernels, device) for kernels in ("reference", *backends)}
 
     def loss(model):
-        return denoising_error(model, video, labels, torch.Generator().manual_seed(2)).mean()
+        draws = on_device(draw(config, batch, torch.Generator().manual_seed(2)), device)
+        return denoising_error(model, video, labels, draws).mean()
 
     with harness.products_in(products):
         check_gradients(models, loss, TOLERANCE[products])

@@ -6,7 +6,7 @@ A kind of model uses the settings that apply to it; :mod:`hpdm.system` hands the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,7 +112,21 @@ def loss_weight(weighting: Weighting, t: Tensor, signal: Tensor) -> Tensor:
     return torch.minimum(g, SNR_CAP * (1 - g) / signal.square())
 
 
-def flipped(video: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrors random clips of ``[B, C, F, H, W]`` left to right, each with probability 1/2."""
-    mirrored = (torch.rand(len(video), generator=generator) < 0.5).to(video.device)
+def draw_mirrored(batch: int, generator: torch.Generator) -> Tensor:
+    """Draws which of ``batch`` clips are mirrored, each with probability 1/2: bool ``[B]`` on the CPU."""
+    return torch.rand(batch, generator=generator) < 0.5
+
+
+def mirror(video: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirrors those clips of ``[B, C, F, H, W]`` left to right that ``mirrored`` (bool ``[B]``) names."""
     return torch.where(mirrored[:, None, None, None, None], video.flip(-1), video)
+
+
+def on_device(draws: Any, device: torch.device) -> Any:
+    """A ``NamedTuple`` of tensors and ``None`` on ``device``; from pinned memory the copies do not wait."""
+    return draws._make(None if value is None else value.to(device, non_blocking=True) for value in draws)
+
+
+def pinned(draws: Any) -> Any:
+    """A ``NamedTuple`` of tensors and ``None`` in pinned memory of the host."""
+    return draws._make(None if value is None else value.pin_memory() for value in draws)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.checks import Triple
-from hpdm.objective import Context, Objective
+from hpdm.objective import Context, Objective, on_device
 from hpdm.recipe import Recipe
 from hpdm.sampling import Sampler, SamplerOptions
 
@@ -122,29 +122,42 @@ class System(ABC):
         """
 
     @abstractmethod
-    def losses(
+    def draw(
         self,
-        model: Any,
-        batch: Mapping[str, Tensor],
+        config: Any,
+        batch: int,
         generator: torch.Generator,
         *,
         times: tuple[float, float] = (0.0, 1.0),
         objective: Objective | None = None,
         dropout: float = 0.0,
         images: float = 0.0,
-        network: Callable[..., Any] | None = None,
-    ) -> dict[str, Tensor]:
-        """The training losses of a batch by name, each ``[B]``, one value per clip; their mean is minimized.
+    ) -> Any:
+        """Everything random in the losses of a batch: a ``NamedTuple`` of CPU tensors, some of which may be ``None``.
 
         Args:
-            model: of this system.
-            batch: ``video`` uint8 ``[B, C, F, H, W]`` and, by the kind of conditioning, ``labels`` int64 ``[B]``, or
-                ``text [B, S, W]`` and ``text_mask [B, S]``; on the model's device.
+            config: the model's.
+            batch: number of clips.
             generator: CPU generator, the only source of randomness.
             times: range of the diffusion time, from clean 0 to noise 1.
             objective: how the samples are drawn and weighted; ``None`` for the default.
             dropout: share of the clips whose label or text is dropped.
             images: share of the clips that become still images.
+        """
+
+    @abstractmethod
+    def losses(
+        self, model: Any, batch: Mapping[str, Tensor], draws: Any, network: Callable[..., Any] | None = None
+    ) -> dict[str, Tensor]:
+        """The training losses of a batch by name, each ``[B]``, one value per clip; their mean is minimized.
+
+        On a GPU they neither wait for the host nor read from it, so that a training step can be a CUDA graph.
+
+        Args:
+            model: of this system.
+            batch: ``video`` uint8 ``[B, C, F, H, W]`` and, by the kind of conditioning, ``labels`` int64 ``[B]``, or
+                ``text [B, S, W]`` and ``text_mask [B, S]``; on the model's device.
+            draws: what :meth:`draw` returned for as many clips, on the model's device.
             network: called in place of the model, e.g. its DDP wrapper.
         """
 
@@ -163,12 +176,15 @@ class System(ABC):
         A part is, for instance, the patches at a border. Here, for a model without levels: its losses, and no parts.
 
         Args:
-            model, batch, generator: as of :meth:`losses`.
+            model, batch: as of :meth:`losses`.
+            generator: CPU generator, the only source of randomness.
             times: range of the diffusion time of what is measured.
             context: noise of the lower levels meanwhile; a model without levels has none.
             context_noise: diffusion time of clean lower levels.
         """
-        return self.losses(model, batch, generator, times=times), {}
+        video = batch["video"]
+        draws = self.draw(model.config, len(video), generator, times=times)
+        return self.losses(model, batch, on_device(draws, video.device)), {}
 
     @abstractmethod
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:

@@ -164,7 +164,8 @@ class Sampler:
 
         ``x`` is the solver's variable ``[B, C, F_l, H_l, W_l]``; yields ``[B, n, C, f, h, w]``.
         """
-        origins, boxes = self.tilings[level].origins, self.tilings[level].boxes
+        # On the device once and not per network call, which then takes nothing from the host.
+        origins, boxes = self.tilings[level].origins, self.tilings[level].boxes.to(levels.network.device)
         guidance = self._guidance(level, sigma)
         t = float(time_of_sigma(torch.tensor(sigma, dtype=torch.float64)))
         noised = x / math.hypot(1.0, sigma)  # x~ of hpdm.process

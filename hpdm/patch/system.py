@@ -15,6 +15,7 @@ from hpdm.objective import Context, Objective
 from hpdm.patch import sampling_cost
 from hpdm.patch.base_model import start_from_base
 from hpdm.patch.config import HPDMConfig
+from hpdm.patch.draws import Draws, draw
 from hpdm.patch.model import HPDM
 from hpdm.patch.objective import denoising_error, evaluation_error, example_inputs
 from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES, SAMPLING
@@ -47,16 +48,24 @@ class PatchDiffusion(System):
     def build(self, config: HPDMConfig, kernels: str = "auto", recompute: str = "none") -> HPDM:
         return HPDM(config, kernels, recompute)
 
-    def losses(
+    def draw(
         self,
-        model: HPDM,
-        batch: Mapping[str, Tensor],
+        config: HPDMConfig,
+        batch: int,
         generator: torch.Generator,
         *,
         times: tuple[float, float] = (0.0, 1.0),
         objective: Objective | None = None,
         dropout: float = 0.0,
         images: float = 0.0,
+    ) -> Draws:
+        return draw(config, batch, generator, times, dropout, objective, images)
+
+    def losses(
+        self,
+        model: HPDM,
+        batch: Mapping[str, Tensor],
+        draws: Draws,
         network: Callable[..., Any] | None = None,
     ) -> dict[str, Tensor]:
         """The error of v of every level, ``level_0`` and up (paper eq. 4)."""
@@ -64,13 +73,9 @@ class PatchDiffusion(System):
             model,
             batch["video"],
             batch.get("labels"),
-            generator,
-            times,
-            dropout=dropout,
-            objective=objective,
+            draws,
             text=batch.get("text"),
             text_mask=batch.get("text_mask"),
-            images=images,
             network=network,
         )  # [B, L]
         return {f"level_{level}": error for level, error in enumerate(errors.unbind(1))}

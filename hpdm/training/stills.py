@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 
-def still_images(video: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Repeats one random frame of some random clips along time.
+def draw_stills(batch: int, frames: int, share: float, generator: torch.Generator) -> Tensor | None:
+    """Draws which clips become stills, and of which frame.
 
     Args:
-        video: ``[B, C, F, H, W]``, any dtype and device.
+        batch: number of clips B.
+        frames: frames F of a clip.
         share: fraction of the clips that become stills, 0 to 1. Where ``share * B`` is no integer it is rounded up or
             down at random, so that the share is right on average even for one clip per device.
         generator: CPU generator; nothing is drawn from it for a share of 0.
 
     Returns:
-        ``[B, C, F, H, W]``; ``video`` itself for a share of 0, else a new tensor.
+        For each frame the number of the frame that it shows, int64 ``[B, F]``; ``None`` for a share of 0.
 
     Raises:
         ValueError: a share outside of 0..1.
@@ -29,12 +30,20 @@ def still_images(video: Tensor, share: float, generator: torch.Generator) -> Ten
     if not 0 <= share <= 1:
         raise ValueError(f"images: got {share}, expected a share from 0 to 1")
     if share == 0:
-        return video
-    batch, _, frames = video.shape[:3]
+        return None
     # The sum is below `batch` + 1 exactly, but rounding may make it equal: hence the `min`.
     count = min(batch, int(share * batch + float(torch.rand((), generator=generator))))
-    rows = torch.randperm(batch, generator=generator)[:count].to(video.device)
-    numbers = torch.randint(frames, (count,), generator=generator).to(video.device)
-    stills = video.clone()
-    stills[rows] = video[rows, :, numbers].unsqueeze(2).expand_as(stills[rows])  # [count, C, F, H, W]
-    return stills
+    rows = torch.randperm(batch, generator=generator)[:count]
+    shown = torch.arange(frames).repeat(batch, 1)
+    shown[rows] = torch.randint(frames, (count,), generator=generator)[:, None]
+    return shown
+
+
+def show_frames(video: Tensor, shown: Tensor) -> Tensor:
+    """The clips with frame ``shown[b, f]`` in place of frame ``f``, of clip b.
+
+    Args:
+        video: ``[B, C, F, H, W]``, any dtype.
+        shown: int64 ``[B, F]``, on the same device.
+    """
+    return video.gather(2, shown[:, None, :, None, None].expand_as(video))

@@ -21,9 +21,11 @@ from torch.profiler import record_function
 
 from hpdm import distributed
 from hpdm.data.mixture import Mixture
+from hpdm.objective import on_device, pinned
 from hpdm.recipe import Recipe
 from hpdm.system import System
 from hpdm.text import EmbeddingStore
+from hpdm.training.ahead import DrawnAhead
 from hpdm.training.averaged import averaged_weights
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
 from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
@@ -128,6 +130,7 @@ class Trainer:
                 )  # fmt: skip
         self.saver = Saver(options.out, self.model, self.ema, self.optimizer, steering.keep, job.write_snapshot)
         self.batches = MicroBatches(job.dataset, recipe.batch, job.micro_batch, options.seed, self.step)
+        self.draws = DrawnAhead(self.draw)
         self.short_clips = ShortClips(job.dataset)
 
     def fit(self) -> None:
@@ -143,7 +146,7 @@ class Trainer:
             reports = Reports(folder, options.log, self.step, last, self.recipe.batch, speed, about)
         with (
             reports, self.stop, profiled(options.profile, options.out / "profile") as profile_step, self.saver,
-            closing(clips),
+            closing(clips), self.draws,
         ):  # fmt: skip
             self._complete_snapshots()
             while self.step < last:
@@ -253,17 +256,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-        def losses_of(batch: Batch, number: int) -> Tensor:
-            losses = self.losses(batch, noise_generator(options.seed, number))
+        def losses_of(batch: Batch, draws: Any) -> Tensor:
+            losses = self.losses(batch, draws)
             self.loss_names[:] = losses
             return torch.stack(list(losses.values()), dim=1).mean(0)  # [B, L] -> [L]
 
-        numbers = self.batches.numbers(self.step)
+        following = self.batches.numbers(self.step + 1) if self.step + 1 < recipe.steps else ()
+        draws = self.draws.take(self.batches.numbers(self.step), following)
         total, norm, applied = update(
             self.network,
             self.optimizer,
             self.ema,
-            [partial(losses_of, batch, number) for batch, number in zip(batches, numbers)],
+            [partial(losses_of, *each) for each in zip(batches, draws)],
             clip_norm=options.clip_norm,
             autocast=self.autocast,
             accept=self._accept,
@@ -281,18 +285,23 @@ class Trainer:
         self.skips.count(bool(any_broken))
         return not any_broken
 
-    def losses(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """The losses of a micro-batch by name, each ``[B]``."""
-        config = self.job.config
-        return self.job.system.losses(
-            self.model,
-            batch.inputs(config.conditioning, self.device),
-            generator,
+    def draw(self, number: int) -> Any:
+        """What is random in the micro-batch ``number`` of the run; pinned for a GPU."""
+        config, recipe = self.job.config, self.recipe
+        draws = self.job.system.draw(
+            config,
+            self.job.micro_batch,
+            noise_generator(self.options.seed, number),
             objective=self.options.objective,
             dropout=config.conditioning_dropout,
-            images=self.recipe.images,
-            network=self.network,
+            images=recipe.images,
         )
+        return pinned(draws) if self.device.type == "cuda" else draws
+
+    def losses(self, batch: Batch, draws: Any) -> dict[str, Tensor]:
+        """The losses of a micro-batch by name, each ``[B]``."""
+        inputs = batch.inputs(self.job.config.conditioning, self.device)
+        return self.job.system.losses(self.model, inputs, on_device(draws, self.device), self.network)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Automatic mixed precision, if the run has it."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -45,6 +46,11 @@ class LinearDenoiser(nn.Module):
         return a * x + b
 
 
+class LinearDraws(NamedTuple):
+    t: torch.Tensor
+    noise: torch.Tensor
+
+
 class LinearSystem(System):
     """The 20 lines that make a system."""
 
@@ -58,11 +64,14 @@ class LinearSystem(System):
     def build(self, config, kernels="auto", recompute="none"):
         return LinearDenoiser(config)
 
-    def losses(self, model, batch, generator, *, times=(0.0, 1.0), network=None, **_):
+    def draw(self, config, batch, generator, *, times=(0.0, 1.0), **_):
+        t = times[0] + (times[1] - times[0]) * torch.rand(batch, 1, generator=generator)
+        return LinearDraws(t, torch.randn(batch, 1, config.channels, *config.resolution, generator=generator))
+
+    def losses(self, model, batch, draws, network=None):
         x = batch["video"] / 127.5 - 1
-        t = times[0] + (times[1] - times[0]) * torch.rand(len(x), 1, generator=generator)
-        noised, _ = add_noise(x[:, None], torch.randn(x[:, None].shape, generator=generator), t, torch.ones(1))
-        return {"pixels": ((network or model)(noised[:, 0], t[:, 0]) - x).square().mean(dim=(1, 2, 3, 4))}
+        noised, _ = add_noise(x[:, None], draws.noise, draws.t, torch.ones(1))
+        return {"pixels": ((network or model)(noised[:, 0], draws.t[:, 0]) - x).square().mean(dim=(1, 2, 3, 4))}
 
     def sampler(self, model, options):
         return LinearSampler(model, options)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from hpdm import cli, text
 from hpdm.commands.embed import Embed
 from hpdm.commands.sample import SampleOptions, sample
+from hpdm.patch.draws import draw
 from hpdm.patch.objective import denoising_error
 from hpdm.sampling import SamplerOptions
 from hpdm.text import EmbeddingInfo, EmbeddingStore, TextEncoder, collate_text, embed_captions
@@ -260,7 +261,8 @@ def words_model():
 
 
 def error(model, video, text, mask=None, **options):
-    return denoising_error(model, video, None, torch.Generator().manual_seed(1), text=text, text_mask=mask, **options)
+    draws = draw(model.config, len(video), torch.Generator().manual_seed(1), **options)
+    return denoising_error(model, video, None, draws, text=text, text_mask=mask)
 
 
 def test_dropout_drops_a_clips_whole_text(words_model, tmp_path):

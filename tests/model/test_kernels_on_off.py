@@ -14,6 +14,7 @@ import torch
 
 from hpdm import HPDM, presets
 from hpdm.patch.boxes import sample_boxes
+from hpdm.patch.draws import draw
 from hpdm.patch.objective import denoising_error
 from hpdm.training.optim import make_optimizer
 from hpdm_kernels import modules
@@ -103,8 +104,8 @@ def test_a_training_run(backend):
         optimizer = make_optimizer(model, "adamw", 1e-3, 0.01)
         losses = []
         for step in range(STEPS):
-            generator = torch.Generator().manual_seed(step % DRAWS)
-            loss = denoising_error(model, video, labels, generator, dropout=0.1).mean()
+            draws = draw(config, 1, torch.Generator().manual_seed(step % DRAWS), dropout=0.1)
+            loss = denoising_error(model, video, labels, draws).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -7,6 +7,7 @@ import torch
 
 from hpdm import HPDM
 from hpdm.patch.boxes import extract_patches, sample_boxes
+from hpdm.patch.draws import draw
 from hpdm.patch.objective import denoising_error
 from hpdm.patch.sampler import Sampler
 from hpdm.process import add_noise, network_input
@@ -84,8 +85,8 @@ def test_training_takes_two_passes_for_the_samples_drawn(rate, generator):
     model = random_model(CONFIG.replace(self_conditioning=rate))
     video = torch.randint(0, 256, (2, 3, *CONFIG.resolution), dtype=torch.uint8, generator=generator)
     labels = torch.tensor([1, 4])
-    error = denoising_error(model, video, labels, torch.Generator().manual_seed(3))
-    # The same draws as in denoising_error.
+    error = denoising_error(model, video, labels, draw(model.config, 2, torch.Generator().manual_seed(3)))
+    # The same draws.
     again = torch.Generator().manual_seed(3)
     boxes = sample_boxes(CONFIG, 2, again)
     x, t = extract_patches(video, boxes, CONFIG), torch.rand(2, 3, generator=again)

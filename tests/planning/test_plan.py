@@ -203,6 +203,9 @@ class Flat(System):
     def build(self, config, kernels="auto", recompute="none"):
         return FlatModel()
 
+    def draw(self, *arguments, **options):
+        raise NotImplementedError
+
     def losses(self, *arguments, **options):
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ import torch
 from hpdm import HPDM, presets, runs
 from hpdm.patch.base_model import start_from_base
 from hpdm.patch.boxes import sample_boxes
+from hpdm.patch.draws import draw
 from hpdm.patch.objective import denoising_error
 from tests.small import random_model, save_as_run
 
@@ -61,7 +62,7 @@ def test_the_first_step_trains_the_context(base_run, generator):
     load_base(model, base_run)
     video = torch.randint(256, (2, 3, *FULL.resolution), generator=generator, dtype=torch.uint8)
     text = torch.randn(2, 5, 8, generator=generator)
-    denoising_error(model, video, None, generator, text=text).mean().backward()
+    denoising_error(model, video, None, draw(FULL, 2, generator), text=text).mean().backward()
     for block in model.blocks[1:]:
         parts = block.fusion.weight.grad.split([16, 16, 3], dim=1)
         assert all(part.abs().max() > 0 for part in parts)

@@ -11,8 +11,9 @@ import tyro
 
 from hpdm import process
 from hpdm.commands.train import _check_cuts, train
-from hpdm.objective import Objective, draw_times, flipped, loss_weight
-from hpdm.patch.objective import denoising_error, finish_lower_levels
+from hpdm.objective import Objective, draw_mirrored, draw_times, loss_weight, mirror
+from hpdm.patch.draws import draw, finish_lower_levels
+from hpdm.patch.objective import denoising_error
 from hpdm.recipe import Recipe
 from hpdm.training.options import TrainOptions, train_options
 from tests.small import change_config, random_model, small_config
@@ -104,12 +105,13 @@ def test_finished_levels_are_not_trained_and_a_single_level_has_none(generator):
     model, base = random_model(small_config()), random_model(small_config(levels=1, levels_per_block=(1, 1)))
     video = torch.randint(0, 256, (8, 3, 8, 32, 32), dtype=torch.uint8, generator=generator)
     objective = Objective(clean_context=0.99)
-    errors = denoising_error(model, video, None, generator, objective=objective)
+    errors = denoising_error(model, video, None, draw(model.config, 8, generator, objective=objective))
     assert (errors[:, 0] == 0).any()
     assert (errors[:, 2] > 0).all()
     small, seed = video[:, :, :2, :8, :8].contiguous(), 5
     of_base = [
-        denoising_error(base, small, None, torch.Generator().manual_seed(seed), objective=o) for o in (objective, None)
+        denoising_error(base, small, None, draw(base.config, 8, torch.Generator().manual_seed(seed), objective=o))
+        for o in (objective, None)
     ]
     assert torch.equal(*of_base)
 
@@ -140,7 +142,8 @@ def test_cuts_leave_out_the_highest_levels_and_expect_the_same_loss(generator):
         return torch.zeros_like(x)
 
     for _ in range(calls):
-        error = denoising_error(model, video, None, generator, objective=Objective(cuts=True), network=network)
+        draws = draw(model.config, 2, generator, objective=Objective(cuts=True))
+        error = denoising_error(model, video, None, draws, network=network)
         assert error.shape == (2, 4)
         assert (error[:, levels[-1] :] == 0).all()
         total += error.mean(0) / calls
@@ -149,6 +152,16 @@ def test_cuts_leave_out_the_highest_levels_and_expect_the_same_loss(generator):
     # the calls, with three times the weight: its standard error is sqrt((9 / 3) 3 / 8 / calls + ...), below 0.11.
     assert total.tolist() == pytest.approx([0.5] * 4, abs=5 * 0.11)
     assert total[:2].tolist() == pytest.approx([0.5] * 2, abs=0.2)
+
+
+def test_weights_make_up_for_levels_that_are_cut(generator):
+    config = small_config(levels=4, levels_per_block=(1, 4))
+    objective, total, calls = Objective(cuts=True, clean_context=0.5), torch.zeros(4), 4000
+    for _ in range(calls):
+        weight = draw(config, 1, generator, objective=objective).weight[0]
+        total[: len(weight)] += weight / calls
+    # Level 3 is drawn in a third of the calls and has the weight 3 then, so its standard error is sqrt(2 / 4000).
+    assert total.tolist() == pytest.approx([1.0] * 4, abs=5 * (2 / calls) ** 0.5)
 
 
 def test_every_weight_takes_part_in_a_cut_step(generator):
@@ -163,9 +176,9 @@ def test_every_weight_takes_part_in_a_cut_step(generator):
 
     while 2 not in levels:
         model.zero_grad(set_to_none=True)
-        objective = Objective(cuts=True)
+        draws = draw(model.config, 1, generator, objective=Objective(cuts=True))
         labels = torch.zeros(1, dtype=torch.long)
-        denoising_error(model, video, labels, generator, objective=objective, network=network).mean().backward()
+        denoising_error(model, video, labels, draws, network=network).mean().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -182,7 +195,7 @@ def test_cuts_and_sharded_weights_exclude_each_other(monkeypatch):
 
 def test_half_of_the_clips_are_mirrored(generator):
     video = torch.randint(0, 256, (400, 3, 1, 2, 5), dtype=torch.uint8, generator=generator)
-    seen = flipped(video, generator)
+    seen = mirror(video, draw_mirrored(400, generator))
     same, mirrored = ((seen == of).flatten(1).all(1) for of in (video, video.flip(4)))
     assert (same | mirrored).all()
     assert mirrored.double().mean() == pytest.approx(0.5, abs=6 * 0.5 / 20)

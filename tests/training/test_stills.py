@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from hpdm import HPDM
+from hpdm.patch.draws import draw
 from hpdm.patch.objective import denoising_error
-from hpdm.training.stills import still_images
+from hpdm.training.stills import draw_stills, show_frames
 from tests.small import small_config
 
 
@@ -17,6 +18,11 @@ def clips(batch=8, frames=5):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def still_images(video, share, generator):
+    shown = draw_stills(len(video), video.shape[2], share, generator)
+    return video if shown is None else show_frames(video, shown)
 
 
 def test_a_share_of_the_clips_stands_still_and_the_rest_is_untouched():
@@ -64,6 +70,6 @@ def test_the_objective_trains_on_stills():
     model = HPDM(config)
     generator = seeded(5)
     stills = still_images(video, 1.0, generator)
-    expected = denoising_error(model, stills, None, generator)
-    assert torch.equal(denoising_error(model, video, None, seeded(5), images=1.0), expected)
-    assert not torch.equal(denoising_error(model, video, None, seeded(5)), expected)
+    expected = denoising_error(model, stills, None, draw(config, 2, generator))
+    assert torch.equal(denoising_error(model, video, None, draw(config, 2, seeded(5), images=1.0)), expected)
+    assert not torch.equal(denoising_error(model, video, None, draw(config, 2, seeded(5))), expected)

@@ -17,7 +17,7 @@ from hpdm.data.decode import DecodeError
 from hpdm.data.synthetic import render_synthetic
 from hpdm.patch.system import PatchDiffusion
 from hpdm.text import EmbeddingInfo, EmbeddingStore
-from hpdm.training.batches import collate, noise_generator
+from hpdm.training.batches import collate
 from hpdm.training.checkpoint import list_checkpoints
 from hpdm.training.options import train_options
 from tests.small import change_config, stop_after_checkpoint
@@ -133,7 +133,7 @@ def test_a_step_is_the_mean_over_its_micro_batches(clips, tmp_path):
     batches = [collate([job.dataset[key] for key in keys]) for _, keys in zip(range(2), iter(trainer.batches))]
     assert batches[0]["paths"] != batches[1]["paths"]
     for batch, number in zip(batches, trainer.batches.numbers(0)):
-        losses = trainer.losses(batch, noise_generator(job.options.seed, number))
+        losses = trainer.losses(batch, trainer.draw(number))
         (torch.stack(list(losses.values())).mean() / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
     total, norm, rate = trainer.train_step(batches)
