@@ -55,6 +55,7 @@ CHECKS = (
     Piece("patches", "gpu/patches.py", 60, AGAINST_FP64),
     Piece("large", "gpu/large.py", 60, "tensors of more than 2^31 elements: 64-bit offsets"),
     Piece("opcheck", "gpu/ops.py", 90, "opcheck of every registered op", select="opcheck"),
+    Piece("graphs", "gpu/graphs.py", 60, "a training step in a CUDA graph, replayed for other clips"),
     Piece("compile", "gpu/ops.py", 100, "torch.compile(fullgraph=True), forward and backward", select="compile"),
 )
 
