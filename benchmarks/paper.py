@@ -15,6 +15,7 @@ import torch
 from benchmarks import harness
 from hpdm import HPDMConfig, presets, systems
 from hpdm.planning.measure import NoiseTraining
+from hpdm.planning.roofline import gpu_named
 from hpdm.planning.training_cost import training_step
 
 PATCH_DIFFUSION = systems.get("patch")
@@ -63,6 +64,13 @@ def ablations(base: HPDMConfig) -> dict[str, tuple[HPDMConfig, float]]:
 def formula_flops(config: HPDMConfig) -> int:
     """FLOPs of one clip by the paper's formulas, whatever a contender does; cached, because counting is slow."""
     return training_step(PATCH_DIFFUSION, config, 1, "reference").flops
+
+
+@functools.cache
+def modeled_videos_per_s(config: HPDMConfig, device_name: str) -> float | None:
+    """What no step of the kernels' operations can exceed on this GPU; ``None`` for a GPU whose rates are not known."""
+    gpu = gpu_named(device_name)
+    return None if gpu is None else 1 / training_step(PATCH_DIFFUSION, config, 1, "torch").least_pass_seconds[gpu.name]
 
 
 def base_config() -> HPDMConfig:

@@ -39,6 +39,8 @@ def test_table_1_predicted(record):
                 **{f"recompute_{name}_gb": gb[name] for name in gb},
                 "least_of_published": row["kernels_gb"] / published if published else None,
                 **{f"{name}_tflop": tflop[name] for name in tflop},
+                "published_videos_per_s": cell.published_videos_per_s,
+                **{f"{name} modeled_videos_per_s": most for name, most in row["modeled_videos_per_s"].items()},
             },
         )  # fmt: skip
 
@@ -90,6 +92,7 @@ def measured_row(record, device, group, shape, contender, config, published):
         "measured_gb": measured.peak_bytes / 1e9,
         "batch": measured.batch,
         "videos_per_s": measured.batch / row.median_s,
+        "modeled_videos_per_s": paper.modeled_videos_per_s(config, torch.cuda.get_device_name(device)),
     }
     return row
 

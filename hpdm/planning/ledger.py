@@ -8,6 +8,7 @@ what PyTorch's own operations allocate inside, the allocator's rounding and frag
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -47,16 +48,21 @@ class Ledger(TorchDispatchMode):
     Attributes:
         flops: of matrix products and attention; a multiply-add is two.
         moved: bytes, if every operation reads each input and writes each result once; views move nothing.
+        operations: FLOPs and bytes of each operation but views. Here an op of :mod:`hpdm_kernels` is one operation,
+            which reads its inputs and writes its results, as its kernels do but for their workspace.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = self.moved = 0
+        self.operations: list[tuple[int, int]] = []
+        self._inside = False
+        """Whether the portable implementation of an op runs."""
         self._changes: list[tuple[int, int]] = []  # (number of the storage, its bytes; negative when it is freed)
         self._labels: dict[int, str] = {}  # by number of the storage
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}  # by address: the storage and its number
         self._opened = {getattr(torch.ops.hpdm, name): PORTABLE[getattr(torch.ops.hpdm, name)] for name in OPENED}
-        self._formulas: dict[Any, Callable[..., int]] = _attention_formulas() | flop_registry
+        self._formulas: dict[Any, Callable[..., int]] = _further_formulas() | flop_registry
 
     def label(self, tensors: Iterable[Tensor], category: str) -> None:
         """Puts the storages of ``tensors`` into a category."""
@@ -83,21 +89,41 @@ class Ledger(TorchDispatchMode):
             return args[0].fake_device
         kwargs = kwargs or {}
         portable = self._opened.get(func._overloadpacket)
-        if portable is not None:
+        formula = self._formulas.get(func._overloadpacket)
+        if portable is None and formula is None and _is_composite(func):
+            # Below autograd, where the portable implementations run, linear is not a product yet.
             with self:
-                return portable(*args, **kwargs)
+                return func.decompose(*args, **kwargs)
+        before = self.flops
         # Collect the inputs before the call, which may free some of them.
         inputs = {t.untyped_storage()._cdata: t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **kwargs)
+        bytes_read = sum(t.numel() * t.element_size() for t in inputs.values())
+        if portable is not None:
+            with self, self._one_operation():
+                out = portable(*args, **kwargs)
+        else:
+            out = func(*args, **kwargs)
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in results:
             self._number(tensor)
-        if not _is_view(func):
-            self.moved += sum(t.numel() * t.element_size() for t in (*inputs.values(), *results))
-        formula = self._formulas.get(func._overloadpacket)
-        if formula is not None:
+        if portable is None and formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=out))
+        if not _is_view(func):
+            moved = bytes_read + sum(t.numel() * t.element_size() for t in results)
+            if portable is None:
+                self.moved += moved
+            if not self._inside:
+                self.operations.append((self.flops - before, moved))
         return out
+
+    @contextmanager
+    def _one_operation(self) -> Iterator[None]:
+        """Within the block operations are parts of the one that began it."""
+        outermost, self._inside = not self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = not outermost
 
     def _number(self, tensor: Tensor) -> int:
         """The number of a tensor's storage, which is counted as allocated if it is new."""
@@ -116,8 +142,8 @@ class Ledger(TorchDispatchMode):
         return number
 
 
-def _attention_formulas() -> dict[Any, Callable[..., int]]:
-    """FLOPs of the attention ops that PyTorch uses on the CPU, for which it has no formulas."""
+def _further_formulas() -> dict[Any, Callable[..., int]]:
+    """FLOPs of operations for which PyTorch has no formulas: its attention on the CPU, and a product in place."""
 
     def forward(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
         return sdpa_flop_count(q.shape, k.shape, v.shape)
@@ -128,11 +154,19 @@ def _attention_formulas() -> dict[Any, Callable[..., int]]:
 
     aten = torch.ops.aten
     return {
+        aten.baddbmm_: flop_registry[aten.baddbmm],
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
 
 
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is made of others, whose FLOPs count."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+@functools.cache
 def _is_view(func: Any) -> bool:
     """Whether an operation returns its input in another shape, without a copy."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)

@@ -78,8 +78,37 @@ def _gb(count: float) -> str:
     return f"{count / 1e9:.2f}"
 
 
+MODELED = (
+    "Modeled videos/s, which no step of these operations can exceed: each operation takes its products at the peak\n"
+    "rate of TF32, or its inputs and results once at the peak rate of the memory, from NVIDIA's data sheets; no\n"
+    "launches, no gaps, nothing computed again, and a batch so large that the optimizer takes no time."
+)
+
+
 def table1_text(preset: str, rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of :func:`hpdm.planning.table1.table1`."""
+    """The rows of :func:`hpdm.planning.table1.table1`: memory and work, then speed."""
+    return f"{_table1_memory(preset, rows)}\n\n{_table1_speed(rows)}"
+
+
+def _table1_speed(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(rows[0]["modeled_videos_per_s"])
+    lines = [
+        "Table 1, training speed [videos/s]",
+        f"{'':<50}{'published':>9}  at most, modeled:",
+        f"{'method':<17}{'resolution':<12}{'patch':<12}{'adaptive':<9}{'A100':>9}"
+        + "".join(f"{name:>16}" for name in names),
+    ]
+    for row in rows:
+        published = row["published_videos_per_s"]
+        lines.append(
+            f"{row['method']:<17}{row['resolution']:<12}{row['patch']:<12}{'yes' if row['adaptive'] else 'no':<9}"
+            f"{'OOM' if published is None else f'{published:.2f}':>9}"
+            + "".join(f"{row['modeled_videos_per_s'][name]:>16.1f}" for name in names)
+        )
+    return "\n".join([*lines, "", MODELED])
+
+
+def _table1_memory(preset: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         f"Table 1 with {preset}: peak memory of one fp32 training step at batch 1 [GB]; work per video [TFLOP]",
         f"{'':<48}{'':>10}{'':>10}  {'kernels on, recompute':^29} {'of':>10}  {'TFLOP, recompute':^26}",

@@ -74,7 +74,9 @@ def table1(system: System, base: Any, jobs: int | None = None) -> list[dict[str,
     Returns:
         One row per cell. ``kernels_gb`` is the smallest memory over the recompute settings, and ``recompute`` the
         setting that gives it. ``tflop_per_video`` is the work of the formulas without recomputation,
-        ``kernels_tflop_per_video`` that of the kernels with each setting.
+        ``kernels_tflop_per_video`` that of the kernels with each setting. ``modeled_videos_per_s`` is what no step of
+        the kernels can exceed on a GPU, by its name: see :mod:`hpdm.planning.roofline`; nothing is computed again, and
+        the batch is so large that the optimizer takes no time.
     """
     settings = [("reference", "none"), *(("torch", recompute) for recompute in RECOMPUTE)]
     steps = [(cell.config(base), *setting) for cell in CELLS for setting in settings]
@@ -111,6 +113,7 @@ def _row(cell: Cell, costs: Sequence[StepCost], base: Any) -> dict[str, Any]:
         "kernels_gb_by_recompute": {cost.recompute: cost.peak_bytes / 1e9 for cost in kernels},
         "tflop_per_video": reference.flops / 1e12,
         "kernels_tflop_per_video": {cost.recompute: cost.flops / 1e12 for cost in kernels},
+        "modeled_videos_per_s": {name: 1 / seconds for name, seconds in kernels[0].least_pass_seconds.items()},
     }
 
 

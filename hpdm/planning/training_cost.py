@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hpdm.planning.ledger import Ledger, fake_fp32
+from hpdm.planning.roofline import GPUS, least_seconds
 from hpdm.system import System
 from hpdm.training.ema import EMA, PowerLaw
 from hpdm.training.optim import make_optimizer
@@ -48,6 +49,11 @@ class StepCost:
     """FLOPs of matrix products and attention: forward, backward and recomputation; a multiply-add is two."""
     moved_bytes: int
     """Memory traffic if every operation reads each input and writes each result once."""
+    least_pass_seconds: dict[str, float]
+    """By name of the GPU, modeled: the least time of forward and backward pass, with products of one TF32 pass, or of
+    bf16. No schedule of these operations is faster, see :mod:`hpdm.planning.roofline`."""
+    least_optimizer_seconds: dict[str, float]
+    """The same of clipping, the optimizer and the moving averages."""
 
     @property
     def static_bytes(self) -> int:
@@ -95,7 +101,7 @@ def training_step(
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
     with fake_fp32():
-        ledger = _count(system, config, batch, kernels, recompute, precision, optimizer, averages)
+        ledger, passes, rest = _count(system, config, batch, kernels, recompute, precision, optimizer, averages)
     at_peak = ledger.at_peak()
     return StepCost(
         kernels=kernels,
@@ -106,6 +112,8 @@ def training_step(
         batch=batch,
         flops=ledger.flops,
         moved_bytes=ledger.moved,
+        least_pass_seconds={gpu.name: least_seconds(passes, gpu, precision) for gpu in GPUS},
+        least_optimizer_seconds={gpu.name: least_seconds(rest, gpu, precision) for gpu in GPUS},
         **{f"{category}_bytes": at_peak.get(category, 0) for category in CATEGORIES},
     )
 
@@ -113,8 +121,8 @@ def training_step(
 def _count(
     system: System, config: Any, batch: int, kernels: str, recompute: str, precision: str, optimizer_name: str,
     averages: int,
-) -> Ledger:  # fmt: skip
-    """Counts the second step of a run."""
+) -> tuple[Ledger, list[tuple[int, int]], list[tuple[int, int]]]:  # fmt: skip
+    """Counts the second step of a run; also its operations before the optimizer's, and from there on."""
     model = system.build(config, kernels, recompute)
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01, hidden_modules=system.hidden_modules(model))
@@ -125,12 +133,14 @@ def _count(
     optimizer.zero_grad(set_to_none=True)
     inputs = system.example_inputs(config, batch)
     target = torch.empty_like(inputs["x"])
-    ledger = Ledger()
+    ledger, passes = Ledger(), 0
 
     def phase(name: str) -> None:
+        nonlocal passes
         if name == "backward":
             ledger.label_living("activations")
         else:
+            passes = len(ledger.operations)
             ledger.label([p.grad for p in parameters if p.grad is not None], "gradients")
 
     with ledger:
@@ -146,7 +156,7 @@ def _count(
             autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
             phase=phase,
         )
-    return ledger
+    return ledger, ledger.operations[:passes], ledger.operations[passes:]
 
 
 def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -114,8 +114,10 @@ def test_activations_grow_with_the_batch_and_shrink_with_the_kernels() -> None:
     assert two.flops == pytest.approx(2 * one.flops, rel=0.05)
     peaks = [two, *(predicted(SMALL, 16, "torch", r) for r in ("none", "selective", "block"))]
     assert sorted(peaks, key=lambda cost: -cost.peak_bytes) == peaks
-    # What is computed again is the forward pass at most: a third of forward and backward.
-    assert peaks[1].flops < peaks[2].flops < peaks[3].flops < 1.4 * peaks[1].flops
+    none, selective, block = (cost.flops for cost in peaks[1:])
+    assert none < selective < block
+    # The forward pass of every block again, a third of the step, and in it once more what "selective" computes again.
+    assert block - none < 1.05 * none / 3 + (selective - none)
 
 
 def test_the_largest_batch_fits_and_the_next_does_not() -> None:
