@@ -13,7 +13,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv bench test test-aot test-video test-soak lint format types check-python gpu clean
+.PHONY: help venv bench test test-aot test-ptx test-video test-soak lint format types check-python gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,11 @@ test: lint types  ## style, types and all tests
 # `make test` compiles a random sample of the kernels and checks that the table of all of them is of today's code.
 test-aot: $(READY)  ## compile every kernel ahead of time, for three GPUs, in a quarter of an hour
 	HPDM_AOT=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_aot.py -n $(WORKERS) $(ARGS)
+
+# `make test` executes a few configurations of each op and tries a sample of the mutations.
+test-ptx: $(READY)  ## execute every compiled kernel on the CPU, instruction by instruction, for two GPUs
+	HPDM_PTX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_executed_ptx.py \
+		-n $(WORKERS) --dist worksteal $(ARGS)
 
 # `make test` reads the hardest files of the corpus and a random draw of the others.
 test-video: $(READY)  ## read every file of the video corpus, each frame and each window against a sequential decode

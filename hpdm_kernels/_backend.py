@@ -101,6 +101,8 @@ def _triton_obstacle(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str
         if tensor.dtype not in dtypes:
             return f"no kernel for {tensor.dtype} (have {', '.join(map(str, dtypes))})"
         return None
+    if tensor.device.type == "cpu" and _triton.executed:
+        return None if tensor.dtype in dtypes else f"no kernel for {tensor.dtype} (have {', '.join(map(str, dtypes))})"
     if tensor.device.type == "cpu":
         if not _triton.INTERPRETED:
             return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 before import)"

@@ -28,6 +28,9 @@ except ImportError as error:
 
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+executed = False
+"""Whether launches on CPU tensors execute the compiled kernels; :mod:`hpdm_kernels.aot.execution` sets this."""
+
 
 def jit(fn: Any) -> Any:
     """``triton.jit``; without Triton the undecorated function, which is then never launched."""

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpdm_kernels import cross_attention, reference
+from hpdm_kernels import _triton, cross_attention, reference
 from hpdm_kernels._backend import PORTABLE
 from hpdm_kernels._layout import dense_rows
 from hpdm_kernels.attention.triton_backend import _grid_split
@@ -102,14 +102,14 @@ def test_dtypes_torch(shape, dtype, generator, device):
     check(make(shape, generator, dtype), "torch", device)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter is wrong in 16 bits")
+@pytest.mark.skipif(_triton.INTERPRETED, reason="the interpreter is wrong in 16 bits")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dtypes_triton(shape, dtype, generator, device):
     check(make(shape, generator, dtype), "triton", device)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter ignores the precision of products")
+@pytest.mark.skipif(_triton.INTERPRETED, reason="the interpreter ignores the precision of products")
 @pytest.mark.parametrize(("precision", "eps"), [("tf32x3", 2.0**-20), ("tf32", 2.0**-10)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_precisions(shape, precision, eps, generator, device):
@@ -466,7 +466,7 @@ def test_bad_arguments(change, error, message, backend):
         cross_attention(**arguments)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
+@pytest.mark.skipif(not _triton.INTERPRETED, reason="about the interpreter")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_triton_says_why_it_cannot_run(dtype):
     x = GOOD.to(dtype)
