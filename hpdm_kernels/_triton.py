@@ -6,8 +6,10 @@ No other module imports Triton. Without it the ``reference`` and ``torch`` backe
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +37,36 @@ executed = False
 def jit(fn: Any) -> Any:
     """``triton.jit``; without Triton the undecorated function, which is then never launched."""
     return triton.jit(fn) if AVAILABLE else fn
+
+
+def kernel(*, specialize: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """:func:`jit` for a kernel that is compiled once for all sizes.
+
+    Triton compiles another variant of a kernel whenever an integer argument is 1 or a multiple of 16, although few
+    arguments make better code by this: widths and strides, because of which a thread may load 16 bytes at a time.
+
+    Args:
+        specialize: names of the integer arguments that make variants.
+    """
+
+    def decorate(fn: Any) -> Any:
+        if not AVAILABLE:
+            return fn
+        arguments = inspect.signature(fn).parameters.values()
+        numbers = [a.name for a in arguments if a.annotation is inspect.Parameter.empty and not a.name.endswith("_ptr")]
+        return triton.jit(fn, do_not_specialize=[name for name in numbers if name not in specialize])
+
+    return decorate
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up. Triton's own function is for kernels, too, and takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n >= 1``."""
+    return 1 << (n - 1).bit_length()
 
 
 MAX_PROGRAMS = 2**31 - 1

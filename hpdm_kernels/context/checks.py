@@ -16,7 +16,7 @@ from hpdm_kernels.context.geometry import POSITION_SLACK, Geometry, needed_footp
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
     """A tuple from a sequence with one entry per source; ``TypeError`` for a single tensor and other values."""
-    if isinstance(value, Tensor) or not isinstance(value, Sequence):
+    if isinstance(value, Tensor) or not isinstance(value, (tuple, list, Sequence)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a tuple of tensors, one per source")
     return tuple(value)
 

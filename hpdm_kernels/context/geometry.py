@@ -69,7 +69,8 @@ class Geometry(NamedTuple):
     @property
     def footprint_rows(self) -> list[int]:
         """``B * P_k``: number of tokens of all samples' footprints, for each source."""
-        return [self.box.shape[0] * math.prod(footprint) for footprint in self.footprints]
+        batch = self.box.shape[0]
+        return [batch * f * h * w for f, h, w in self.footprints]
 
     def rows_of_source(self, k: int) -> Tensor | None:
         """``[B]``, the row of source ``k`` that each sample reads; ``None``: sample ``b`` reads row ``b``."""

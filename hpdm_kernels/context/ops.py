@@ -36,6 +36,12 @@ def _spread(gradients: Sequence[Tensor], needs_grad: Sequence[bool]) -> list[Ten
     return [next(remaining) if needed else None for needed in needs_grad]
 
 
+def _empty_plan(box: Tensor, sources: Sequence[Tensor], backend: str) -> Tensor:
+    """The plan that a forward op returns while tracing: positions of the patches in their sources, for the backward."""
+    shape = (box.shape[0], len(sources), triton_backend.PLAN_COLUMNS) if backend == "triton" else (0,)
+    return box.new_empty(shape, dtype=torch.int32)
+
+
 # ---- sampling: mean over sources of trilinear samples (eq. 7) ----
 
 
@@ -49,8 +55,8 @@ def sample_fwd(
     grid: Sequence[int],
     footprints: Sequence[int],
     backend: str,
-) -> Tensor:
-    """Mean over the sources of trilinear samples, ``[B, N, D]`` (eq. 7)."""
+) -> tuple[Tensor, Tensor]:
+    """Mean over the sources of trilinear samples, ``[B, N, D]`` (eq. 7), and the plan for the backward."""
     geometry = Geometry.from_flat(source_boxes, box, source_index, source_grids, grid, footprints)
     with autocast_off(box):
         return _implementation(backend).sample_forward(sources, geometry)
@@ -59,14 +65,16 @@ def sample_fwd(
 @sample_fwd.register_fake
 def _(
     sources: Sequence[Tensor], source_boxes: Any, box: Tensor, source_index: Any, source_grids: Any,
-    grid: Sequence[int], footprints: Any, backend: Any,
-) -> Tensor:  # fmt: skip
-    return sources[0].new_empty(box.shape[0], grid[0] * grid[1] * grid[2], sources[0].shape[2])
+    grid: Sequence[int], footprints: Any, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = sources[0].new_empty(box.shape[0], grid[0] * grid[1] * grid[2], sources[0].shape[2])
+    return out, _empty_plan(box, sources, backend)
 
 
 @custom_op("sample_context_bwd")
 def sample_bwd(
     grad: Tensor,
+    plan: Tensor,
     sources: Sequence[Tensor],
     source_boxes: Sequence[Tensor],
     box: Tensor,
@@ -80,28 +88,28 @@ def sample_bwd(
     """Gradients ``[B_k, N_k, D]`` of the sources selected by ``wanted``, from ``grad [B, N, D]``."""
     geometry = Geometry.from_flat(source_boxes, box, source_index, source_grids, grid, footprints)
     with autocast_off(box):
-        return _implementation(backend).sample_backward(grad, sources, geometry, wanted)
+        return _implementation(backend).sample_backward(grad, sources, geometry, plan, wanted)
 
 
 @sample_bwd.register_fake
 def _(
-    grad: Any, sources: Sequence[Tensor], source_boxes: Any, box: Any, source_index: Any, source_grids: Any, grid: Any,
-    footprints: Any, wanted: Sequence[bool], backend: Any,
+    grad: Any, plan: Any, sources: Sequence[Tensor], source_boxes: Any, box: Any, source_index: Any, source_grids: Any,
+    grid: Any, footprints: Any, wanted: Sequence[bool], backend: Any,
 ) -> list[Tensor]:  # fmt: skip
     return _empty_gradients(sources, wanted)
 
 
-def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_sample(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     sources, source_boxes, box, source_index, *ctx.shapes, ctx.backend = inputs
     ctx.num_sources = len(sources)
-    ctx.save_for_backward(box, source_index, *sources, *source_boxes)
+    ctx.save_for_backward(box, source_index, output[1], *sources, *source_boxes)
 
 
-def _backward_sample(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    box, source_index, *tensors = ctx.saved_tensors
+def _backward_sample(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    box, source_index, plan, *tensors = ctx.saved_tensors
     sources, source_boxes = tensors[: ctx.num_sources], tensors[ctx.num_sources :]
     needs_grad = list(ctx.needs_input_grad[0])
-    gradients = sample_bwd(grad, sources, source_boxes, box, source_index, *ctx.shapes, needs_grad, ctx.backend)
+    gradients = sample_bwd(grad, plan, sources, source_boxes, box, source_index, *ctx.shapes, needs_grad, ctx.backend)
     return _spread(gradients, needs_grad), [None] * ctx.num_sources, *[None] * 6
 
 
@@ -126,8 +134,11 @@ def fuse_fwd(
     projected: bool,
     precision: str,
     backend: str,
-) -> Tensor:
-    """``[B, N, D]`` (eq. 9). ``projected``: the sources are already multiplied by the weight's context columns."""
+) -> tuple[Tensor, Tensor]:
+    """``[B, N, D]`` (eq. 9), and the plan for the backward.
+
+    ``projected``: the sources are already multiplied by the weight's context columns.
+    """
     geometry = Geometry.from_flat(source_boxes, box, source_index, source_grids, grid, footprints)
     with autocast_off(x):
         return _implementation(backend).fuse_forward(
@@ -136,13 +147,14 @@ def fuse_fwd(
 
 
 @fuse_fwd.register_fake
-def _(x: Tensor, *arguments: Any) -> Tensor:
-    return x.new_empty(x.shape)
+def _(x: Tensor, sources: Sequence[Tensor], source_boxes: Any, box: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _empty_plan(box, sources, arguments[-1])
 
 
 @custom_op("fuse_context_bwd")
 def fuse_bwd(
     grad: Tensor,
+    plan: Tensor,
     x: Tensor,
     sources: Sequence[Tensor],
     source_boxes: Sequence[Tensor],
@@ -162,32 +174,32 @@ def fuse_bwd(
     geometry = Geometry.from_flat(source_boxes, box, source_index, source_grids, grid, footprints)
     with autocast_off(x):
         return _implementation(backend).fuse_backward(
-            grad, x, sources, geometry, FusionWeight.split(weight), wanted, projected, precision
+            grad, x, sources, geometry, plan, FusionWeight.split(weight), wanted, projected, precision
         )
 
 
 @fuse_bwd.register_fake
 def _(
-    grad: Any, x: Tensor, sources: Sequence[Tensor], source_boxes: Any, box: Any, weight: Tensor, bias: Tensor | None,
-    source_index: Any, source_grids: Any, grid: Any, footprints: Any, wanted: Sequence[bool], projected: Any,
-    precision: Any, backend: Any,
+    grad: Any, plan: Any, x: Tensor, sources: Sequence[Tensor], source_boxes: Any, box: Any, weight: Tensor,
+    bias: Tensor | None, source_index: Any, source_grids: Any, grid: Any, footprints: Any, wanted: Sequence[bool],
+    projected: Any, precision: Any, backend: Any,
 ) -> list[Tensor]:  # fmt: skip
     return _empty_gradients((x, weight, bias, *sources), wanted)
 
 
-def _setup_fuse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_fuse(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, sources, source_boxes, box, weight, bias, source_index, *ctx.shapes, projected, precision, backend = inputs
     ctx.num_sources, ctx.options = len(sources), (projected, precision, backend)
-    ctx.save_for_backward(x, box, weight, bias, source_index, *sources, *source_boxes)
+    ctx.save_for_backward(x, box, weight, bias, source_index, output[1], *sources, *source_boxes)
 
 
-def _backward_fuse(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, box, weight, bias, source_index, *tensors = ctx.saved_tensors
+def _backward_fuse(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    x, box, weight, bias, source_index, plan, *tensors = ctx.saved_tensors
     sources, source_boxes = tensors[: ctx.num_sources], tensors[ctx.num_sources :]
     need_x, need_sources, _, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     needs_grad = [need_x, need_weight, bias is not None and need_bias, *need_sources]
     gradients = fuse_bwd(
-        grad, x, sources, source_boxes, box, weight, bias, source_index, *ctx.shapes, needs_grad, *ctx.options
+        grad, plan, x, sources, source_boxes, box, weight, bias, source_index, *ctx.shapes, needs_grad, *ctx.options
     )
     grad_x, grad_weight, grad_bias, *grad_sources = _spread(gradients, needs_grad)
     return grad_x, grad_sources, [None] * ctx.num_sources, None, grad_weight, grad_bias, *[None] * 7
@@ -266,7 +278,7 @@ def _fuse_flops(
 
 @register_flop_formula(torch.ops.hpdm.fuse_context_bwd)
 def _fuse_backward_flops(
-    grad: Any, x: Any, sources: Any, source_boxes: Any, box: Any, weight: Any, bias: Any, source_index: Any,
+    grad: Any, plan: Any, x: Any, sources: Any, source_boxes: Any, box: Any, weight: Any, bias: Any, source_index: Any,
     source_grids: Any, grid: Any, footprints: Any, wanted: Any, projected: bool, *arguments: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
     need_x, need_weight, _, *need_sources = wanted

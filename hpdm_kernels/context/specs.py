@@ -9,17 +9,17 @@ from hpdm_kernels._backend import PRECISIONS
 from hpdm_kernels._triton import KernelSpec
 from hpdm_kernels.context import triton_kernels as kernels
 from hpdm_kernels.context.block_sizes import ADD_CONTEXT, CONTRACT, FUSE_CONTEXT, PRODUCT, ROWS, SUMS, ContextTile, Tile
+from hpdm_kernels.context.triton_backend import SOURCES_PER_LAUNCH
 
 DTYPES = ("fp32", "bf16", "fp16")
 
 # Types of arguments that are the same in all kernels; other pointers are of the data's dtype, other numbers i32.
 _TYPES = {
-    "footprint_table_ptr": "*i32",
-    "position_table_ptr": "*fp32",
+    "plan_ptr": "*i32",
     "address_table_ptr": "*i64",
     "box_ptr": "*fp32",
-    "source_box_ptr": "*fp32",
-    "address": "i64",
+    **{f"source_box_{i}_ptr": "*fp32" for i in range(SOURCES_PER_LAUNCH)},
+    **{f"address_{i}": "i64" for i in range(SOURCES_PER_LAUNCH)},
 }
 
 
@@ -31,11 +31,10 @@ def aot_specs() -> list[KernelSpec]:
 def _table_specs() -> list[KernelSpec]:
     """The kernel that writes the tables that the other kernels read."""
     specs = []
-    for index, whole in itertools.product(("none", "i32", "i64"), (False, True)):
+    for index in ("none", "i32", "i64"):
         types = {"index_ptr": "*fp32" if index == "none" else f"*{index}"}
-        constants: dict[str, Any] = {"HAS_INDEX": index != "none", "WHOLE": whole}
-        label = f"{index},{'source' if whole else 'footprint'}"
-        specs.append(_spec("context_geometry", label, "fp32", constants, Tile(0, 0, num_warps=1), types))
+        constants: dict[str, Any] = {"HAS_INDEX": index != "none"}
+        specs.append(_spec("context_geometry", index, "fp32", constants, Tile(0, 0, num_warps=1), types))
     return specs
 
 
@@ -103,10 +102,8 @@ def _spec(
     fn = getattr(kernels, f"_{kernel}_kernel")
     types = {**_TYPES, **(types or {}), **dict.fromkeys(constexprs, "constexpr")}
     signature = {name: types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32") for name in fn.arg_names}
-    widths = ("D", "width", *(("M", "N", "K") if kernel == "context_matmul" else ()))
-    hints = tuple(
-        name
-        for name, kind in signature.items()
-        if kind.startswith("*") or (aligned and kind != "constexpr" and (name in widths or name.startswith("stride_")))
-    )
+    widths = ("D", *(("M", "N", "K") if kernel == "context_matmul" else ()))
+    if kernel != "context_geometry":  # which multiplies by strides, but loads no rows
+        widths += tuple(name for name in signature if name.startswith("stride_") and name not in constexprs)
+    hints = tuple(name for name, kind in signature.items() if kind.startswith("*") or (aligned and name in widths))
     return KernelSpec(f"{kernel}[{label}]", fn, signature, constexprs, tile.num_warps, tile.num_stages, hints)

@@ -169,18 +169,23 @@ def _extra_columns(geometry: Geometry, work: torch.dtype, with_coordinates: bool
     return [_axis_coordinates(geometry, work)[2][:, :, None], ones] if with_coordinates else [ones]
 
 
-def sample_forward(sources: Sequence[Tensor], geometry: Geometry) -> Tensor:
-    """Mean over the sources of trilinear samples, ``[B, N, D]`` (eq. 7)."""
+def _no_plan(like: Tensor) -> Tensor:
+    """Stands for the plan that the kernels keep for the backward; here positions are cheap, and computed again."""
+    return like.new_empty(0, dtype=torch.int32)
+
+
+def sample_forward(sources: Sequence[Tensor], geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Mean over the sources of trilinear samples, ``[B, N, D]`` (eq. 7), and no plan."""
     dtype, (b, d) = sources[0].dtype, (geometry.box.shape[0], sources[0].shape[2])
     interpolations = _interpolations(geometry, dtype)
     work = coordinate_dtype(dtype)
     out = torch.empty(b, *geometry.grid, d, dtype=work, device=geometry.box.device)
     _add_context(out, _gather(sources, interpolations).to(work), interpolations, 0, SCRATCH)
-    return out.view(b, -1, d).to(dtype)
+    return out.view(b, -1, d).to(dtype), _no_plan(out)
 
 
 def sample_backward(
-    grad: Tensor, sources: Sequence[Tensor], geometry: Geometry, needs_grad: Sequence[bool]
+    grad: Tensor, sources: Sequence[Tensor], geometry: Geometry, plan: Tensor, needs_grad: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients ``[B_k, N_k, D]`` of the sources that need one, from ``grad [B, N, D]``."""
     interpolations = _interpolations(geometry, sources[0].dtype)
@@ -200,8 +205,11 @@ def fuse_forward(
     bias: Tensor | None,
     projected: bool,
     precision: str,
-) -> Tensor:
-    """``concat[x, context, coordinates] @ weight.T + bias``, ``[B, N, D]`` (eq. 9). ``projected``: the sources are."""
+) -> tuple[Tensor, Tensor]:
+    """``concat[x, context, coordinates] @ weight.T + bias``, ``[B, N, D]`` (eq. 9), and no plan.
+
+    ``projected``: the sources are.
+    """
     b, _, d = x.shape
     work = coordinate_dtype(x.dtype)
     interpolations = _interpolations(geometry, x.dtype)
@@ -215,7 +223,7 @@ def fuse_forward(
         _add_coordinates(out, geometry, weight.of_coordinates.to(work), bias)
     elif bias is not None:
         out += bias
-    return out.view(x.shape).to(x.dtype)
+    return out.view(x.shape).to(x.dtype), _no_plan(x)
 
 
 def _add_coordinates(out: Tensor, geometry: Geometry, weight: Tensor, bias: Tensor | None) -> None:
@@ -237,6 +245,7 @@ def fuse_backward(
     x: Tensor,
     sources: Sequence[Tensor],
     geometry: Geometry,
+    plan: Tensor,
     weight: FusionWeight,
     needs_grad: Sequence[bool],
     projected: bool,

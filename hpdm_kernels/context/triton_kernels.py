@@ -1,11 +1,12 @@
 """Kernels of the context ops; ``triton_backend`` launches them, ``geometry`` explains the formulas.
 
-Once per call ``_context_geometry_kernel`` writes three small tables on the device, which hold everything that depends
-on boxes and sizes:
+``_context_geometry_kernel`` writes two small tables on the device, which hold everything that depends on boxes and
+sizes. The backward uses the plan of the forward. The addresses are used at once: tensors may move before the backward.
 
-    footprint_table  [B, K, 10] int32   start f, h, w; footprint f, h, w; source grid f, h, w; row of the source
-    position_table   [B, K, 6]  fp32    position of token 0 in the footprint f, h, w; step f, h, w
-    address_table    [B, K, 4]  int64   address of the footprint's first token; elements to the next token f, h, w
+    plan           [B, K, 16] int32   columns 0-2: start f, h, w; 3-5: footprint f, h, w; 6-8: source grid f, h, w;
+                                      9: row of the source; 10-12: position of token 0 in the footprint f, h, w;
+                                      13-15: step f, h, w. Positions and steps are the bits of fp32 numbers.
+    address_table  [B, K, 4] int64    address of the footprint's first token; elements to the next token f, h, w
 
 So the number of sources is a loop bound and not a constant of the kernel, the host never synchronizes, and footprints
 are read in place: from the source itself, from cached projections, or from a separate buffer. All kernels gather: there
@@ -17,11 +18,15 @@ Pointer arguments, besides the tables, unless a kernel's docstring says otherwis
     x, out      [B, N, D]       tokens of the patches; N = n_f * n_h * n_w
     grad        [B, N, D]       gradient of such tokens, contiguous
     weight      [D, D]          the fusion weight's columns for x; output i is row i
-    coordinate  [D, 3]          the fusion weight's columns for the coordinates; unused without HAS_COORDINATES
+    coordinate  [3, D]          the fusion weight's columns for the coordinates; unused without HAS_COORDINATES
     bias        [D]             unused without HAS_BIAS
 
 K is the number of sources and k one of them. In names, n is the patch's tokens per axis, m the source's, p the
-footprint's.
+footprint's. P is the tokens of a sample's footprint.
+
+Kernels that read or write the sources' tensors serve up to three sources in one launch, as many as the paper's
+pyramids have. Such arguments are numbered: ``k_1`` is the source that is second in the launch. Sources that a launch
+does not have get no programs.
 
 Grids have one axis, which may have 2**31 - 1 programs; CUDA limits the others to 65,535. So a kernel takes the number
 of its program apart; ``_block_of_program`` does it for kernels that work on samples.
@@ -32,33 +37,72 @@ Triton turns integer arguments equal to 1 into Python ints, which have no ``.to`
 
 from __future__ import annotations
 
-from hpdm_kernels._triton import jit, tl
+from hpdm_kernels._tf32 import as_operand
+from hpdm_kernels._triton import jit, kernel, tl
 
 
 @jit
-def _block_of_program(size, BLOCK: tl.constexpr, columns, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What this program works on: the first of its ``BLOCK`` rows, the first of its ``BLOCK_D`` columns, the sample.
+def _block_of_program(pid, size, BLOCK: tl.constexpr, columns, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What program ``pid`` works on: the first of its ``BLOCK`` rows, the first of its ``BLOCK_D`` columns, the sample.
 
     ``size`` and ``columns`` are the rows and columns of a sample. Blocks of rows vary fastest, samples slowest.
     """
     blocks, blocks_d = tl.cdiv(size, BLOCK), tl.cdiv(columns, BLOCK_D)
-    pid = tl.program_id(0)
     return pid % blocks * BLOCK, pid // blocks % blocks_d * BLOCK_D, pid // blocks // blocks_d
 
 
 @jit
-def _context_geometry_kernel(  # type: ignore[no-untyped-def]
-    box_ptr, source_box_ptr, index_ptr, footprint_table_ptr, position_table_ptr, address_table_ptr,
-    k, K, n_f, n_h, n_w, m_f, m_h, m_w, p_f, p_h, p_w, address, stride_row, stride_token, itemsize,
-    HAS_INDEX: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Writes the tables' rows of source ``k``, one sample per program, in fp64, so that only storing rounds.
+def _of_source(i, value_0, value_1, value_2):  # type: ignore[no-untyped-def]
+    """The value of source ``i`` of the launch."""
+    return tl.where(i == 0, value_0, tl.where(i == 1, value_1, value_2))
 
-    ``address`` is that of the source ``[B_k, N_k, D]`` (``WHOLE``), or of the samples' footprints ``[B, P, D]``.
-    ``source_box [B_k, 6]`` fp32 holds the source's boxes, ``index [B, K]`` the row that each sample reads (unused
-    without HAS_INDEX).
+
+@jit
+def _source_of_program(programs_0, programs_1):  # type: ignore[no-untyped-def]
+    """Which source of the launch this program works on, and its number among the programs of that source.
+
+    Each source has as many programs as said; the third has the others.
     """
-    b = tl.program_id(0)
+    pid = tl.program_id(0)
+    i = (pid >= programs_0).to(tl.int32) + (pid >= programs_0 + programs_1).to(tl.int32)
+    return i, pid - _of_source(i, 0, programs_0, programs_0 + programs_1)
+
+
+@jit
+def _row_of_plan(plan_ptr, K, b, k):  # type: ignore[no-untyped-def]
+    """Pointers to the plan's row of sample ``b`` and source ``k``: to its integers, and to its fp32 numbers."""
+    row = plan_ptr + (b * K + k) * 16
+    return row, (row + 10).to(tl.pointer_type(tl.float32))
+
+
+@kernel()
+def _context_geometry_kernel(  # type: ignore[no-untyped-def]
+    box_ptr, index_ptr, plan_ptr, address_table_ptr, source_box_0_ptr, source_box_1_ptr, source_box_2_ptr,
+    K, first_k, count, n_f, n_h, n_w, itemsize,
+    whole_0, address_0, stride_row_0, stride_token_0, m_f_0, m_h_0, m_w_0, p_f_0, p_h_0, p_w_0,
+    whole_1, address_1, stride_row_1, stride_token_1, m_f_1, m_h_1, m_w_1, p_f_1, p_h_1, p_w_1,
+    whole_2, address_2, stride_row_2, stride_token_2, m_f_2, m_h_2, m_w_2, p_f_2, p_h_2, p_w_2,
+    HAS_INDEX: tl.constexpr,
+):  # fmt: skip
+    """Writes the tables' rows of sources ``first_k`` to ``first_k + count - 1``, in fp64, so that only storing rounds.
+
+    A program writes the row of one sample and source. ``address`` is that of a source ``[B_k, N_k, D]`` if ``whole`` is
+    1, else of the samples' footprints ``[B, P, D]``. ``source_box [B_k, 6]`` fp32 holds the source's boxes,
+    ``index [B, K]`` the row that each sample reads (unused without HAS_INDEX).
+    """
+    b, i = tl.program_id(0) // count, tl.program_id(0) % count
+    k = first_k + i
+    whole = _of_source(i, whole_0, whole_1, whole_2) == 1
+    m_f, m_h, m_w = (
+        _of_source(i, m_f_0, m_f_1, m_f_2),
+        _of_source(i, m_h_0, m_h_1, m_h_2),
+        _of_source(i, m_w_0, m_w_1, m_w_2),
+    )
+    p_f, p_h, p_w = (
+        _of_source(i, p_f_0, p_f_1, p_f_2),
+        _of_source(i, p_h_0, p_h_1, p_h_2),
+        _of_source(i, p_w_0, p_w_1, p_w_2),
+    )
     row = tl.load(index_ptr + b * K + k).to(tl.int32) if HAS_INDEX else b
     axis = tl.arange(0, 4)
     real = axis < 3
@@ -67,87 +111,106 @@ def _context_geometry_kernel(  # type: ignore[no-untyped-def]
     size = tl.where(axis == 0, p_f, tl.where(axis == 1, p_h, p_w))
     m = grid.to(tl.float64)
     box = box_ptr + b * 6 + axis
-    source_box = source_box_ptr + row.to(tl.int64) * 6 + axis
+    source_box = _of_source(i, source_box_0_ptr, source_box_1_ptr, source_box_2_ptr) + row.to(tl.int64) * 6 + axis
     source_scale = tl.load(source_box + 3, mask=real, other=1.0).to(tl.float64)
     offset = tl.load(box, mask=real, other=0.0).to(tl.float64)
     offset = (offset - tl.load(source_box, mask=real, other=0.0).to(tl.float64)) / source_scale
     scale = tl.load(box + 3, mask=real, other=1.0).to(tl.float64) / source_scale
     first = (offset + scale * 0.5 / n) * m - 0.5
     start = tl.minimum(tl.maximum(tl.floor(first), 0.0), (grid - size).to(tl.float64))
-    position = position_table_ptr + (b * K + k) * 6 + axis
-    tl.store(position, (first - start).to(tl.float32), mask=real)
-    tl.store(position + 3, (scale * m / n).to(tl.float32), mask=real)
-    footprint = footprint_table_ptr + (b * K + k) * 10 + axis
-    tl.store(footprint, start.to(tl.int32), mask=real)
-    tl.store(footprint + 3, size, mask=real)
-    tl.store(footprint + 6, grid, mask=real)
-    tl.store(footprint_table_ptr + (b * K + k) * 10 + 9, row)
-    line = m_w if WHOLE else p_w
-    frame = m_h * m_w if WHOLE else p_h * p_w
+    footprint, position = _row_of_plan(plan_ptr, K, b, k)
+    tl.store(position + axis, (first - start).to(tl.float32), mask=real)
+    tl.store(position + 3 + axis, (scale * m / n).to(tl.float32), mask=real)
+    tl.store(footprint + axis, start.to(tl.int32), mask=real)
+    tl.store(footprint + 3 + axis, size, mask=real)
+    tl.store(footprint + 6 + axis, grid, mask=real)
+    tl.store(footprint + 9, row)
+    line, frame = tl.where(whole, m_w, p_w), tl.where(whole, m_h * m_w, p_h * p_w)
+    stride_token = tl.cast(_of_source(i, stride_token_0, stride_token_1, stride_token_2), tl.int64)
+    stride_row = tl.cast(_of_source(i, stride_row_0, stride_row_1, stride_row_2), tl.int64)
     stride = tl.where(axis == 0, frame, tl.where(axis == 1, line, 1)).to(tl.int64) * stride_token
-    skipped = tl.cast(row if WHOLE else b, tl.int64) * stride_row
-    if WHOLE:
-        skipped += tl.sum(tl.where(real, start.to(tl.int64) * stride, 0), axis=0)
+    before = tl.sum(tl.where(real, start.to(tl.int64) * stride, 0), axis=0)
+    skipped = tl.where(whole, row * stride_row + before, b * stride_row)
     addresses = address_table_ptr + (b * K + k) * 4
-    tl.store(addresses, address + skipped * itemsize)
+    tl.store(addresses, _of_source(i, address_0, address_1, address_2) + skipped * itemsize)
     tl.store(addresses + 1 + axis, stride, mask=real)
 
 
-@jit
+@kernel(specialize=("D", *(f"stride_{axis}_{i}" for axis in ("row", "token") for i in range(3))))
 def _context_gather_kernel(  # type: ignore[no-untyped-def]
-    source_ptr, out_ptr, footprint_table_ptr, k, K, P, D, stride_source_b, stride_source_n,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    source_0_ptr, source_1_ptr, source_2_ptr, out_ptr, plan_ptr, B, K, D,
+    k_0, P_0, stride_row_0, stride_token_0, k_1, P_1, stride_row_1, stride_token_1,
+    k_2, P_2, stride_row_2, stride_token_2,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Copies a block of one sample's footprint tokens: ``source [B_k, N_k, D] -> out [B, P, D]``, contiguous."""
-    first_j, first_d, b = _block_of_program(P, BLOCK_T, D, BLOCK_D)
+    """Copies a block of one sample's footprint tokens: ``source [B_k, N_k, D]`` to its rows of ``out``.
+
+    ``out`` holds the ``B * P`` rows of every source, one source after another, contiguous.
+    """
+    blocks_d = tl.cdiv(D, BLOCK_D)
+    i, pid = _source_of_program(tl.cdiv(P_0, BLOCK_T) * blocks_d * B, tl.cdiv(P_1, BLOCK_T) * blocks_d * B)
+    k, P = _of_source(i, k_0, k_1, k_2), _of_source(i, P_0, P_1, P_2)
+    first_j, first_d, b = _block_of_program(pid, P, BLOCK_T, D, BLOCK_D)
     j, d = first_j + tl.arange(0, BLOCK_T), first_d + tl.arange(0, BLOCK_D)
-    footprint = footprint_table_ptr + (b * K + k) * 10
+    footprint, _ = _row_of_plan(plan_ptr, K, b, k)
     p_h, p_w = tl.load(footprint + 4), tl.load(footprint + 5)
     f = tl.load(footprint) + j // (p_h * p_w)
     h = tl.load(footprint + 1) + j // p_w % p_h
     w = tl.load(footprint + 2) + j % p_w
     token = (f * tl.load(footprint + 7) + h) * tl.load(footprint + 8) + w
     mask = (j < P)[:, None] & (d < D)[None, :]
-    source = source_ptr + tl.load(footprint + 9).to(tl.int64) * stride_source_b + token.to(tl.int64) * stride_source_n
+    source = _of_source(i, source_0_ptr, source_1_ptr, source_2_ptr)
+    source += tl.load(footprint + 9).to(tl.int64) * _of_source(i, stride_row_0, stride_row_1, stride_row_2)
+    source += token.to(tl.int64) * _of_source(i, stride_token_0, stride_token_1, stride_token_2)
     value = tl.load(source[:, None] + d[None, :], mask=mask, other=0.0)
-    out = out_ptr + (b.to(tl.int64) * P + j) * D
+    before = _of_source(i, 0, tl.cast(B, tl.int64) * P_0, tl.cast(B, tl.int64) * (P_0 + P_1))
+    out = out_ptr + (before + b.to(tl.int64) * P + j) * D
     tl.store(out[:, None] + d[None, :], value, mask=mask)
 
 
-@jit
+@kernel(specialize=("D",))
 def _context_scatter_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, out_ptr, footprint_table_ptr, k, K, B, N, P, D,
+    grad_ptr, out_0_ptr, out_1_ptr, out_2_ptr, plan_ptr, B, K, D,
+    k_0, rows_0, N_0, P_0, k_1, rows_1, N_1, P_1, k_2, rows_2, N_2, P_2,
     HAS_INDEX: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Transpose of the gather, ``grad [B, P, D] -> out [B_k, N_k, D]``, a block of one row's source tokens per program.
+    """Transpose of the gather, ``grad -> out [rows, N, D]``, a block of one row's source tokens per program.
 
-    Each token sums, in order, over the samples whose footprint contains it. Both tensors are contiguous.
+    Each token sums, in order, over the samples whose footprint contains it. All tensors are contiguous.
     """
-    first_t, first_d, row = _block_of_program(N, BLOCK_T, D, BLOCK_D)
+    blocks_d = tl.cdiv(D, BLOCK_D)
+    i, pid = _source_of_program(tl.cdiv(N_0, BLOCK_T) * blocks_d * rows_0, tl.cdiv(N_1, BLOCK_T) * blocks_d * rows_1)
+    k, N, P = _of_source(i, k_0, k_1, k_2), _of_source(i, N_0, N_1, N_2), _of_source(i, P_0, P_1, P_2)
+    first_t, first_d, row = _block_of_program(pid, N, BLOCK_T, D, BLOCK_D)
     t, d = first_t + tl.arange(0, BLOCK_T), first_d + tl.arange(0, BLOCK_D)
-    m_h, m_w = tl.load(footprint_table_ptr + k * 10 + 7), tl.load(footprint_table_ptr + k * 10 + 8)
+    before = _of_source(i, 0, tl.cast(B, tl.int64) * P_0, tl.cast(B, tl.int64) * (P_0 + P_1))
+    footprint, _ = _row_of_plan(plan_ptr, K, 0, k)
+    m_h, m_w = tl.load(footprint + 7), tl.load(footprint + 8)
     f, h, w = t // (m_h * m_w), t // m_w % m_h, t % m_w
     acc = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     first_sample = 0 if HAS_INDEX else row
-    for i in range(B if HAS_INDEX else 1):
-        b = first_sample + i
-        footprint = footprint_table_ptr + (b * K + k) * 10
+    for n in range(B if HAS_INDEX else 1):
+        b = first_sample + n
+        footprint, _ = _row_of_plan(plan_ptr, K, b, k)
         # A sample that reads another row of the source has no footprint in this row.
         p_f = tl.where(tl.load(footprint + 9) == row, tl.load(footprint + 3), 0)
         p_h, p_w = tl.load(footprint + 4), tl.load(footprint + 5)
         j_f, j_h, j_w = f - tl.load(footprint), h - tl.load(footprint + 1), w - tl.load(footprint + 2)
         inside = (j_f >= 0) & (j_f < p_f) & (j_h >= 0) & (j_h < p_h) & (j_w >= 0) & (j_w < p_w) & (t < N)
-        grad = grad_ptr + (tl.cast(b, tl.int64) * P + (j_f * p_h + j_h) * p_w + j_w) * D
+        grad = grad_ptr + (before + tl.cast(b, tl.int64) * P + (j_f * p_h + j_h) * p_w + j_w) * D
         acc += tl.load(grad[:, None] + d[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-    out = out_ptr + (row.to(tl.int64) * N + t) * D
-    tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=(t < N)[:, None] & (d < D)[None, :])
+    out = _of_source(i, out_0_ptr, out_1_ptr, out_2_ptr)
+    mask = (t < N)[:, None] & (d < D)[None, :]
+    tl.store(
+        out + ((row.to(tl.int64) * N + t) * D)[:, None] + d[None, :], acc.to(out_0_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @jit
 def _token_position(position, footprint, AXIS: tl.constexpr, i):  # type: ignore[no-untyped-def]
     """Positions of tokens ``i`` of one axis in the footprint; the clamp is the border padding.
 
-    ``position`` and ``footprint`` point to the rows of the tables for one sample and source.
+    ``position`` and ``footprint`` are those of :func:`_row_of_plan`.
     """
     u = tl.load(position + AXIS) + i.to(tl.float32) * tl.load(position + 3 + AXIS)
     return tl.minimum(tl.maximum(u, 0.0), (tl.load(footprint + 3 + AXIS) - 1).to(tl.float32))
@@ -163,7 +226,7 @@ def _axis_taps(position, footprint, AXIS: tl.constexpr, i):  # type: ignore[no-u
 
 @jit
 def _context_tile(  # type: ignore[no-untyped-def]
-    position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+    plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
     b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
     HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -183,7 +246,7 @@ def _context_tile(  # type: ignore[no-untyped-def]
     share = 1.0 / (K * 1.0)
     acc = tl.zeros((BLOCK_W, BLOCK_L, BLOCK_D), dtype=tl.float32)
     for k in range(K):
-        position, footprint = position_table_ptr + (b * K + k) * 6, footprint_table_ptr + (b * K + k) * 10
+        footprint, position = _row_of_plan(plan_ptr, K, b, k)
         addresses = address_table_ptr + (b * K + k) * 4
         origin = tl.load(addresses).to(tl.pointer_type(out_ptr.dtype.element_ty))
         stride_f, stride_h, stride_w = tl.load(addresses + 1), tl.load(addresses + 2), tl.load(addresses + 3)
@@ -211,26 +274,26 @@ def _context_tile(  # type: ignore[no-untyped-def]
             n = n_f if axis == 0 else (n_h if axis == 1 else n_w)
             box = box_ptr + b * 6 + axis
             c = tl.load(box) + tl.load(box + 3) * ((i.to(tl.float32) + 0.5) / (n * 1.0))
-            column = tl.load(coordinate_ptr + d * 3 + axis, mask=d < D, other=0.0).to(tl.float32)
+            column = tl.load(coordinate_ptr + axis * D + d, mask=d < D, other=0.0).to(tl.float32)
             acc += (c[:, None, None] if axis == 2 else c[None, :, None]) * column[None, None, :]
     if HAS_BIAS:
         acc += tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, None, :]
     return acc
 
 
-@jit
+@kernel(specialize=("D",))
 def _add_context_kernel(  # type: ignore[no-untyped-def]
-    position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+    plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
     K, D, n_f, n_h, n_w,
     ONTO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Writes a block of one sample's context, coordinates and bias to ``out``; ``ONTO``: adds it to ``out``."""
     blocks_w = tl.cdiv(n_w, BLOCK_W)
-    block, first_d, b = _block_of_program(tl.cdiv(n_f * n_h, BLOCK_L) * blocks_w, 1, D, BLOCK_D)
+    block, first_d, b = _block_of_program(tl.program_id(0), tl.cdiv(n_f * n_h, BLOCK_L) * blocks_w, 1, D, BLOCK_D)
     first_line, first_w = block // blocks_w * BLOCK_L, block % blocks_w * BLOCK_W
     acc = _context_tile(
-        position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+        plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
         b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
         HAS_BIAS, HAS_COORDINATES, ALIGNED, BLOCK_W, BLOCK_L, BLOCK_D,
     )  # fmt: skip
@@ -245,9 +308,9 @@ def _add_context_kernel(  # type: ignore[no-untyped-def]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@kernel(specialize=("D", "stride_x_b", "stride_x_n", "stride_weight"))
 def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, weight_ptr, position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr,
+    x_ptr, weight_ptr, plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr,
     out_ptr,
     K, D, n_f, n_h, n_w, stride_x_b, stride_x_n, stride_weight,
     HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, PRECISION: tl.constexpr,
@@ -260,10 +323,11 @@ def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
     blocks_w = tl.cdiv(n_w, BLOCK_W)
     # Blocks of columns vary fastest: neighboring programs share tokens, so that their rows of x and of the sources are
     # still in the L2 cache.
-    first_d, block, b = _block_of_program(D, BLOCK_D, tl.cdiv(n_f * n_h, BLOCK_L) * blocks_w, 1)
+    blocks = tl.cdiv(n_f * n_h, BLOCK_L) * blocks_w
+    first_d, block, b = _block_of_program(tl.program_id(0), D, BLOCK_D, blocks, 1)
     first_line, first_w = block // blocks_w * BLOCK_L, block % blocks_w * BLOCK_W
     acc = _context_tile(
-        position_table_ptr, footprint_table_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
+        plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
         b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
         HAS_BIAS, HAS_COORDINATES, True, BLOCK_W, BLOCK_L, BLOCK_D,
     )  # fmt: skip
@@ -281,29 +345,42 @@ def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
         left = inner < D - start
         x_tile = tl.load(x + start, mask=real[:, None] & left[None, :], other=0.0)
         weight_tile = tl.load(weight + start, mask=left[:, None] & (d < D)[None, :], other=0.0)
+        x_tile, weight_tile = as_operand(x_tile, PRECISION), as_operand(weight_tile, PRECISION)
         acc = tl.dot(x_tile, weight_tile, acc, input_precision=PRECISION)
     out = out_ptr + (b * lines * n_w + t) * D
     tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & (d < D)[None, :])
 
 
-@jit
+@kernel(specialize=("D",))
 def _context_contract_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, out_ptr, position_table_ptr, k, K, rows, per_sample, n, p, width, AXIS: tl.constexpr, MEAN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    grad_ptr, out_ptr, plan_ptr, K, D, outer, per_sample, n,
+    k_0, p_0, width_0, read_0, written_0, k_1, p_1, width_1, read_1, written_1, k_2, p_2, width_2, read_2, written_2,
+    AXIS: tl.constexpr, MEAN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Transposed interpolation along one axis, ``grad [outer, n, width] -> out [outer, p, width]``, both contiguous.
 
-    A program works on a block of the ``outer * p`` rows of the result. Footprint token ``j`` sums over the tokens whose
-    positions are less than one away, a range in closed form; a border token also over all tokens beyond it.
+    ``width`` is in rows of ``D`` elements, and so is where the source begins in ``grad`` (``read``) and in ``out``
+    (``written``). A program works on a block of the ``outer * p`` rows of the result. Footprint token ``j`` sums over
+    the tokens whose positions are less than one away, a range in closed form; a border token also over all tokens
+    beyond it.
     """
+    i, pid = _source_of_program(
+        tl.cdiv(outer * p_0, BLOCK_R) * tl.cdiv(width_0 * D, BLOCK_D),
+        tl.cdiv(outer * p_1, BLOCK_R) * tl.cdiv(width_1 * D, BLOCK_D),
+    )
+    k, p, width = (
+        _of_source(i, k_0, k_1, k_2),
+        _of_source(i, p_0, p_1, p_2),
+        _of_source(i, width_0, width_1, width_2) * D,
+    )
     blocks_d = tl.cdiv(width, BLOCK_D)
-    r = tl.program_id(0) // blocks_d * BLOCK_R + tl.arange(0, BLOCK_R)
-    d = tl.program_id(0) % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    real = r < rows
-    outer, j = r // p, r % p
-    position = position_table_ptr + ((outer // per_sample) * K + k) * 6 + AXIS
-    first = tl.load(position, mask=real, other=0.0)
-    step = tl.load(position + 3, mask=real, other=1.0)
+    r = pid // blocks_d * BLOCK_R + tl.arange(0, BLOCK_R)
+    d = pid % blocks_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    real = r < outer * p
+    sample, j = r // p // per_sample, r % p
+    _, position = _row_of_plan(plan_ptr, K, sample, k)
+    first = tl.load(position + AXIS, mask=real, other=0.0)
+    step = tl.load(position + 3 + AXIS, mask=real, other=1.0)
     # One more token on either side, because of rounding; tokens outside the range get weight 0.
     low = tl.where(j == 0, 0, tl.minimum(tl.maximum(tl.ceil((j - 1 - first) / step) - 1.0, 0.0), n).to(tl.int32))
     high = tl.floor((j + 1 - first) / step) + 1.0
@@ -311,32 +388,34 @@ def _context_contract_kernel(  # type: ignore[no-untyped-def]
     high = tl.where(real, high, -1)
     count = tl.max(high - low, axis=0) + 1
     acc = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
-    grad = grad_ptr + outer.to(tl.int64) * n * width
+    grad = grad_ptr + tl.cast(_of_source(i, read_0, read_1, read_2), tl.int64) * D
+    grad += (r // p).to(tl.int64) * n * width
     for c in range(count):
-        i = low + c
-        u = tl.minimum(tl.maximum(first + i.to(tl.float32) * step, 0.0), (p - 1) * 1.0)
+        t = low + c
+        u = tl.minimum(tl.maximum(first + t.to(tl.float32) * step, 0.0), (p - 1) * 1.0)
         weight = tl.maximum(1.0 - tl.abs(u - j.to(tl.float32)), 0.0)
-        mask = (i <= high)[:, None] & (d < width)[None, :]
-        value = tl.load((grad + i.to(tl.int64) * width)[:, None] + d[None, :], mask=mask, other=0.0)
+        mask = (t <= high)[:, None] & (d < width)[None, :]
+        value = tl.load((grad + t.to(tl.int64) * width)[:, None] + d[None, :], mask=mask, other=0.0)
         acc += weight[:, None] * value.to(tl.float32)
     if MEAN:
         acc = acc / (K * 1.0)
-    out = out_ptr + r.to(tl.int64) * width
+    out = out_ptr + tl.cast(_of_source(i, written_0, written_1, written_2), tl.int64) * D + r.to(tl.int64) * width
     tl.store(out[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=real[:, None] & (d < width)[None, :])
 
 
-@jit
+@kernel(specialize=("D",))
 def _coordinate_sums_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, box_ptr, out_ptr, N, D, n_f, n_h, n_w, chunk, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """``out [B, chunks, 4, D]`` fp32: sums of grad over a chunk of tokens, weighted by the coordinates, and by 1."""
     chunks = tl.cdiv(N, chunk)
-    chunk_id, first_d, b = _block_of_program(chunks, 1, D, BLOCK_D)
+    chunk_id, first_d, b = _block_of_program(tl.program_id(0), chunks, 1, D, BLOCK_D)
     d = first_d + tl.arange(0, BLOCK_D)
     box = box_ptr + b * 6
     o_f, o_h, o_w = tl.load(box), tl.load(box + 1), tl.load(box + 2)
     s_f, s_h, s_w = tl.load(box + 3), tl.load(box + 4), tl.load(box + 5)
-    zero = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    # Summed over the threads once, after the loop: that takes barriers.
+    zero = tl.zeros((BLOCK_T, BLOCK_D), dtype=tl.float32)
     by_f, by_h, by_w, total = zero, zero, zero, zero
     for begin in range(chunk_id * chunk, tl.minimum((chunk_id + 1) * chunk, N), BLOCK_T):
         t = begin + tl.arange(0, BLOCK_T)
@@ -346,18 +425,18 @@ def _coordinate_sums_kernel(  # type: ignore[no-untyped-def]
         c_f = o_f + s_f * (((t // (n_h * n_w)).to(tl.float32) + 0.5) / (n_f * 1.0))
         c_h = o_h + s_h * (((t // n_w % n_h).to(tl.float32) + 0.5) / (n_h * 1.0))
         c_w = o_w + s_w * (((t % n_w).to(tl.float32) + 0.5) / (n_w * 1.0))
-        by_f += tl.sum(c_f[:, None] * value, axis=0)
-        by_h += tl.sum(c_h[:, None] * value, axis=0)
-        by_w += tl.sum(c_w[:, None] * value, axis=0)
-        total += tl.sum(value, axis=0)
+        by_f += c_f[:, None] * value
+        by_h += c_h[:, None] * value
+        by_w += c_w[:, None] * value
+        total += value
     out = out_ptr + (b.to(tl.int64) * chunks + chunk_id) * 4 * D + d
-    tl.store(out, by_f, mask=d < D)
-    tl.store(out + D, by_h, mask=d < D)
-    tl.store(out + 2 * D, by_w, mask=d < D)
-    tl.store(out + 3 * D, total, mask=d < D)
+    tl.store(out, tl.sum(by_f, axis=0), mask=d < D)
+    tl.store(out + D, tl.sum(by_h, axis=0), mask=d < D)
+    tl.store(out + 2 * D, tl.sum(by_w, axis=0), mask=d < D)
+    tl.store(out + 3 * D, tl.sum(total, axis=0), mask=d < D)
 
 
-@jit
+@kernel(specialize=("M", "N", "K", "stride_a_m", "stride_a_k", "stride_b_k", "stride_b_n", "stride_out_m"))
 def _context_matmul_kernel(  # type: ignore[no-untyped-def]
     a_ptr, b_ptr, out_ptr, M, N, K, stride_a_m, stride_a_k, stride_b_k, stride_b_n, stride_out_m,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -374,6 +453,7 @@ def _context_matmul_kernel(  # type: ignore[no-untyped-def]
         left = k < K - start
         a_tile = tl.load(a, mask=(m < M)[:, None] & left[None, :], other=0.0)
         b_tile = tl.load(b, mask=left[:, None] & (n < N)[None, :], other=0.0)
+        a_tile, b_tile = as_operand(a_tile, PRECISION), as_operand(b_tile, PRECISION)
         acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
         a += BLOCK_K * tl.cast(stride_a_k, tl.int64)
         b += BLOCK_K * tl.cast(stride_b_k, tl.int64)

@@ -10,6 +10,8 @@ from torch import Tensor
 class FusionWeight(NamedTuple):
     """Views of a weight ``[D, 2D + 3]`` or ``[D, 2D]``: ``concat[x, context, coordinates] @ weight.T``."""
 
+    of_tokens: Tensor
+    """``[D, 2D]``, the columns of the two that follow."""
     of_x: Tensor
     """``[D, D]``."""
     of_context: Tensor
@@ -21,7 +23,8 @@ class FusionWeight(NamedTuple):
     def split(cls, weight: Tensor) -> FusionWeight:
         """Splits ``weight`` into views of its columns."""
         d, columns = weight.shape
-        return cls(weight[:, :d], weight[:, d : 2 * d], weight[:, 2 * d :] if columns > 2 * d else None)
+        of_coordinates = weight.narrow(1, 2 * d, columns - 2 * d) if columns > 2 * d else None
+        return cls(weight.narrow(1, 0, 2 * d), weight.narrow(1, 0, d), weight.narrow(1, d, d), of_coordinates)
 
     def new_empty(self) -> tuple[Tensor, FusionWeight]:
         """An uninitialized contiguous weight of the same shape, whole and split; used for gradients."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpdm_kernels import reference
-from hpdm_kernels._triton import INTERPRETED, launch_grid, triton
+from hpdm_kernels._triton import INTERPRETED, cdiv, launch_grid, next_power_of_2
 from hpdm_kernels.patches import triton_kernels
 
 # Rows and columns of one frame per program. The interpreter's cost is per program and operation, not per pixel, so it
@@ -24,8 +24,8 @@ def _launch(kernel: Any, source: Tensor, box: Tensor, out: Tensor, video: Sequen
     """
     b, c, frames, height, width = out.shape
     block_h, block_w = INTERPRETED_BLOCK if INTERPRETED else GPU_BLOCK
-    block_h, block_w = min(block_h, triton.next_power_of_2(height)), min(block_w, triton.next_power_of_2(width))
-    n_blocks_h, n_blocks_w = triton.cdiv(height, block_h), triton.cdiv(width, block_w)
+    block_h, block_w = min(block_h, next_power_of_2(height)), min(block_w, next_power_of_2(width))
+    n_blocks_h, n_blocks_w = cdiv(height, block_h), cdiv(width, block_w)
     with torch.cuda.device_of(source):
         kernel[launch_grid(b, c, frames, n_blocks_h, n_blocks_w)](
             source, box.contiguous(), out, *source.stride(), c, *video, *size, n_blocks_h, n_blocks_w,

@@ -11,7 +11,7 @@ vectors. Ranges are computed from the box, which only the kernel reads, never th
 
 from __future__ import annotations
 
-from hpdm_kernels._triton import jit, tl
+from hpdm_kernels._triton import jit, kernel, tl
 
 
 @jit
@@ -69,7 +69,7 @@ def _outputs(offset, scale, pixel, n, resolution, SNAP: tl.constexpr):
     return first, last
 
 
-@jit
+@kernel(specialize=("stride_video_w",))
 def sample_patches_fwd_kernel(
     video_ptr,  # [B, C, F, H, W] of the strides below
     box_ptr,  # [B, 6] fp32
@@ -118,7 +118,7 @@ def sample_patches_fwd_kernel(
     tl.store(rows[:, None] + k[None, :], total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@kernel(specialize=("stride_grad_w",))
 def sample_patches_bwd_kernel(
     grad_ptr,  # [B, C, out_f, out_h, out_w] of the strides below
     box_ptr,  # [B, 6] fp32

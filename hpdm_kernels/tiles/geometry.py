@@ -1,16 +1,19 @@
-"""Computes which tiles cover which pixels, from the tiles' origins, which are read once on the host."""
+"""Computes which tiles cover which pixels, from the tiles' origins, which are read on the host."""
 
 from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from hpdm_kernels._checks import read_values
+from hpdm_kernels._checks import Triple, read_values
 from hpdm_kernels._transforms import is_mapped
 
 AXES = ("frames", "height", "width")
@@ -106,6 +109,23 @@ class TilePlan:
     """The three axes if the tiles form a product grid, else ``None``."""
     obstacle: str | None
     """The reason why the tiles cannot be averaged, ``None`` if they can."""
+    tables: dict[Any, Any] = field(default_factory=dict)
+    """What a backend keeps on a device for these tiles; lives as long as the plan."""
+
+    @functools.cached_property
+    def common_width(self) -> int:
+        """The greatest common divisor of the first columns of all tiles."""
+        return math.gcd(*(k for *_, k in self.origins))
+
+    @functools.cached_property
+    def most(self) -> list[int]:
+        """The largest number of tiles that cover a coordinate, for each axis of a product grid."""
+        return [max(axis.counts()) for axis in self.axes or ()]
+
+    @functools.cached_property
+    def grid(self) -> list[int]:
+        """Number of tiles along each axis of a product grid."""
+        return [len(axis.origins) for axis in self.axes or ()]
 
     def box(self, first: int, stop: int) -> list[tuple[int, int]]:
         """(start, stop) per axis of the smallest box around tiles ``first`` to ``stop - 1`` of a product grid.
@@ -125,7 +145,7 @@ class TilePlan:
 
 
 @functools.lru_cache(maxsize=64)
-def _parse(data: bytes, tile: tuple[int, int, int], size: tuple[int, int, int]) -> TilePlan:
+def _parse(data: bytes, tile: Triple, size: Triple) -> TilePlan:
     """The plan of the origins in ``data``, int64 ``[T, 3]``; see :func:`read_origins`."""
     flat = memoryview(data).cast("q").tolist()
     origins = tuple(zip(flat[0::3], flat[1::3], flat[2::3]))
@@ -151,8 +171,24 @@ def _parse(data: bytes, tile: tuple[int, int, int], size: tuple[int, int, int]) 
     return TilePlan(origins, axes, None)  # type: ignore[arg-type]
 
 
+class _Read(NamedTuple):
+    """What was read from a tensor of origins."""
+
+    data: bytes
+    """Its values, int64 ``[T, 3]``."""
+    plans: dict[tuple[Triple, Triple], TilePlan]
+    """By the sizes of a tile and of the video."""
+
+
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Tensor of origins -> :class:`_Read`. A plan lives, with its tables on a GPU, at least as long as the tensors that it
+was read from, whatever else is read: a captured CUDA graph goes on reading these tables."""
+
+
 def read_origins(origins: Tensor, tile: Sequence[int], size: Sequence[int], cover: bool = False) -> TilePlan:
-    """Reads ``origins [T, 3]`` on the host and caches the plan. Synchronizes if ``origins`` is on a GPU.
+    """Reads ``origins [T, 3]`` on the host. Synchronizes if ``origins`` is on a GPU.
+
+    The plan is kept until ``origins`` is freed, or read again with other values.
 
     Args:
         origins: first pixel of each tile, integers.
@@ -165,9 +201,16 @@ def read_origins(origins: Tensor, tile: Sequence[int], size: Sequence[int], cove
     """
     if is_mapped(origins):
         raise ValueError("origins: got a tensor that torch.func.vmap maps over, expected the same origins for all")
-    host = origins if origins.device.type == "cpu" else origins.cpu()
-    data = read_values(host).astype(np.int64).tobytes()
-    plan = _parse(data, tuple(map(int, tile)), tuple(map(int, size)))
+    values = read_values(origins if origins.device.type == "cpu" else origins.cpu())
+    # Comparing bytes takes a tenth of the time of hashing them.
+    data, read = values.astype(np.int64, copy=False).tobytes(), _read.get(origins)
+    if read is None or read.data != data:
+        read = _read[origins] = _Read(data, {})
+    (f, h, w), (frames, height, width) = tile, size
+    sizes = (f, h, w), (frames, height, width)
+    plan = read.plans.get(sizes)
+    if plan is None:
+        plan = read.plans[sizes] = _parse(read.data, *sizes)
     if cover and plan.obstacle:
         raise ValueError(f"origins: {plan.obstacle}, expected a product grid of tiles that covers the whole video")
     return plan

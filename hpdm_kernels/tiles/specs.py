@@ -7,7 +7,7 @@ from typing import Any
 
 from hpdm_kernels._triton import KernelSpec
 from hpdm_kernels.tiles import triton_kernels
-from hpdm_kernels.tiles.triton_backend import gpu_block
+from hpdm_kernels.tiles.block_sizes import average_blocks, extract_blocks
 
 # Name of the op, a word for the label, and the constexprs ADD, SUMS, FINISH, MEAN.
 _AVERAGE_USES = (
@@ -17,6 +17,10 @@ _AVERAGE_USES = (
     ("step_tiles", "", (False, True, True, True)),
 )
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_ROWS, _WIDTH = 1024, 512
+"""A large frame."""
+_TILE_WIDTH = 64
+"""Columns of the paper's tiles."""
 
 
 def aot_specs() -> list[KernelSpec]:
@@ -26,11 +30,16 @@ def aot_specs() -> list[KernelSpec]:
 
 def _extract_specs() -> list[KernelSpec]:
     specs = []
-    for (name, size), mean, aligned in itertools.product(_ELEMENT_BYTES.items(), (False, True), (True, False)):
-        pointers = {"video_ptr": f"*{name}", "out_ptr": f"*{name}", "origins_ptr": "*i32", "cover_ptr": "*i32"}
-        blocks = _blocks(16 // size if aligned else 1)
-        label = f"extract_tiles[{name},{'mean' if mean else 'plain'}{'' if aligned else ',unaligned'}]"
-        specs.append(_spec(label, triton_kernels.extract_tiles_kernel, pointers, {"MEAN": mean} | blocks))
+    for (name, size), mean, aligned, width in itertools.product(
+        _ELEMENT_BYTES.items(), (False, True), (True, False), (_WIDTH, _TILE_WIDTH)
+    ):
+        pointers = {"video_ptr": f"*{name}", "out_ptr": f"*{name}", "origins_ptr": "*i32", "cover_ptr": "*i64"}
+        blocks = extract_blocks(_ROWS, width, 16 // size if aligned else 1)
+        wide = "" if width == _WIDTH else f"w{width}"
+        options = ",".join(filter(None, (name, "mean" if mean else "plain", "" if aligned else "unaligned", wide)))
+        specs.append(
+            _spec(f"extract_tiles[{options}]", triton_kernels.extract_tiles_kernel, pointers, {"MEAN": mean} | blocks)
+        )
     return specs
 
 
@@ -43,9 +52,10 @@ def _average_specs() -> list[KernelSpec]:
             continue
         out = "*fp32" if op == "add_tiles" else f"*{name}"
         pointers = {"tiles_ptr": f"*{name}", "sums_ptr": "*fp32", "x_ptr": f"*{name}", "out_ptr": out}
-        pointers |= {"starts_ptr": "*i32", "cover_ptr": "*i32"}
+        pointers |= {"starts_ptr": "*i32", "cover_ptr": "*i64"}
         constexprs: dict[str, int] = dict(zip(("ADD", "SUMS", "FINISH", "MEAN", "HAS_X"), (*flags, has_x)))
-        constexprs |= _blocks(16 // size if aligned else 1)
+        vector = 16 // (size if op == "average_tiles" else 4) if aligned else 1  # the sums are fp32
+        constexprs |= average_blocks(_ROWS, _WIDTH, vector)
         options = ",".join(filter(None, (name, kind, "x" if has_x else "", "" if aligned else "unaligned")))
         specs.append(_spec(f"{op}[{options}]", triton_kernels.average_tiles_kernel, pointers, constexprs))
     return specs
@@ -56,9 +66,3 @@ def _spec(name: str, fn: Any, pointers: dict[str, str], constexprs: dict[str, in
     types = pointers | dict.fromkeys(("scale", "alpha", "beta"), "fp32") | dict.fromkeys(constexprs, "constexpr")
     signature = {arg: types.get(arg, "i64" if arg.startswith("stride_") else "i32") for arg in fn.arg_names}
     return KernelSpec(name, fn, signature, constexprs, aligned=tuple(pointers))
-
-
-def _blocks(vector: int) -> dict[str, int]:
-    """Block sizes for a large frame, and ``VECTOR``."""
-    block_h, block_w = gpu_block(vector)
-    return {"VECTOR": vector, "BLOCK_H": block_h, "BLOCK_W": block_w // vector}

@@ -1,70 +1,62 @@
-"""Launches the tile kernels: computes tables of origins, block sizes, and groups of aligned columns."""
+"""Launches the tile kernels: makes tables of origins, finds groups of aligned columns."""
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpdm_kernels._triton import INTERPRETED, launch_grid, triton
+from hpdm_kernels._triton import cdiv, launch_grid
 from hpdm_kernels.tiles import triton_kernels
+from hpdm_kernels.tiles.block_sizes import average_blocks, extract_blocks
 from hpdm_kernels.tiles.geometry import TilePlan
 from hpdm_kernels.tiles.huge_pages import new_empty
 
 
-@functools.lru_cache(maxsize=64)
-def _tables(plan: TilePlan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernels' int32 tables on ``device``.
+class Tables(NamedTuple):
+    """What the kernels read of a plan."""
 
-    Returns:
-        Origins ``[T, 3]``; first covering tile and number of covering tiles of each coordinate, ``[F + H + W, 2]``;
-        origins of the grid per axis, concatenated, ``[T_f + T_h + T_w]``.
+    origins: Tensor
+    """``[T, 3]`` int32."""
+    cover: Tensor
+    """``[F + H + W / vector]`` int64, see ``triton_kernels``."""
+    starts: Tensor
+    """``[T_f + T_h + T_w]`` int32, origins of the grid per axis, concatenated."""
+
+
+def tables(plan: TilePlan, device: torch.device, vector: int) -> Tables:
+    """The tables for groups of ``vector`` columns; made once and kept by the plan.
+
+    They are copied from ordinary host memory, which a CUDA graph cannot capture.
     """
-    cover = [(n.start, len(n)) for axis in plan.axes or () for a, b, n in axis.cells() for _ in range(a, b)]
-    starts = [origin for axis in plan.axes or () for origin in axis.origins]
-    return tuple(torch.tensor(rows, dtype=torch.int32, device=device) for rows in (plan.origins, cover, starts))  # type: ignore[return-value]
-
-
-@functools.lru_cache(maxsize=64)
-def _common_width(plan: TilePlan) -> int:
-    """The greatest common divisor of the first columns of all tiles."""
-    return math.gcd(*(k for *_, k in plan.origins))
+    found = plan.tables.get((device, vector))
+    if found is None:
+        entries: list[list[int]] = [
+            [(n.start << 32) + len(n) for start, stop, n in axis.cells() for _ in range(start, stop)]
+            for axis in plan.axes or ()
+        ]
+        cover = [entry for axis in entries[:2] for entry in axis] + [e for axis in entries[2:] for e in axis[::vector]]
+        starts = [origin for axis in plan.axes or () for origin in axis.origins]
+        found = plan.tables[device, vector] = Tables(
+            torch.tensor(plan.origins, dtype=torch.int32, device=device),
+            torch.tensor(cover, dtype=torch.int64, device=device),
+            torch.tensor(starts, dtype=torch.int32, device=device),
+        )
+    return found
 
 
 def _vector(plan: TilePlan, tile_w: int, *tensors: Tensor) -> int:
-    """Columns per group: 16 bytes of the smallest dtype, or 1 if an origin, width, stride or pointer is not aligned."""
-    vector = 16 // min(t.element_size() for t in tensors)
-    aligned = _common_width(plan) % vector == 0 and tile_w % vector == 0
+    """Columns per group: 16 bytes of the largest dtype, or 1 if an origin, width, stride or pointer is not aligned."""
+    vector = 16 // max(t.itemsize for t in tensors)
+    if any(n % vector for n in (plan.common_width, tile_w, *(t.shape[-1] for t in tensors))):
+        return 1
     for t in tensors:
-        outer = [stride for n, stride in zip(t.shape[:-1], t.stride()) if n > 1]
-        aligned = aligned and t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and all(n % vector == 0 for n in outer)
-    return vector if aligned else 1
-
-
-def gpu_block(vector: int) -> tuple[int, int]:
-    """Rows and columns of one frame per program on a GPU.
-
-    More rows spill registers: single columns on sm_90, groups of eight columns on sm_90 and sm_100.
-    """
-    return (4 if vector > 1 else 2), 128
-
-
-def _blocks(height: int, width: int, vector: int) -> dict[str, int]:
-    """Divides a frame of this size into blocks, which are never much larger than the frame."""
-    # The interpreter's cost is per program and operation, not per pixel.
-    most_h, most_w = (256, 256) if INTERPRETED else gpu_block(vector)
-    block_h = min(most_h, triton.next_power_of_2(height))
-    block_w = min(most_w, triton.next_power_of_2(width)) // vector
-    return {
-        "n_blocks_h": triton.cdiv(height, block_h),
-        "n_blocks_w": triton.cdiv(width, block_w * vector),
-        "VECTOR": vector,
-        "BLOCK_H": block_h,
-        "BLOCK_W": block_w,
-    }
+        *outer, last = t.stride()
+        if last != 1 or t.data_ptr() % 16 or any(s % vector for n, s in zip(t.shape, outer) if n > 1):
+            return 1
+    return vector
 
 
 def extract(video: Tensor, plan: TilePlan, tile: Sequence[int], mean: bool, scale: float) -> Tensor:
@@ -73,14 +65,15 @@ def extract(video: Tensor, plan: TilePlan, tile: Sequence[int], mean: bool, scal
     ``mean``: each voxel is also divided by the number of tiles that cover it.
     """
     b, c, f, h, _ = video.shape
-    t = len(plan.origins)
+    t, rows, width = len(plan.origins), c * tile[0] * tile[1], tile[2]
     out = new_empty(video, b, t, c, *tile)
-    blocks = _blocks(tile[1], tile[2], _vector(plan, tile[2], video, out))
-    grid = launch_grid(b, t, c, tile[0], blocks["n_blocks_h"], blocks["n_blocks_w"])
-    origins, cover, _ = _tables(plan, video.device)
+    vector = _vector(plan, width, video, out)
+    blocks = extract_blocks(rows, width, vector)
+    n_blocks = cdiv(rows, blocks["BLOCK_R"]), cdiv(width, blocks["BLOCK_W"] * vector)
+    origins, cover, _ = tables(plan, video.device, vector)
     with torch.cuda.device_of(video):
-        triton_kernels.extract_tiles_kernel[grid](
-            video, out, origins, cover, scale, *video.stride(), t, c, f, h, *tile, MEAN=mean, **blocks
+        triton_kernels.extract_tiles_kernel[launch_grid(b, t, *n_blocks)](
+            video, out, origins, cover, scale, *video.stride(), t, c, f, h, *tile, *n_blocks, MEAN=mean, **blocks
         )
     return out
 
@@ -113,19 +106,19 @@ def _launch(
     """
     if plan.axes is None:
         raise ValueError("plan: got origins that are no product grid, expected one with axes")
-    b, c = out.shape[:2]
-    start, stop = zip(*box)
+    b, c, *size = out.shape
+    (start_f, stop_f), (start_h, stop_h), (start_w, stop_w) = box
     vector = _vector(plan, plan.axes[2].tile, *(t for t in (tiles, sums, x, out) if t is not None))
-    blocks = _blocks(stop[1] - start[1], stop[2] - start[2], vector)
-    frames = stop[0] - start[0]
-    _, cover, starts = _tables(plan, out.device)
-    tile_grid = [len(axis.origins) for axis in plan.axes]
-    most = [max(axis.counts()) for axis in plan.axes]
+    # Of the size of the video, not of the box: a kernel is compiled once for all chunks.
+    blocks = average_blocks(size[1], size[2], vector)
+    n_blocks = cdiv(stop_h - start_h, blocks["BLOCK_R"]), cdiv(stop_w - start_w, blocks["BLOCK_W"] * vector)
+    frames = stop_f - start_f
+    _, cover, starts = tables(plan, out.device, vector)
     with torch.cuda.device_of(out):
-        triton_kernels.average_tiles_kernel[launch_grid(b, c, frames, blocks["n_blocks_h"], blocks["n_blocks_w"])](
+        triton_kernels.average_tiles_kernel[launch_grid(b, c, frames, *n_blocks)](
             *(out if t is None else t for t in (tiles, sums, x)), out, starts, cover, alpha, beta,
             *((0,) * 6 if tiles is None else tiles.stride()), *((0,) * 5 if x is None else x.stride()),
-            c, *out.shape[2:], *tile_grid, *most, *chunk, *start, frames, *stop[1:],
+            c, *size, *plan.grid, *plan.most, *chunk, start_f, start_h, start_w, frames, stop_h, stop_w, *n_blocks,
             ADD=tiles is not None, SUMS=sums is not None, FINISH=finish, MEAN=mean, HAS_X=x is not None, **blocks,
         )  # fmt: skip
 

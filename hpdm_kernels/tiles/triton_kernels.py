@@ -1,13 +1,15 @@
 """Kernels of tiles, launched by :mod:`hpdm_kernels.tiles.triton_backend`.
 
 One program gathers each element of the result, so there are no atomics. Offsets are int64, since the tiles of a long
-video exceed 2**31 elements. A program works on rows and columns of one frame: values that depend on the frame are
-scalars, values that depend on a row or a column are short vectors. Small tables, computed once per set of origins and
-device, tell which tiles cover a coordinate.
+video exceed 2**31 elements. Small tables, made once per set of origins and device, tell which tiles cover a coordinate.
 
 Columns are processed in groups of ``VECTOR`` neighbors. The columns of a group are covered by the same tiles and are
 adjacent in each of them, so a group needs one lookup and one load of 16 bytes. This requires origins, widths and
 strides that are multiples of 16 bytes; otherwise a group is one column.
+
+The table ``cover [F + H + W / VECTOR]`` int64 has an entry for each frame, each row and each group of columns: the
+first tile along this axis that covers it, times 2**32, plus the number of such tiles. One load of neighboring entries
+thus tells the threads of a warp all about their columns.
 """
 
 # Kernels' arguments have Triton's types, not Python's.
@@ -15,7 +17,7 @@ strides that are multiples of 16 bytes; otherwise a group is one column.
 
 from __future__ import annotations
 
-from hpdm_kernels._triton import jit, tl
+from hpdm_kernels._triton import jit, kernel, tl
 
 
 @jit
@@ -29,63 +31,76 @@ def _aligned(at, VECTOR: tl.constexpr):
 
 
 @jit
+def _first(cover):
+    """The first tile of entries of the table ``cover``."""
+    return (cover >> 32).to(tl.int32)
+
+
+@jit
+def _count(cover):
+    """The number of tiles of entries of the table ``cover``."""
+    return cover.to(tl.int32)
+
+
+@kernel(specialize=("stride_video_w",))
 def extract_tiles_kernel(
     video_ptr,  # [B, C, F, H, W] of the strides below
     out_ptr,  # [B, T, C, tile_f, tile_h, tile_w], written
     origins_ptr,  # [T, 3] int32
-    cover_ptr,  # [F + H + W, 2] int32: first covering tile of each coordinate, and their number
+    cover_ptr,  # [F + H + W / VECTOR] int64
     scale,
     stride_video_b, stride_video_c, stride_video_f, stride_video_h, stride_video_w,
-    T, C, F, H, tile_f, tile_h, tile_w, n_blocks_h, n_blocks_w,
-    MEAN: tl.constexpr, VECTOR: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    T, C, F, H, tile_f, tile_h, tile_w, n_blocks_r, n_blocks_w,
+    MEAN: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Part of one frame of one channel of one tile per program: ``scale`` times the video.
+    """Some rows of one tile per program, of any frames and channels: ``scale`` times the video.
 
     ``MEAN``: each voxel is also divided by the number of tiles that cover it.
     """
     pid = tl.program_id(0)
-    frame = pid // (n_blocks_h * n_blocks_w)
-    tile_i = frame % tile_f
-    c = frame // tile_f % C
-    t = frame // tile_f // C % T
-    b = frame // tile_f // C // T
-    tile_j = pid // n_blocks_w % n_blocks_h * BLOCK_H + tl.arange(0, BLOCK_H)
-    tile_k = (pid % n_blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)) * VECTOR
-    i = tl.load(origins_ptr + 3 * t) + tile_i
-    j = tl.load(origins_ptr + 3 * t + 1) + tile_j
-    k = tl.load(origins_ptr + 3 * t + 2) + tile_k
-    mask = ((tile_j < tile_h)[:, None] & (tile_k < tile_w)[None, :])[:, :, None]
-    base = b.to(tl.int64) * stride_video_b + c.to(tl.int64) * stride_video_c + i.to(tl.int64) * stride_video_f
-    rows = base + j.to(tl.int64) * stride_video_h
+    t = pid // (n_blocks_r * n_blocks_w)
+    row = pid // n_blocks_w % n_blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    group = pid % n_blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)
+    tile_k = group * VECTOR
+    frame = row // tile_h
+    c = frame // tile_f
+    origin = origins_ptr + 3 * (t % T)
+    i = tl.load(origin) + frame - c * tile_f
+    j = tl.load(origin + 1) + row - frame * tile_h
+    k = tl.load(origin + 2) + tile_k
+    real = row < C * tile_f * tile_h
+    mask = (real[:, None] & (tile_k < tile_w)[None, :])[:, :, None]
+    rows = (t // T).to(tl.int64) * stride_video_b + c.to(tl.int64) * stride_video_c
+    rows += i.to(tl.int64) * stride_video_f + j.to(tl.int64) * stride_video_h
     cols = k.to(tl.int64) * stride_video_w
     at = _aligned(rows[:, None] + cols[None, :], VECTOR)
     value = tl.load(video_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale
     if MEAN:
-        count_f = tl.load(cover_ptr + 2 * i + 1)
-        count_h = tl.load(cover_ptr + 2 * (F + j) + 1, mask=tile_j < tile_h, other=1)
-        count_w = tl.load(cover_ptr + 2 * (F + H + k) + 1, mask=tile_k < tile_w, other=1)
-        value /= (count_f * count_h[:, None] * count_w[None, :]).to(tl.float32)[:, :, None]
-    rows = (frame.to(tl.int64) * tile_h + tile_j) * tile_w
+        count_f = _count(tl.load(cover_ptr + i, mask=real, other=1))
+        count_h = _count(tl.load(cover_ptr + F + j, mask=real, other=1))
+        count_w = _count(tl.load(cover_ptr + F + H + k // VECTOR, mask=tile_k < tile_w, other=1))
+        value /= ((count_f * count_h)[:, None] * count_w[None, :]).to(tl.float32)[:, :, None]
+    rows = (t.to(tl.int64) * C * tile_f * tile_h + row) * tile_w
     tl.store(out_ptr + _aligned(rows[:, None] + tile_k[None, :], VECTOR), value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # One kernel serves the average, the chunks of an accumulator and its step, so that all add tiles in the same way. That
 # is why it is long and has many arguments, which a kernel cannot group in structures.
-@jit
+@kernel(specialize=("stride_tiles_w", "stride_x_w"))
 def average_tiles_kernel(
     tiles_ptr,  # [B, T or a chunk of them, C, f, h, w] of the strides below
     sums_ptr,  # [B, C, F, H, W] fp32, sums over the tiles before ``first``
     x_ptr,  # [B, C, F, H, W] of the strides below
     out_ptr,  # [B, C, F, H, W], written
     starts_ptr,  # [n_tiles_f + n_tiles_h + n_tiles_w] int32, origins of the grid per axis
-    cover_ptr,  # [F + H + W, 2] int32: first covering tile of each coordinate, and their number, per axis
+    cover_ptr,  # [F + H + W / VECTOR] int64
     alpha, beta,
     stride_tiles_b, stride_tiles_t, stride_tiles_c, stride_tiles_f, stride_tiles_h, stride_tiles_w,
     stride_x_b, stride_x_c, stride_x_f, stride_x_h, stride_x_w,
     C, F, H, W, n_tiles_f, n_tiles_h, n_tiles_w, most_f, most_h, most_w, first, stop,
-    box_f, box_h, box_w, frames, stop_h, stop_w, n_blocks_h, n_blocks_w,
+    box_f, box_h, box_w, frames, stop_h, stop_w, n_blocks_r, n_blocks_w,
     ADD: tl.constexpr, SUMS: tl.constexpr, FINISH: tl.constexpr, MEAN: tl.constexpr, HAS_X: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Part of one frame of one channel of a box per program: adds tiles ``first`` to ``stop - 1``, in their order.
 
@@ -96,22 +111,22 @@ def average_tiles_kernel(
     spilled registers.
     """
     pid = tl.program_id(0)
-    frame = pid // (n_blocks_h * n_blocks_w)
+    frame = pid // (n_blocks_r * n_blocks_w)
     i = box_f + frame % frames
     c = (frame // frames % C).to(tl.int64)
     b = (frame // frames // C).to(tl.int64)
-    j = box_h + pid // n_blocks_w % n_blocks_h * BLOCK_H + tl.arange(0, BLOCK_H)
-    k = box_w + (pid % n_blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)) * VECTOR
-    first_f = tl.load(cover_ptr + 2 * i)
-    count_f = tl.load(cover_ptr + 2 * i + 1)
-    first_h = tl.load(cover_ptr + 2 * (F + j), mask=j < stop_h, other=0)
-    count_h = tl.load(cover_ptr + 2 * (F + j) + 1, mask=j < stop_h, other=0)
-    first_w = tl.load(cover_ptr + 2 * (F + H + k), mask=k < stop_w, other=0)
-    count_w = tl.load(cover_ptr + 2 * (F + H + k) + 1, mask=k < stop_w, other=0)
+    j = box_h + pid // n_blocks_w % n_blocks_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    group = box_w // VECTOR + pid % n_blocks_w * BLOCK_W + tl.arange(0, BLOCK_W)
+    k = group * VECTOR
+    cover_f = tl.load(cover_ptr + i)
+    cover_h = tl.load(cover_ptr + F + j, mask=j < stop_h, other=0)
+    cover_w = tl.load(cover_ptr + F + H + group, mask=k < stop_w, other=0)
+    first_f, first_h, first_w = _first(cover_f), _first(cover_h), _first(cover_w)
+    count_f, count_h, count_w = _count(cover_f), _count(cover_h), _count(cover_w)
     rows = (((b * C + c) * F + i) * H + j) * W
     at = _aligned(rows[:, None] + k[None, :], VECTOR)
     mask = (j < stop_h)[:, None] & (k < stop_w)[None, :]
-    total = tl.zeros((BLOCK_H, BLOCK_W, VECTOR), dtype=tl.float32)
+    total = tl.zeros((BLOCK_R, BLOCK_W, VECTOR), dtype=tl.float32)
     if SUMS:
         # The first tile of a voxel overwrites the buffer, so it need not be zeroed.
         started = (first_f * n_tiles_h + first_h[:, None]) * n_tiles_w + first_w[None, :] < first

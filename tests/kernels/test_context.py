@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import harness
-from hpdm_kernels import _triton, fuse_context, fuse_projected, project_sources, reference, sample_context
+from hpdm_kernels import fuse_context, fuse_projected, project_sources, reference, sample_context
 from hpdm_kernels._backend import PORTABLE
 from hpdm_kernels.context import ops, torch_backend
 from hpdm_kernels.testing import check_op, random_boxes, value_and_grads
@@ -184,13 +184,22 @@ def test_larger_footprints_change_nothing(backend, generator):
     check(Problem(generator, **CASES["pyramid"]), backend, footprints=[(3, 4, 4), (4, 4, 4)])
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3"])
 def test_kernels_own_products(precision, generator):
-    # The interpreter takes products exactly whatever is asked for. Compiled, one pass of TF32 cuts operands to 11 bits.
-    ulps = 2.0**14 if precision == "tf32" and not _triton.INTERPRETED else None
+    # The interpreter takes the products of "tf32x3" exactly; compiled kernels drop that of the two low parts.
+    problem = Problem(generator, **CASES["ratio 1 in time"])
+    check(problem, "triton", calls=problem.calls()[1:], precision=precision)
+
+
+def test_gradients_of_one_tf32_pass(generator):
+    """Operands are rounded by at most 2**-11 of themselves, twice where a product follows on the interpolation."""
     problem = Problem(generator, **CASES["ratio 1 in time"])
     for make, inputs in problem.calls()[1:]:
-        check_op(make("triton", precision=precision), make("reference"), inputs, problem.grad, ulps=ulps)
+        want = value_and_grads(make("reference"), [t.double() for t in inputs], problem.grad.double())
+        got = value_and_grads(make("triton", precision="tf32"), inputs, problem.grad)
+        for a, b in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
+            error = (a - b).abs().max()
+            assert error <= 2**-9 * b.abs().max() * problem.x.shape[2] ** 0.5
 
 
 def test_projecting_first_is_the_same_formula(generator):
@@ -236,15 +245,17 @@ def test_one_tensor_as_two_sources(backend, generator):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_saves_inputs_only(backend, generator):
+def test_saves_inputs_and_the_plan_alone(backend, generator):
+    """The plan is 64 bytes per sample and source on ``triton``, and empty elsewhere."""
     problem = Problem(generator, **CASES["pyramid"])
     inputs = [t.clone().requires_grad_() for t in problem.fuse_inputs]
     known = {t.data_ptr() for t in (*inputs, problem.box, *problem.source_boxes)}
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         problem.fuse(backend)(*inputs)
-    assert saved
-    assert set(saved) <= known
+    (plan,) = [t for t in saved if t.data_ptr() not in known]
+    assert plan.nbytes == (64 * len(problem.box) * len(problem.sources) if backend == "triton" else 0)
+    assert len(saved) > 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -324,11 +335,12 @@ def test_opcheck(backend, shared, generator):
         problem.share_rows(generator)
     grad = problem.grad
     args, fuse_args = op_arguments(problem, backend, False), op_arguments(problem, backend, True)
-    torch.library.opcheck(ops.sample_bwd, (grad, *args[:-1], [True, False], args[-1]))
+    _, plan = ops.sample_fwd(*args)
+    torch.library.opcheck(ops.sample_bwd, (grad, plan, *args[:-1], [True, False], args[-1]))
     cached_args = op_arguments(problem, backend, True, projected=True)
     for fusion in (fuse_args, cached_args):
         wanted = [True, True, True, False, True]
-        torch.library.opcheck(ops.fuse_bwd, (grad, *fusion[:-3], wanted, *fusion[-3:]))
+        torch.library.opcheck(ops.fuse_bwd, (grad, plan, *fusion[:-3], wanted, *fusion[-3:]))
     project_args = (problem.sources[0], problem.weight)
     for wanted in ([True, True], [False, True]):
         torch.library.opcheck(ops.project_bwd, (problem.sources[0], *project_args, wanted, "ieee", backend))
@@ -384,11 +396,20 @@ def all_ops(problem, backend):
     registered = torch.ops.hpdm
     return [
         (registered.sample_context_fwd, sample_args),
-        (registered.sample_context_bwd, (problem.grad, *sample_args[:-1], some_sources, backend)),
+        (
+            registered.sample_context_bwd,
+            (problem.grad, registered.sample_context_fwd(*sample_args)[1], *sample_args[:-1], some_sources, backend),
+        ),
         (registered.fuse_context_fwd, fuse_args),
         (
             registered.fuse_context_bwd,
-            (problem.grad, *fuse_args[:-3], [True, True, False, *some_sources], *fuse_args[-3:]),
+            (
+                problem.grad,
+                registered.fuse_context_fwd(*fuse_args)[1],
+                *fuse_args[:-3],
+                [True, True, False, *some_sources],
+                *fuse_args[-3:],
+            ),
         ),
         (registered.project_source_fwd, project_args),
         (registered.project_source_bwd, (problem.sources[0], *project_args[:2], [True, True], *project_args[2:])),
@@ -408,10 +429,11 @@ def test_flop_formulas_count_the_products(projected, generator):
     problem = Problem(generator, **CASES["odd"])
     *args, _, _, _ = op_arguments(problem, "torch", True, projected)
     registered = torch.ops.hpdm
+    _, plan = registered.fuse_context_fwd(*args, projected, "ieee", "torch")
     for wanted in ([True] * 6, [False, True, False, False, False, False], [True, False, True, False, True, False]):
         calls = [
             (registered.fuse_context_fwd, (*args, projected, "ieee", "torch")),
-            (registered.fuse_context_bwd, (problem.grad, *args, wanted, projected, "ieee", "torch")),
+            (registered.fuse_context_bwd, (problem.grad, plan, *args, wanted, projected, "ieee", "torch")),
         ]
         with torch.utils.flop_counter.FlopCounterMode(display=False) as declared:
             for op, arguments in calls:

@@ -61,10 +61,10 @@ def run_context(batch, rows, width, grid, precision):
     index = None if rows == batch else meta(batch, 1, dtype=torch.long)
     geometry = Geometry([meta(rows, 6)], meta(batch, 6), index, [grid], grid, [grid])
     x, sources, weight = meta(batch, n, width), [meta(rows, n, width)], FusionWeight.split(meta(width, 2 * width + 3))
-    context.fuse_forward(x, sources, geometry, weight, meta(width), False, precision)
-    context.fuse_backward(x, x, sources, geometry, weight, [True] * 4, False, precision)
-    context.sample_forward(sources, geometry)
-    context.sample_backward(x, sources, geometry, [True])
+    _, plan = context.fuse_forward(x, sources, geometry, weight, meta(width), False, precision)
+    context.fuse_backward(x, x, sources, geometry, plan, weight, [True] * 4, False, precision)
+    _, plan = context.sample_forward(sources, geometry)
+    context.sample_backward(x, sources, geometry, plan, [True])
 
 
 def run_attention(batch, heads, queries, keys):
