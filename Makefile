@@ -41,7 +41,7 @@ test: lint types  ## style, types and all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations=15 $(ARGS)
 
 # `make test` compiles a random sample of the kernels and checks that the table of all of them is of today's code.
-test-aot: $(READY)  ## compile every kernel ahead of time, for three GPUs, in a quarter of an hour
+test-aot: $(READY)  ## compile every kernel ahead of time, for six GPUs, in a quarter of an hour
 	HPDM_AOT=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_aot.py -n $(WORKERS) $(ARGS)
 
 # `make test` executes a few configurations of each op and tries a sample of the mutations.

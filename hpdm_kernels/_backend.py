@@ -28,6 +28,8 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 PRECISIONS = ("ieee", "tf32x3", "tf32")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """The floating-point dtypes that the kernels support."""
+LEAST_CAPABILITY = (8, 0)
+"""The oldest GPUs that the kernels run on: older ones lack asynchronous copies, and matrix units for TF32 and bf16."""
 
 logger = logging.getLogger("hpdm_kernels")
 
@@ -91,6 +93,11 @@ def resolve(backend: str, op: str, tensor: torch.Tensor, triton_dtypes: Sequence
     return "torch"
 
 
+@_constant_when_compiling
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def _triton_obstacle(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
     """The reason why the kernels cannot run on ``tensor``, or ``None`` if they can."""
     if not _triton.AVAILABLE:
@@ -98,6 +105,9 @@ def _triton_obstacle(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str
     if tensor.device.type == "cuda":
         if _triton.INTERPRETED:
             return "TRITON_INTERPRET=1 is set, which runs kernels on the CPU"
+        capability = _capability(tensor.device)
+        if capability < LEAST_CAPABILITY:
+            return "needs compute capability {}.{} or newer, got {}.{}".format(*LEAST_CAPABILITY, *capability)
         if tensor.dtype not in dtypes:
             return f"no kernel for {tensor.dtype} (have {', '.join(map(str, dtypes))})"
         return None

@@ -34,6 +34,16 @@ executed = False
 """Whether launches on CPU tensors execute the compiled kernels; :mod:`hpdm_kernels.aot.execution` sets this."""
 
 
+SHARED_MEMORY_LIMITS = {
+    "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376,
+}  # fmt: skip
+"""Bytes of shared memory that one block may use, of every GPU that the kernels are made for.
+
+``sm_80`` is A100; ``sm_86``, ``sm_89`` and ``sm_120`` are GeForce and workstation cards from RTX 30 on, A10, L4, L40S;
+``sm_90`` is H100 and H200, ``sm_100`` B200. Triton does not check the limit when it compiles ahead of time.
+"""
+
+
 def jit(fn: Any) -> Any:
     """``triton.jit``; without Triton the undecorated function, which is then never launched."""
     return triton.jit(fn) if AVAILABLE else fn
@@ -99,7 +109,7 @@ class KernelSpec:
     """
 
     name: str
-    """Unique and readable: ``cross_attention_fwd[fp32,tf32,d64]``."""
+    """Readable, and unique among the specs for a GPU: ``cross_attention_fwd[fp32,tf32,d64]``."""
     fn: Any
     """The ``@jit`` function."""
     signature: dict[str, str]
@@ -111,3 +121,5 @@ class KernelSpec:
     num_stages: int = 2
     aligned: tuple[str, ...] = ()
     """Arguments divisible by 16 (pointers from the allocator, strides of common shapes)."""
+    targets: tuple[str, ...] = ()
+    """The GPUs that this configuration is for, keys of :data:`SHARED_MEMORY_LIMITS`; none means all of them."""

@@ -23,7 +23,7 @@ FOLDER = Path(__file__).parent
 FILES = ("attention", "fusion", "context", "tiles", "patches", "large", "ops", "graphs")
 
 # How products are computed: (dtype, precision argument, allowed multiple of the plain implementation's error). The
-# plain implementation computes products in its dtype; for one TF32 pass it truncates operands (benchmarks/gpu/tf32.py).
+# plain implementation computes products in its dtype; for one TF32 pass it rounds operands (benchmarks/gpu/tf32.py).
 # 3xTF32 drops the product of the two low parts and cuts these to 11 bits, an error of a few units of 2^-24 per product.
 # Full fp32 rounds only sums, so 3xTF32 may err more where sums are short.
 ARITHMETIC = {

@@ -89,11 +89,16 @@ def context_arguments(op: str, backend: str, generator: torch.Generator, device:
     tail = (None, grids, list(CONTEXT.grid), bounds)
     if op.startswith("sample"):
         shared = (sources, list(boxes), box, *tail)
-        return (*shared, backend) if op.endswith("fwd") else (torch.randn_like(x), *shared, [True, False], backend)
+        if op.endswith("fwd"):
+            return (*shared, backend)
+        _, plan = torch.ops.hpdm.sample_context_fwd(*shared, backend)
+        return (torch.randn_like(x), plan, *shared, [True, False], backend)
     shared = (x, sources, list(boxes), box, weight, bias, *tail)
     if op.endswith("fwd"):
         return (*shared, False, "ieee", backend)
-    return (torch.randn_like(x), *shared, [True, True, True, False, True], False, "ieee", backend)
+    with torch.no_grad():
+        _, plan = torch.ops.hpdm.fuse_context_fwd(*shared, False, "ieee", backend)
+    return (torch.randn_like(x), plan, *shared, [True, True, True, False, True], False, "ieee", backend)
 
 
 def project_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:

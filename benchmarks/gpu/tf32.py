@@ -1,8 +1,7 @@
 """Emulates TF32 products: the plain implementation for kernels that take one TF32 pass, the same on every machine.
 
-TF32 keeps 10 of the 23 mantissa bits of fp32. Tensor cores drop the other 13 bits, and Triton passes fp32 operands to
-them unchanged (``input_precision="tf32"``), so operands are truncated. PyTorch's own TF32 cannot be used: cuBLAS rounds
-operands, which halves the error and avoids the bias toward zero, and for a few rows it does not use TF32 at all.
+TF32 keeps 10 of the 23 mantissa bits of fp32. The kernels round operands to it as cuBLAS does, on every GPU. PyTorch's
+own TF32 is still no yardstick, because cuBLAS does not use TF32 for a few rows.
 """
 
 from __future__ import annotations
@@ -18,18 +17,19 @@ from hpdm_kernels.testing import value_and_grads
 
 DROPPED_BITS = 13
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default}
-# Other operations that compute products, which would not be truncated; the formulas use none of them.
+# Other operations that compute products, whose operands would not be rounded; the formulas use none of them.
 _UNKNOWN = {torch.ops.aten.baddbmm.default, torch.ops.aten.addbmm.default, torch.ops.aten.mv.default}
 
 
-def truncate(t: Tensor) -> Tensor:
-    """Truncates fp64 ``t``, of any shape, to TF32 and back; the relative error is at most 2^-10."""
+def rounded(t: Tensor) -> Tensor:
+    """Rounds fp64 ``t``, of any shape, to TF32 and back, ties away from zero; the relative error is at most 2^-11."""
     bits = t.float().contiguous().view(torch.int32)
-    return (bits & -(1 << DROPPED_BITS)).view(torch.float32).double()
+    # Half of the last kept bit is added to the magnitude; the sign is a bit of its own.
+    return ((bits + (1 << DROPPED_BITS - 1)) & -(1 << DROPPED_BITS)).view(torch.float32).double()
 
 
-class TruncatedProducts(TorchDispatchMode):
-    """Inside the block every matrix product, forward or backward, truncates its operands to TF32.
+class RoundedProducts(TorchDispatchMode):
+    """Inside the block every matrix product, forward or backward, rounds its operands to TF32.
 
     Raises:
         NotImplementedError: an operation computes a product in another form.
@@ -40,19 +40,19 @@ class TruncatedProducts(TorchDispatchMode):
             raise NotImplementedError(f"{func}: got a product in this form, expected mm, bmm or addmm")
         if func in _PRODUCTS:
             # The operands are the last two arguments; the first argument of addmm is only added.
-            args = (*args[:-2], truncate(args[-2]), truncate(args[-1]))
+            args = (*args[:-2], rounded(args[-2]), rounded(args[-1]))
         return func(*args, **(kwargs or {}))
 
 
 def value_and_grads_in_tf32(
     formula: Callable[..., Tensor], inputs: Sequence[Tensor | None], grad: Tensor | None
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Same as :func:`hpdm_kernels.testing.value_and_grads`, in fp64 but with operands of products truncated to TF32.
+    """Same as :func:`hpdm_kernels.testing.value_and_grads`, in fp64 but with operands of products rounded to TF32.
 
     Results have the dtypes of the inputs.
     """
     wide = [t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
-    with TruncatedProducts():
+    with RoundedProducts():
         out, grads = value_and_grads(formula, wide, None if grad is None else grad.double())
     dtype = next(t.dtype for t in inputs if isinstance(t, Tensor) and t.is_floating_point())
     return out.to(dtype), [g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)]

@@ -1,6 +1,7 @@
 """Compiles every kernel for GPUs that need not be present: ``python -m hpdm_kernels.aot``.
 
 python -m hpdm_kernels.aot                          compile all kernels, print a table, fail if any kernel fails
+python -m hpdm_kernels.aot --target sm_86           the same for one GPU
 python -m hpdm_kernels.aot --check docs/kernels.md  compile nothing; fail if the saved table does not match the code
 python -m hpdm_kernels.aot --renew docs/kernels.md  compile only the kernels whose rows are missing or stale, and save
 python -m hpdm_kernels.aot --save docs/kernels.md   compile all kernels and save the table
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from hpdm_kernels import _triton
-from hpdm_kernels._triton import KernelSpec
+from hpdm_kernels._triton import SHARED_MEMORY_LIMITS, KernelSpec
 from hpdm_kernels.aot.collect import collect_by_op, op_modules, sample
 from hpdm_kernels.aot.compile import compile_all
 from hpdm_kernels.aot.machine_code import tool_versions
-from hpdm_kernels.aot.result import TARGETS, Result
+from hpdm_kernels.aot.result import TARGETS, Result, compilations, is_own
 from hpdm_kernels.aot.table import Table, current_rows, read, render, stale_rows, write_text
 
 
@@ -29,7 +30,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hpdm_kernels.aot", description="compiles every kernel without a GPU"
     )
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument(
+        "--target", nargs="+", choices=SHARED_MEMORY_LIMITS, default=[],
+        help=f"default: {' '.join(TARGETS)}, and what the other targets have in configurations of their own",
+    )  # fmt: skip
+    parser.add_argument("--own", action="store_true", help="only configurations that sm_80 does not have")
     parser.add_argument("--filter", default="", metavar="SUBSTR", help="only kernels whose name contains this")
     parser.add_argument("--module", nargs="+", metavar="NAME", help="modules with aot_specs(), instead of all ops")
     parser.add_argument("--sample", type=int, metavar="N", help="only one configuration in N of each kernel, at random")
@@ -67,10 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.renew:
         old = read(options.renew.read_text(encoding="utf-8"))
         reused = current_rows(old, by_op) if old.tools == tool_versions() else []
-    names = {result.kernel for result in reused}
-    missing = {op: [spec for spec in specs if spec.name not in names] for op, specs in by_op.items()}
+    known = {(result.kernel, result.target) for result in reused}
+    work = [
+        (op, spec, target)
+        for op, spec, target in compilations(by_op, options.target)
+        if (spec.name, target) not in known and (is_own(spec, target) or not options.own)
+    ]
     saved = options.save or options.renew
-    results = compile_all(missing, options.target, jobs=options.jobs, sass=bool(options.sass or saved))
+    results = compile_all(work, jobs=options.jobs, sass=bool(options.sass or saved))
     print(_text(results))
     failed = sum(bool(r.problem) for r in results)
     print(f"{len(results)} compiled, {failed} failed, {sum(r.seconds for r in results):.0f} s of compiling")
@@ -86,9 +95,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _obstacle(options: argparse.Namespace) -> str:
     """The reason why the command cannot run, empty if it can."""
-    part = options.filter or options.module or options.sample or set(options.target) != set(TARGETS)
+    part = options.filter or options.module or options.sample or options.target or options.own
     if part and (options.save or options.check or options.renew):
-        return "--save, --renew and --check are about all kernels: drop --filter, --module, --target, --sample"
+        return "--save, --renew and --check are about all kernels: drop --filter, --module, --target, --own, --sample"
     if sum(map(bool, (options.save, options.check, options.renew))) > 1:
         return "--save, --renew and --check: got several, expected at most one of them"
     if options.sample is not None and options.sample < 1:
@@ -112,8 +121,9 @@ def _command(file: Path) -> str:
 
 def _in_order(by_op: dict[str, list[KernelSpec]], results: Sequence[Result]) -> list[Result]:
     """The results in the order of the specs, so that a table does not depend on which of its rows were reused."""
-    positions = {spec.name: i for i, spec in enumerate(s for specs in by_op.values() for s in specs)}
-    return sorted(results, key=lambda r: (positions[r.kernel], TARGETS.index(r.target)))
+    names = dict.fromkeys(spec.name for specs in by_op.values() for spec in specs)
+    positions, targets = {name: i for i, name in enumerate(names)}, list(SHARED_MEMORY_LIMITS)
+    return sorted(results, key=lambda r: (positions[r.kernel], targets.index(r.target)))
 
 
 def _text(results: Sequence[Result]) -> str:

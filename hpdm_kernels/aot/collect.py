@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable, Sequence
 
 import hpdm_kernels
-from hpdm_kernels._triton import KernelSpec
+from hpdm_kernels._triton import SHARED_MEMORY_LIMITS, KernelSpec
 
 
 def op_modules() -> list[str]:
@@ -28,21 +28,22 @@ def collect_by_op(modules: Iterable[str]) -> dict[str, list[KernelSpec]]:
     """The specs of each op family, whose name is the folder of its module: ``attention``.
 
     Raises:
-        ValueError: two specs of the same name, or a spec that does not cover its kernel's arguments.
+        ValueError: two specs of the same name for a target, or a spec that does not cover its kernel's arguments.
     """
-    names: set[str] = set()
+    names: set[tuple[str, str]] = set()
     by_op: dict[str, list[KernelSpec]] = {}
     for module in modules:
         specs = importlib.import_module(module).aot_specs()
         for spec in specs:
-            if spec.name in names:
+            here = {(spec.name, target) for target in spec.targets or SHARED_MEMORY_LIMITS}
+            if here & names:
                 raise ValueError(f"{module}.aot_specs(): two specs are named {spec.name!r}, expected unique names")
             if list(spec.signature) != list(spec.fn.arg_names):
                 raise ValueError(
                     f"{module}.aot_specs(): {spec.name!r} has arguments {list(spec.signature)}, "
                     f"expected {list(spec.fn.arg_names)}"
                 )
-            names.add(spec.name)
+            names |= here
         by_op.setdefault(module.split(".")[-2] if "." in module else module, []).extend(specs)
     return by_op
 

@@ -13,15 +13,15 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from hpdm_kernels import _triton
-from hpdm_kernels._triton import KernelSpec
+from hpdm_kernels._triton import SHARED_MEMORY_LIMITS, KernelSpec
 from hpdm_kernels.aot.digest import compile_options, digest
 from hpdm_kernels.aot.machine_code import disassemble, read_operands, read_ptx, read_sass, resource_usage
-from hpdm_kernels.aot.result import SHARED_MEMORY_LIMITS, Result, config_text
+from hpdm_kernels.aot.result import Result, config_text
 
 
 def compile_kernel(spec: KernelSpec, target: str, *, op: str = "", sass: bool = False) -> Result:
@@ -89,21 +89,18 @@ def _compile(spec: KernelSpec, target: str) -> Any:
     return _triton.triton.compile(source, target=gpu, options=compile_options(spec))
 
 
-_specs: list[tuple[str, KernelSpec]] = []
-"""Op family and kernel. Forked workers inherit this list, because kernels cannot be pickled."""
+_work: list[tuple[str, KernelSpec, str]] = []
+"""Op family, kernel, target. Forked workers inherit this list, because kernels cannot be pickled."""
 
 
-def _job(job: tuple[int, str, bool]) -> Result:
-    index, target, sass = job
-    op, spec = _specs[index]
+def _job(job: tuple[int, bool]) -> Result:
+    index, sass = job
+    op, spec, target = _work[index]
     return compile_kernel(spec, target, op=op, sass=sass)
 
 
-def compile_all(
-    by_op: Mapping[str, Sequence[KernelSpec]], targets: Sequence[str], *, jobs: int, sass: bool
-) -> list[Result]:
-    """Compiles the specs of each op family for every target, ``jobs`` at a time."""
-    _specs[:] = [(op, spec) for op, specs in by_op.items() for spec in specs]
-    work = [(index, target, sass) for target in targets for index in range(len(_specs))]
+def compile_all(work: Sequence[tuple[str, KernelSpec, str]], *, jobs: int, sass: bool) -> list[Result]:
+    """Compiles each ``(op family, spec, target)``, ``jobs`` at a time."""
+    _work[:] = work
     with multiprocessing.get_context("fork").Pool(max(1, jobs)) as pool:
-        return pool.map(_job, work, chunksize=1)
+        return pool.map(_job, [(index, sass) for index in range(len(_work))], chunksize=1)

@@ -1,19 +1,25 @@
-"""The record of one compiled kernel, and the limits of the GPUs it is compiled for."""
+"""The record of one compiled kernel, and the GPUs it is compiled for."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hpdm_kernels._triton import KernelSpec
+from hpdm_kernels._triton import SHARED_MEMORY_LIMITS, KernelSpec
 
-SHARED_MEMORY_LIMITS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-"""Bytes of shared memory that one block may use; Triton does not check it when compiling ahead of time."""
+TARGETS = ("sm_80", "sm_90", "sm_100")
+"""The targets that every kernel is compiled for and that the committed table lists.
 
-TARGETS = tuple(SHARED_MEMORY_LIMITS)
+The others run the instructions of sm_80. For these only the configurations are compiled that sm_80 does not have.
+"""
 
-REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
+REGISTERS = 65_536
 """What a multiprocessor of any target holds (CUDA C++ Programming Guide, "Technical Specifications per Compute
 Capability")."""
+WARPS_AND_BLOCKS = {
+    "sm_80": (64, 32), "sm_86": (48, 16), "sm_89": (48, 24), "sm_90": (64, 32), "sm_100": (64, 32), "sm_120": (48, 24),
+}  # fmt: skip
+"""How many warps and blocks a multiprocessor holds (same source)."""
 
 RESERVED_SHARED_MEMORY = 1024
 """Bytes of shared memory that the driver reserves per block. A multiprocessor has the limit of one block plus this."""
@@ -57,15 +63,39 @@ class Result:
     def blocks(self) -> int:
         """How many blocks a multiprocessor holds at once, by registers, shared memory and warps."""
         warps = int(self.config.rpartition(", ")[2].split(" x ")[0])
+        most_warps, most_blocks = WARPS_AND_BLOCKS[self.target]
         # Registers are allocated to a warp in units of 256, eight per thread.
         registers_per_warp = -(-(self.registers or 0) // 8) * 256
         shared = SHARED_MEMORY_LIMITS[self.target] + RESERVED_SHARED_MEMORY
         return min(
-            BLOCKS,
-            WARPS // warps,
+            most_blocks,
+            most_warps // warps,
             REGISTERS // registers_per_warp // warps,
             shared // ((self.shared or 0) + RESERVED_SHARED_MEMORY),
         )
+
+
+def compilations(
+    by_op: Mapping[str, Iterable[KernelSpec]], targets: Sequence[str] = ()
+) -> list[tuple[str, KernelSpec, str]]:
+    """What to compile, as ``(op family, spec, target)``: the specs of each op family, for the targets they are for.
+
+    ``targets`` selects some; by default all kernels are compiled for :data:`TARGETS`, and for the other targets those
+    in configurations that sm_80 does not have.
+    """
+    return [
+        (op, spec, target)
+        for target in targets or SHARED_MEMORY_LIMITS
+        for op, specs in by_op.items()
+        for spec in specs
+        if target in (spec.targets or SHARED_MEMORY_LIMITS)
+        if targets or target in TARGETS or is_own(spec, target)
+    ]
+
+
+def is_own(spec: KernelSpec, target: str) -> bool:
+    """Whether ``target`` has this configuration and sm_80 has not."""
+    return target in spec.targets and "sm_80" not in spec.targets
 
 
 def config_text(spec: KernelSpec) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-from hpdm_kernels._triton import KernelSpec
+from hpdm_kernels._triton import SHARED_MEMORY_LIMITS, KernelSpec
 from hpdm_kernels.attention import triton_kernels
-from hpdm_kernels.attention.triton_backend import COMBINE_ROWS, backward_precision, gpu_tiling
+from hpdm_kernels.attention.block_sizes import COMBINE_ROWS, Tiling, backward_precision, gpu_tiling
 
 _KERNELS = {
     "fwd": triton_kernels.cross_attention_fwd_kernel,
@@ -30,25 +30,39 @@ def aot_specs() -> list[KernelSpec]:
     for kernel, (dtype, precision), block_d in product(("fwd", "bwd_q", "bwd_kv"), dtypes, BLOCKS_D):
         if kernel != "fwd" and backward_precision(precision, block_d) != precision:
             continue
-        tile = gpu_tiling(kernel, precision if dtype == "fp32" else "16bit", block_d)
-        for even, masked in ((False, False), (False, True), *([(True, False)] if block_d == 64 else [])):
-            width = block_d if even else block_d * 3 // 4
-            constexprs = {
-                "WIDTH": width, "BLOCK_D": block_d, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
-                "EVEN": even, "PRECISION": precision,
-            }  # fmt: skip
-            if not masked:
-                constexprs["bias_ptr"] = None
-            label = f"{dtype},{precision},d{width}{',mask' * masked}"
-            specs.append(_spec(kernel, label, dtype, constexprs, tile.num_warps, tile.num_stages))
+        for tile, targets in _tilings(kernel, precision if dtype == "fp32" else "16bit", block_d).items():
+            for even, masked in ((False, False), (False, True), *([(True, False)] if block_d == 64 else [])):
+                width = block_d if even else block_d * 3 // 4
+                constexprs = {
+                    "WIDTH": width, "BLOCK_D": block_d, **tile.constexprs, "EVEN": even, "PRECISION": precision,
+                }  # fmt: skip
+                if not masked:
+                    constexprs["bias_ptr"] = None
+                label = f"{dtype},{precision},d{width}{',mask' * masked}"
+                specs.append(_spec(kernel, label, dtype, constexprs, tile.num_warps, tile.num_stages, targets))
     for dtype, block_d in product(("fp32", "bf16", "fp16"), BLOCKS_D):
         constexprs = {"WIDTH": block_d, "BLOCK_D": block_d, "BLOCK_M": COMBINE_ROWS}
         specs.append(_spec("combine", f"{dtype},d{block_d}", dtype, constexprs, 4, 2))
     return specs
 
 
+def _tilings(kernel: str, products: str, block_d: int) -> dict[Tiling, tuple[str, ...]]:
+    """The different block sizes of a kernel, each with the GPUs that have it: none if all of them have the same."""
+    by_tiling: dict[Tiling, tuple[str, ...]] = {}
+    for target, limit in SHARED_MEMORY_LIMITS.items():
+        tile = gpu_tiling(kernel, products, block_d, limit)
+        by_tiling[tile] = (*by_tiling.get(tile, ()), target)
+    return by_tiling if len(by_tiling) > 1 else dict.fromkeys(by_tiling, ())
+
+
 def _spec(
-    kernel: str, label: str, dtype: str, constexprs: dict[str, Any], num_warps: int, num_stages: int
+    kernel: str,
+    label: str,
+    dtype: str,
+    constexprs: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    targets: tuple[str, ...] = (),
 ) -> KernelSpec:
     fn = _KERNELS[kernel]
     signature, aligned = {}, []
@@ -65,5 +79,5 @@ def _spec(
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
     return KernelSpec(
-        f"cross_attention_{kernel}[{label}]", fn, signature, constexprs, num_warps, num_stages, tuple(aligned)
+        f"cross_attention_{kernel}[{label}]", fn, signature, constexprs, num_warps, num_stages, tuple(aligned), targets
     )

@@ -10,6 +10,16 @@ those of the forward by their log-sum-exps; those of the backward are added. Bot
 
 A mask may hide keys. A query whose scores are all -inf, hidden or not, gives zeros, as in PyTorch's attention.
 
+Products of one TF32 pass take rounded operands, so rows go through registers between global and shared memory:
+
+- ``AHEAD``: the loop loads the next block into registers while it computes. Asynchronous copies to shared memory would
+  have to be read back for rounding, and written again.
+- ``PARTS``: sm_90 and newer read fp32 operands only with the summed axis contiguous in shared memory, so a block
+  ``[N, D]`` that is summed over ``N`` is transposed on the way. A thread holds four adjacent columns of ``PARTS`` rows
+  that are ``N / PARTS`` apart. :func:`_interleave` renumbers rows so that these become adjacent, and one store writes
+  them, and columns so that the stores of a warp hit different banks. The sum does not depend on the order of rows, as
+  long as both operands have the same, and the columns of the result are put back in order after the loop.
+
 In the comments on arguments, ``[B, h, M, d]*`` is a tensor whose strides of ``B``, ``h`` and ``M`` are arguments, too,
 and whose last axis is contiguous; tensors without ``*`` are contiguous. The backward kernels are long because a kernel
 cannot group its arguments in structures.
@@ -20,7 +30,14 @@ cannot group its arguments in structures.
 
 from __future__ import annotations
 
-from hpdm_kernels._triton import jit, tl
+from hpdm_kernels._tf32 import as_operand
+from hpdm_kernels._triton import jit, kernel, tl
+
+
+def _for_all_sizes(fn):
+    """A kernel with one variant for all sizes: only the strides, which tell how wide loads may be, make others."""
+    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    return kernel(specialize=[name for name in names if name.startswith("stride_")])(fn)
 
 
 @jit
@@ -48,6 +65,57 @@ def _load_rows(
     else:
         tile = tl.load(ptrs, mask=(rows < size)[:, None] & (cols < WIDTH)[None, :], other=0.0)
     return tile
+
+
+@jit
+def _ahead(start, stop, ROWS: tl.constexpr, EVEN: tl.constexpr):
+    """The start of the block after the one at ``start``, for a load that may be in vain.
+
+    After the last block of whole ones it is that block again; rows of partial blocks are masked.
+    """
+    return tl.minimum(start + ROWS, stop - ROWS) if EVEN else start + ROWS
+
+
+@jit
+def _order(SIZE: tl.constexpr, PARTS: tl.constexpr):
+    """The rows ``[SIZE]`` in the order of :func:`_interleave_rows`."""
+    rows = tl.arange(0, SIZE)
+    if PARTS > 1:
+        rows = rows % PARTS * (SIZE // PARTS) + rows // PARTS
+    return rows
+
+
+@jit
+def _interleave_rows(x, PARTS: tl.constexpr):
+    """``x [N, D]`` with row ``part * N / PARTS + i`` moved to ``i * PARTS + part``."""
+    if PARTS > 1:
+        ROWS: tl.constexpr = x.shape[0] // PARTS
+        parts = tl.reshape(x, (PARTS, ROWS, x.shape[1]))
+        x = tl.reshape(tl.permute(parts, (1, 0, 2)), (x.shape[0], x.shape[1]))
+    return x
+
+
+@jit
+def _interleave(x, PARTS: tl.constexpr):
+    """``x [N, D]`` with rows as :func:`_interleave_rows` has them, and column ``4 * i + j`` moved to ``j * D / 4 + i``.
+
+    ``PARTS`` 0: ``x`` as it is.
+    """
+    if PARTS > 0:
+        ROWS: tl.constexpr = x.shape[0] // PARTS
+        COLS: tl.constexpr = x.shape[1] // 4
+        parts = tl.reshape(x, (PARTS, ROWS, COLS, 4))
+        x = tl.reshape(tl.permute(parts, (1, 0, 3, 2)), (x.shape[0], x.shape[1]))
+    return x
+
+
+@jit
+def _columns_in_order(x, PARTS: tl.constexpr):
+    """``x [M, D]`` with its columns moved back from where :func:`_interleave` put them."""
+    if PARTS > 0:
+        COLS: tl.constexpr = x.shape[1] // 4
+        x = tl.reshape(tl.permute(tl.reshape(x, (x.shape[0], 4, COLS)), (0, 2, 1)), (x.shape[0], x.shape[1]))
+    return x
 
 
 @jit
@@ -99,7 +167,7 @@ def _locate(size, ROWS: tl.constexpr, batch, heads):
     return start, group, sample, head, split
 
 
-@jit
+@_for_all_sizes
 def cross_attention_fwd_kernel(
     q_ptr,  # [B, h, M, d]*
     k_ptr,  # [B, h, N, d]*
@@ -128,6 +196,8 @@ def cross_attention_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Attention of a block of queries of one head to one split of the keys."""
@@ -139,37 +209,53 @@ def cross_attention_fwd_kernel(
     if bias_ptr is not None:
         bias_ptr += sample * stride_bias_b
     q_ptr += sample * stride_q_b + head * stride_q_h
-    q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+    q = as_operand(
+        _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
+    )
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start_n in range(first, tl.minimum(first + keys_per_split, keys), BLOCK_N):
-        k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    stop = tl.minimum(first + keys_per_split, keys)
+    if AHEAD:
+        next_k = _load_rows(k_ptr, stride_k_n, first, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        next_v = _load_rows(v_ptr, stride_v_n, first, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+    for start_n in range(first, stop, BLOCK_N):
+        if AHEAD:
+            k, v = next_k, next_v
+            ahead = _ahead(start_n, stop, BLOCK_N, EVEN)
+            next_k = _load_rows(k_ptr, stride_k_n, ahead, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+            next_v = _load_rows(v_ptr, stride_v_n, ahead, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        else:
+            k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        k = as_operand(k, PRECISION, IN_PLACE=True)
+        s = tl.dot(q, tl.trans(_interleave_rows(k, PARTS)), input_precision=PRECISION) * scale_log2
         if bias_ptr is not None:
-            s += tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))[None, :]
+            s += tl.load(bias_ptr + start_n + _order(BLOCK_N, PARTS))[None, :]
         elif not EVEN:
-            s = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], s, float("-inf"))
+            s = tl.where((start_n + _order(BLOCK_N, PARTS) < keys)[None, :], s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, axis=1))
         # If all scores of a row so far are -inf, its weights must be 0, not exp2(-inf + inf).
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(p, axis=1)
-        v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        if not AHEAD:
+            v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        v = as_operand(v, PRECISION, IN_PLACE=True)
+        p = as_operand(p.to(v.dtype), PRECISION, IN_PLACE=True)
+        acc = tl.dot(p, _interleave(v, PARTS), acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
 
     # The row of (split, sample, m, head) in out is row0 + m * heads.
     row0 = group // heads * queries * heads + head
-    out = tl.where((total == 0.0)[:, None], 0.0, acc / total[:, None])
+    out = tl.where((total == 0.0)[:, None], 0.0, _columns_in_order(acc, PARTS) / total[:, None])
     _store_rows(out_ptr, out, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
     rows = start_m + tl.arange(0, BLOCK_M)
     tl.store(lse_ptr + group * queries + rows, top + tl.log2(total), mask=rows < queries)
 
 
-@jit
+@_for_all_sizes
 def cross_attention_combine_kernel(
     part_ptr,  # [splits, B, M, h, d] fp32
     part_lse_ptr,  # [splits, B, h, M]
@@ -214,7 +300,7 @@ def cross_attention_combine_kernel(
     tl.store(lse_ptr + group * queries + rows, top + tl.log2(total), mask=inside)
 
 
-@jit
+@_for_all_sizes
 def cross_attention_bwd_q_kernel(
     grad_ptr,  # [B, h, M, d]*, gradient of out
     q_ptr,  # [B, h, M, d]*
@@ -253,6 +339,8 @@ def cross_attention_bwd_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradient dq of a block of queries of one head, from one split of the keys."""
@@ -271,32 +359,47 @@ def cross_attention_bwd_q_kernel(
         tl.store(delta_ptr + lse_rows, delta, mask=inside)
     lse = _load_lse(lse_ptr + lse_rows, inside)
     q_ptr += sample * stride_q_b + head * stride_q_h
-    q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+    q = as_operand(
+        _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
+    )
+    grad = as_operand(grad, PRECISION, IN_PLACE=True)
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
     if bias_ptr is not None:
         bias_ptr += sample * stride_bias_b
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start_n in range(first, tl.minimum(first + keys_per_split, keys), BLOCK_N):
-        k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
-        v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+    stop = tl.minimum(first + keys_per_split, keys)
+    if AHEAD:
+        next_k = _load_rows(k_ptr, stride_k_n, first, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        next_v = _load_rows(v_ptr, stride_v_n, first, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+    for start_n in range(first, stop, BLOCK_N):
+        if AHEAD:
+            k, v = next_k, next_v
+            ahead = _ahead(start_n, stop, BLOCK_N, EVEN)
+            next_k = _load_rows(k_ptr, stride_k_n, ahead, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+            next_v = _load_rows(v_ptr, stride_v_n, ahead, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        else:
+            k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+            v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+        k, v = as_operand(k, PRECISION, IN_PLACE=True), as_operand(v, PRECISION, IN_PLACE=True)
+        s = tl.dot(q, tl.trans(_interleave_rows(k, PARTS)), input_precision=PRECISION) * scale_log2
         if bias_ptr is not None:
-            s += tl.load(bias_ptr + start_n + tl.arange(0, BLOCK_N))[None, :]
+            s += tl.load(bias_ptr + start_n + _order(BLOCK_N, PARTS))[None, :]
         p = tl.exp2(s - lse[:, None])
-        dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+        dp = tl.dot(grad, tl.trans(_interleave_rows(v, PARTS)), input_precision=PRECISION)
         ds = p * (dp - delta[:, None])
         if bias_ptr is None and not EVEN:
             # Keys beyond the last one are loaded as zeros, but exp2(-lse) times -delta need not be finite.
-            ds = tl.where((start_n + tl.arange(0, BLOCK_N) < keys)[None, :], ds, 0.0)
-        acc = tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
+            ds = tl.where((start_n + _order(BLOCK_N, PARTS) < keys)[None, :], ds, 0.0)
+        ds = as_operand(ds.to(k.dtype), PRECISION, IN_PLACE=True)
+        acc = tl.dot(ds, _interleave(k, PARTS), acc, input_precision=PRECISION)
 
     row0 = group // heads * queries * heads + head
-    _store_rows(dq_ptr, acc * scale, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+    _store_rows(dq_ptr, _columns_in_order(acc, PARTS) * scale, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
 
 
-@jit
+@_for_all_sizes
 def cross_attention_bwd_kv_kernel(
     grad_ptr,  # [B, h, M, d]*, gradient of out
     q_ptr,  # [B, h, M, d]*
@@ -332,6 +435,8 @@ def cross_attention_bwd_kv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
+    PARTS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients dk and dv of a block of keys and values of one head, from one split of the queries."""
@@ -340,8 +445,12 @@ def cross_attention_bwd_kv_kernel(
 
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
-    k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
-    v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+    k = as_operand(
+        _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
+    )
+    v = as_operand(
+        _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
+    )
     grad_ptr += sample * stride_g_b + head * stride_g_h
     q_ptr += sample * stride_q_b + head * stride_q_h
     lse_ptr += (sample * heads + head) * queries
@@ -352,28 +461,41 @@ def cross_attention_bwd_kv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for start_m in range(first, tl.minimum(first + queries_per_split, queries), BLOCK_M):
-        rows = start_m + tl.arange(0, BLOCK_M)
+    stop = tl.minimum(first + queries_per_split, queries)
+    if AHEAD:
+        next_q = _load_rows(q_ptr, stride_q_m, first, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+        next_grad = _load_rows(grad_ptr, stride_g_m, first, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+    for start_m in range(first, stop, BLOCK_M):
+        rows = start_m + _order(BLOCK_M, PARTS)
         inside = rows < queries
-        q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
-        grad = _load_rows(grad_ptr, stride_g_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+        if AHEAD:
+            q, grad = next_q, next_grad
+            ahead = _ahead(start_m, stop, BLOCK_M, EVEN)
+            next_q = _load_rows(q_ptr, stride_q_m, ahead, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+            next_grad = _load_rows(grad_ptr, stride_g_m, ahead, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+        else:
+            q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+            grad = _load_rows(grad_ptr, stride_g_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+        q, grad = as_operand(q, PRECISION, IN_PLACE=True), as_operand(grad, PRECISION, IN_PLACE=True)
         lse = _load_lse(lse_ptr + rows, inside)
         delta = tl.load(delta_ptr + rows, mask=inside, other=0.0)
         # Scores are transposed, [N, M], so that their rows are keys, like the rows of dk and dv.
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2
+        s = tl.dot(k, tl.trans(_interleave_rows(q, PARTS)), input_precision=PRECISION) * scale_log2
         if bias_ptr is not None:
             s += bias[:, None]
         p = tl.exp2(s - lse[None, :])
         if not EVEN:
             # Queries beyond the last one are loaded as zeros, but infinite keys or values would make them NaN.
             p = tl.where(inside[None, :], p, 0.0)
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        weights = as_operand(p.to(grad.dtype), PRECISION, IN_PLACE=True)
+        dv = tl.dot(weights, _interleave(grad, PARTS), dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(_interleave_rows(grad, PARTS)), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if not EVEN:
             ds = tl.where(inside[None, :], ds, 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        ds = as_operand(ds.to(q.dtype), PRECISION, IN_PLACE=True)
+        dk = tl.dot(ds, _interleave(q, PARTS), dk, input_precision=PRECISION)
 
     row0 = group // heads * keys * heads + head
-    _store_rows(dk_ptr, dk * scale, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
-    _store_rows(dv_ptr, dv, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
+    _store_rows(dk_ptr, _columns_in_order(dk, PARTS) * scale, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
+    _store_rows(dv_ptr, _columns_in_order(dv, PARTS), row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)

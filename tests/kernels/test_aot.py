@@ -1,5 +1,8 @@
 """Every kernel compiles for every supported GPU, without spills and within its shared memory.
 
+For GPUs that run sm_80's instructions with less shared memory only the configurations are compiled that sm_80 does not
+have; for the others sm_80's shared memory is compared with theirs.
+
 Compiling all of them takes a quarter of an hour, so `make test` compiles a random sample, new every run, and checks
 that the committed table of all kernels is of today's code. `make test-aot` compiles all of them. So does every run with
 another Triton than the table's, for which the table is no evidence.
@@ -18,12 +21,14 @@ import pytest
 import torch
 
 from hpdm_kernels import _triton
+from hpdm_kernels._triton import SHARED_MEMORY_LIMITS
 from hpdm_kernels.aot import machine_code
 from hpdm_kernels.aot import table as aot_table
 from hpdm_kernels.aot.__main__ import main
 from hpdm_kernels.aot.collect import collect, collect_by_op, op_modules, sample
 from hpdm_kernels.aot.digest import digest
-from hpdm_kernels.aot.result import SHARED_MEMORY_LIMITS, Result
+from hpdm_kernels.aot.result import TARGETS, Result, compilations
+from hpdm_kernels.attention.block_sizes import HEAD_WIDTHS, gpu_tiling
 
 TABLE = Path(__file__).parents[2] / "docs" / "kernels.md"
 ONE_IN = 12
@@ -44,17 +49,20 @@ def run_aot(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 def test_kernels_compile_without_spills(target: str, tmp_path: Path, generator: torch.Generator) -> None:
     table = aot_table.read(TABLE.read_text(encoding="utf-8"))
     same_triton = table.tools["triton"] == _triton.triton.__version__
-    kernels = collect(op_modules())
+    by_op = collect_by_op(op_modules())
     file = tmp_path / "results.json"
     arguments = ["--target", target, "--jobs", "1", "--json", str(file)]
+    if target not in TARGETS:
+        arguments += ["--own"]
     if same_triton and os.environ.get("HPDM_AOT") != "all":
         seed = int(torch.randint(2**31, (1,), generator=generator))
         arguments += ["--sample", str(ONE_IN), "--seed", str(seed)]
-        kernels = [s for op in collect_by_op(op_modules()).values() for s in sample(op, ONE_IN, seed)]
+        by_op = {op: sample(specs, ONE_IN, seed) for op, specs in by_op.items()}
+    kernels = {s.name for _, s, t in compilations(by_op, [target] if target in TARGETS else ()) if t == target}
     done = run_aot(*arguments)
     assert done.returncode in (0, 1), done.stderr
     results = json.loads(file.read_text())
-    assert {(r["kernel"], r["target"]) for r in results} == {(spec.name, target) for spec in kernels}
+    assert {(r["kernel"], r["target"]) for r in results} == {(name, target) for name in kernels}
     for r in results:
         assert r["problem"] == "", f"{r['kernel']} on {target}: {r['problem']}"
         assert r["stack"] == 0
@@ -71,10 +79,10 @@ def test_kernels_compile_without_spills(target: str, tmp_path: Path, generator: 
 
 def test_sample_has_every_kernel_and_depends_on_its_seed() -> None:
     specs = collect(op_modules())
-    names = [[spec.name for spec in sample(specs, ONE_IN, seed)] for seed in (1, 1, 2)]
+    names = [[(spec.name, spec.targets) for spec in sample(specs, ONE_IN, seed)] for seed in (1, 1, 2)]
     assert names[0] == names[1] != names[2]
     assert len(specs) / ONE_IN <= len(set(names[0])) == len(names[0]) < len(specs) / 4
-    assert {n.split("[")[0] for n in names[0]} == {spec.name.split("[")[0] for spec in specs}
+    assert {n.split("[")[0] for n, _ in names[0]} == {spec.name.split("[")[0] for spec in specs}
     assert {spec.name for spec in sample(specs, 1, 5)} == {spec.name for spec in specs}
 
 
@@ -84,8 +92,37 @@ def test_committed_table_is_of_the_kernels_of_today() -> None:
     assert done.returncode == 0, f"{done.stdout}{done.stderr}{UPDATE}"
     table = aot_table.read(TABLE.read_text(encoding="utf-8"))
     kernels = {spec.name for spec in collect(op_modules())}
-    assert {(r.kernel, r.target) for r in table.results} == {(k, t) for k in kernels for t in SHARED_MEMORY_LIMITS}
+    assert {(r.kernel, r.target) for r in table.results} == {(k, t) for k in kernels for t in TARGETS}
     assert {r.stack for r in table.results} == {0}
+
+
+def test_configurations_of_sm_80_fit_cards_with_less_shared_memory() -> None:
+    """Those that they do not replace by their own, which are compiled for them."""
+    table = aot_table.read(TABLE.read_text(encoding="utf-8"))
+    shared = {r.kernel: r.shared for r in table.results if r.target == "sm_80"}
+    by_op = collect_by_op(op_modules())
+    for target in sorted(SHARED_MEMORY_LIMITS.keys() - set(TARGETS)):
+        own = {spec.name for _, spec, t in compilations(by_op) if t == target}
+        names = {spec.name for _, spec, _ in compilations(by_op, [target])}
+        assert names == shared.keys()
+        assert own < names
+        assert {n: shared[n] for n in names - own if shared[n] > SHARED_MEMORY_LIMITS[target]} == {}
+
+
+def test_programs_of_a_multiprocessor_are_those_of_the_compiled_kernels() -> None:
+    """The work is split by them, so a kernel that needs more registers must not go unnoticed."""
+    table = aot_table.read(TABLE.read_text(encoding="utf-8"))
+    blocks = {(r.kernel, r.target): r.blocks for r in table.results}
+    fewest: dict[tuple[object, ...], int] = {}
+    for _, spec, target in compilations({"attention": collect_by_op(op_modules())["attention"]}, TARGETS):
+        kernel, dtype, precision = spec.name.removeprefix("cross_attention_").replace("[", ",").split(",")[:3]
+        if kernel == "combine":
+            continue
+        width = next(width for width in HEAD_WIDTHS if spec.constexprs["BLOCK_D"] <= width)
+        entry = (kernel, precision if dtype == "fp32" else "16bit", width)
+        tile = gpu_tiling(*entry, SHARED_MEMORY_LIMITS[target])
+        fewest[*entry, tile] = min(fewest.get((*entry, tile), 32), blocks[spec.name, target])
+    assert {key: key[-1].programs for key in fewest} == fewest
 
 
 def test_stale_table_is_reported(tmp_path: Path) -> None:

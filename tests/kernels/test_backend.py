@@ -1,8 +1,10 @@
 """Which backend runs, what is said when it cannot, and what importing the package costs."""
 
 import logging
+import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -61,6 +63,36 @@ def test_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="triton is not importable"):
         _backend.resolve("triton", "op", torch.zeros(1), FLOATS)
     assert _backend.resolve("auto", "op", torch.zeros(1), FLOATS) == "torch"
+
+
+class OnCuda(NamedTuple):
+    """What :func:`resolve` looks at of a tensor, on a GPU that need not be present."""
+
+    device = torch.device("cuda", 0)
+    dtype: torch.dtype = torch.float32
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1), (8, 0), (8, 9), (9, 0), (12, 0)])
+def test_gpus_that_are_too_old_are_refused(capability, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {"cuda:0": capability}[str(device)])
+    if capability >= (8, 0):
+        assert _backend.resolve("auto", "op", OnCuda()) == _backend.resolve("triton", "op", OnCuda()) == "triton"
+        return
+    reason = f"needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
+    with pytest.raises(RuntimeError, match=rf"^op: backend='triton' cannot run: {re.escape(reason)}$"):
+        _backend.resolve("triton", "op", OnCuda())
+    assert _backend.resolve("auto", "op", OnCuda()) == "torch"
+
+
+def test_the_capability_is_a_constant_of_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if _backend._capability(x.device) < _backend.LEAST_CAPABILITY else x - 1
+
+    x = torch.zeros(3)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="eager")(x), x + 1)
 
 
 def test_other_devices_have_no_kernels() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hpdm_kernels import _triton, cross_attention, reference
 from hpdm_kernels._backend import PORTABLE
 from hpdm_kernels._layout import dense_rows
-from hpdm_kernels.attention.triton_backend import _grid_split
+from hpdm_kernels.attention.triton_backend import split_loop
 from hpdm_kernels.testing import max_error, value_and_grads
 
 BACKENDS = ("torch", "triton")
@@ -353,13 +354,32 @@ def test_some_gradients(needed, backend, generator, device):
             torch.testing.assert_close(leaf.grad, expected)
 
 
-def test_splits_cover_the_walk(device):
-    for programs in (1, 2, 3, 7, 100):
+def test_splits_cover_the_walk():
+    for programs, slots, extra in product((1, 2, 3, 7, 100, 10**6), (1, 8, 132, 264), (0, 4)):
         for steps in (1, 2, 3, 5, 64, 1000):
-            splits, per_split = _grid_split(device, programs, steps)
+            splits, per_split = split_loop(programs, steps, slots, extra)
             assert (splits - 1) * per_split < steps <= splits * per_split
-    assert _grid_split(device, 1, 1000)[0] > 1
-    assert _grid_split(device, 10**6, 1000)[0] == 1
+            # No range is shorter than what its program costs, except the last one.
+            assert splits == 1 or per_split >= extra
+
+
+@pytest.mark.parametrize(("programs", "steps", "slots"), [(144, 64, 132), (96, 64, 132), (1, 200, 216), (20, 48, 108)])
+def test_splits_shorten_the_walk(programs, steps, slots):
+    """Measured in steps from the first program's start to the last one's end, 4 of them for each part of a loop."""
+
+    def length(splits, per_split):
+        return math.ceil(programs * splits / slots) * (per_split + 4 * (splits > 1))
+
+    ours = split_loop(programs, steps, slots, 4)
+    assert length(*ours) < length(1, steps)
+    # The former rule: as many ranges as give two programs per multiprocessor, whatever they need.
+    former = max(1, min(2 * slots // programs, steps // 4))
+    assert length(*ours) <= length(former, math.ceil(steps / former))
+
+
+def test_enough_programs_are_not_split():
+    assert split_loop(10**6, 1000, 132, 4) == (1, 1000)
+    assert split_loop(132, 64, 132, 4) == (1, 64)
 
 
 def test_saves_inputs_output_and_log_sum_exp_alone(generator, device):

@@ -5,6 +5,7 @@ Launches are recorded instead of made, on tensors without values, so their sizes
 
 import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 from hpdm_kernels import _triton
+from hpdm_kernels.attention import block_sizes as attention_block_sizes
 from hpdm_kernels.attention import triton_backend as attention
 from hpdm_kernels.context import block_sizes
 from hpdm_kernels.context import triton_backend as context
@@ -44,7 +46,10 @@ def grids(monkeypatch):
         for kernel in [k for k in vars(kernels) if k.endswith("_kernel")]:
             monkeypatch.setattr(kernels, kernel, Recorder(kernel, found))
         monkeypatch.setattr(module, "INTERPRETED", False, raising=False)
-    monkeypatch.setattr(block_sizes, "INTERPRETED", False)
+    for module in (block_sizes, attention_block_sizes):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+    gpu = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232_448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     for name, tile in {"ROWS": (8, 256), "CONTRACT": (4, 256), "SUMS": (16, 128)}.items():
         monkeypatch.setattr(context, name, block_sizes.Tile(*tile))
     monkeypatch.setattr(torch.cuda, "device_of", lambda _: contextlib.nullcontext())

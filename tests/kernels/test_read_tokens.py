@@ -72,6 +72,8 @@ def check(shape: tuple, backend: str, device: torch.device, generator: torch.Gen
             assert x.abs().max() < left, i
         else:
             ulps = 8.0
+            if sum(shape[3]) == 1:  # these terms are in the gradients of the weight and the token, too
+                ulps += left / (torch.finfo(dtype).eps * t.abs().max().item())
             if dtype is not plain_dtype:
                 # Three times what fp32 errs, and an allowance for its luck on a handful of numbers: 14.7 ulps were seen
                 # where fp32 was off by 2.

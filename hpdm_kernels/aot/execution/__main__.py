@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases:
             failed += not _run(case, target, seed, launches)
         for op, specs in by_op.items():
-            found = {spec.name: executed(op, spec, target, launches) for spec in specs}
+            here = [spec for spec in specs if not spec.targets or target in spec.targets]
+            found = {spec.name: executed(op, spec, target, launches) for spec in here}
             results += [result for result in found.values() if result]
             absent += [f"{name} on {target}" for name, result in found.items() if result is None]
     print(_summary(results, absent if everything else [], failed))

@@ -58,7 +58,7 @@ def _attention_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         for block in BLOCKS_D:
             # One block of queries and many keys: the loop over the keys is split, and its parts are combined.
-            check = _attention(dtype, "tf32", (1, 1, 5, 520, block), False, gradients=False)
+            check = _attention(dtype, "tf32", (1, 1, 5, 2100, block), False, gradients=False)
             yield Case(f"cross_attention[{dtype},split,d{block}]", check)
 
 
@@ -171,10 +171,13 @@ def _tile_cases() -> Iterator[Case]:
             for has_x in (False, True):
                 for op in ("average", "sum", "accumulate"):
                     yield Case(f"{op}_tiles[{label}{',x' * has_x}]", _tiles(op, dtype, aligned, has_x))
+            for op in ("extract", "average"):  # the average's gradient extracts
+                yield Case(f"{op}_tiles[{label},w64]", _tiles(op, dtype, aligned, width=64))
 
 
-def _tiles(op: str, dtype: str, aligned: bool, has_x: bool = False) -> Callable[[Generator], object]:
-    step, width = (40, 72) if aligned else (37, 71)
+def _tiles(op: str, dtype: str, aligned: bool, has_x: bool = False, width: int = 152) -> Callable[[Generator], object]:
+    # Blocks are those of large frames from 129 columns on.
+    step, width = (width // 2 // 8 * 8, width) if aligned else (width // 2 + 1, width - 1)
     tile, size = (2, 5, width), (3, 9, width + step)
     origins = torch.cartesian_prod(torch.tensor([0, 1]), torch.tensor([0, 4]), torch.tensor([0, step]))
 

@@ -49,7 +49,7 @@ class GlobalMemory:
     threads that store different values to one place, whose order nothing defines. One object serves one launch.
 
     Args:
-        arguments: of the kernel; a pointer may reach its own tensor alone.
+        arguments: of the kernel; a pointer may reach its own tensor alone, and so may an address given as a number.
         exposed: tensors that addresses read from memory may reach.
     """
 
@@ -78,8 +78,7 @@ class GlobalMemory:
         if misaligned.any():
             report(f"misaligned access of {size} bytes to global memory", int(misaligned.sum()))
         if origin not in self._of_origin:
-            own = [value for i in origin if isinstance(value := self._arguments[i], Tensor)]
-            self._of_origin[origin] = _spans(own if origin else self._exposed)
+            self._of_origin[origin] = _spans(self._reachable(origin) if origin else self._exposed)
         starts, stops = self._of_origin[origin]
         span = np.searchsorted(starts, addresses, "right") - 1
         outside = lanes & ((span < 0) | (addresses + size > stops[span]))
@@ -88,6 +87,13 @@ class GlobalMemory:
         allowed = lanes & ~misaligned & ~outside
         _count_sectors(addresses, size, allowed, traffic)
         return allowed
+
+    def _reachable(self, origin: Origin) -> list[Tensor]:
+        """The tensors of some arguments: pointers, and numbers that are the address of an exposed tensor."""
+        arguments = [self._arguments[i] for i in origin if i < len(self._arguments)]
+        numbers = [value for value in arguments if isinstance(value, int)]
+        named = [t for t in self._exposed if any(t.data_ptr() == number for number in numbers)]
+        return [value for value in arguments if isinstance(value, Tensor)] + named
 
     def load(
         self, addresses: NDArray, width: int, count: int, lanes: NDArray, threads: NDArray, report: Report

@@ -27,6 +27,16 @@ TARGETS = (80, 90)
 """Compute capabilities whose PTX can be executed."""
 
 
+_PROPERTIES = {
+    target: SimpleNamespace(
+        multi_processor_count=processors,
+        shared_memory_per_block_optin=_triton.SHARED_MEMORY_LIMITS[f"sm_{target}"],
+    )
+    for target, processors in zip(TARGETS, (108, 132))
+}
+"""What the library asks PyTorch about an A100 and an H100."""
+
+
 class KernelFault(AssertionError):
     """An executed kernel did what it must not do; the message lists the findings."""
 
@@ -159,6 +169,7 @@ def _replacements(execution: Execution) -> Iterator[tuple[Any, str, Any]]:
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
 
+    yield torch.cuda, "get_device_properties", lambda device: _PROPERTIES[execution.target]
     yield _triton, "executed", True
     yield jit_function, "run", run
     yield Tensor, "data_ptr", exposing_data_ptr

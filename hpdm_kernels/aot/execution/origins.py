@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpdm_kernels.aot.execution.program import Address, Instruction, Program
 
 Origin = frozenset[int]
-"""Numbers of parameters; empty for an address that was read from memory."""
+"""Numbers of parameters, pointers and numbers alike; empty for an address that was read from memory."""
 
 _CARRIERS = frozenset({"add", "sub", "mad", "mov", "selp", "and", "or", "cvt", "mul", "shl"})
 """Instructions whose 64-bit result may be an address that is computed from an operand."""
@@ -29,8 +29,10 @@ def origins(program: Program) -> list[Origin]:
 
 def _result(instruction: Instruction, at_place: dict[int, int], of_register: dict[str, Origin]) -> Origin:
     kind, operands = instruction.parts[0], instruction.operands
-    if instruction.opcode == "ld.param.b64" and isinstance(operands[1], Address) and operands[1].base.isdigit():
-        return frozenset({at_place[int(operands[1].base)]})
+    if instruction.opcode == "ld.param.b64" and isinstance(operands[1], Address):
+        if operands[1].base.isdigit():
+            return frozenset({at_place[int(operands[1].base)]})
+        return frozenset(at_place.values())  # one of several parameters, chosen while the kernel runs
     if kind not in _CARRIERS:
         return frozenset()
     return frozenset[int]().union(
