@@ -21,8 +21,7 @@ Products of one TF32 pass take rounded operands, so rows go through registers be
   long as both operands have the same, and the columns of the result are put back in order after the loop.
 
 In the comments on arguments, ``[B, h, M, d]*`` is a tensor whose strides of ``B``, ``h`` and ``M`` are arguments, too,
-and whose last axis is contiguous; tensors without ``*`` are contiguous. The backward kernels are long because a kernel
-cannot group its arguments in structures.
+and whose last axis is contiguous; tensors without ``*`` are contiguous.
 """
 
 # Kernels' arguments have Triton's types, not Python's.
