@@ -67,6 +67,19 @@ def against_formula(
     return compare_op(ours, formula, inputs, factor=factor, repeat=True, plain=plain)
 
 
+def capture(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """Captures ``step`` in a CUDA graph; returns it, and the results, which a replay overwrites."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles, and lets cuBLAS take its memory
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured
+
+
 def needs_memory(device: torch.device, gigabytes: float) -> None:
     """Skips the case on a device with less memory."""
     if torch.cuda.get_device_properties(device).total_memory < gigabytes * 1e9:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.cases import ARITHMETIC, Case, against_formula
+from benchmarks.gpu.cases import ARITHMETIC, Case, against_formula, capture
 from benchmarks.gpu.context import SHAPES
 from benchmarks.shapes import UCF_S, ContextShape, TiledContextShape
 from hpdm_kernels import fuse_context, fuse_projected, project_sources, reference
@@ -73,14 +73,7 @@ def cuda_graph(footprints: bool, arithmetic: str, device: torch.device, generato
         )  # fmt: skip
         return (out, *torch.autograd.grad(out, leaves, grad))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # compiles, and lets cuBLAS take its memory
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for _ in range(2):
         _, new_boxes, new_box = shape.make(generator, device, dtype)
         for captured_box, fresh_box in zip((*boxes, box), (*new_boxes, new_box), strict=True):

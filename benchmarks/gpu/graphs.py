@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.gpu.cases import Case
+from benchmarks.gpu.cases import Case, capture
 from hpdm import presets, systems
 from hpdm.objective import Objective, on_device
 
@@ -36,14 +36,7 @@ def training_step(kernels: str, device: torch.device, generator: torch.Generator
         loss = torch.stack(list(losses.values())).mean()
         return (loss, *torch.autograd.grad(loss, parameters))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # compiles, and lets cuBLAS take its memory
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for _ in range(2):
         video.random_(0, 256)
         labels.random_(0, config.classes)

@@ -6,6 +6,7 @@ executes every shipped configuration, and runs the tests of the ops on compiled 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,13 @@ def test_mutations_are_noticed(target, part):
 def test_tests_of_the_ops_pass_on_compiled_kernels(target, file):
     done = run("pytest", f"--execute-ptx={target}", f"tests/kernels/test_{file}.py", "-p", "no:xdist")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_page_lists_every_configuration():
+    """Of both targets; what was executed there is of the code of that day, and `make test-ptx` executes today's."""
+    page = (ROOT / "docs" / "executed.md").read_text(encoding="utf-8")
+    specs = [spec for spec in collect(op_modules()) if not spec.targets or {"sm_80", "sm_90"} & set(spec.targets)]
+    assert set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)) == {spec.name for spec in specs}
 
 
 def test_interpreted_process_is_refused():
