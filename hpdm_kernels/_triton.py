@@ -22,11 +22,13 @@ try:
 
     AVAILABLE = True
     IMPORT_ERROR = ""
+    VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 except ImportError as error:
     triton = None
     tl = None
     AVAILABLE = False
     IMPORT_ERROR = str(error)
+    VERSION = (0, 0)
 
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET", "0") == "1"
 

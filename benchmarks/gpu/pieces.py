@@ -93,7 +93,7 @@ def timings(files: Sequence[str]) -> tuple[Piece, ...]:
         # Predictions take minutes of a CPU core and need no GPU.
         select = "measured" if name == _LAST else ""
         pieces.append(
-            Piece(f"time {label}", name, seconds, shows, select=select, options=("--seconds", "0.3"), alone=True)
+            Piece(f"time {label}", name, seconds, shows, select=select, options=("--seconds", "0.15"), alone=True)
         )
     return tuple(pieces)
 

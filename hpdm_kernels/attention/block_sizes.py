@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from hpdm_kernels._triton import INTERPRETED
+from hpdm_kernels._triton import INTERPRETED, VERSION
 
 COMBINE_ROWS = 16
 KEY_PAD = 128
@@ -39,8 +39,9 @@ class Tiling(NamedTuple):
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "PARTS": self.parts, "AHEAD": self.num_stages == 1}
 
 
-# (kernel, products) -> tilings for the head widths HEAD_WIDTHS. Each is the largest tested tiling that uses no stack
-# and fits the shared memory, with and without hidden keys (Triton 3.9).
+# (kernel, products) -> tilings for the head widths HEAD_WIDTHS. Each uses no stack and fits the shared memory, with and
+# without hidden keys (Triton 3.9). At width 64, with 16 bits and one TF32 pass, it is about the fastest one on an H100
+# (`python -m benchmarks.gpu.tilings`); elsewhere the largest tested one.
 # 3xTF32 has none for the backward at width 256: see `backward_precision`.
 # On sm_90 all products of 16 bits and of one TF32 pass run on HGMMA up to width 128. These run on HMMA instead:
 # - at width 256 one TF32 pass, and 16 bits in bwd_kv: HGMMA needs blocks of 64 rows, which spill registers;
@@ -70,13 +71,13 @@ _TILINGS = {
     ),
     ("bwd_q", "16bit"): (
         Tiling(128, 64, 8, 3, programs=2),
-        Tiling(128, 64, 8, 2),
+        Tiling(64, 64, 4, 3, programs=2),
         Tiling(64, 64, 8, 2),
         Tiling(64, 32, 8, 2),
     ),
     ("bwd_q", "tf32"): (
         Tiling(128, 64, 8, 2),
-        Tiling(128, 64, 8, 1, parts=4),
+        Tiling(128, 64, 8, 3, parts=4),
         Tiling(64, 16, 8, 2, parts=2),
         Tiling(16, 32, 8, 2),
     ),
@@ -91,10 +92,15 @@ _TILINGS = {
         Tiling(64, 16, 8, 2),
         Tiling(32, 32, 8, 2),
     ),
-    ("bwd_kv", "16bit"): (Tiling(64, 128, 8, 2), Tiling(64, 128, 8, 2), Tiling(64, 64, 8, 2), Tiling(64, 32, 8, 2)),
+    ("bwd_kv", "16bit"): (
+        Tiling(64, 128, 8, 2),
+        Tiling(32, 64, 4, 3, programs=2),
+        Tiling(64, 64, 8, 2),
+        Tiling(64, 32, 8, 2),
+    ),
     ("bwd_kv", "tf32"): (
         Tiling(32, 64, 4, 2, parts=2, programs=2),
-        Tiling(32, 128, 8, 2, parts=2),
+        Tiling(32, 64, 4, 1, parts=4, programs=2),
         Tiling(16, 64, 8, 2),
         Tiling(16, 16, 8, 1),
     ),
@@ -137,29 +143,53 @@ _WITHIN = {
 }
 
 
-def gpu_tiling(kernel: str, products: str, block_d: int, shared_memory: int) -> Tiling:
-    """Block sizes on a GPU of ``kernel`` (``"fwd"``, ``"bwd_q"``, ``"bwd_kv"``).
+# Compute capability -> (kernel, products, head width) -> tiling, if all blocks are whole: masks take registers.
+_WHOLE_BLOCKS = {90: {("fwd", "tf32", 64): Tiling(128, 64, 4, 3, parts=4, programs=2)}}
+
+
+class Gpu(NamedTuple):
+    """What decides the block sizes on a GPU."""
+
+    capability: int
+    """90 for sm_90."""
+    shared_memory: int
+    """Bytes that a block may use."""
+
+
+def gpu_tiling(kernel: str, products: str, block_d: int, gpu: Gpu, whole: bool = False) -> Tiling:
+    """Block sizes on ``gpu`` of ``kernel`` (``"fwd"``, ``"bwd_q"``, ``"bwd_kv"``).
 
     Args:
         kernel: the first part of the table's key.
         products: the second part: ``"16bit"``, or the precision of fp32 products.
         block_d: head width, rounded up to a power of two.
-        shared_memory: bytes of shared memory that a block may use.
+        gpu: where the kernel runs.
+        whole: queries, keys and head width fill blocks of :data:`KEY_PAD` rows and ``block_d`` columns, and no key is
+            hidden.
     """
     index = sum(block_d > width for width in HEAD_WIDTHS)
+    key = kernel, products, HEAD_WIDTHS[index]
     tile = _TILINGS[kernel, products][index]
     for limit, tilings in _WITHIN.items():
-        if shared_memory <= limit:
-            tile = tilings.get((kernel, products, HEAD_WIDTHS[index]), tile)
+        if gpu.shared_memory <= limit:
+            tile = tilings.get(key, tile)
+    if whole:
+        tile = _WHOLE_BLOCKS.get(gpu.capability, {}).get(key, tile)
+    if products == "tf32" and gpu.capability // 10 == 10 and VERSION < (3, 9):
+        # Older Triton cannot pipeline loops with inline assembly, which rounds the operands, on sm_100.
+        tile = tile._replace(num_stages=1)
     return tile
 
 
-def tiling(kernel: str, dtype: torch.dtype, precision: str, block_d: int, device: torch.device) -> Tiling:
+def tiling(
+    kernel: str, dtype: torch.dtype, precision: str, block_d: int, device: torch.device, whole: bool = False
+) -> Tiling:
     """Block sizes of ``kernel`` on ``device``; other arguments as in :func:`gpu_tiling`."""
     if INTERPRETED:  # the interpreter's cost is per iteration, whatever its size: large blocks are fastest
         return Tiling(128, 128, 1, num_stages=1, parts=4) if precision == "tf32" else Tiling(128, 128, 1, num_stages=2)
-    shared_memory: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return gpu_tiling(kernel, precision if dtype is torch.float32 else "16bit", block_d, shared_memory)
+    properties = torch.cuda.get_device_properties(device)
+    gpu = Gpu(properties.major * 10 + properties.minor, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    return gpu_tiling(kernel, precision if dtype is torch.float32 else "16bit", block_d, gpu, whole)
 
 
 def backward_precision(precision: str, block_d: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hpdm_kernels._triton import SHARED_MEMORY_LIMITS, KernelSpec
 from hpdm_kernels.attention import triton_kernels
-from hpdm_kernels.attention.block_sizes import COMBINE_ROWS, Tiling, backward_precision, gpu_tiling
+from hpdm_kernels.attention.block_sizes import COMBINE_ROWS, Gpu, Tiling, backward_precision, gpu_tiling
 
 _KERNELS = {
     "fwd": triton_kernels.cross_attention_fwd_kernel,
@@ -30,8 +30,8 @@ def aot_specs() -> list[KernelSpec]:
     for kernel, (dtype, precision), block_d in product(("fwd", "bwd_q", "bwd_kv"), dtypes, BLOCKS_D):
         if kernel != "fwd" and backward_precision(precision, block_d) != precision:
             continue
-        for tile, targets in _tilings(kernel, precision if dtype == "fp32" else "16bit", block_d).items():
-            for even, masked in ((False, False), (False, True), *([(True, False)] if block_d == 64 else [])):
+        for even, masked in ((False, False), (False, True), *([(True, False)] if block_d == 64 else [])):
+            for tile, targets in _tilings(kernel, precision if dtype == "fp32" else "16bit", block_d, even).items():
                 width = block_d if even else block_d * 3 // 4
                 constexprs = {
                     "WIDTH": width, "BLOCK_D": block_d, **tile.constexprs, "EVEN": even, "PRECISION": precision,
@@ -46,11 +46,11 @@ def aot_specs() -> list[KernelSpec]:
     return specs
 
 
-def _tilings(kernel: str, products: str, block_d: int) -> dict[Tiling, tuple[str, ...]]:
+def _tilings(kernel: str, products: str, block_d: int, whole: bool) -> dict[Tiling, tuple[str, ...]]:
     """The different block sizes of a kernel, each with the GPUs that have it: none if all of them have the same."""
     by_tiling: dict[Tiling, tuple[str, ...]] = {}
     for target, limit in SHARED_MEMORY_LIMITS.items():
-        tile = gpu_tiling(kernel, products, block_d, limit)
+        tile = gpu_tiling(kernel, products, block_d, Gpu(int(target.removeprefix("sm_")), limit), whole)
         by_tiling[tile] = (*by_tiling.get(tile, ()), target)
     return by_tiling if len(by_tiling) > 1 else dict.fromkeys(by_tiling, ())
 

@@ -70,7 +70,8 @@ def forward(
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     block_d = max(16, triton.next_power_of_2(width))
-    tile = tiling("fwd", q.dtype, precision, block_d, q.device)
+    whole = _whole(queries, keys, width, block_d, key_mask)
+    tile = tiling("fwd", q.dtype, precision, block_d, q.device, whole)
     blocks = triton.cdiv(queries, tile.block_m) * batch * heads
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(keys, tile.block_n), tile.programs)
     out, lse = empty_heads(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -120,7 +121,8 @@ def backward(
     precision = backward_precision(precision, block_d)
     delta = torch.empty_like(lse)
 
-    tile = tiling("bwd_q", q.dtype, precision, block_d, q.device)
+    whole = _whole(queries, keys, width, block_d, key_mask)
+    tile = tiling("bwd_q", q.dtype, precision, block_d, q.device, whole)
     blocks = triton.cdiv(queries, tile.block_m) * batch * heads
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(keys, tile.block_n), tile.programs)
     part_q = empty_heads(q, torch.float32 if splits > 1 else q.dtype, splits)
@@ -134,7 +136,7 @@ def backward(
     )  # fmt: skip
     dq = _sum_parts(part_q, q.dtype)
 
-    tile = tiling("bwd_kv", q.dtype, precision, block_d, q.device)
+    tile = tiling("bwd_kv", q.dtype, precision, block_d, q.device, whole)
     blocks = triton.cdiv(keys, tile.block_n) * batch * heads
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(queries, tile.block_m), tile.programs)
     part_k, part_v = (empty_heads(k, torch.float32 if splits > 1 else k.dtype, splits) for _ in range(2))
@@ -147,6 +149,11 @@ def backward(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq, _sum_parts(part_k, k.dtype), _sum_parts(part_v, k.dtype)
+
+
+def _whole(queries: int, keys: int, width: int, block_d: int, key_mask: Tensor | None) -> bool:
+    """Whether blocks of :data:`KEY_PAD` rows and ``block_d`` columns are full and no key is hidden."""
+    return key_mask is None and width == block_d and queries % KEY_PAD == keys % KEY_PAD == 0
 
 
 def _even(queries: int, keys: int, key_mask: Tensor | None, tile: Tiling) -> bool:

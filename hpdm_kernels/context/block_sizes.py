@@ -40,7 +40,7 @@ ROWS = Tile(256, 64) if INTERPRETED else Tile(8, 256)
 """Gathers and scatters of token rows."""
 CONTRACT = Tile(256, 64) if INTERPRETED else Tile(4, 256)
 """Transposed interpolation."""
-SUMS = Tile(256, 64) if INTERPRETED else Tile(16, 128)
+SUMS = Tile(256, 64) if INTERPRETED else Tile(8, 256)
 """Gradients of the coordinates and the bias."""
 SUMS_CHUNK = 256
 """Tokens per partial sum of the gradients of the coordinates and the bias."""
@@ -52,7 +52,7 @@ INTERPRETED_PRODUCT = Tile(128, 64, 64)
 # a block share source rows in the L1 cache, so that they load few rows from the L2 cache. The blocks leave enough
 # registers for 16 warps, whose loads in flight cover the latency of memory.
 ADD_CONTEXT = {
-    (4, True): ContextTile(8, 8, 128),
+    (4, True): ContextTile(8, 4, 128, num_warps=4),
     (2, True): ContextTile(16, 4, 128),
     # Where a thread loads single elements, larger tiles spill registers.
     (4, False): ContextTile(8, 8, 64),

@@ -15,6 +15,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 # Types of arguments that are the same in all kernels; other pointers are of the data's dtype, other numbers i32.
 _TYPES = {
+    "share": "fp32",
     "plan_ptr": "*i32",
     "address_table_ptr": "*i64",
     "box_ptr": "*fp32",

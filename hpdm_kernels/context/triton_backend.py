@@ -206,7 +206,7 @@ def _add_context(
     kernels._add_context_kernel[launch_grid(blocks, cdiv(d, tile.columns), box.shape[0])](
         tables.plan, tables.address_table, box.contiguous(),
         box if coordinates is None else coordinates, box if bias is None else bias.contiguous(), out,
-        len(tables.tokens), d, n_f, n_h, n_w,
+        len(tables.tokens), 1 / len(tables.tokens), d, n_f, n_h, n_w,
         ONTO=onto, HAS_BIAS=bias is not None, HAS_COORDINATES=coordinates is not None, ALIGNED=aligned,
         **tile.blocks, num_warps=tile.num_warps,
     )  # fmt: skip
@@ -229,7 +229,7 @@ def _multiply_onto_context(
     kernels._fuse_context_fwd_kernel[launch_grid(blocks, cdiv(d, tile.columns), b)](
         x, weight, tables.plan, tables.address_table, geometry.box.contiguous(),
         weight if coordinates is None else coordinates, weight if bias is None else bias.contiguous(), out,
-        len(tables.tokens), d, n_f, n_h, n_w, x.stride(0), x.stride(1), weight.stride(0),
+        len(tables.tokens), 1 / len(tables.tokens), d, n_f, n_h, n_w, x.stride(0), x.stride(1), weight.stride(0),
         HAS_BIAS=bias is not None, HAS_COORDINATES=coordinates is not None, PRECISION=precision,
         **tile.blocks, BLOCK_K=tile.inner, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

@@ -227,7 +227,7 @@ def _axis_taps(position, footprint, AXIS: tl.constexpr, i):  # type: ignore[no-u
 @jit
 def _context_tile(  # type: ignore[no-untyped-def]
     plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
-    b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
+    b, K, share, D, n_f, n_h, n_w, first_line, first_w, first_d,
     HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -236,14 +236,13 @@ def _context_tile(  # type: ignore[no-untyped-def]
     Works on lines of tokens along the width. For each width position that a line needs, source tokens are summed over
     the frame and height taps once; every token of the line then adds this sum with its hat weight. At relative scale
     1/2 eight tokens need at most six sums, which read 24 rows, while their corners are 64 rows. The loop over these
-    sums must not be unrolled, or registers spill.
+    sums must not be unrolled, or registers spill. ``share`` is ``1 / K``: a division takes a subroutine, and stack.
     """
     line = first_line + tl.arange(0, BLOCK_L)
     w = first_w + tl.arange(0, BLOCK_W)
     d = first_d + tl.arange(0, BLOCK_D)
     f, h = line // n_h, line % n_h
     mask = (f < n_f)[None, :, None] & (d < D)[None, None, :]
-    share = 1.0 / (K * 1.0)
     acc = tl.zeros((BLOCK_W, BLOCK_L, BLOCK_D), dtype=tl.float32)
     for k in range(K):
         footprint, position = _row_of_plan(plan_ptr, K, b, k)
@@ -284,7 +283,7 @@ def _context_tile(  # type: ignore[no-untyped-def]
 @kernel(specialize=("D",))
 def _add_context_kernel(  # type: ignore[no-untyped-def]
     plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
-    K, D, n_f, n_h, n_w,
+    K, share, D, n_f, n_h, n_w,
     ONTO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -294,7 +293,7 @@ def _add_context_kernel(  # type: ignore[no-untyped-def]
     first_line, first_w = block // blocks_w * BLOCK_L, block % blocks_w * BLOCK_W
     acc = _context_tile(
         plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
-        b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
+        b, K, share, D, n_f, n_h, n_w, first_line, first_w, first_d,
         HAS_BIAS, HAS_COORDINATES, ALIGNED, BLOCK_W, BLOCK_L, BLOCK_D,
     )  # fmt: skip
     line = first_line + tl.arange(0, BLOCK_L)[None, :, None]
@@ -312,7 +311,7 @@ def _add_context_kernel(  # type: ignore[no-untyped-def]
 def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr,
     out_ptr,
-    K, D, n_f, n_h, n_w, stride_x_b, stride_x_n, stride_weight,
+    K, share, D, n_f, n_h, n_w, stride_x_b, stride_x_n, stride_weight,
     HAS_BIAS: tl.constexpr, HAS_COORDINATES: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -328,7 +327,7 @@ def _fuse_context_fwd_kernel(  # type: ignore[no-untyped-def]
     first_line, first_w = block // blocks_w * BLOCK_L, block % blocks_w * BLOCK_W
     acc = _context_tile(
         plan_ptr, address_table_ptr, box_ptr, coordinate_ptr, bias_ptr, out_ptr,
-        b, K, D, n_f, n_h, n_w, first_line, first_w, first_d,
+        b, K, share, D, n_f, n_h, n_w, first_line, first_w, first_d,
         HAS_BIAS, HAS_COORDINATES, True, BLOCK_W, BLOCK_L, BLOCK_D,
     )  # fmt: skip
     acc = tl.reshape(acc, (BLOCK_W * BLOCK_L, BLOCK_D))

@@ -139,8 +139,8 @@ def average_tiles_kernel(
             mask_h = near_h < tl.where(near_f < count_f, count_h, 0)
             mask_w = near_w < count_w
             tile_i = i - tl.load(starts_ptr + tl.minimum(t_f, n_tiles_f - 1))
-            tile_j = j - tl.load(starts_ptr + n_tiles_f + t_h, mask=mask_h, other=0)
-            tile_k = k - tl.load(starts_ptr + n_tiles_f + n_tiles_h + t_w, mask=mask_w, other=0)
+            tile_j = j - tl.load(starts_ptr + n_tiles_f + tl.minimum(t_h, n_tiles_h - 1))
+            tile_k = k - tl.load(starts_ptr + n_tiles_f + n_tiles_h + tl.minimum(t_w, n_tiles_w - 1))
             t = (t_f * n_tiles_h + t_h) * n_tiles_w - first
             rows = base + t.to(tl.int64) * stride_tiles_t
             rows += tile_i.to(tl.int64) * stride_tiles_f + tile_j.to(tl.int64) * stride_tiles_h

@@ -28,7 +28,7 @@ from hpdm_kernels.aot.__main__ import main
 from hpdm_kernels.aot.collect import collect, collect_by_op, op_modules, sample
 from hpdm_kernels.aot.digest import digest
 from hpdm_kernels.aot.result import TARGETS, Result, compilations
-from hpdm_kernels.attention.block_sizes import HEAD_WIDTHS, gpu_tiling
+from hpdm_kernels.attention.block_sizes import HEAD_WIDTHS, Gpu, gpu_tiling
 
 TABLE = Path(__file__).parents[2] / "docs" / "kernels.md"
 ONE_IN = 12
@@ -120,7 +120,8 @@ def test_programs_of_a_multiprocessor_are_those_of_the_compiled_kernels() -> Non
             continue
         width = next(width for width in HEAD_WIDTHS if spec.constexprs["BLOCK_D"] <= width)
         entry = (kernel, precision if dtype == "fp32" else "16bit", width)
-        tile = gpu_tiling(*entry, SHARED_MEMORY_LIMITS[target])
+        gpu = Gpu(int(target.removeprefix("sm_")), SHARED_MEMORY_LIMITS[target])
+        tile = gpu_tiling(*entry, gpu, whole=spec.constexprs["EVEN"])
         fewest[*entry, tile] = min(fewest.get((*entry, tile), 32), blocks[spec.name, target])
     assert {key: key[-1].programs for key in fewest} == fewest
 

@@ -34,7 +34,7 @@ SWEEP = """
     def run(self, *args, grid, warmup, **options):
         keys[self.__name__].add(str(binder(self)(*args, **options)[1:]))
     jit.JITFunction.run = run
-    gpu = types.SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232_448)
+    gpu = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232_448)
     torch.cuda.get_device_properties = lambda device: gpu
     triton_backend._grid_split.__globals__["INTERPRETED"] = False
 

@@ -48,7 +48,7 @@ def grids(monkeypatch):
         monkeypatch.setattr(module, "INTERPRETED", False, raising=False)
     for module in (block_sizes, attention_block_sizes):
         monkeypatch.setattr(module, "INTERPRETED", False)
-    gpu = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=232_448)
+    gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232_448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     for name, tile in {"ROWS": (8, 256), "CONTRACT": (4, 256), "SUMS": (16, 128)}.items():
         monkeypatch.setattr(context, name, block_sizes.Tile(*tile))

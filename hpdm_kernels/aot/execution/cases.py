@@ -97,33 +97,50 @@ def _context_cases() -> Iterator[Case]:
         for extras in (False, True):
             label = f"fp32,{precision},{'extras' if extras else 'plain'}"
             yield Case(f"fuse_context[{label}]", _context("fuse", "fp32", 144, None, precision, extras))
+    # Fewer rows than columns: the product does not transpose the weight first.
+    yield Case("fuse_context[fp32,tf32,B=1]", _context("fuse", "fp32", 144, None, "tf32", batch=1))
 
 
 def _context(
-    op: str, dtype: str, width: int, index: torch.dtype | None, precision: str | None = None, extras: bool = True
+    op: str,
+    dtype: str,
+    width: int,
+    index: torch.dtype | None,
+    precision: str | None = None,
+    extras: bool = True,
+    batch: int = 2,
 ) -> Callable[[Generator], object]:
-    grid, grids, batch = (2, 5, 9), [(3, 6, 8), (2, 7, 5)], 2
+    grid, grids = (2, 5, 9), [(3, 6, 8), (2, 7, 5)]
+    scales = [(1.0, 1.0, 1.0), (0.6, 0.7, 0.55)]
+    # Bounds, not what the boxes need: which products a configuration makes must not depend on the draw.
+    footprints = [
+        [hpdm_kernels.footprint_size(0.3 / scale, n, m) for scale, n, m in zip(box, grid, source)]
+        for box, source in zip(scales, grids)
+    ]
 
     def check(generator: Generator) -> object:
         draw = lambda *shape: torch.randn(*shape, generator=generator).to(DTYPES[dtype])
         whole = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]])
-        half = random_boxes(1, (0.6, 0.7, 0.55), generator).expand(3, 6).contiguous()
+        half = random_boxes(1, scales[1], generator).expand(3, 6).contiguous()
         rows = batch if index is None else 3
         boxes, box = [whole.repeat(rows, 1), half[:rows]], random_boxes(batch, (0.3,) * 3, generator, half[:batch])
         choice = None if index is None else torch.randint(rows, (batch, 2), generator=generator, dtype=index)
         sources = [draw(rows, math.prod(g), width) for g in grids]
         x, bias = draw(batch, math.prod(grid), width), draw(width) if extras else None
         weight = draw(width, 2 * width + 3 * extras) / math.sqrt(width)
-        options = {"source_index": choice}
+        options: dict[str, Any] = {"source_index": choice}
+        bounded = {"footprints": footprints, "backend": "triton"}
 
         def sample(ours: bool) -> Callable[..., Tensor]:
             function: Any = hpdm_kernels.sample_context if ours else reference.sample_context
-            same = {**options, "backend": "triton"} if ours else options
+            same = options | bounded if ours else options
             return lambda *s: function(s, boxes, box, grids, grid, **same)
 
         def fuse(ours: bool) -> Callable[..., Tensor]:
             function: Any = hpdm_kernels.fuse_context if ours else reference.fuse_context
-            same = {**options, "backend": "triton", "precision": precision} if ours else options
+            same = (
+                options | {"footprints": footprints, "backend": "triton", "precision": precision} if ours else options
+            )
             return lambda x, w, b, *s: function(x, s, boxes, box, w, b, grids, grid, **same)
 
         before = torch.get_float32_matmul_precision()

@@ -29,6 +29,8 @@ TARGETS = (80, 90)
 
 _PROPERTIES = {
     target: SimpleNamespace(
+        major=target // 10,
+        minor=target % 10,
         multi_processor_count=processors,
         shared_memory_per_block_optin=_triton.SHARED_MEMORY_LIMITS[f"sm_{target}"],
     )
