@@ -145,10 +145,16 @@ def resolve_precision(precision: str | None) -> str:
     return precision
 
 
+# Dynamo of PyTorch 2.11 cannot trace the question.
+_WITH_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia") if torch.amp.is_autocast_available(device)
+)
+
+
 def autocast_off(x: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Disables autocast on ``x``'s device: inside, an op's inputs keep their dtype and so do its results."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in _WITH_AUTOCAST and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else contextlib.nullcontext()
 
 

@@ -26,13 +26,18 @@ FILES = ("attention", "fusion", "context", "tiles", "patches", "large", "ops", "
 # plain implementation computes products in its dtype; for one TF32 pass it rounds operands (benchmarks/gpu/tf32.py).
 # 3xTF32 drops the product of the two low parts and cuts these to 11 bits, an error of a few units of 2^-24 per product.
 # Full fp32 rounds only sums, so 3xTF32 may err more where sums are short.
+# One TF32 pass rounds the same operands as its plain implementation, but others of their last bits: the ratio of the
+# largest errors of a few hundred elements reaches 2.2 by chance, while that of the root mean squares, which must not
+# exceed RMS_FACTOR, is 1.0 on average and at most 1.2 from a few thousand elements on. It is 2.6 and more for operands
+# that are truncated.
 ARITHMETIC = {
     "fp32-ieee": (torch.float32, "ieee", 2.0),
     "fp32-3xtf32": (torch.float32, "tf32x3", 4.0),
-    "fp32-1xtf32": (torch.float32, "tf32", 2.0),
+    "fp32-1xtf32": (torch.float32, "tf32", 3.0),
     "bf16": (torch.bfloat16, "ieee", 2.0),
     "fp16": (torch.float16, "ieee", 2.0),
 }
+RMS_FACTOR = 2.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Check = Callable[[torch.device, torch.Generator], Comparison | None]
@@ -63,8 +68,8 @@ def against_formula(
         arithmetic: a key of :data:`ARITHMETIC` for ops with products.
     """
     _, precision, factor = ARITHMETIC[arithmetic] if arithmetic else (None, "ieee", 2.0)
-    plain = value_and_grads_in_tf32 if precision == "tf32" else value_and_grads
-    return compare_op(ours, formula, inputs, factor=factor, repeat=True, plain=plain)
+    plain, rms_factor = (value_and_grads_in_tf32, RMS_FACTOR) if precision == "tf32" else (value_and_grads, None)
+    return compare_op(ours, formula, inputs, factor=factor, rms_factor=rms_factor, repeat=True, plain=plain)
 
 
 def capture(step: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:

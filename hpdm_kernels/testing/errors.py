@@ -23,8 +23,19 @@ def max_error(actual: Tensor, oracle: Tensor) -> float:
     return float("inf") if worst != worst else worst
 
 
+def rms_error(actual: Tensor, oracle: Tensor) -> float:
+    """Root mean square of the difference, measured in fp64; NaN if ``actual`` has a NaN where the oracle has none."""
+    return (actual.double() - oracle.double()).square().mean().sqrt().item() if oracle.numel() else 0.0
+
+
 def _measure(
-    name: str, actual: Tensor, plain: Tensor, oracle: Tensor, factor: float, ulps: float | None
+    name: str,
+    actual: Tensor,
+    plain: Tensor,
+    oracle: Tensor,
+    factor: float,
+    ulps: float | None,
+    rms_factor: float | None = None,
 ) -> tuple[float, str | None]:
     """The error of ``actual`` as a multiple of its budget, and a description of the problem, or ``None``.
 
@@ -37,12 +48,17 @@ def _measure(
     scale = oracle.abs().max().item() if oracle.numel() else 0.0
     if ulps is None:
         ulps = 64.0 if actual.dtype is torch.float64 else 4.0
-    budget = factor * max_error(plain, oracle) + ulps * torch.finfo(actual.dtype).eps * scale
-    error = max_error(actual, oracle)
-    share = error / budget if budget else (0.0 if error == 0.0 else float("inf"))
-    if error <= budget:
-        return share, None
-    return share, f"{name}: error {error:.3e} exceeds the budget {budget:.3e} (largest value {scale:.3e})"
+    slack = ulps * torch.finfo(actual.dtype).eps * scale
+    worst, problem = 0.0, None
+    for kind, measure, multiple in (("error", max_error, factor), ("rms error", rms_error, rms_factor)):
+        if multiple is None:
+            continue
+        budget, error = multiple * measure(plain, oracle) + slack, measure(actual, oracle)
+        share = error / budget if budget else (0.0 if error == 0.0 else float("inf"))
+        if not error <= budget and problem is None:
+            problem = f"{name}: {kind} {error:.3e} exceeds the budget {budget:.3e} (largest value {scale:.3e})"
+        worst = max(worst, share)
+    return worst, problem
 
 
 def assert_within_budget(
@@ -108,6 +124,7 @@ def compare_op(
     *,
     factor: float = 2.0,
     ulps: float | None = None,
+    rms_factor: float | None = None,
     repeat: bool = False,
     names: Sequence[str] = (),
     plain: ValueAndGrads = value_and_grads,
@@ -123,6 +140,7 @@ def compare_op(
         inputs: tensors of any strides; all floating-point ones get gradients. ``None`` for an optional input.
         grad: gradient of the output, of its shape and of any strides; drawn from a normal distribution if not given.
         factor, ulps: see :func:`assert_within_budget`.
+        rms_factor: allowed multiple of the root mean square of the plain implementation's errors; ``None``: any.
         repeat: run ``ours`` a second time, which must give the same bits.
         names: names of the inputs, for messages; by default their indices.
         plain: computes the plain results from ``(formula, inputs, grad)``; for products in an arithmetic that PyTorch
@@ -148,7 +166,7 @@ def compare_op(
             worst, problems = float("inf"), [*problems, f"{label}: got {has}"]
         if ours_value is None or plain_value is None or true_value is None or repeated is None:
             continue
-        share, problem = _measure(label, ours_value, plain_value, true_value, factor, ulps)
+        share, problem = _measure(label, ours_value, plain_value, true_value, factor, ulps, rms_factor)
         worst = max(worst, share)
         problems += [problem] if problem else []
         if not torch.equal(ours_value, repeated):

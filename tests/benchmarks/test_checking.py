@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.cases import RMS_FACTOR
 from benchmarks.gpu.tf32 import RoundedProducts, rounded, value_and_grads_in_tf32
 from hpdm_kernels.testing import assert_within_budget, check_op, compare_op, max_error, value_and_grads
 
@@ -145,5 +146,10 @@ def test_the_yardstick_is_that_of_rounded_operands(generator):
     # Of random signs the errors of truncated operands are twice as large, of positive numbers they add up.
     positive = [t.abs() for t in inputs]
     assert compare_op(products(truncated), product, positive, plain=value_and_grads_in_tf32).share > 2
+    # The root mean squares tell the two apart where the largest errors would not.
+    generous = {"factor": 100.0, "rms_factor": RMS_FACTOR, "plain": value_and_grads_in_tf32}
+    assert compare_op(products(nearest), product, inputs, **generous).problem is None
+    problem = compare_op(products(truncated), product, inputs, **generous).problem
+    assert problem.startswith("output: rms error"), problem
     true, _ = value_and_grads(product, [t.double() for t in inputs])
     assert max_error(value_and_grads_in_tf32(product, inputs, None)[0], true) > 1e-3
