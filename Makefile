@@ -13,7 +13,7 @@ WORKERS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv bench test test-aot test-ptx test-video test-soak lint format types check-python gpu clean
+.PHONY: help venv bench test test-aot test-ptx test-triton test-video test-soak lint format types check-python gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,6 +47,15 @@ test-aot: $(READY)  ## compile every kernel ahead of time, for six GPUs, in a qu
 # `make test` executes a few configurations of each op and tries a sample of the mutations.
 test-ptx: $(READY)  ## execute every compiled kernel on the CPU, instruction by instruction, for two GPUs
 	HPDM_PTX=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_executed_ptx.py \
+		-n $(WORKERS) --dist worksteal $(ARGS)
+
+# The versions of PyTorch's own wheels, each in a folder: test -e tells whether pip is done.
+TRITONS := 3.6.0 3.7.1
+test-triton: $(READY)  ## compile and execute every kernel with other versions of Triton, in half an hour
+	for v in $(TRITONS); do test -e $(VENV)/tritons/$$v/triton-$$v.dist-info/RECORD \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tritons/$$v triton==$$v \
+		|| exit 1; done
+	HPDM_TRITONS=$(VENV)/tritons OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/test_other_tritons.py \
 		-n $(WORKERS) --dist worksteal $(ARGS)
 
 # `make test` reads the hardest files of the corpus and a random draw of the others.

@@ -175,10 +175,18 @@ def gpu_tiling(kernel: str, products: str, block_d: int, gpu: Gpu, whole: bool =
             tile = tilings.get(key, tile)
     if whole:
         tile = _WHOLE_BLOCKS.get(gpu.capability, {}).get(key, tile)
-    if products == "tf32" and gpu.capability // 10 == 10 and VERSION < (3, 9):
-        # Older Triton cannot pipeline loops with inline assembly, which rounds the operands, on sm_100.
+    if products == "tf32" and VERSION < (3, 9) and _stumbles(kernel, block_d, gpu):
         tile = tile._replace(num_stages=1)
     return tile
+
+
+def _stumbles(kernel: str, block_d: int, gpu: Gpu) -> bool:
+    """Whether Triton before 3.9 cannot make asynchronous copies of rows that are rounded in registers afterwards.
+
+    On sm_100 it cannot pipeline inline assembly. Elsewhere it holds such rows twice in shared memory, which is then too
+    small for the backward of wide heads, but for sm_90's.
+    """
+    return gpu.capability // 10 == 10 or (gpu.capability != 90 and kernel != "fwd" and block_d > 64)
 
 
 def tiling(

@@ -29,6 +29,7 @@ from hpdm_kernels.aot.collect import collect, collect_by_op, op_modules, sample
 from hpdm_kernels.aot.digest import digest
 from hpdm_kernels.aot.result import TARGETS, Result, compilations
 from hpdm_kernels.attention.block_sizes import HEAD_WIDTHS, Gpu, gpu_tiling
+from tests.kernels.other_tritons import problem
 
 TABLE = Path(__file__).parents[2] / "docs" / "kernels.md"
 ONE_IN = 12
@@ -64,11 +65,12 @@ def test_kernels_compile_without_spills(target: str, tmp_path: Path, generator: 
     results = json.loads(file.read_text())
     assert {(r["kernel"], r["target"]) for r in results} == {(name, target) for name in kernels}
     for r in results:
-        assert r["problem"] == "", f"{r['kernel']} on {target}: {r['problem']}"
-        assert r["stack"] == 0
+        wrong = problem(Result(**r), _triton.triton.__version__)
+        assert wrong == "", f"{r['kernel']} on {target}: {wrong}"
+        assert r["stack"] == 0 or not same_triton
         assert r["shared"] <= SHARED_MEMORY_LIMITS[target]
         assert 0 < r["registers"] <= 255
-    assert done.returncode == 0
+    assert done.returncode == 0 or not same_triton
     # Another version of Triton may choose other instructions. Within a version, registers and counts may change with
     # any edit, so only lost kinds of instructions are a failure. The table is counted in SASS and this run in PTX: the
     # table is written only if both name the same matrix units.

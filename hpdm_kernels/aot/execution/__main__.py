@@ -64,12 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = cases[int(index) - 1 :: int(count)]
     seed = torch.seed() % 2**31 if options.seed is None else options.seed
     print(f"--seed {seed}")
-    failed, results, absent = 0, [], []
+    failed, faulty, results, absent = 0, 0, [], []
     by_op = collect_by_op(op_modules())
     for target in options.target:
         launches: list[Launch] = []
         for case in cases:
             failed += not _run(case, target, seed, launches)
+        faulty += sum(bool(launch.findings) for launch in launches)
         for op, specs in by_op.items():
             here = [spec for spec in specs if not spec.targets or target in spec.targets]
             found = {spec.name: executed(op, spec, target, launches) for spec in here}
@@ -77,16 +78,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             absent += [f"{name} on {target}" for name, result in found.items() if result is None]
     print(_summary(results, absent if everything else [], failed))
     if options.json:
-        out = {"executed": [asdict(r) for r in results], "missing": absent, "failed": failed}
+        out = {"executed": [asdict(r) for r in results], "missing": absent, "failed": failed, "faulty": faulty}
         write_text(options.json, json.dumps(out, indent=1) + "\n")
-    wrong = failed + sum(bool(r.findings) for r in results) + (len(absent) if everything else 0)
+    wrong = failed + faulty + (len(absent) if everything else 0)
     if options.save and not wrong:
         write_text(options.save, render(results, f"python -m hpdm_kernels.aot.execution --save {options.save}"))
     return 1 if wrong else 0
 
 
 def _run(case: Case, target: str, seed: int, launches: list[Launch]) -> bool:
-    """Runs a case, adds its launches, and prints a line; whether it is right."""
+    """Runs a case, adds its launches, and prints a line with what is wrong; whether its results are right."""
     begin, problem = time.perf_counter(), ""
     with executing(int(target.removeprefix("sm_")), strict=False) as execution:
         try:
@@ -95,10 +96,11 @@ def _run(case: Case, target: str, seed: int, launches: list[Launch]) -> bool:
             problem = f"{type(error).__name__}: {error}"
     launches += execution.launches
     findings = [text for launch in execution.launches for text in launch.findings]
-    problem = "\n    ".join([problem, *findings] if problem else findings)
+    problems = "\n    ".join([problem, *findings] if problem else findings)
     seconds = time.perf_counter() - begin
     print(
-        f"{target} {case.name:<48} {len(execution.launches):3} launches {seconds:6.1f} s  {problem or 'ok'}", flush=True
+        f"{target} {case.name:<48} {len(execution.launches):3} launches {seconds:6.1f} s  {problems or 'ok'}",
+        flush=True,
     )
     return not problem
 

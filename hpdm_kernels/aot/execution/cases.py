@@ -192,8 +192,8 @@ def _tile_cases() -> Iterator[Case]:
                 yield Case(f"{op}_tiles[{label},w64]", _tiles(op, dtype, aligned, width=64))
 
 
-def _tiles(op: str, dtype: str, aligned: bool, has_x: bool = False, width: int = 152) -> Callable[[Generator], object]:
-    # Blocks are those of large frames from 129 columns on.
+def _tiles(op: str, dtype: str, aligned: bool, has_x: bool = False, width: int = 272) -> Callable[[Generator], object]:
+    # Blocks are those of large frames from 257 columns on.
     step, width = (width // 2 // 8 * 8, width) if aligned else (width // 2 + 1, width - 1)
     tile, size = (2, 5, width), (3, 9, width + step)
     origins = torch.cartesian_prod(torch.tensor([0, 1]), torch.tensor([0, 4]), torch.tensor([0, step]))
