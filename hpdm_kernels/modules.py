@@ -139,14 +139,22 @@ class CrossAttention(nn.Module):
             recompute: recompute keys and values in the backward pass instead of saving them, see
                 :func:`hpdm_kernels.read_tokens`.
         """
-        q = _split_heads(self.to_q(queries), self.heads)  # [B, h, M, d]
-        if recompute:
-            weight = self.to_kv.weight
-            out = read_tokens(q, context, weight, key_mask=key_mask, backend=self.backend)
-        else:
+        if not recompute:
             rows = context if isinstance(context, Tensor) else torch.cat(list(context), dim=1)  # [B, N, context_width]
-            k, v = (_split_heads(t, self.heads) for t in self.to_kv(rows).chunk(2, dim=-1))  # [B, h, N, d]
-            out = cross_attention(q, k, v, key_mask=key_mask, backend=self.backend)  # [B, h, M, d]
+            return self.attend(queries, self.keys_and_values(rows), key_mask=key_mask)
+        q = _split_heads(self.to_q(queries), self.heads)  # [B, h, M, d]
+        out = read_tokens(q, context, self.to_kv.weight, key_mask=key_mask, backend=self.backend)
+        return self.to_out(_merge_heads(out))  # [B, M, out_width or width]
+
+    def keys_and_values(self, context: Tensor) -> Tensor:
+        """``context [B, N, context_width]`` -> ``[B, N, 2 * width]``, for several calls of :meth:`attend`."""
+        return self.to_kv(context)
+
+    def attend(self, queries: Tensor, keys_and_values: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        """:meth:`forward` with the result of :meth:`keys_and_values` in place of the context."""
+        q = _split_heads(self.to_q(queries), self.heads)  # [B, h, M, d]
+        k, v = (_split_heads(t, self.heads) for t in keys_and_values.chunk(2, dim=-1))  # [B, h, N, d]
+        out = cross_attention(q, k, v, key_mask=key_mask, backend=self.backend)  # [B, h, M, d]
         return self.to_out(_merge_heads(out))  # [B, M, out_width or width]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -21,7 +21,8 @@ from hpdm.checks import check_choice, check_shape
 from hpdm.patch.conditioner import Conditioner, Conditioning
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
-from hpdm.patch.rin import Modulation, Recompute, RINBlock, SelfConditioning, recomputed
+from hpdm.patch.recompute import Recompute, recomputed
+from hpdm.patch.rin import Modulation, RINBlock, SelfConditioning
 from hpdm.patch.sinusoids import axis_sinusoids
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels.boxes import relative_box
@@ -36,7 +37,7 @@ class HPDM(nn.Module):
         kernels: backend of every op, ``"auto" | "reference" | "torch" | "triton"``. It changes neither the parameters
             nor the ``state_dict``, and the results only by rounding.
         recompute: what the backward pass computes again instead of keeping it, ``"none" | "selective" | "block"``, see
-            :data:`hpdm.patch.rin.Recompute`. It trades time for memory; the results change only by rounding.
+            :data:`hpdm.patch.recompute.Recompute`. It trades time for memory; the results change only by rounding.
 
     Raises:
         ValueError: unknown backend or recompute setting.
@@ -157,11 +158,10 @@ class HPDM(nn.Module):
         z = [
             self._initial_latents(batch, None if latents is None else latents[:, k]) for k in range(levels)
         ]  # L x [B, M, E]
-        run_block = recomputed if self.recompute == "block" else _call
         for block in self.rin_blocks:
             n = min(block.levels, levels)
-            tokens[:n], z[:n] = run_block(
-                self._run_block, block, tokens[:n], z[:n], level_boxes[:n], *conditioning.first(n * batch)
+            tokens[:n], z[:n] = self._run_block(
+                block, tokens[:n], z[:n], level_boxes[:n], *conditioning.first(n * batch)
             )  # n x [B, N, D], n x [B, M, E]
         v = torch.stack([self._maybe_recomputed(self._detokenize, a) for a in tokens], dim=1)  # [B, L, C, f, h, w]
         return (v, torch.stack(z, dim=1)) if return_latents else v
@@ -395,14 +395,10 @@ class HPDM(nn.Module):
         return self.self_conditioning(self.latents, previous).expand(batch, m, e)
 
     def _maybe_recomputed(self, fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``fn(x)``, computed again in the backward pass unless ``recompute`` is ``"none"``."""
-        return fn(x) if self.recompute == "none" else recomputed(fn, x)
+        """``fn(x)``, computed again in the backward pass if ``recompute`` is ``"block"``."""
+        return recomputed(fn, x) if self.recompute == "block" else fn(x)
 
 
 def _cat(levels: Sequence[Tensor]) -> Tensor:
     """Concatenates the n levels' ``[B, ...]`` to ``[n * B, ...]``, level-major; a single one is not copied."""
     return levels[0] if len(levels) == 1 else torch.cat(list(levels))
-
-
-def _call(fn: Callable[..., Any], *inputs: Any) -> Any:
-    return fn(*inputs)

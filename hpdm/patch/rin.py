@@ -9,43 +9,24 @@ no MLP after the read, no output projection in the read (its values are already 
 self-attention that follows mixes the heads), a token MLP of ratio 2 after the write, six adaLN modulations per latent
 layer and three on the token MLP.
 
-All intermediate activations except tokens and latents can be recomputed in the backward pass, see :data:`Recompute`.
+Its backward pass can compute most activations again, see :mod:`hpdm.patch.recompute`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hpdm.patch.config import HPDMConfig
+from hpdm.patch.recompute import Recompute, recomputed, recomputed_but_products
 from hpdm.patch.sinusoidal_fusion import SinusoidalFusion
 from hpdm_kernels.modules import ContextFusion, CrossAttention, SelfAttention
 
-Recompute = Literal["none", "selective", "block"]
-"""What the backward pass computes again instead of keeping it (activation checkpointing).
-
-``"none"``: nothing.
-``"selective"``: per-token activations inside a block: projections, attention outputs, the hidden layer of the token
-MLP. Kept are the tokens between the steps of a block and all per-latent activations.
-``"block"``: whole blocks, context fusion included. Kept are the tokens and latents between blocks.
-"""
-
 CHUNK_ROWS, CHUNKS = 8192, 8
 """The write is recomputed in chunks of about 8192 tokens; of more tokens where that would make more than 8 chunks."""
-
-
-def recomputed(fn: Callable[..., Any], *inputs: Any) -> Any:
-    """``fn(*inputs)``, keeping only the inputs and calling ``fn`` again in the backward pass.
-
-    The state of the random generators is not restored: nothing in the model is random.
-    """
-    if not torch.is_grad_enabled():
-        return fn(*inputs)
-    return checkpoint(fn, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class Modulation(nn.Module):
@@ -116,7 +97,7 @@ class RINBlock(nn.Module):
         config: sizes.
         levels: the block serves levels ``0 .. levels - 1``; a block of level 0 alone has no fusion weights.
         kernels: backend of the ops.
-        recompute: what the backward pass computes again inside the block; see :data:`Recompute`.
+        recompute: what the backward pass computes again; see :data:`hpdm.patch.recompute.Recompute`.
         shared: another block, which computes everything after the fusion in place of this one (appendix D.4); this one
             then has no parameters but those of its fusion. ``None`` for a block with weights of its own.
     """
@@ -129,6 +110,7 @@ class RINBlock(nn.Module):
         d, e, c = config.width, config.latent_width, config.conditioning_width
         self.levels = levels
         self.recompute = recompute
+        self._part: Callable[..., Any] = recomputed if recompute == "block" else recomputed_but_products
         self.fusion = make_fusion(config, kernels) if levels > 1 and config.fusion == "deep" else None
         # In a tuple, so that PyTorch does not take the other block's parameters for this one's too.
         self._shared = () if shared is None else (shared,)
@@ -163,10 +145,12 @@ class RINBlock(nn.Module):
             return block(x, z, c, text, text_mask)
         if self.recompute == "none":
             z = self._think(self._read(x, z, text, text_mask), c)  # [B, M, E]
-            return self._write(x, z, *self.token_modulation(c)), z  # [B, N, D], [B, M, E]
+            return self._write(x, self.write.keys_and_values(z), *self.token_modulation(c)), z  # [B, N, D], [B, M, E]
         # The kernels of the read recompute per-token activations themselves; the reference formulas need a checkpoint.
         read = self._checkpointed_read if self.read.backend == "reference" else self._read
-        z = self._think(read(x, z, text, text_mask), c)  # [B, M, E]
+        z = read(x, z, text, text_mask)  # [B, M, E]
+        for layer in self.layers:
+            z = self._part(layer, z, c)
         return self._checkpointed_write(x, z, c), z  # [B, N, D], [B, M, E]
 
     def _read(self, x: Tensor, z: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
@@ -188,14 +172,17 @@ class RINBlock(nn.Module):
             z = layer(z, c)
         return z
 
-    def _write(self, x: Tensor, z: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """Tokens ``[B, N, D]`` attend to latents ``[B, M, E]``, then a token MLP modulated by three ``[B, 1, D]``."""
-        x = x + self.write(self.write_norm(x), z)  # [B, N, D]
+    def _write(self, x: Tensor, latents: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """Tokens ``[B, N, D]`` attend to latents, then a token MLP modulated by three ``[B, 1, D]``.
+
+        ``latents [B, M, 2E]`` are their keys and values.
+        """
+        x = x + self.write.attend(self.write_norm(x), latents)  # [B, N, D]
         return torch.addcmul(x, gate, self.token_mlp(torch.addcmul(shift, self.token_norm(x), 1 + scale)))
 
     def _checkpointed_write(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
         """:meth:`_write`, computed again in the backward pass, chunk by chunk: tokens do not depend on each other."""
         size = max(CHUNK_ROWS // x.shape[0], -(-x.shape[1] // CHUNKS))
-        modulation = self.token_modulation(c)
-        written = [recomputed(self._write, chunk, z, *modulation) for chunk in x.split(size, dim=1)]
+        same = self.write.keys_and_values(z), *self.token_modulation(c)
+        written = [self._part(self._write, chunk, *same) for chunk in x.split(size, dim=1)]
         return written[0] if len(written) == 1 else torch.cat(written, dim=1)  # [B, N, D]

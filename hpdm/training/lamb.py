@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hpdm.training.sharded import shards, whole_norms
+from hpdm.training.sharded import buckets, shards, whole_norms
 
 
 def xavier_norm(shape: Sequence[int]) -> float:
@@ -43,8 +43,8 @@ class StepNorms(NamedTuple):
 class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, Algorithm 2): Adam whose step is rescaled per tensor to the tensor's own norm.
 
-    PyTorch has no LAMB. This one uses foreach operations: a handful of launches for all parameters, and two reductions
-    per group if parameters are sharded.
+    PyTorch has no LAMB. This one uses foreach operations on buckets of tensors (:func:`buckets`): a handful of launches
+    per bucket, two reductions if parameters are sharded, and temporaries of two buckets instead of two models.
 
     Args:
         params: parameters or groups of them; within a group all are whole, or all are sharded alike. A group with
@@ -76,7 +76,7 @@ class Lamb(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True})
         self.least_norms = dict(least_norms or {})
         self.last: list[StepNorms] = []
-        """Of the last step, an entry for each group that is rescaled."""
+        """Of the last step, an entry for each bucket that is rescaled."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
@@ -87,8 +87,7 @@ class Lamb(torch.optim.Optimizer):
                 loss = closure()
         self.last = []
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
+            for params in buckets([p for p in group["params"] if p.grad is not None]):
                 self._update(group, params)
         return loss
 
@@ -108,7 +107,7 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        # Tensors of a group are stepped together, except those that got no gradient in some steps.
+        # Tensors are stepped together, except those that got no gradient in some steps.
         counts = [float(self.state[p]["step"]) for p in params]
         root = torch._foreach_sqrt(second)
         torch._foreach_div_(root, [math.sqrt(1 - beta2**n) for n in counts])

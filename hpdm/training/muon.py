@@ -46,7 +46,7 @@ class MuonAdamW(torch.optim.Optimizer):
             )
         self.parts = (
             Muon(list(hidden), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            AdamW(list(others), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, foreach=True),
+            AdamW(list(others), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True),
         )
         # The groups are the parts' own dictionaries, and the state is shared: what is set here is set there.
         super().__init__([group for part in self.parts for group in part.param_groups], {})

@@ -40,7 +40,7 @@ def make_optimizer(
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, foreach=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     if name == "lamb":
         groups[1]["adapt"] = False
         least_norms = {p: xavier_norm(p.shape) for n, p in model.named_parameters() if n in zero_started}

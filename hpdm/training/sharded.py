@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+BUCKET_BYTES = 2**26
+"""About how much of a model an optimizer works on at once: few launches, and little memory for what it computes."""
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """``tensors`` in their order, as many at once as have :data:`BUCKET_BYTES` on this rank, and at least one."""
+    bucket: list[Tensor] = []
+    size = 0
+    for t in tensors:
+        nbytes = (t.to_local() if isinstance(t, DTensor) else t).nbytes
+        if bucket and size + nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(t)
+        size += nbytes
+    if bucket:
+        yield bucket
 
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """The network: shapes, flow of information between levels, conditioning, ablation switches."""
 
+import gc
+
 import pytest
 import torch
 
@@ -274,21 +276,22 @@ def test_recomputing_keeps_less(generator):
     """Bytes that the forward pass leaves for the backward pass, each storage once."""
     config = small_config()
     arguments = inputs(config, generator)
+
+    def storages():
+        gc.collect()
+        tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
     kept = {}
     for recompute in ("none", "selective", "block"):
-        storages = {}
-
-        def pack(t, storages=storages):
-            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
         model = random_model(config, recompute=recompute)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        before = storages()
+        # With hooks Python sees what is saved; what a policy keeps is in a dictionary.
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
             out = model(*arguments)
-        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        kept[recompute] = sum(size for pointer, size in storages.items() if pointer not in weights)
+        kept[recompute] = sum(size for pointer, size in storages().items() if pointer not in before)
         out.sum().backward()
-    assert kept["block"] < 0.5 * kept["selective"] < 0.5 * kept["none"]
+    assert kept["block"] < 0.7 * kept["selective"] < 0.4 * kept["none"], kept
 
 
 @pytest.mark.parametrize("recompute", ["selective", "block"])
