@@ -100,17 +100,22 @@ def test_cells_of_table_1() -> None:
 _DAY = datetime.date.today().toordinal()
 CHECKED = (
     table1.CELLS if os.environ.get("HPDM_PLAN") == "all"
-    else [table1.CELLS[9], *random.Random(_DAY).sample(table1.CELLS[:9], 2)]
+    else [table1.CELLS[4], *random.Random(_DAY).sample(table1.CELLS[5:] + table1.CELLS[:4], 2)]
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "cell", CHECKED, ids=lambda c: f"{table1.size(c.resolution)}-{table1.size(c.patch)}-{c.adaptive}"
 )
-def test_table_1_needs_little_memory(cell: table1.Cell) -> None:
-    """At most 0.6 of the published memory in each cell; full 64x512^2, which ran out of it, within 80 GB."""
-    cost = training_step(PATCH, cell.config(presets.hpdm_m()), 1, "torch", "block")
-    assert cost.peak_bytes / 1e9 <= (80 if cell.published_gb is None else 0.6 * cell.published_gb)
+def test_table_1_needs_half_of_the_memory(cell: table1.Cell) -> None:
+    """With LAMB, the paper's optimizer, for 15 % more work; full 64x512^2, which ran out of memory, within 80 GB."""
+    config = cell.config(presets.hpdm_m())
+    if cell.published_gb is None:
+        assert training_step(PATCH, config, 1, "torch", "block", optimizer="lamb").peak_bytes < 80e9
+        return
+    kept, cost = (training_step(PATCH, config, 1, "torch", r, optimizer="lamb") for r in ("none", "selective"))
+    assert cost.peak_bytes / 1e9 <= 0.5 * cell.published_gb
+    assert cost.flops <= 1.151 * kept.flops
     # Weights, gradients, two moments and the moving average in fp32 are always there.
     assert cost.peak_bytes / 1e9 > 5 * 4 * 0.321
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpdm.training import sharded
 from hpdm.training.lamb import Lamb, xavier_norm
 from hpdm.training.optim import make_optimizer, zero_matrices
 from hpdm.training.schedule import learning_rate
@@ -33,6 +34,27 @@ def test_lamb_follows_its_algorithm(generator):
     start = torch.randn(7, 5, generator=generator, dtype=torch.float64)
     grads = [torch.randn(7, 5, generator=generator, dtype=torch.float64) for _ in range(5)]
     torch.testing.assert_close(stepped(start, grads, 0.01, 0.05), lamb_by_hand(start, grads, 0.01, 0.05))
+
+
+def test_buckets_change_nothing(generator, monkeypatch):
+    """Tensors are stepped a few at a time, or all at once: the same bits, norms and trust ratios."""
+    start = [torch.randn(size, generator=generator) for size in ((40, 30), (1,), (20, 20), (7, 3))]
+    grads = [[torch.randn(w.shape, generator=generator) for w in start] for _ in range(3)]
+    results = []
+    for most in (2**26, 40 * 30 * 4 + 4, 1):
+        monkeypatch.setattr(sharded, "BUCKET_BYTES", most)
+        params = [nn.Parameter(w.clone()) for w in start]
+        optimizer = Lamb(params, lr=0.01)
+        for step in grads:
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        buckets = optimizer.last
+        assert [p for norms in buckets for p in norms.params] == params
+        results.append((*params, *(torch.cat([norms[i] for norms in buckets]) for i in (1, 2, 3)), len(buckets)))
+    assert [r[-1] for r in results] == [1, 2, 4]
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0][:-1], other[:-1]))
 
 
 def test_a_zero_matrix_takes_steps_as_long_as_if_it_had_a_size(generator):
