@@ -7,8 +7,10 @@ import torch
 
 from hpdm_kernels._triton import KernelSpec
 from hpdm_kernels.aot.execution.counts import Counts
-from hpdm_kernels.aot.execution.coverage import executed, is_of
+from hpdm_kernels.aot.execution.coverage import Executed, executed, is_of
 from hpdm_kernels.aot.execution.launch import Launch, executing
+from hpdm_kernels.aot.execution.limits import is_above, reason
+from hpdm_kernels.aot.execution.report import render
 
 
 def kernel():
@@ -82,3 +84,29 @@ def test_unknown_target_and_interpreted_process_are_refused():
     if _triton.INTERPRETED:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), executing(80):
             pass
+
+
+def result(kernel, target="sm_80", sectors=1.0, wavefronts=1.0):
+    return Executed(kernel, target, "op", 1, 10, 0, 0, 0, sectors, wavefronts, "", ())
+
+
+def test_more_traffic_than_allowed_needs_a_reason():
+    assert not is_above(result("average_tiles[fp32,mean]", sectors=1.1, wavefronts=1.25))
+    for above in (result("average_tiles[fp32,mean]", sectors=1.11), result("x", wavefronts=1.26)):
+        assert is_above(above)
+        assert reason(above) == "", "none is known for the shapes of the paper"
+    # The presets' heads, aligned rows, products on matrix units: nothing explains waste in these.
+    for kernel in (
+        "cross_attention_fwd[fp32,tf32,d64]",
+        "cross_attention_bwd_q[bf16,ieee,d64]",
+        "add_context[fp32,onto,aligned]",
+    ):
+        assert reason(result(kernel)) == "", kernel
+    assert reason(result("cross_attention_fwd[bf16,ieee,d24,mask]")) == "a"
+    assert reason(result("context_matmul[ieee,nt]")) == "b"
+    turned = [reason(result("context_matmul[tf32,nn]", target)) for target in ("sm_80", "sm_90")]
+    assert turned == ["", "c"]
+    page = render([result("sample_patches_fwd[fp32]", sectors=1.5), result("extract_tiles[fp32,plain]")], "command")
+    assert "| f | 1 | pixels of a patch" in page
+    assert "| 1.50 | 1.00 | f | - |" in page
+    assert "| 1.00 | 1.00 |  | - |" in page

@@ -22,6 +22,7 @@ from hpdm_kernels.aot.collect import collect_by_op, op_modules
 from hpdm_kernels.aot.execution.cases import Case, all_cases
 from hpdm_kernels.aot.execution.coverage import Executed, executed
 from hpdm_kernels.aot.execution.launch import TARGETS, Launch, executing
+from hpdm_kernels.aot.execution.limits import is_above, reason
 from hpdm_kernels.aot.execution.report import render
 from hpdm_kernels.aot.table import write_text
 
@@ -76,11 +77,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = {spec.name: executed(op, spec, target, launches) for spec in here}
             results += [result for result in found.values() if result]
             absent += [f"{name} on {target}" for name, result in found.items() if result is None]
+    unexplained = [r for r in results if is_above(r) and not reason(r)]
+    for r in unexplained:
+        print(f"{r.kernel} on {r.target}: {r.sectors} sectors, {r.wavefronts} wavefronts of the ideal, no reason known")
     print(_summary(results, absent if everything else [], failed))
     if options.json:
         out = {"executed": [asdict(r) for r in results], "missing": absent, "failed": failed, "faulty": faulty}
         write_text(options.json, json.dumps(out, indent=1) + "\n")
-    wrong = failed + faulty + (len(absent) if everything else 0)
+    wrong = failed + faulty + len(unexplained) + (len(absent) if everything else 0)
     if options.save and not wrong:
         write_text(options.save, render(results, f"python -m hpdm_kernels.aot.execution --save {options.save}"))
     return 1 if wrong else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hpdm_kernels.aot.execution.coverage import Executed
+from hpdm_kernels.aot.execution.limits import REASONS, SECTORS, WAVEFRONTS, is_above, reason
 
 _COLUMNS: dict[str, Callable[[Executed], str]] = {
     "instructions per warp": lambda r: f"{r.instructions:,}",
@@ -13,6 +14,7 @@ _COLUMNS: dict[str, Callable[[Executed], str]] = {
     "MMA MFLOP": lambda r: f"{r.flops / 1e6:.1f}" if r.flops else "-",
     "sectors / ideal": lambda r: f"{r.sectors:.2f}",
     "wavefronts / ideal": lambda r: f"{r.wavefronts:.2f}",
+    "why": lambda r: reason(r) if is_above(r) else "",
     "worst instruction": lambda r: r.worst or "-",
 }
 
@@ -39,26 +41,33 @@ A cell holds one value if it is the same for both targets, else one per target, 
 bytes of each request; 1.00 is fully coalesced |
 | wavefronts / ideal | cycles of shared memory, against those without bank conflicts, of loads, stores, `ldmatrix`, \
 `stmatrix` and asynchronous copies; operands of `wgmma` are not counted |
+| why | for more than {sectors} sectors or {wavefronts} wavefronts: the reason, see below |
 | worst instruction | the one with the most sectors or wavefronts that are not needed, with its line in the source |"""
 
 
 def render(results: Sequence[Executed], command: str) -> str:
     """The table in Markdown, one line per kernel configuration; ``command`` is the command that writes the file."""
     targets = list(dict.fromkeys(r.target for r in results))
-    parts = [_INTRODUCTION.format(command=command, targets=" and ".join(targets))]
+    limits = {"sectors": f"{SECTORS:.2f}", "wavefronts": f"{WAVEFRONTS:.2f}"}
+    parts = [_INTRODUCTION.format(command=command, targets=" and ".join(targets), **limits)]
     parts.append(f"{len(results)} configurations and targets, {sum(r.launches for r in results):,} launches.")
+    reasons = [reason(r) for r in results if is_above(r)]
+    parts.append(
+        f"{len(reasons)} of them are above one of the limits:\n\n| why | configurations | |\n|---|--:|---|\n"
+        + "\n".join(f"| {letter} | {reasons.count(letter)} | {text} |" for letter, (_, text) in REASONS.items())
+    )
     for op in dict.fromkeys(r.op for r in results):
         parts += [f"## {op}", _lines([r for r in results if r.op == op], targets)]
     return "\n\n".join(parts) + "\n"
 
 
 def _lines(results: Sequence[Executed], targets: Sequence[str]) -> str:
-    lines = [f"| kernel | {' | '.join(_COLUMNS)} |", "|---|" + "--:|" * (len(_COLUMNS) - 1) + "---|"]
+    lines = [f"| kernel | {' | '.join(_COLUMNS)} |", "|---|" + "--:|" * (len(_COLUMNS) - 2) + "---|---|"]
     for kernel in dict.fromkeys(r.kernel for r in results):
         rows = sorted((r for r in results if r.kernel == kernel), key=lambda r: targets.index(r.target))
         cells = []
         for text in _COLUMNS.values():
             values = [text(r) for r in rows]
-            cells.append(values[0] if len(set(values)) == 1 else " / ".join(values))
+            cells.append(values[0] if len(set(values)) == 1 else " / ".join(v or "-" for v in values))
         lines.append(f"| `{kernel}` | {' | '.join(cells)} |")
     return "\n".join(lines)
