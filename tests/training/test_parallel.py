@@ -14,7 +14,8 @@ from hpdm.training.checkpoint import list_checkpoints
 from tests.processes import run_ranks
 from tests.small import stop_after_checkpoint, train_options
 
-RUNS = ["ddp", "fsdp", "resumed_by_two", "resumed_by_one"]
+RECOMPUTING = {"ddp_selective": "ddp", "fsdp_selective": "fsdp", "fsdp_block": "fsdp"}
+RUNS = ["ddp", "fsdp", *RECOMPUTING, "resumed_by_two", "resumed_by_one"]
 
 
 def options(clips, out, **changes):
@@ -41,6 +42,8 @@ def train_in_a_group(clips, out):
         rank = distributed.rank()
         for how in ("ddp", "fsdp"):
             train(followed(clips, out / how, parallel=how))
+        for name, how in RECOMPUTING.items():
+            train(options(clips, out / name, parallel=how, recompute=name.removeprefix(f"{how}_")))
         train(options(clips, out / "resumed_by_two", parallel="fsdp"))
         with pytest.MonkeyPatch.context() as patch:
             stop_after_checkpoint(1, patch)
