@@ -89,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if saved and failed:
         print(f"error: {saved} not written: it lists kernels that may be shipped", file=sys.stderr)
     elif saved:
-        write_text(saved, render(Table(tool_versions(), _in_order(by_op, [*reused, *results])), _command(saved)))
+        page = saved.with_name("executed.md")
+        executed = page.read_text(encoding="utf-8") if page.exists() else ""
+        table = Table(tool_versions(), _in_order(by_op, [*reused, *results]))
+        write_text(saved, render(table, _command(saved), executed))
     return 1 if failed else 0
 
 

@@ -143,8 +143,10 @@ _WITHIN = {
 }
 
 
+WHOLE_QUERIES, WHOLE_KEYS = 128, 64
+"""Queries and keys of a block of the tilings for whole blocks."""
 # Compute capability -> (kernel, products, head width) -> tiling, if all blocks are whole: masks take registers.
-_WHOLE_BLOCKS = {90: {("fwd", "tf32", 64): Tiling(128, 64, 4, 3, parts=4, programs=2)}}
+_WHOLE_BLOCKS = {90: {("fwd", "tf32", 64): Tiling(WHOLE_QUERIES, WHOLE_KEYS, 4, 3, parts=4, programs=2)}}
 
 
 class Gpu(NamedTuple):
@@ -164,8 +166,8 @@ def gpu_tiling(kernel: str, products: str, block_d: int, gpu: Gpu, whole: bool =
         products: the second part: ``"16bit"``, or the precision of fp32 products.
         block_d: head width, rounded up to a power of two.
         gpu: where the kernel runs.
-        whole: queries, keys and head width fill blocks of :data:`KEY_PAD` rows and ``block_d`` columns, and no key is
-            hidden.
+        whole: queries, keys and head width fill blocks of :data:`WHOLE_QUERIES`, :data:`WHOLE_KEYS` and ``block_d``,
+            and no key is hidden.
     """
     index = sum(block_d > width for width in HEAD_WIDTHS)
     key = kernel, products, HEAD_WIDTHS[index]

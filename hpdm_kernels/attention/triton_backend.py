@@ -10,7 +10,15 @@ from torch import Tensor
 from hpdm_kernels._layout import dense_rows
 from hpdm_kernels._triton import INTERPRETED, launch_grid, triton
 from hpdm_kernels.attention import triton_kernels as kernels
-from hpdm_kernels.attention.block_sizes import COMBINE_ROWS, KEY_PAD, Tiling, backward_precision, tiling
+from hpdm_kernels.attention.block_sizes import (
+    COMBINE_ROWS,
+    KEY_PAD,
+    WHOLE_KEYS,
+    WHOLE_QUERIES,
+    Tiling,
+    backward_precision,
+    tiling,
+)
 from hpdm_kernels.attention.layout import empty_heads
 
 LOG2E = 1.4426950408889634
@@ -152,8 +160,8 @@ def backward(
 
 
 def _whole(queries: int, keys: int, width: int, block_d: int, key_mask: Tensor | None) -> bool:
-    """Whether blocks of :data:`KEY_PAD` rows and ``block_d`` columns are full and no key is hidden."""
-    return key_mask is None and width == block_d and queries % KEY_PAD == keys % KEY_PAD == 0
+    """Whether the tilings for whole blocks serve: all blocks are full and no key is hidden."""
+    return key_mask is None and width == block_d and queries % WHOLE_QUERIES == keys % WHOLE_KEYS == 0
 
 
 def _even(queries: int, keys: int, key_mask: Tensor | None, tile: Tiling) -> bool:

@@ -134,7 +134,7 @@ def test_stale_table_is_reported(tmp_path: Path) -> None:
     name, config = (cell.strip() for cell in rows[1].strip("|").split("|")[:2])
     changed = text.replace(rows[0] + "\n", "").replace(rows[1], rows[1].replace(config, "M7, 1 x 1"))
     changed = changed.replace(rows[2], rows[2].replace("[", "[renamed,", 1))
-    digest = rows[3].split("|")[-2].strip()
+    digest = rows[3].split("|")[-4].strip()
     changed = changed.replace(rows[3], rows[3].replace(digest, "0123456789ab"))
     file = tmp_path / "kernels.md"
     file.write_text(changed, encoding="utf-8")
@@ -390,6 +390,15 @@ def test_table_is_read_back_as_written() -> None:
     assert "| 255 / 90 / 90 | 0 | 32768 | HMMA / HGMMA+HMMA / UTCHMMA | TF32 | 12 of 40 | 24 / 60 / 0 | SASS |" in text
     with pytest.raises(ValueError, match="table"):
         aot_table.read(text.replace("24 / 60 / 0", "24 / 60"))
+
+
+def test_table_repeats_what_was_executed() -> None:
+    """Where the page of executed kernels has a row."""
+    page = "| kernel | launches | sectors / ideal | wavefronts / ideal |\n| `cross[fp32]` | 3 | 1.00 / 1.20 | 1.50 |"
+    table = aot_table.Table({}, results())
+    rows = [line for line in aot_table.render(table, "the command", page).splitlines() if line.startswith("| `")]
+    assert [row.split(" | ")[-2:] for row in rows] == [["1.00 / 1.20", "1.50 |"], ["-", "- |"]]
+    assert aot_table.read("\n".join(["## cross_attention", rows[0]])).results == results()[:3]
 
 
 def test_lost_instructions_are_reported() -> None:
