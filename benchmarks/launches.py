@@ -12,9 +12,13 @@ import contextlib
 import functools
 import unittest.mock
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
+
 from hpdm_kernels import _backend, _triton, boxes
+from hpdm_kernels.aot.execution.launch import PROPERTIES
 from hpdm_kernels.context import checks
 
 
@@ -47,7 +51,7 @@ def _binder(kernel: Any) -> tuple[Any, dict[Any, str]]:
 def recorded_launches() -> Iterator[list[Launch]]:
     """Within the block launches are appended to the list instead of being made; results have any values.
 
-    Tensors on the CPU are treated as if they were on a GPU: the kernels take them, and values of boxes are not read.
+    Tensors on the CPU are treated as if they were on an H100: the kernels take them, and values of boxes are not read.
     """
     from triton.runtime import jit
 
@@ -60,11 +64,16 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     with (
         unittest.mock.patch.object(jit.JITFunction, "run", run),
+        unittest.mock.patch.object(torch.cuda, "get_device_properties", _h100),
         unittest.mock.patch.object(_backend, "_triton_obstacle", _no),
         unittest.mock.patch.object(boxes, "values_are_readable", _no),
         unittest.mock.patch.object(checks, "values_are_readable", _no),
     ):
         yield launches
+
+
+def _h100(_: object) -> SimpleNamespace:
+    return PROPERTIES[90]
 
 
 def _no(*_: object) -> None:

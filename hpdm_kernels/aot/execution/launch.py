@@ -27,7 +27,7 @@ TARGETS = (80, 90)
 """Compute capabilities whose PTX can be executed."""
 
 
-_PROPERTIES = {
+PROPERTIES = {
     target: SimpleNamespace(
         major=target // 10,
         minor=target % 10,
@@ -171,7 +171,7 @@ def _replacements(execution: Execution) -> Iterator[tuple[Any, str, Any]]:
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: poison(allocate(*args, **kwargs))
 
-    yield torch.cuda, "get_device_properties", lambda device: _PROPERTIES[execution.target]
+    yield torch.cuda, "get_device_properties", lambda device: PROPERTIES[execution.target]
     yield _triton, "executed", True
     yield jit_function, "run", run
     yield Tensor, "data_ptr", exposing_data_ptr
