@@ -11,7 +11,6 @@ from pathlib import Path
 
 from hpdm_kernels._triton import SHARED_MEMORY_LIMITS, KernelSpec
 from hpdm_kernels.aot.digest import digest
-from hpdm_kernels.aot.execution.limits import SECTORS, WAVEFRONTS
 from hpdm_kernels.aot.result import TARGETS, Result, compilations, config_text
 
 
@@ -76,8 +75,7 @@ as above and 1,024 bytes more per block | measured; tensor memory, which limits 
 | digest | of the code and configuration that were compiled; a row is evidence as long as this is today's | changed by \
 comments, names or moves between files |
 | sectors / ideal, wavefronts / ideal | what the code of sm_80 and sm_90 moved when it was executed on a CPU, from \
-[executed.md](executed.md), which has the reasons for more than {sectors} and {wavefronts}; `-`: not executed | \
-caches, time |
+[executed.md](executed.md), which has the reason where it is much more than the ideal; `-`: not executed | caches, time |
 
 Pointers are assumed to be multiples of 16 bytes, sizes and strides multiples of 16 where the op says so and unknown
 elsewhere. At launch Triton looks at the values: an integer argument that is 1 becomes a constant, a multiple of 16 is
@@ -102,8 +100,6 @@ def render(table: Table, command: str, executed: str = "") -> str:
             targets=" / ".join(TARGETS),
             limits=" / ".join(f"{SHARED_MEMORY_LIMITS[target]:,}" for target in TARGETS),
             small=f"{min(SHARED_MEMORY_LIMITS.values()):,}",
-            sectors=f"{SECTORS:.2f}",
-            wavefronts=f"{WAVEFRONTS:.2f}",
         ),
         f"## Summary\n\n{len(results)} compilations, {sum(bool(r.stack) for r in results)} with stack, "
         f"{sum((r.shared or 0) > SHARED_MEMORY_LIMITS[r.target] for r in results)} over the limit of shared memory.",
