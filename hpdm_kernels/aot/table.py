@@ -75,7 +75,7 @@ as above and 1,024 bytes more per block | measured; tensor memory, which limits 
 | digest | of the code and configuration that were compiled; a row is evidence as long as this is today's | changed by \
 comments, names or moves between files |
 | sectors / ideal, wavefronts / ideal | what the code of sm_80 and sm_90 moved when it was executed on a CPU, from \
-[executed.md](executed.md), which has the reason where it is much more than the ideal; `-`: not executed | caches, time |
+[executed.md](executed.md), which has the reason where it is far above the ideal; `-`: not executed | caches, time |
 
 Pointers are assumed to be multiples of 16 bytes, sizes and strides multiples of 16 where the op says so and unknown
 elsewhere. At launch Triton looks at the values: an integer argument that is 1 becomes a constant, a multiple of 16 is
