@@ -5,8 +5,8 @@
 
     python -m benchmarks.report FILE.json ...                       prints Markdown tables, draws charts beside each
     python -m benchmarks.report OLD.json NEW.json                   also lists differences in time and memory
-    python -m benchmarks.report --readme README.md FILE.json ...    writes the README's results between two markers
-    python -m benchmarks.report --readme README.md --check          checks the README against the files that it names
+    python -m benchmarks.report --readme PAGE.md FILE.json ...    writes the results between two markers of a page
+    python -m benchmarks.report --readme PAGE.md --check          checks the page against the files that it names
 
 Exit status 1: something got slower or needs more memory, or the README differs; 2: a file or argument is unusable.
 """
