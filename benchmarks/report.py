@@ -1,12 +1,12 @@
-"""``python -m benchmarks.report``: tables, charts, comparisons and the README's results from the JSON files of
+"""``python -m benchmarks.report``: tables, charts, comparisons and a page of results from the JSON files of
 ``pytest benchmarks``.
 
 ::
 
     python -m benchmarks.report FILE.json ...                       prints Markdown tables, draws charts beside each
     python -m benchmarks.report OLD.json NEW.json                   also lists differences in time and memory
-    python -m benchmarks.report --readme PAGE.md FILE.json ...    writes the results between two markers of a page
-    python -m benchmarks.report --readme PAGE.md --check          checks the page against the files that it names
+    python -m benchmarks.report --readme PAGE.md FILE.json ...      writes the results between two markers of a page
+    python -m benchmarks.report --readme PAGE.md --check            checks the page against the files that it names
 
 Exit status 1: something got slower or needs more memory, or the README differs; 2: a file or argument is unusable.
 """
