@@ -110,7 +110,7 @@ def _table1_speed(rows: Sequence[dict[str, Any]]) -> str:
 
 def _table1_memory(preset: str, rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        f"Table 1 with {preset}: peak memory of one fp32 training step at batch 1 [GB]; work per video [TFLOP]",
+        f"Table 1 with {preset}: peak memory of one fp32 step with LAMB at batch 1 [GB]; work per video [TFLOP]",
         f"{'':<48}{'':>10}{'':>10}  {'kernels on, recompute':^29} {'of':>10}  {'TFLOP, recompute':^26}",
         f"{'method':<17}{'resolution':<12}{'patch':<12}{'adaptive':<9}{'published':>9}{'reference':>10}  "
         f"{'none':>9}{'selective':>10}{'block':>9}  {'published':>9}  {'none':>8}{'selective':>10}{'block':>8}",
