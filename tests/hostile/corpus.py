@@ -85,7 +85,7 @@ CONFIG_EDITS: list[tuple[tuple[str | int, ...], Any]] = [
 ]  # fmt: skip
 
 STATE_EDITS: list[tuple[tuple[str | int, ...], Any]] = [
-    (("format",), 3), (("format",), 1), (("format",), "2"), (("format",), None), (("format",), NAN), (("format",), ...),
+    (("format",), 4), (("format",), 1), (("format",), "2"), (("format",), None), (("format",), NAN), (("format",), ...),
     (("step",), 3), (("step",), -5), (("step",), 10**30), (("step",), "1"), (("step",), NAN), (("step",), None),
     (("step",), True), (("step",), 1.0), (("step",), ...), (("step",), [1]),
     (("files",), ...), (("files",), []), (("files",), {}), (("files",), None), (("files",), "x"),
