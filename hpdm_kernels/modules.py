@@ -151,7 +151,11 @@ class CrossAttention(nn.Module):
         return self.to_kv(context)
 
     def attend(self, queries: Tensor, keys_and_values: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """:meth:`forward` with the result of :meth:`keys_and_values` in place of the context."""
+        """:meth:`forward` with the context's keys and values ready-made.
+
+        ``queries [B, M, query_width]``, ``keys_and_values [B, N, 2 * width]``, ``key_mask [B, N]`` bool, true where a
+        row may be attended to -> ``[B, M, out_width or width]``.
+        """
         q = _split_heads(self.to_q(queries), self.heads)  # [B, h, M, d]
         k, v = (_split_heads(t, self.heads) for t in keys_and_values.chunk(2, dim=-1))  # [B, h, N, d]
         out = cross_attention(q, k, v, key_mask=key_mask, backend=self.backend)  # [B, h, M, d]

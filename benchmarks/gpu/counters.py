@@ -65,9 +65,18 @@ def profile(file: Path, words: Sequence[str]) -> int:
 
 
 def profiled(file: Path) -> list[tuple[str, dict[str, int]]]:
-    """Kernel and counters of each launch of a file of :func:`profile`, in their order."""
+    """Kernel and counters of each launch of a file of :func:`profile`, in their order.
+
+    Raises:
+        ValueError: the file has no launches, or lacks a column.
+    """
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith('"')]
     rows = list(csv.DictReader(lines))[1:]  # the first row has the units
+    if not rows:
+        raise ValueError(f"{file}: got no launches, expected a CSV file of Nsight Compute")
+    missing = {"Kernel Name", *COUNTERS.values()} - rows[0].keys()
+    if missing:
+        raise ValueError(f"{file}: got no column {', '.join(sorted(missing))}")
     number = lambda text: int(float(text.replace(",", "")))
     return [(row["Kernel Name"], {name: number(row[c]) for name, c in COUNTERS.items()}) for row in rows]
 
@@ -119,22 +128,30 @@ def compare(file: Path, cases: Iterable[Case], target: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 if something was wrong or differs."""
+    """Runs the command; returns 0, 1 if something was wrong or differs, 2 for a file that cannot be compared."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.counters")
     parser.add_argument("do", choices=("run", "profile", "compare"))
     parser.add_argument("file", type=Path, nargs="?", help="CSV file of profile and compare")
     parser.add_argument("--filter", nargs="+", default=[""], metavar="WORD", help="only cases with one of these names")
-    parser.add_argument("--part", default="1/1", metavar="I/N", help="only every N-th case, from the I-th on")
+    parser.add_argument(
+        "--part", default="1/1", metavar="I/N", help="only every N-th case, from the I-th on; not of profile"
+    )
     options = parser.parse_args(arguments)
     if options.do != "run" and options.file is None:
         parser.error(f"{options.do}: expected a CSV file")
     first, _, step = options.part.partition("/")
     cases = chosen(options.filter)[int(first) - 1 :: int(step)]
+    if not cases:
+        parser.error(f"no case's name contains one of {options.filter}")
     if options.do == "run":
         return int(run(cases) > 0)
     if options.do == "profile":
         return profile(options.file, options.filter)
-    return int(compare(options.file, cases, 90) > 0)
+    try:
+        return int(compare(options.file, cases, 90) > 0)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
