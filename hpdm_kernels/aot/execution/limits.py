@@ -32,7 +32,7 @@ REASONS: dict[str, tuple[str, str]] = {
         "a warp loads the few numbers that several rows share",
     ),
     "e": (
-        r"(,any\]|unaligned|index=True|cross_attention_fwd\[fp32,tf32,d48,mask)",
+        r"(,any\]|unaligned|index=True)",
         "rows that are no multiple of 32 bytes, or begin between two: their first and last sectors are shared by two "
         "requests",
     ),
@@ -41,6 +41,10 @@ REASONS: dict[str, tuple[str, str]] = {
         "pixels of a patch lie apart in the video; what a request leaves the next one finds in L1",
     ),
     "g": (r"context_geometry", "one warp per sample and source writes a table of 16 numbers"),
+    "h": (
+        r"cross_attention_fwd\[fp32,tf32,d48,mask\] on sm_90",
+        "the mask is read in the order of the keys that are turned, where neighbors are a quarter of a block apart",
+    ),
 }
 
 
