@@ -51,7 +51,7 @@ test-ptx: $(READY)  ## execute every compiled kernel on the CPU, instruction by 
 
 # The versions of PyTorch's own wheels, each in a folder: test -e tells whether pip is done.
 TRITONS := 3.6.0 3.7.1
-test-triton: $(READY)  ## compile and execute every kernel with other versions of Triton, in half an hour
+test-triton: $(READY)  ## compile and execute every kernel with other versions of Triton, in a quarter of an hour
 	for v in $(TRITONS); do test -e $(VENV)/tritons/$$v/triton-$$v.dist-info/RECORD \
 		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/tritons/$$v triton==$$v \
 		|| exit 1; done

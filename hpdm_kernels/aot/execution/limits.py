@@ -22,7 +22,7 @@ REASONS: dict[str, tuple[str, str]] = {
         "warp read two to eight rows of a block at once. A tenth of these loads is left out by the assembler",
     ),
     "c": (
-        r"(cross_attention_(fwd|bwd_kv)\[fp32,tf32(x3)?,d(48|64|96)|context_matmul\[tf32(x3)?,(nn|tn)).* on sm_90",
+        r"(attention_fwd\[fp32,tf32x3,|attention_bwd_kv\[fp32,tf32,d96|context_matmul\[tf32(x3)?,(nn|tn)).* on sm_90",
         "Hopper takes operands of fp32 products only with the summed axis contiguous, so blocks are turned on the way "
         "to shared memory, 4 bytes at a time. In attention of one pass they are turned in registers up to width 64",
     ),
@@ -38,7 +38,7 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     "f": (
         r"sample_patches",
-        "pixels of a patch lie apart in the video; what a request leaves the next one finds in L1",
+        "pixels of a patch lie apart in the video; what a request leaves the next one finds in the L1 cache",
     ),
     "g": (r"context_geometry", "one warp per sample and source writes a table of 16 numbers"),
     "h": (
