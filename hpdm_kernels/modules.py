@@ -10,16 +10,19 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpdm_kernels._backend import BACKENDS, check_backend
+from hpdm_kernels._backend import BACKENDS, check_backend, resolve
 from hpdm_kernels.attention.api import cross_attention, read_tokens
 from hpdm_kernels.context.api import fuse_context, fuse_projected, project_sources
 from hpdm_kernels.patches.api import sample_patches
+from hpdm_kernels.rows.api import bias_gelu
 from hpdm_kernels.tiles.api import average_tiles
 
 __all__ = [
     "BACKENDS",
+    "MLP",
     "ContextFusion",
     "CrossAttention",
     "PatchSampler",
@@ -187,6 +190,30 @@ class SelfAttention(nn.Module):
         """``x [B, M, width]`` -> ``[B, M, width]``."""
         q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(x).chunk(3, dim=-1))  # [B, h, M, d]
         return self.to_out(_merge_heads(cross_attention(q, k, v, backend=self.backend)))
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, Linear; where the kernels run, :func:`hpdm_kernels.bias_gelu` adds the first bias.
+
+    Elsewhere PyTorch adds it within the product, which is as fast.
+
+    Args:
+        width: of the input and the output.
+        ratio: width of the hidden layer, in multiples of ``width``.
+        backend: see :func:`hpdm_kernels.bias_gelu`. It never changes the parameters.
+    """
+
+    def __init__(self, width: int, ratio: int, *, backend: str = "auto") -> None:
+        hidden = ratio * width
+        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+        self.backend = check_backend(backend)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` -> ``[..., width]``."""
+        if resolve(self.backend, "bias_gelu", x) != "triton":
+            return super().forward(x)
+        first, _, last = self
+        return last(bias_gelu(F.linear(x, first.weight), first.bias, backend="triton"))
 
 
 class PatchSampler(nn.Module):

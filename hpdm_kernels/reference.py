@@ -170,3 +170,25 @@ def sample_patches(video: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
         matrix = area_weights(box[:, axis], box[:, 3 + axis], size[axis], video.shape[2 + axis])
         out = torch.einsum("bnr,bc...r->bc...n", matrix, out.movedim(2 + axis, -1)).movedim(-1, 2 + axis)
     return out.to(video.dtype)
+
+
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer norm of ``y = x + gate * branch`` times ``1 + scale`` plus ``shift``, ``[B, N, D]``; with a branch also y."""
+    y = x
+    if branch is not None:
+        y = (x + branch).to(x.dtype) if gate is None else gated_residual(x, branch, gate)
+    normal = F.layer_norm(y, y.shape[2:], eps=eps)
+    out = torch.addcmul(shift[:, None], normal, 1 + scale[:, None]).to(x.dtype)
+    return out if branch is None else (y, out)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """``x + gate * branch``, of ``[B, N, D]`` twice and ``[B, D]``."""
+    return torch.addcmul(x, gate[:, None], branch).to(x.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU by its tanh formula of ``x + bias``, of ``[..., D]`` and ``[D]``."""
+    return F.gelu(x + bias, approximate="tanh").to(x.dtype)

@@ -57,7 +57,7 @@ class HPDM(nn.Module):
         self.position_h = nn.Parameter(torch.empty(1, h, 1, config.width))
         self.position_w = nn.Parameter(torch.empty(1, 1, w, config.width))
         self.latents = nn.Parameter(torch.empty(config.latents, config.latent_width))
-        self.self_conditioning = SelfConditioning(config) if config.self_conditioning else None
+        self.self_conditioning = SelfConditioning(config, kernels) if config.self_conditioning else None
         self.conditioner = Conditioner(config)
         self.blocks = nn.ModuleList()
         for n in config.levels_per_block:

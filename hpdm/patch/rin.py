@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.recompute import Recompute, recomputed, recomputed_but_products
 from hpdm.patch.sinusoidal_fusion import SinusoidalFusion
-from hpdm_kernels.modules import ContextFusion, CrossAttention, SelfAttention
+from hpdm_kernels import gated_residual, modulated_norm
+from hpdm_kernels.modules import MLP, ContextFusion, CrossAttention, SelfAttention
 
 CHUNK_ROWS, CHUNKS = 8192, 8
 """The write is recomputed in chunks of about 8192 tokens; of more tokens where that would make more than 8 chunks."""
@@ -38,13 +39,8 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(conditioning_width, count * width)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:
-        """``c [B, c]``, already activated -> ``count`` tensors ``[B, 1, width]``."""
-        return self.linear(c)[:, None].chunk(self.count, dim=-1)  # count x [B, 1, width]
-
-
-def mlp(width: int, ratio: int) -> nn.Sequential:
-    """Linear, GELU, Linear."""
-    return nn.Sequential(nn.Linear(width, ratio * width), nn.GELU(approximate="tanh"), nn.Linear(ratio * width, width))
+        """``c [B, c]``, already activated -> ``count`` tensors ``[B, width]``."""
+        return self.linear(c).chunk(self.count, dim=-1)  # count x [B, width]
 
 
 class SelfConditioning(nn.Module):
@@ -54,9 +50,9 @@ class SelfConditioning(nn.Module):
     behaves like one without self-conditioning.
     """
 
-    def __init__(self, config: HPDMConfig) -> None:
+    def __init__(self, config: HPDMConfig, kernels: str) -> None:
         super().__init__()
-        self.mlp = mlp(config.latent_width, config.latent_mlp_ratio)
+        self.mlp = MLP(config.latent_width, config.latent_mlp_ratio, backend=kernels)
         self.norm = nn.LayerNorm(config.latent_width)
         nn.init.zeros_(self.norm.weight)
 
@@ -71,16 +67,17 @@ class LatentLayer(nn.Module):
     def __init__(self, config: HPDMConfig, kernels: str) -> None:
         super().__init__()
         width = config.latent_width
+        self.kernels = kernels
         self.modulation = Modulation(config.conditioning_width, width, 6)
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.attention = SelfAttention(width, head_width=config.head_width, backend=kernels)
-        self.mlp = mlp(width, config.latent_mlp_ratio)
+        self.mlp = MLP(width, config.latent_mlp_ratio, backend=kernels)
 
     def forward(self, z: Tensor, c: Tensor) -> Tensor:
         """``z [B, M, E]``, ``c [B, c]`` -> ``[B, M, E]``."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # [B, 1, E] each
-        z = torch.addcmul(z, gate1, self.attention(torch.addcmul(shift1, self.norm(z), 1 + scale1)))  # [B, M, E]
-        return torch.addcmul(z, gate2, self.mlp(torch.addcmul(shift2, self.norm(z), 1 + scale2)))  # [B, M, E]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # [B, E] each
+        attended = self.attention(modulated_norm(z, shift1, scale1, backend=self.kernels))  # [B, M, E]
+        z, normal = modulated_norm(z, shift2, scale2, attended, gate1, backend=self.kernels)  # [B, M, E] both
+        return gated_residual(z, self.mlp(normal), gate2, backend=self.kernels)
 
 
 def make_fusion(config: HPDMConfig, kernels: str) -> ContextFusion:
@@ -109,6 +106,7 @@ class RINBlock(nn.Module):
         super().__init__()
         d, e, c = config.width, config.latent_width, config.conditioning_width
         self.levels = levels
+        self.kernels = kernels
         self.recompute = recompute
         self._part: Callable[..., Any] = recomputed if recompute == "block" else recomputed_but_products
         self.fusion = make_fusion(config, kernels) if levels > 1 and config.fusion == "deep" else None
@@ -123,8 +121,7 @@ class RINBlock(nn.Module):
         self.write_norm = nn.LayerNorm(d)
         self.write = CrossAttention(d, e, e, d, head_width=config.head_width, backend=kernels)
         self.token_modulation = Modulation(c, d, 3)
-        self.token_norm = nn.LayerNorm(d, elementwise_affine=False)
-        self.token_mlp = mlp(d, config.token_mlp_ratio)
+        self.token_mlp = MLP(d, config.token_mlp_ratio, backend=kernels)
 
     def forward(
         self, x: Tensor, z: Tensor, c: Tensor, text: Tensor | None = None, text_mask: Tensor | None = None
@@ -173,12 +170,13 @@ class RINBlock(nn.Module):
         return z
 
     def _write(self, x: Tensor, latents: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
-        """Tokens ``[B, N, D]`` attend to latents, then a token MLP modulated by three ``[B, 1, D]``.
+        """Tokens ``[B, N, D]`` attend to latents, then a token MLP modulated by three ``[B, D]``.
 
         ``latents [B, M, 2E]`` are their keys and values.
         """
-        x = x + self.write.attend(self.write_norm(x), latents)  # [B, N, D]
-        return torch.addcmul(x, gate, self.token_mlp(torch.addcmul(shift, self.token_norm(x), 1 + scale)))
+        written = self.write.attend(self.write_norm(x), latents)  # [B, N, D]
+        x, normal = modulated_norm(x, shift, scale, written, backend=self.kernels)  # [B, N, D] both
+        return gated_residual(x, self.token_mlp(normal), gate, backend=self.kernels)
 
     def _checkpointed_write(self, x: Tensor, z: Tensor, c: Tensor) -> Tensor:
         """:meth:`_write`, computed again in the backward pass, chunk by chunk: tokens do not depend on each other."""

@@ -1,0 +1,1 @@
+"""What stands between the products of a network, each in one pass over its rows: norm, gated residual, GELU."""
