@@ -159,10 +159,12 @@ def test_read_tokens(compare, backends, device, generator, shape, direction):
     def recomputed(q: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
         return checkpoint(projected, q, tokens, weight, use_reentrant=False, preserve_rng_state=False)
 
-    def ours(backend: str) -> Callable[..., Tensor]:
-        return lambda q, tokens, weight: read_tokens(q, tokens, weight, backend=backend, precision="ieee")
+    def ours(backend: str, recompute: bool | None = None) -> Callable[..., Tensor]:
+        return lambda q, tokens, weight: read_tokens(
+            q, tokens, weight, recompute=recompute, backend=backend, precision="ieee"
+        )
 
-    fused = ("projection, SDPA", "projection, SDPA, checkpoint", "hpdm torch")
+    fused = ("projection, SDPA", "projection, SDPA, checkpoint", "hpdm torch", "hpdm torch, recompute")
     product = 2 * tokens[..., 0].numel() * width * both
     ends = 2 * q.numel() + tokens.numel() + weight.numel()
     compare(
@@ -171,6 +173,7 @@ def test_read_tokens(compare, backends, device, generator, shape, direction):
             fused[0]: projected,
             fused[1]: recomputed,
             **{f"hpdm {backend}": ours(backend) for backend in backends},
+            **{f"hpdm {backend}, recompute": ours(backend, recompute=True) for backend in backends},
         },
         inputs=(q, tokens, weight),
         group="read_tokens",

@@ -146,7 +146,9 @@ class CrossAttention(nn.Module):
             rows = context if isinstance(context, Tensor) else torch.cat(list(context), dim=1)  # [B, N, context_width]
             return self.attend(queries, self.keys_and_values(rows), key_mask=key_mask)
         q = _split_heads(self.to_q(queries), self.heads)  # [B, h, M, d]
-        out = read_tokens(q, context, self.to_kv.weight, key_mask=key_mask, backend=self.backend)
+        out = read_tokens(
+            q, context, self.to_kv.weight, key_mask=key_mask, recompute=True, backend=self.backend
+        )
         return self.to_out(_merge_heads(out))  # [B, M, out_width or width]
 
     def keys_and_values(self, context: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ class MLP(nn.Sequential):
         self.backend = check_backend(backend)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., width]`` -> ``[..., width]``."""
+        """``[B, N, width]`` -> ``[B, N, width]``."""
         if resolve(self.backend, "bias_gelu", x) != "triton":
             return super().forward(x)
         first, _, last = self

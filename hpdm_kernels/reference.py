@@ -190,5 +190,5 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU by its tanh formula of ``x + bias``, of ``[..., D]`` and ``[D]``."""
+    """GELU by its tanh formula of ``x + bias``, of ``[B, N, D]`` and ``[D]``."""
     return F.gelu(x + bias, approximate="tanh").to(x.dtype)

@@ -78,7 +78,7 @@ def read(rows: int, arithmetic: str, backend: str, device: torch.device, generat
     # The projection is PyTorch's own product.
     with products_in("tf32" if precision == "tf32" else "ieee"):
         return against_formula(
-            lambda q, t, w: read_tokens(q, t, w, piece_rows=rows, precision=precision, backend=backend),
+            lambda q, t, w: read_tokens(q, t, w, recompute=True, piece_rows=rows, precision=precision, backend=backend),
             lambda q, t, w: read_tokens(q, t, w, backend="reference"),
             (q, tokens, weight),
             arithmetic,

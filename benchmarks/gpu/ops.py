@@ -181,7 +181,7 @@ def public_functions(
             (x, weight, bias, *sources),
         ),
         "read_tokens": (
-            lambda q, t, w: read_tokens(q * 2, t, w, backend=backend).sin(),
+            lambda q, t, w: read_tokens(q * 2, t, w, recompute=True, backend=backend).sin(),
             (q, x.detach(), torch.randn(2 * 3 * 16, CONTEXT.width, generator=generator).to(device)),
         ),
         "average_tiles": (

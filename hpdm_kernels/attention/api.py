@@ -87,6 +87,10 @@ def cross_attention(
     return ops.cross_attention_fwd(q, k, v, factor, _kernel_precision(q, precision), key_mask)[0]
 
 
+KEPT_BYTES = 2**28
+"""Most bytes of keys and values that :func:`read_tokens` saves for the backward pass unless told otherwise."""
+
+
 def read_tokens(
     q: Tensor,
     tokens: Tensor | Sequence[Tensor],
@@ -94,6 +98,7 @@ def read_tokens(
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
+    recompute: bool | None = None,
     piece_rows: int = PIECE_ROWS,
     precision: str | None = None,
     backend: str = "auto",
@@ -101,8 +106,8 @@ def read_tokens(
     """Attention of ``M`` queries to ``N`` tokens, including the projection of the tokens to keys and values.
 
     The same as :func:`hpdm_kernels.cross_attention` of ``q`` and the two halves of ``F.linear(tokens, weight_kv)``,
-    split into heads, but with less memory: only ``tokens`` are saved for backward, and keys and values exist for one
-    chunk of tokens at a time.
+    split into heads, but with less memory where that matters: with ``recompute`` only ``tokens`` are saved for backward,
+    and keys and values exist for one chunk of tokens at a time.
 
     Args:
         q: ``[B, h, M, d]`` queries; float16, bfloat16, float32, or float64 (``reference`` and ``torch`` only). Any
@@ -112,7 +117,9 @@ def read_tokens(
         weight_kv: ``[2 * h * d, D]``, the rows of all heads' keys, then those of the values. Any float dtype.
         scale: factor of the scores, any finite number; default ``1 / sqrt(d)``.
         key_mask: ``[B, N]`` bool, true where a token may be read; see :func:`hpdm_kernels.cross_attention`.
-        piece_rows: largest number of tokens per chunk. Samples with few tokens share a chunk.
+        recompute: compute keys and values again in the backward pass, which is a fifth more work, instead of saving
+            them; ``None``: where they take more than 256 MiB.
+        piece_rows: with ``recompute``, the largest number of tokens per chunk. Samples with few tokens share a chunk.
         precision: how the kernels compute fp32 products; see :func:`hpdm_kernels.cross_attention`. The projection is
             a PyTorch product and follows PyTorch's setting.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. ``reference`` is the plain formula, which
@@ -137,14 +144,28 @@ def read_tokens(
     sequences = check_tokens(tokens, weight_kv.shape[1], q)
     check_key_mask(key_mask, sum(sequence.shape[1] for sequence in sequences), q)
     check_piece_rows(piece_rows)
+    if recompute is None:
+        rows = q.shape[0] * sum(sequence.shape[1] for sequence in sequences)
+        recompute = rows * weight_kv.shape[0] * q.element_size() > KEPT_BYTES
+    elif not isinstance(recompute, bool):
+        raise TypeError(f"recompute: got {recompute!r}, expected True, False or None")
     factor = check_scale(scale, width)
     precision = _backend.resolve_precision(precision)
     chosen = _backend.resolve(backend, "read_tokens", q)
     if chosen == "reference":
         with _backend.autocast_off(q):
-            rows = torch.cat([sequence.to(q.dtype) for sequence in sequences], dim=1)  # [B, N, D]
-            k, v = project(rows, weight_kv.to(q.dtype), heads)  # [B, h, N, d]
-            return reference.cross_attention(q, k, v, factor, key_mask)
+            return reference.cross_attention(q, *_keys_and_values(q, sequences, weight_kv), factor, key_mask)
     _transforms.refuse("read_tokens", chosen, (q, *sequences, weight_kv))
+    if not recompute:
+        with _backend.autocast_off(q):
+            k, v = _keys_and_values(q, sequences, weight_kv)
+        return cross_attention(q, k, v, scale=factor, key_mask=key_mask, precision=precision, backend=chosen)
     precision = _kernel_precision(q, precision)
     return ops.read_tokens_fwd(q, sequences, weight_kv, key_mask, factor, piece_rows, precision, chosen)[0]
+
+
+def _keys_and_values(q: Tensor, sequences: Sequence[Tensor], weight_kv: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values ``[B, h, N, d]`` of all tokens, in the dtype of ``q``."""
+    parts = [sequence.to(q.dtype) for sequence in sequences]
+    rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # [B, N, D]
+    return project(rows, weight_kv.to(q.dtype), q.shape[1])

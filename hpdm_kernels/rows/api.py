@@ -24,7 +24,7 @@ from hpdm_kernels._backend import autocast_off, resolve
 from hpdm_kernels._checks import check_number, check_tensor, values_are_readable
 from hpdm_kernels.rows.ops import bias_gelu_fwd, gated_residual_fwd, modulated_norm_fwd, residual_norm_fwd
 
-WIDEST = 16384
+WIDEST = 4096
 """The largest width of a row: a program keeps whole rows in registers."""
 LEAST = 1 << 19
 """Elements of ``x`` below which ``"torch"`` calls PyTorch's own layers on the CPU: the rows are in its cache, and the
@@ -54,7 +54,7 @@ def modulated_norm(
     """Layer norm of ``x`` or of ``x + gate * branch``, scaled by ``1 + scale`` and shifted, vectors per sample.
 
     Args:
-        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64, ``D`` at most 16,384.
+        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64, ``D`` at most 4,096.
         shift, scale: ``[B, D]``.
         branch: ``[B, N, D]``, the result of the layer whose residual connection ends here.
         gate: ``[B, D]``, factor of the branch; ``None`` for 1. Only with a branch.
@@ -75,7 +75,7 @@ def modulated_norm(
         RuntimeError: ``backend="triton"`` cannot run here.
         NotImplementedError: ``torch.func`` or forward mode differentiates the op on another backend than ``reference``.
     """
-    x = _check_rows("x", x, ("B", "N", "D"))
+    x = _check_rows(x)
     for name, vector in (("shift", shift), ("scale", scale), ("gate", gate)):
         if vector is not None or name != "gate":
             check_tensor(name, vector, (x.shape[0], x.shape[2]), like=("x", x), same_dtype=False)
@@ -86,11 +86,10 @@ def modulated_norm(
     eps = check_number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps: got {eps}, expected a number > 0")
-    chosen = _resolve(backend, "modulated_norm", x)
+    chosen = _resolve(backend, "modulated_norm", x, shift, scale, branch, gate)
     if chosen == "reference":
         with autocast_off(x):
             return reference.modulated_norm(x, shift, scale, branch, gate, eps)
-    _transforms.refuse("modulated_norm", chosen, (x, shift, scale, branch, gate))
     if branch is None:
         return modulated_norm_fwd(x, shift, scale, eps, chosen)[0]
     return residual_norm_fwd(x, branch, gate, shift, scale, eps, chosen)[:2]
@@ -100,7 +99,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "a
     """``x + gate * branch``, the end of a residual connection with a gate per sample and channel.
 
     Args:
-        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64, ``D`` at most 16,384.
+        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64, ``D`` at most 4,096.
         branch: ``[B, N, D]``, of any of these dtypes.
         gate: ``[B, D]``, of any of these dtypes.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
@@ -111,14 +110,13 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "a
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`modulated_norm`.
     """
-    x = _check_rows("x", x, ("B", "N", "D"))
+    x = _check_rows(x)
     check_tensor("branch", branch, x.shape, like=("x", x), same_dtype=False)
     check_tensor("gate", gate, (x.shape[0], x.shape[2]), like=("x", x), same_dtype=False)
-    chosen = _resolve(backend, "gated_residual", x)
+    chosen = _resolve(backend, "gated_residual", x, branch, gate)
     if chosen == "reference":
         with autocast_off(x):
             return reference.gated_residual(x, branch, gate)
-    _transforms.refuse("gated_residual", chosen, (x, branch, gate))
     return gated_residual_fwd(x, branch, gate, chosen)
 
 
@@ -129,36 +127,34 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     same pass it costs no reading.
 
     Args:
-        x: ``[..., D]``, fp16, bf16, fp32 or fp64, at least one axis, none empty.
+        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64, ``D`` at most 4,096.
         bias: ``[D]``, of any of these dtypes.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Returns:
-        Of ``x``'s shape and dtype. Both tensors get gradients of their dtypes.
+        ``[B, N, D]`` of ``x``'s dtype. Both tensors get gradients of their dtypes.
 
     Raises:
         TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`modulated_norm`.
     """
-    x = check_tensor("x", x)
-    if x.ndim == 0 or 0 in x.shape:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected [..., D] with every size >= 1")
-    check_tensor("bias", bias, x.shape[-1:], like=("x", x), same_dtype=False)
-    chosen = _resolve(backend, "bias_gelu", x)
+    x = _check_rows(x)
+    check_tensor("bias", bias, x.shape[2:], like=("x", x), same_dtype=False)
+    chosen = _resolve(backend, "bias_gelu", x, bias)
     if chosen == "reference":
         with autocast_off(x):
             return reference.bias_gelu(x, bias)
-    _transforms.refuse("bias_gelu", chosen, (x, bias))
-    return bias_gelu_fwd(x.reshape(-1, x.shape[-1]), bias, chosen).view(x.shape)
+    return bias_gelu_fwd(x.flatten(0, 1), bias, chosen).view(x.shape)
 
 
-def _resolve(backend: str, op: str, x: Tensor) -> str:
+def _resolve(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str:
     """The backend for rows ``x``: instead of ``"torch"``, PyTorch's own layers for few rows on the CPU."""
     chosen = resolve(backend, op, x)
+    _transforms.refuse(op, chosen, (x, *others))
     return "reference" if chosen == "torch" and values_are_readable(x) and x.numel() < LEAST else chosen
 
 
-def _check_rows(name: str, value: object, shape: tuple[str, ...]) -> torch.Tensor:
-    x = check_tensor(name, value, shape)
-    if x.shape[-1] > WIDEST:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected at most {WIDEST} channels")
+def _check_rows(value: object) -> Tensor:
+    x = check_tensor("x", value, ("B", "N", "D"))
+    if x.shape[2] > WIDEST:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at most {WIDEST} channels")
     return x

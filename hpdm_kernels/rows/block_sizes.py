@@ -23,8 +23,8 @@ class RowTile(NamedTuple):
         return {"ROWS": self.rows, "BLOCK_D": self.columns}
 
 
-COLUMNS = RowTile(64, 256, 4) if INTERPRETED else RowTile(8, 256, 4)
-"""For kernels that need no whole rows: a thread loads 16 bytes of a row, and has 16 elements of each tensor."""
+COLUMNS = RowTile(64, 256, 4) if INTERPRETED else RowTile(4, 256, 4)
+"""For kernels that need no whole rows: a thread loads 16 bytes of a row, and has 8 elements of each tensor."""
 LEAST_CHUNK, LARGEST_CHUNK = 16, 64
 """Rows that a program sums: more of them write fewer partial sums, fewer of them make more programs."""
 ENOUGH_PROGRAMS = 512
@@ -32,14 +32,12 @@ ENOUGH_PROGRAMS = 512
 
 
 def whole_rows(width: int) -> RowTile:
-    """The tile for kernels that keep whole rows: 16 elements of each tensor per thread, of more at the widest."""
+    """The tile for kernels that keep whole rows: 8 elements of each tensor per thread, which the backward's sums and
+    loads in flight leave registers for; 16 at the widest, and fewer where rows are narrow, of which a tile has 16."""
     columns = next_power_of_2(width)
     if INTERPRETED:
         return RowTile(64, columns, 4)
-    if columns > 4096:
-        return RowTile(1, columns, 16)
-    # At most 16 rows: threads of one row share its sums, and a narrow row has few elements per thread anyway.
-    return RowTile(max(min(4096 // columns, 16), 1), columns, 8)
+    return RowTile(max(min(2048 // columns, 16), 1), columns, 8)
 
 
 def chunk_rows(tile: RowTile, rows: int, others: int) -> int:

@@ -8,8 +8,8 @@ from hpdm_kernels._triton import KernelSpec
 from hpdm_kernels.rows import triton_kernels
 from hpdm_kernels.rows.block_sizes import COLUMNS, whole_rows
 
-WIDTHS = (64, 1024, 4096, 16384)
-"""Widths of rows: narrow ones, the presets', and the widest, with a tile of its own each."""
+WIDTHS = (64, 1024, 4096)
+"""Widths of rows with a tile of their own each: narrow ones, the presets', the widest."""
 DTYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
 
 
@@ -42,7 +42,7 @@ def _norms() -> Iterator[KernelSpec]:
                 if direction == "fwd":
                     signature["eps"] = "fp32"
                 signature |= dict.fromkeys((*flags, "ROWS", "BLOCK_D"), "constexpr")
-                aligned = (*pointers, *(f"stride_{s}" for s in strides[direction] if s.endswith("_n")), "width")
+                aligned = (*pointers, *(f"stride_{s}" for s in strides[direction]), "width")
                 for suffix, values in {"": (False, False), ",branch": (True, False), ",gate": (True, True)}.items():
                     yield KernelSpec(
                         f"modulated_norm_{direction}[{label},D={width}{suffix}]", kernel, signature,
@@ -72,7 +72,7 @@ def _columns() -> Iterator[KernelSpec]:
         for kernel, (pointers, strides, sizes) in signatures.items():
             signature = pointers | {f"stride_{s}": "i64" for s in strides} | dict.fromkeys(sizes, "i32")
             signature |= dict.fromkeys(("ROWS", "BLOCK_D"), "constexpr")
-            aligned = (*pointers, *(f"stride_{s}" for s in strides if s.endswith("_n")), "width")
+            aligned = (*pointers, *(f"stride_{s}" for s in strides), "width")
             yield KernelSpec(
                 f"{kernel}[{name}]", getattr(triton_kernels, f"{kernel}_kernel"), signature, dict(COLUMNS.blocks),
                 num_warps=COLUMNS.num_warps, aligned=aligned,

@@ -28,7 +28,12 @@ def _rows(pointer, b, row, column, stride_b, stride_n, inside):
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
-@kernel(specialize=("stride_x_n", "stride_branch_n", "width"))
+@kernel(
+    specialize=(
+        "stride_x_b", "stride_x_n", "stride_branch_b", "stride_branch_n", "stride_gate_b", "stride_shift_b",
+        "stride_scale_b", "width",
+    )
+)  # fmt: skip
 def modulated_norm_fwd_kernel(
     x_ptr, branch_ptr, gate_ptr, shift_ptr, scale_ptr, out_ptr, y_ptr, mean_ptr, rstd_ptr,
     stride_x_b, stride_x_n, stride_branch_b, stride_branch_n, stride_gate_b, stride_shift_b, stride_scale_b,
@@ -63,7 +68,12 @@ def modulated_norm_fwd_kernel(
     tl.store(rstd_ptr + b.to(tl.int64) * rows + row, rstd, mask=real)
 
 
-@kernel(specialize=("stride_grad_n", "stride_grad_y_n", "stride_y_n", "stride_branch_n", "width"))
+@kernel(
+    specialize=(
+        "stride_grad_b", "stride_grad_n", "stride_grad_y_b", "stride_grad_y_n", "stride_y_b", "stride_y_n",
+        "stride_scale_b", "stride_branch_b", "stride_branch_n", "stride_gate_b", "width",
+    )
+)  # fmt: skip
 def modulated_norm_bwd_kernel(
     grad_ptr, grad_y_ptr, y_ptr, mean_ptr, rstd_ptr, scale_ptr, branch_ptr, gate_ptr, dx_ptr, dbranch_ptr, sums_ptr,
     stride_grad_b, stride_grad_n, stride_grad_y_b, stride_grad_y_n, stride_y_b, stride_y_n, stride_scale_b,
@@ -111,7 +121,9 @@ def modulated_norm_bwd_kernel(
         tl.store(to + 2 * width, tl.sum(sum_gate, axis=0), mask=wide)
 
 
-@kernel(specialize=("stride_grad_n", "stride_branch_n", "width"))
+@kernel(
+    specialize=("stride_grad_b", "stride_grad_n", "stride_branch_b", "stride_branch_n", "stride_gate_b", "width")
+)
 def gated_residual_bwd_kernel(
     grad_ptr, branch_ptr, gate_ptr, dbranch_ptr, sums_ptr,
     stride_grad_b, stride_grad_n, stride_branch_b, stride_branch_n, stride_gate_b, rows, width, chunks, chunk,

@@ -1,12 +1,13 @@
 """The ops once more, by other means than :mod:`hpdm_kernels.reference`: what the fuzzer holds every backend against.
 
 Interpolation is by matrices of floors and fractions, attention by an explicit softmax, patches by the overlap of
-intervals, averages of tiles by padding and counting. Positions are computed in fp64. The functions take the arguments
+intervals, averages of tiles by padding and counting, norms by their moments. Positions are computed in fp64. The functions take the arguments
 of the public ops. In fp64 their results are the truth; in the inputs' dtype they err as a plain implementation does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -196,3 +197,32 @@ def average_tiles(
         count = count + F.pad(torch.ones_like(work[:1, t, :1]), padding)
     mean = total / count * beta
     return (mean if x is None else mean + alpha * x.to(work.dtype)).to(tiles.dtype)
+
+
+def modulated_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-5,
+    **_: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean, variance and modulation one after the other."""
+    y = x if branch is None else gated_residual(x, branch, torch.ones_like(shift) if gate is None else gate)
+    work = y.to(_work(x.dtype))
+    centered = work - work.mean(dim=2, keepdim=True)
+    normal = centered / (centered.square().mean(dim=2, keepdim=True) + eps).sqrt()
+    out = (normal.to(x.dtype) * (1 + scale)[:, None] + shift[:, None]).to(x.dtype)
+    return out if branch is None else (y, out)
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, **_: Any) -> Tensor:
+    """A product and a sum."""
+    return (x + gate[:, None] * branch).to(x.dtype)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, **_: Any) -> Tensor:
+    """The formula with a hyperbolic tangent."""
+    work = (x + bias).to(_work(x.dtype))
+    return (work / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (work + 0.044715 * work**3)))).to(x.dtype)

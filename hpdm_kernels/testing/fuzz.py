@@ -19,7 +19,9 @@ from torch import Tensor
 
 from hpdm_kernels.context import torch_backend as context_backend
 from hpdm_kernels.patches import torch_backend as patches_backend
-from hpdm_kernels.testing import random_attention, random_context, random_pixels
+from hpdm_kernels.rows import api as rows_api
+from hpdm_kernels.rows import torch_backend as rows_backend
+from hpdm_kernels.testing import random_attention, random_context, random_pixels, random_rows
 from hpdm_kernels.testing.case import Case, as_tuple, evaluate, leaves, sizes_of, widened
 from hpdm_kernels.testing.draw import Draw
 from hpdm_kernels.testing.errors import max_error, poisoned_allocations
@@ -37,6 +39,9 @@ OPS: dict[str, Callable[[Draw, torch.dtype, str], Case]] = {
     "extract_tiles": random_pixels.extract_tiles,
     "average_tiles": random_pixels.average_tiles,
     "TileAccumulator": random_pixels.tile_accumulator,
+    "modulated_norm": random_rows.modulated_norm,
+    "gated_residual": random_rows.gated_residual,
+    "bias_gelu": random_rows.bias_gelu,
 }
 """Public name of each op -> what draws a valid configuration of it."""
 
@@ -45,7 +50,7 @@ WRONG_SHARE = 0.2
 # Limits of temporaries, which small tensors would never reach.
 LIMITS = (
     (context_backend, "FORWARD_SCRATCH"), (context_backend, "SCRATCH"), (patches_backend, "CPU_PIECE"),
-    (tiles_backend, "CPU_PIECE"),
+    (tiles_backend, "CPU_PIECE"), (rows_backend, "PIECE"), (rows_api, "LEAST"),
 )  # fmt: skip
 
 

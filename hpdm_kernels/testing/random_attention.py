@@ -104,4 +104,5 @@ def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
         return _largest(terms, scores)
 
     names = ("q", "tokens", "weight_kv")
+    arguments["recompute"] = draw.choose((None, True, True, False))
     return Case(hpdm_kernels.read_tokens, formulas.read_tokens, arguments, names, 6.0, 32.0, sizes)

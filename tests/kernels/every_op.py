@@ -55,7 +55,7 @@ CALLS = {
     "read_tokens": Call(
         # Parts of 20 and 18 tokens, enough for PyTorch's fused kernel for the CPU.
         {"q": (2, 3, 4, 8), "weight_kv": (48, 5), "tokens 0": (2, 40, 5), "tokens 1": (2, 18, 5)},
-        lambda backend, q, w, *tokens: ops.read_tokens(q, tokens, w, piece_rows=20, backend=backend),
+        lambda backend, q, w, *tokens: ops.read_tokens(q, tokens, w, recompute=True, piece_rows=20, backend=backend),
     ),
     "sample_patches": Call(
         {"video": (2, 2, 3, 6, 7)}, lambda backend, video: ops.sample_patches(video, BOX, (2, 3, 2), backend=backend)
@@ -67,4 +67,17 @@ CALLS = {
         {"tiles": (2, 4, 2, *TILE), "x": (2, 2, *SIZE)},
         lambda backend, tiles, x: ops.average_tiles(tiles, ORIGINS, SIZE, x=x, alpha=0.3, beta=0.7, backend=backend),
     ),
+    "modulated_norm": Call(
+        {"x": (2, 4, 6), "shift": (2, 6), "scale": (2, 6)},
+        lambda backend, *tensors: ops.modulated_norm(*tensors, backend=backend),
+    ),
+    "modulated_norm after a residual": Call(
+        {"x": (2, 4, 6), "shift": (2, 6), "scale": (2, 6), "branch": (2, 4, 6), "gate": (2, 6)},
+        lambda backend, *tensors: ops.modulated_norm(*tensors, backend=backend)[1],
+    ),
+    "gated_residual": Call(
+        {"x": (2, 4, 6), "branch": (2, 4, 6), "gate": (2, 6)},
+        lambda backend, *tensors: ops.gated_residual(*tensors, backend=backend),
+    ),
+    "bias_gelu": Call({"x": (2, 4, 6), "bias": (6,)}, lambda backend, *t: ops.bias_gelu(*t, backend=backend)),
 }

@@ -8,11 +8,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm_kernels import cross_attention, read_tokens
+from hpdm_kernels.attention import api
 from hpdm_kernels.attention import torch_backend as cross_attention_torch
 from hpdm_kernels.attention.read import token_chunks
 from hpdm_kernels.testing import assert_within_budget, max_error, value_and_grads
 
 BACKENDS = ("torch", "triton")
+
+
+@pytest.fixture(autouse=True)
+def _recompute(monkeypatch):
+    """However few keys and values there are."""
+    monkeypatch.setattr(api, "KEPT_BYTES", 0)
+
+
 SHAPES = [
     # B, h, M, lengths of the sequences, d, D, rows of a piece
     (1, 1, 1, (1,), 16, 1, 1),
@@ -305,3 +314,40 @@ def test_bad_arguments(change, error, message, backend):
     arguments = {"q": Q, "tokens": TOKENS, "weight_kv": WEIGHT, "backend": backend} | change
     with pytest.raises(error, match=message.replace("[", r"\[")):
         read_tokens(**arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_and_values_are_kept_where_they_are_small(backend, generator, monkeypatch):
+    """Then the read is the attention to projected tokens, with its bits; one byte less and they are recomputed."""
+    shape = (2, 2, 5, (9, 4), 16, 12, 8192)
+    (q, weight, *tokens), grad = make(shape, generator)
+    mask = some_mask(shape, generator)
+
+    def projected(q, weight, *tokens):
+        k, v = F.linear(torch.cat(tokens, dim=1), weight).unflatten(2, (2, 2, 16)).permute(2, 0, 3, 1, 4)
+        return cross_attention(q, k, v, key_mask=mask, backend=backend, precision="ieee")
+
+    def saved(**options):
+        """Sizes of what is saved for the backward pass."""
+        sizes = []
+        with saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            inputs = [t.clone().requires_grad_() for t in (q, weight, *tokens)]
+            ours(backend, key_mask=mask, **options)(*inputs)
+        return sizes
+
+    inputs = (q, weight, *tokens)
+    expected = value_and_grads(projected, inputs, grad)
+    kept = value_and_grads(ours(backend, key_mask=mask, recompute=False), inputs, grad)
+    torch.testing.assert_close(kept, expected, rtol=0, atol=0)
+    size = 2 * 13 * 2 * 2 * 16
+    monkeypatch.setattr(api, "KEPT_BYTES", 4 * size)
+    assert saved() == saved(recompute=False)
+    monkeypatch.setattr(api, "KEPT_BYTES", 4 * size - 1)
+    assert saved() == saved(recompute=True)
+    assert len(saved(recompute=True)) != len(saved(recompute=False))
+
+
+def test_recompute_is_a_choice(generator):
+    (q, weight, *tokens), _ = make(SHAPES[0], generator)
+    with pytest.raises(TypeError, match="recompute: got 1, expected True, False or None"):
+        read_tokens(q, tokens, weight, recompute=1)

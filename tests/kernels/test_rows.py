@@ -120,7 +120,7 @@ def plain_gelu(x, bias):
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-@pytest.mark.parametrize("shape", [(2, 5, 24), (7,), (1, 1), (70, 33), (3, 300), (2, 3, 4, 5)])
+@pytest.mark.parametrize("shape", [(2, 5, 24), (1, 1, 1), (1, 70, 33), (3, 1, 300)])
 def test_gelu_matches_formula(shape, backend, generator, device):
     x = 2 * torch.randn(shape, generator=generator).to(device)
     bias = torch.randn(shape[-1], generator=generator).to(device)
@@ -129,14 +129,14 @@ def test_gelu_matches_formula(shape, backend, generator, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_of_other_dtypes(dtype, generator, device):
-    x, bias = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((9, 40), (40,)))
+    x, bias = (torch.randn(shape, generator=generator).to(device, dtype) for shape in ((2, 9, 40), (40,)))
     check_op(lambda x, b: bias_gelu(x, b, backend="torch"), plain_gelu, (x, bias), ulps=64.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gelu_far_from_zero(backend):
     """Where the exponential overflows or vanishes, GELU is the identity or zero, and so is its gradient."""
-    x = torch.tensor([[-1e6, -100.0, -30.0, 30.0, 100.0, 1e6]])
+    x = torch.tensor([[[-1e6, -100.0, -30.0, 30.0, 100.0, 1e6]]])
     out, (grad, _) = value_and_grads(lambda x, b: bias_gelu(x, b, backend=backend), (x, torch.zeros(6)))
     assert torch.equal(out, x.clamp(min=0))
     assert torch.equal(grad, (x > 0).float())
@@ -151,7 +151,7 @@ def test_many_rows_are_summed_in_parts(backend, generator, device):
         lambda x, b, g: gated_residual(x, b, g, backend=backend), lambda x, b, g: x + g.unsqueeze(1) * b,
         (x, branch, gate),
     )  # fmt: skip
-    check_op(lambda x, b: bias_gelu(x, b, backend=backend), plain_gelu, (x[0], gate[0]), ulps=16.0)
+    check_op(lambda x, b: bias_gelu(x, b, backend=backend), plain_gelu, (x, gate[0]), ulps=16.0)
 
 
 def test_few_rows_on_the_cpu_take_the_layers_of_pytorch(monkeypatch, generator):
@@ -168,7 +168,7 @@ def test_few_rows_on_the_cpu_take_the_layers_of_pytorch(monkeypatch, generator):
 
 def test_pieces_of_gelu(generator, monkeypatch):
     monkeypatch.setattr(torch_backend, "PIECE", 50)
-    x, bias = torch.randn(23, 8, generator=generator), torch.randn(8, generator=generator)
+    x, bias = torch.randn(1, 23, 8, generator=generator), torch.randn(8, generator=generator)
     check_op(lambda x, b: bias_gelu(x, b, backend="torch"), plain_gelu, (x, bias), ulps=16.0)
 
 
@@ -283,7 +283,7 @@ BAD_NORM = {
     "x: got list": (TypeError, {"x": [1]}),
     "x: got dtype torch.int64": (TypeError, {"x": X.long()}),
     "x: got shape": (ValueError, {"x": X[0]}),
-    "x: got shape .* at most 16384": (ValueError, {"x": torch.zeros(1, 1, 16385)}),
+    "x: got shape .* at most 4096": (ValueError, {"x": torch.zeros(1, 1, 4097)}),
     "shift: got shape": (ValueError, {"shift": V[:1]}),
     "scale: got NoneType": (TypeError, {"scale": None}),
     "branch: got shape": (ValueError, {"branch": X[:, :2]}),

@@ -43,7 +43,7 @@ def test_an_op_of_the_library_is_one_operation_on_its_inputs_and_results():
     with fake_fp32():
         q, tokens, weight = torch.empty(3, 2, 64, 16), torch.empty(3, 512, 32), torch.empty(2 * 2 * 16, 32)
         with Ledger() as ledger:
-            read_tokens(q, tokens, weight, backend="torch")
+            read_tokens(q, tokens, weight, recompute=True, backend="torch")
     (operation,) = [operation for operation in ledger.operations if operation[0]]
     projection, attention = 2 * 3 * 512 * 32 * 64, 2 * 2 * 3 * 64 * 512 * 32
     log_sum_exps = 3 * 2 * 64
@@ -60,7 +60,7 @@ def test_all_products_inside_an_op_count():
         q, tokens = torch.empty(3, 2, 64, 16, requires_grad=True), torch.empty(3, 512, 32, requires_grad=True)
         weight = torch.empty(2 * 2 * 16, 32, requires_grad=True)
         with Ledger() as ledger:
-            out = read_tokens(q, tokens, weight, backend="torch")
+            out = read_tokens(q, tokens, weight, recompute=True, backend="torch")
             forward = ledger.flops
             out.sum().backward()
     projection, product = 2 * 3 * 512 * 32 * 64, 2 * 3 * 2 * 64 * 512 * 16

@@ -17,6 +17,7 @@ from torch import Generator, Tensor
 import hpdm_kernels
 from hpdm_kernels import reference
 from hpdm_kernels.attention.specs import BLOCKS_D
+from hpdm_kernels.rows.specs import WIDTHS
 from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes
 from hpdm_kernels.tiles import ops as tile_ops
 
@@ -38,7 +39,7 @@ class Case(NamedTuple):
 
 def all_cases() -> list[Case]:
     """The cases of all ops."""
-    return [*_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases()]
+    return [*_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases(), *_row_cases()]
 
 
 # ---- attention ----
@@ -232,6 +233,65 @@ def _sum(tiles: Tensor, origins: Tensor, size: Sequence[int], x: Tensor | None, 
     for t, (i, j, k) in enumerate(origins.tolist()):
         total[:, :, i : i + f, j : j + h, k : k + w] += tiles[:, t]
     return (beta * total + (0.0 if x is None else alpha * x.to(wide))).to(tiles.dtype)
+
+
+# ---- rows ----
+
+
+def _row_cases() -> Iterator[Case]:
+    for dtype in (*DTYPES, "fp32+bf16"):
+        for width in WIDTHS:
+            yield Case(f"modulated_norm[{dtype},D={width}]", _norms(dtype, width))
+    for dtype in DTYPES:
+        yield Case(f"gated_residual[{dtype}]", _residual(dtype))
+        yield Case(f"bias_gelu[{dtype}]", _gelu(dtype))
+
+
+def _norms(dtype: str, width: int) -> Callable[[Generator], object]:
+    """The norm alone, after a branch and after a gated one, of rows in two chunks where they are not too long."""
+
+    def check(generator: Generator) -> object:
+        rows, _, beside = dtype.partition("+")
+        shape = (2, 19 if width <= 1024 else 3, width)
+        tensors = [torch.randn(size, generator=generator) for size in (shape, *[(2, width)] * 2, shape, (2, width))]
+        inputs = [t.to(DTYPES[beside or rows] if i else DTYPES[rows]) for i, t in enumerate(tensors)]
+        for number in (3, 4, 5):
+            ours, formula = (
+                lambda *t, backend=backend: _joined(hpdm_kernels.modulated_norm(*t, backend=backend))
+                for backend in ("triton", "reference")
+            )
+            check_op(ours, formula, inputs[:number], ulps=16.0, repeat=False)
+        return None
+
+    return check
+
+
+def _joined(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return result if isinstance(result, Tensor) else torch.stack(result)
+
+
+def _residual(dtype: str) -> Callable[[Generator], object]:
+    def check(generator: Generator) -> object:
+        inputs = [torch.randn(size, generator=generator).to(DTYPES[dtype]) for size in ((2, 37, 288),) * 2 + ((2, 288),)]
+        ours, formula = (
+            lambda *t, backend=backend: hpdm_kernels.gated_residual(*t, backend=backend)
+            for backend in ("triton", "reference")
+        )
+        return check_op(ours, formula, inputs)
+
+    return check
+
+
+def _gelu(dtype: str) -> Callable[[Generator], object]:
+    def check(generator: Generator) -> object:
+        inputs = [torch.randn(size, generator=generator).to(DTYPES[dtype]) for size in ((2, 37, 288), (288,))]
+        ours, formula = (
+            lambda *t, backend=backend: hpdm_kernels.bias_gelu(*t, backend=backend)
+            for backend in ("triton", "reference")
+        )
+        return check_op(ours, formula, inputs, ulps=16.0)
+
+    return check
 
 
 # ---- judging ----
