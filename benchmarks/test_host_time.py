@@ -19,10 +19,13 @@ from benchmarks.launches import available, recorded_launches
 from hpdm_kernels import (
     TileAccumulator,
     average_tiles,
+    bias_gelu,
     cross_attention,
     extract_tiles,
     fuse_context,
     fuse_projected,
+    gated_residual,
+    modulated_norm,
     sample_context,
     sample_patches,
 )
@@ -93,6 +96,19 @@ def patches():
     return lambda v: sample_patches(v, box, (2, 8, 8), backend="triton"), [video]
 
 
+def rows(op, *names):
+    """``op`` of these of its tensors."""
+    sizes = dict.fromkeys(("x", "branch"), (2, 16, 64)) | dict.fromkeys(("shift", "scale", "gate"), (2, 64))
+    return lambda *t: op(*t, backend="triton"), [torch.randn(sizes.get(name, (64,))) for name in names]
+
+
+def second_of(run, inputs):
+    return lambda *t: run(*t)[1], inputs
+
+
+NORM = ("x", "shift", "scale", "branch", "gate")
+
+
 def extracted():
     batch, video = ORIGINS[:CHUNK].clone(), torch.randn(1, 3, *TILED)
     return lambda: extract_tiles(video, batch, TILE, backend="triton")
@@ -116,6 +132,11 @@ CASES: dict[tuple[str, str], Callable[[], Callable[[], object]]] = {
     ("sample_patches", "bwd"): lambda: backward_only(*patches()),
     ("cross_attention", "fwd"): lambda: without_gradient(attend, attention()),
     ("cross_attention", "bwd"): lambda: backward_only(attend, attention()),
+    ("modulated_norm after a gated residual", "fwd"): lambda: without_gradient(*rows(modulated_norm, *NORM)),
+    ("modulated_norm after a gated residual", "bwd"): lambda: backward_only(*second_of(*rows(modulated_norm, *NORM))),
+    ("gated_residual", "bwd"): lambda: backward_only(*rows(gated_residual, "x", "branch", "gate")),
+    ("bias_gelu", "fwd"): lambda: without_gradient(*rows(bias_gelu, "x", "bias")),
+    ("bias_gelu", "bwd"): lambda: backward_only(*rows(bias_gelu, "x", "bias")),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -146,9 +147,7 @@ class CrossAttention(nn.Module):
             rows = context if isinstance(context, Tensor) else torch.cat(list(context), dim=1)  # [B, N, context_width]
             return self.attend(queries, self.keys_and_values(rows), key_mask=key_mask)
         q = _split_heads(self.to_q(queries), self.heads)  # [B, h, M, d]
-        out = read_tokens(
-            q, context, self.to_kv.weight, key_mask=key_mask, recompute=True, backend=self.backend
-        )
+        out = read_tokens(q, context, self.to_kv.weight, key_mask=key_mask, recompute=True, backend=self.backend)
         return self.to_out(_merge_heads(out))  # [B, M, out_width or width]
 
     def keys_and_values(self, context: Tensor) -> Tensor:
@@ -214,7 +213,7 @@ class MLP(nn.Sequential):
         """``[B, N, width]`` -> ``[B, N, width]``."""
         if resolve(self.backend, "bias_gelu", x) != "triton":
             return super().forward(x)
-        first, _, last = self
+        first, last = cast(nn.Linear, self[0]), self[2]
         return last(bias_gelu(F.linear(x, first.weight), first.bias, backend="triton"))
 
 

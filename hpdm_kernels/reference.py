@@ -175,7 +175,7 @@ def sample_patches(video: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
 def modulated_norm(
     x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Layer norm of ``y = x + gate * branch`` times ``1 + scale`` plus ``shift``, ``[B, N, D]``; with a branch also y."""
+    """Layer norm of ``y = x + gate * branch`` times ``1 + scale`` plus ``shift``, ``[B, N, D]``; y with a branch."""
     y = x
     if branch is not None:
         y = (x + branch).to(x.dtype) if gate is None else gated_residual(x, branch, gate)

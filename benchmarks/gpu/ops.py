@@ -13,10 +13,13 @@ from benchmarks.gpu.cases import Case
 from benchmarks.shapes import ContextShape, PatchesShape, Pyramid, TilesShape
 from hpdm_kernels import (
     average_tiles,
+    bias_gelu,
     cross_attention,
     extract_tiles,
     fuse_context,
     fuse_projected,
+    gated_residual,
+    modulated_norm,
     project_sources,
     read_tokens,
     sample_context,
@@ -129,11 +132,29 @@ def patch_arguments(op: str, backend: str, generator: torch.Generator, device: t
     return (grad.requires_grad_(), box, list(PATCHES.size), backend)
 
 
+def row_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    shape, vector = (2, 19, 24), (2, 24)
+    tensors = [torch.randn(size, generator=generator).to(device) for size in (shape, shape, *[vector] * 3)]
+    x, branch, gate, shift, scale = leaves(op, *tensors)
+    if op.startswith("gated_residual"):
+        return (x, branch, gate, backend)
+    if op.startswith("bias_gelu"):
+        grad = (torch.randn_like(x[0]),) if op.endswith("bwd") else ()
+        return (*grad, *leaves(op, x[0], gate[0]), backend)
+    if op == "modulated_norm_fwd":
+        return (x, shift, scale, 1e-5, backend)
+    if op == "residual_norm_fwd":
+        return (x, branch, gate, shift, scale, 1e-5, backend)
+    y, out, mean, rstd = torch.ops.hpdm.residual_norm_fwd(x, branch, gate, shift, scale, 1e-5, backend)
+    return (torch.randn_like(y), torch.randn_like(out), y, mean, rstd, shift, scale, branch, gate, backend)
+
+
 ARGUMENTS = {
     "cross_attention": attention_arguments, "read_tokens": read_arguments, "sample_context": context_arguments,
     "fuse_context": context_arguments, "project_source": project_arguments, "sample_patches": patch_arguments,
     "add_tiles": tile_arguments, "step_tiles": tile_arguments, "extract_tiles": tile_arguments,
-    "average_tiles": tile_arguments,
+    "average_tiles": tile_arguments, "modulated_norm": row_arguments, "residual_norm": row_arguments,
+    "gated_residual": row_arguments, "bias_gelu": row_arguments,
 }  # fmt: skip
 
 
@@ -164,6 +185,8 @@ def public_functions(
     grids = {"source_grids": CONTEXT.source_grids, "grid": CONTEXT.grid, "footprints": CONTEXT.footprints}
     tiles, video = TILES.make(generator, device)
     clip, patch_box = PATCHES.make(generator, device)
+    rows = [torch.randn(2, 19, 24, generator=generator).to(device) for _ in range(2)]
+    vectors = [torch.randn(2, 24, generator=generator).to(device) for _ in range(3)]
     return {
         "cross_attention": (lambda q, k, v: cross_attention(q * 2, k, v, backend=backend).sin(), (q, k, v)),
         "sample_context": (
@@ -190,12 +213,18 @@ def public_functions(
         ),
         "extract_tiles": (lambda v: extract_tiles(v * 2, ORIGINS, TILES.tile, backend=backend).sin(), (video,)),
         "sample_patches": (lambda v: sample_patches(v * 2, patch_box, SMALL.patch, backend=backend).sin(), (clip,)),
+        "modulated_norm": (
+            lambda x, *t: torch.stack(modulated_norm(x * 2, *t, backend=backend)).sin(),
+            (rows[0], *vectors[:2], rows[1], vectors[2]),
+        ),
+        "gated_residual": (lambda x, *t: gated_residual(x * 2, *t, backend=backend).sin(), (*rows, vectors[2])),
+        "bias_gelu": (lambda x, b: bias_gelu(x * 2, b, backend=backend).sin(), (rows[0], vectors[0][0])),
     }
 
 
 PUBLIC = (
     "cross_attention", "read_tokens", "sample_context", "fuse_context", "fuse_projected", "average_tiles",
-    "extract_tiles", "sample_patches",
+    "extract_tiles", "sample_patches", "modulated_norm", "gated_residual", "bias_gelu",
 )  # fmt: skip
 
 

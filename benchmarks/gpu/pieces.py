@@ -53,6 +53,7 @@ CHECKS = (
     Piece("context", "gpu/context.py", 100, AGAINST_FP64),
     Piece("tiles", "gpu/tiles.py", 100, AGAINST_FP64),
     Piece("patches", "gpu/patches.py", 60, AGAINST_FP64),
+    Piece("rows", "gpu/rows.py", 60, AGAINST_FP64),
     Piece("large", "gpu/large.py", 60, "tensors of more than 2^31 elements: 64-bit offsets"),
     Piece("opcheck", "gpu/ops.py", 90, "opcheck of every registered op", select="opcheck"),
     Piece("graphs", "gpu/graphs.py", 60, "a training step in a CUDA graph, replayed for other clips"),
@@ -65,6 +66,7 @@ _SECONDS = {
     "test_context.py": 110,
     "test_tiles.py": 70,
     "test_patches.py": 50,
+    "test_rows.py": 50,
     "test_training_step.py": 150,
     "test_growth.py": 80,
     "test_sampling.py": 100,
@@ -78,6 +80,7 @@ _PREPARED = {
     "test_context.py": (("context", "test_sample_context"), ("fusion", "test_fuse_context")),
     "test_tiles.py": (("tiles", ""),),
     "test_patches.py": (("patches", ""),),
+    "test_rows.py": (("rows", ""),),
 }
 
 

@@ -106,8 +106,8 @@ def read_tokens(
     """Attention of ``M`` queries to ``N`` tokens, including the projection of the tokens to keys and values.
 
     The same as :func:`hpdm_kernels.cross_attention` of ``q`` and the two halves of ``F.linear(tokens, weight_kv)``,
-    split into heads, but with less memory where that matters: with ``recompute`` only ``tokens`` are saved for backward,
-    and keys and values exist for one chunk of tokens at a time.
+    split into heads, but with less memory where that matters: with ``recompute`` only ``tokens`` are saved for the
+    backward pass, and keys and values exist for one chunk of tokens at a time.
 
     Args:
         q: ``[B, h, M, d]`` queries; float16, bfloat16, float32, or float64 (``reference`` and ``torch`` only). Any

@@ -5,18 +5,17 @@
     y   = x + gate * branch                                                 gated_residual
     out = gelu(x + bias)                                                    bias_gelu
 
-``x``, ``branch`` and the results are ``[B, N, D]``; ``gate``, ``scale`` and ``shift`` are ``[B, D]``, one vector for all
-N rows of a sample; mean and variance are those of a row. Written with PyTorch's operations, a norm with its modulation
-and the residual before it read and write the rows four times forward and a dozen times backward. Here each is one pass
-in each direction. The gradients of vectors are sums over rows: every program sums its rows, and a second step adds the
-programs' sums, always in the same order. There are no atomics, so every run gives the same bits.
+``x``, ``branch`` and the results are ``[B, N, D]``; ``gate``, ``scale`` and ``shift`` are ``[B, D]``, one vector for
+all N rows of a sample; mean and variance are those of a row. Written with PyTorch's operations, a norm with its
+modulation and the residual before it reads and writes the rows four times forward and a dozen times backward. Here each
+is one pass in each direction. The gradients of vectors are sums over rows: every program sums its rows, and a second
+step adds the programs' sums, always in the same order. There are no atomics, so every run gives the same bits.
 """
 
 from __future__ import annotations
 
 from typing import overload
 
-import torch
 from torch import Tensor
 
 from hpdm_kernels import _transforms, reference

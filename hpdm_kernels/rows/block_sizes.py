@@ -33,7 +33,8 @@ ENOUGH_PROGRAMS = 512
 
 def whole_rows(width: int) -> RowTile:
     """The tile for kernels that keep whole rows: 8 elements of each tensor per thread, which the backward's sums and
-    loads in flight leave registers for; 16 at the widest, and fewer where rows are narrow, of which a tile has 16."""
+    loads in flight leave registers for; 16 at the widest, and fewer where rows are narrow, of which a tile has 16.
+    """
     columns = next_power_of_2(width)
     if INTERPRETED:
         return RowTile(64, columns, 4)

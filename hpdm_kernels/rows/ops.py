@@ -46,7 +46,7 @@ def residual_norm_fwd(
     ``branch`` is ``[B, N, D]``, ``gate`` is ``[B, D]``; without it the factor is 1.
     """
     with torch.cuda.device_of(x), autocast_off(x):
-        return _of(backend).norm_forward(x, branch, gate, shift, scale, eps)  # type: ignore[no-any-return]
+        return _of(backend).norm_forward(x, branch, gate, shift, scale, eps)
 
 
 @residual_norm_fwd.register_fake
@@ -78,9 +78,7 @@ def modulated_norm_bwd(
     ``grad_y`` is the gradient of ``y`` from elsewhere, ``grad`` that of ``out``, both ``[B, N, D]``.
     """
     with torch.cuda.device_of(y), autocast_off(y):
-        return _of(backend).norm_backward(  # type: ignore[no-any-return]
-            grad_y, grad, y, mean, rstd, shift, scale, branch, gate
-        )
+        return _of(backend).norm_backward(grad_y, grad, y, mean, rstd, shift, scale, branch, gate)
 
 
 @modulated_norm_bwd.register_fake
@@ -147,7 +145,7 @@ def _(x: Tensor, branch: Tensor, gate: Tensor, backend: str) -> Tensor:
 def gated_residual_bwd(grad: Tensor, branch: Tensor, gate: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Gradients of ``branch [B, N, D]`` and ``gate [B, D]``, from ``grad [B, N, D]``, which is that of ``x``."""
     with torch.cuda.device_of(grad), autocast_off(grad):
-        return _of(backend).residual_backward(grad, branch, gate)  # type: ignore[no-any-return]
+        return _of(backend).residual_backward(grad, branch, gate)
 
 
 @gated_residual_bwd.register_fake
@@ -176,7 +174,7 @@ gated_residual_fwd.register_autograd(_backward_residual, setup_context=_setup_re
 def bias_gelu_fwd(x: Tensor, bias: Tensor, backend: str) -> Tensor:
     """``gelu(x + bias)``, of ``[R, D]`` and ``[D]``."""
     with torch.cuda.device_of(x), autocast_off(x):
-        return _of(backend).gelu_forward(x, bias)  # type: ignore[no-any-return]
+        return _of(backend).gelu_forward(x, bias)
 
 
 @bias_gelu_fwd.register_fake
@@ -188,7 +186,7 @@ def _(x: Tensor, bias: Tensor, backend: str) -> Tensor:
 def bias_gelu_bwd(grad: Tensor, x: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """Gradients of ``x [R, D]`` and ``bias [D]``, from ``grad [R, D]``."""
     with torch.cuda.device_of(x), autocast_off(x):
-        return _of(backend).gelu_backward(grad, x, bias)  # type: ignore[no-any-return]
+        return _of(backend).gelu_backward(grad, x, bias)
 
 
 @bias_gelu_bwd.register_fake

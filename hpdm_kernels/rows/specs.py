@@ -11,6 +11,8 @@ from hpdm_kernels.rows.block_sizes import COLUMNS, whole_rows
 WIDTHS = (64, 1024, 4096)
 """Widths of rows with a tile of their own each: narrow ones, the presets', the widest."""
 DTYPES = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+_DTYPES_OF_ROWS = {name: (pointer, pointer) for name, pointer in DTYPES.items()} | {"fp32+bf16": ("*fp32", "*bf16")}
+"""Rows and vectors of one dtype, or as under autocast, where what products give has 16 bits."""
 
 
 def aot_specs() -> list[KernelSpec]:
@@ -23,8 +25,12 @@ def _norms() -> Iterator[KernelSpec]:
     backward = [f"{name}_ptr" for name in (
         "grad", "grad_y", "y", "mean", "rstd", "scale", "branch", "gate", "dx", "dbranch", "sums",
     )]  # fmt: skip
-    strides = {"fwd": "x_b x_n branch_b branch_n gate_b shift_b scale_b".split(),
-               "bwd": "grad_b grad_n grad_y_b grad_y_n y_b y_n scale_b branch_b branch_n gate_b".split()}  # fmt: skip
+    strides = {
+        "fwd": ("x_b", "x_n", "branch_b", "branch_n", "gate_b", "shift_b", "scale_b"),
+        "bwd": (
+            "grad_b", "grad_n", "grad_y_b", "grad_y_n", "y_b", "y_n", "scale_b", "branch_b", "branch_n", "gate_b",
+        ),
+    }  # fmt: skip
     exact = {"mean_ptr", "rstd_ptr", "sums_ptr"}
     products = {"branch_ptr", "gate_ptr", "shift_ptr", "scale_ptr", "dbranch_ptr", "grad_ptr"}
     for label, (rows, between) in _DTYPES_OF_ROWS.items():
@@ -48,10 +54,6 @@ def _norms() -> Iterator[KernelSpec]:
                         f"modulated_norm_{direction}[{label},D={width}{suffix}]", kernel, signature,
                         dict(zip(flags, values)) | tile.blocks, num_warps=tile.num_warps, aligned=aligned,
                     )  # fmt: skip
-
-
-_DTYPES_OF_ROWS = {name: (pointer, pointer) for name, pointer in DTYPES.items()} | {"fp32+bf16": ("*fp32", "*bf16")}
-"""Rows and vectors of one dtype, or as under autocast, where what products give has 16 bits."""
 
 
 def _columns() -> Iterator[KernelSpec]:

@@ -107,7 +107,7 @@ def _new(like: Tensor) -> Tensor:
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of samples and rows of ``[B, N, D]`` with about :data:`PIECE` elements: whole samples if they are small."""
+    """Slices of samples and rows of ``[B, N, D]``, about :data:`PIECE` elements each: whole samples if small."""
     batch, rows, width = x.shape
     samples = max(PIECE // (rows * width), 1)
     step = rows if rows * width <= PIECE else max(PIECE // width, 1)

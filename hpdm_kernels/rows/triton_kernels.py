@@ -1,8 +1,9 @@
 """Kernels of the ops on rows, launched by :mod:`hpdm_kernels.rows.triton_backend`.
 
-A program keeps whole rows of a norm in registers, ``ROWS`` at once, and reads each once. Backward it goes through a chunk
-of the rows of one sample and keeps one sum for each of its lanes; only at the end are they added over the lanes' rows
-and written, ``[B, chunks, sums, D]``, and PyTorch adds the chunks. GELU needs no whole rows: its programs take columns.
+A program keeps whole rows of a norm in registers, ``ROWS`` at once, and reads each once. Backward it goes through a
+chunk of the rows of one sample and keeps a sum for each place of its tile; only at the end are these added over the
+tile's rows and written, ``[B, chunks, sums, D]``, and PyTorch adds the chunks. GELU needs no whole rows: its programs
+take columns.
 
 All arithmetic is fp32. Offsets of rows are int64. Masked lanes are zero, so that they add nothing.
 """
@@ -121,9 +122,7 @@ def modulated_norm_bwd_kernel(
         tl.store(to + 2 * width, tl.sum(sum_gate, axis=0), mask=wide)
 
 
-@kernel(
-    specialize=("stride_grad_b", "stride_grad_n", "stride_branch_b", "stride_branch_n", "stride_gate_b", "width")
-)
+@kernel(specialize=("stride_grad_b", "stride_grad_n", "stride_branch_b", "stride_branch_n", "stride_gate_b", "width"))
 def gated_residual_bwd_kernel(
     grad_ptr, branch_ptr, gate_ptr, dbranch_ptr, sums_ptr,
     stride_grad_b, stride_grad_n, stride_branch_b, stride_branch_n, stride_gate_b, rows, width, chunks, chunk,

@@ -1,8 +1,9 @@
 """The ops once more, by other means than :mod:`hpdm_kernels.reference`: what the fuzzer holds every backend against.
 
 Interpolation is by matrices of floors and fractions, attention by an explicit softmax, patches by the overlap of
-intervals, averages of tiles by padding and counting, norms by their moments. Positions are computed in fp64. The functions take the arguments
-of the public ops. In fp64 their results are the truth; in the inputs' dtype they err as a plain implementation does.
+intervals, averages of tiles by padding and counting, norms by their moments. Positions are computed in fp64. The
+functions take the arguments of the public ops. In fp64 their results are the truth; in the inputs' dtype they err as a
+plain implementation does.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def modulated_norm(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
 
 
 def _sizes_of_norm(arguments: Arguments, grads: Sequence[Tensor]) -> list[float]:
-    """Terms of a norm: rows minus their mean times one divided by the deviation, which is large for rows that vary little."""
+    """Terms of a norm: rows minus their mean, divided by their deviation, which is small for rows that vary little."""
     x, branch, gate = (arguments[name] for name in ("x", "branch", "gate"))
     scaled = 0.0 if branch is None else branch if gate is None else gate[:, None] * branch
     y = x + scaled

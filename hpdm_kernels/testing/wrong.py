@@ -13,6 +13,9 @@ from hpdm_kernels.testing.draw import Draw
 
 _NAMED = re.compile(r"^([a-z_]+)(\[\d+\])?: got |^([a-z_]+)(\[\d+\])?: (row|column|no tile|\d+ tiles)")
 
+OPTIONAL = ("source_index", "bias", "x", "key_mask", "branch", "gate")
+"""Tensors that some ops do without."""
+
 
 def is_clear(error: Exception) -> bool:
     """Whether an error is a ``TypeError`` or ``ValueError`` that begins with an argument's name and says what it is."""
@@ -55,7 +58,7 @@ def spoil(draw: Draw, arguments: Arguments) -> tuple[Arguments, str]:
 
 def _spoil_tensor(draw: Draw, name: str, value: Tensor) -> tuple[str, Any]:
     options: list[tuple[str, Any]] = [
-        ("None", None) if name not in ("source_index", "bias", "x", "key_mask", "branch", "gate") else ("a list", [1.0]),
+        ("None", None) if name not in OPTIONAL else ("a list", [1.0]),
         ("a number", 1.0),
         ("numpy", value.detach().float().numpy()),
         ("complex", value.to(torch.complex64)),

@@ -24,7 +24,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 
 
 def rows(generator, device, shape, dtype=torch.float32):
-    """x and branch ``[B, N, D]``, then shift, scale and gate ``[B, D]``."""
+    """Rows and branch ``[B, N, D]``, then shift, scale and gate ``[B, D]``."""
     b, _, d = shape
     sizes = (shape, shape, (b, d), (b, d), (b, d))
     return [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
@@ -184,8 +184,10 @@ def test_a_large_mean_does_not_cancel(backend, generator):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strided_inputs(backend, generator, device):
     def strided(shape):
-        return torch.randn(*reversed(shape), 2, generator=generator).to(device)[..., 0].permute(
-            *reversed(range(len(shape)))
+        return (
+            torch.randn(*reversed(shape), 2, generator=generator)
+            .to(device)[..., 0]
+            .permute(*reversed(range(len(shape))))
         )
 
     x, branch, gate, grad = strided((2, 9, 12)), strided((2, 9, 12)), strided((2, 12)), strided((2, 9, 12))

@@ -272,7 +272,9 @@ def _joined(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
 def _residual(dtype: str) -> Callable[[Generator], object]:
     def check(generator: Generator) -> object:
-        inputs = [torch.randn(size, generator=generator).to(DTYPES[dtype]) for size in ((2, 37, 288),) * 2 + ((2, 288),)]
+        inputs = [
+            torch.randn(size, generator=generator).to(DTYPES[dtype]) for size in ((2, 37, 288),) * 2 + ((2, 288),)
+        ]
         ours, formula = (
             lambda *t, backend=backend: hpdm_kernels.gated_residual(*t, backend=backend)
             for backend in ("triton", "reference")
