@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from hpdm_kernels import _triton
 
@@ -100,12 +99,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _triton_obstacle(tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> str | None:
-    """The reason why the kernels cannot run on ``tensor``, or ``None`` if they can.
-
-    On a fake tensor, which has a shape and no data, they can: nothing runs, and memory and work can be counted.
-    """
-    if isinstance(tensor, FakeTensor):
-        return None if tensor.dtype in dtypes else f"no kernel for {tensor.dtype} (have {', '.join(map(str, dtypes))})"
+    """The reason why the kernels cannot run on ``tensor``, or ``None`` if they can."""
     if not _triton.AVAILABLE:
         return f"triton is not importable ({_triton.IMPORT_ERROR})"
     if tensor.device.type == "cuda":
