@@ -252,6 +252,19 @@ class System(ABC):
             inputs["labels"] = torch.zeros(batch, dtype=torch.long)
         return inputs
 
+    def predict(self, config: Any, network: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
+        """Calls ``network`` as :meth:`losses` does in a training step; returns what its losses compare.
+
+        Planning counts and measures the calls that a step makes by this.
+
+        Args:
+            config: the model's.
+            network: the model, or what is called in its place.
+            inputs: as :meth:`example_inputs` returns them.
+        """
+        predicted: Tensor = network(**inputs)
+        return predicted
+
     def sampling_plan(self, config: Any, options: SamplerOptions) -> list[dict[str, Any]]:
         """The cost of sampling one video, a row for every part that the sampler yields.
 
