@@ -132,6 +132,7 @@ class System(ABC):
         objective: Objective | None = None,
         dropout: float = 0.0,
         images: float = 0.0,
+        rows: range | None = None,
     ) -> Any:
         """Everything random in the losses of a batch: a ``NamedTuple`` of CPU tensors, some of which may be ``None``.
 
@@ -143,6 +144,8 @@ class System(ABC):
             objective: how the samples are drawn and weighted; ``None`` for the default.
             dropout: share of the clips whose label or text is dropped.
             images: share of the clips that become still images.
+            rows: the rows of the batch to return; ``None`` for all. Given rows have the same values whichever they
+                are, so that a step does not depend on how its batch is split; they need not be those without ``rows``.
         """
 
     @abstractmethod

@@ -58,8 +58,9 @@ class PatchDiffusion(System):
         objective: Objective | None = None,
         dropout: float = 0.0,
         images: float = 0.0,
+        rows: range | None = None,
     ) -> Draws:
-        return draw(config, batch, generator, times, dropout, objective, images)
+        return draw(config, batch, generator, times, dropout, objective, images, rows)
 
     def losses(
         self,

@@ -1,9 +1,9 @@
 """The clips of a training step, in micro-batches that do not depend on the number of ranks.
 
 A step takes ``batch`` clips of the data's order in micro-batches of ``micro``: the first ``batch / world_size`` go to
-rank 0, the next to rank 1, and each rank takes its share one micro-batch after another. Micro-batch ``j`` of step ``n``
-has the same clips and the same noise on whichever rank it runs, so the number of ranks changes a run only by the
-rounding of sums.
+rank 0, the next to rank 1, and each rank takes its share one micro-batch after another. Row ``j`` of step ``n`` has the
+same clip and the same noise whichever rank and micro-batch it is in, so the number of ranks and the size of
+micro-batches change a run only by the rounding of sums.
 """
 
 from __future__ import annotations
@@ -112,5 +112,5 @@ def _outlive_interrupts(_: int) -> None:
 
 
 def noise_generator(seed: int, number: int) -> torch.Generator:
-    """The only source of randomness for micro-batch ``number``."""
+    """The only source of randomness for step, or micro-batch, ``number``."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)

@@ -1,8 +1,8 @@
 """The training loop: clips, losses, updates of the weights and their moving average, logs, checkpoints.
 
-Everything random in a step comes from generators seeded by (seed, number of the micro-batch), and its clips from the
-data's order (:mod:`hpdm.training.batches`). So a resumed run continues the same loss curve: bit for bit on one process
-of a CPU, up to rounding on another number of ranks.
+Everything random in a step comes from generators seeded by (seed, number of the step), and its clips from the data's
+order (:mod:`hpdm.training.batches`). So a resumed run continues the same loss curve: bit for bit on one process of a
+CPU, up to rounding on another number of ranks. Runs of earlier versions draw by the number of the micro-batch.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ class Trainer:
         self.job, self.options, self.recipe, self.device = job, job.options, job.recipe, device
         options, recipe = job.options, job.recipe
         torch.manual_seed(options.seed)
-        self.model = job.system.build(job.config, options.kernels, options.recompute).to(device)
-        zero_started = zero_matrices(self.model) if recipe.lamb_floor == "xavier" else ()
+        built = job.system.build(job.config, options.kernels, options.recompute)
+        zero_started = zero_matrices(built) if recipe.lamb_floor == "xavier" else ()  # reads all matrices
+        self.model = built.to(device)
         checkpoints = list_checkpoints(options.out)  # the newest is good, see prepare
         with distributed.raise_on_all_ranks():
             if job.start is not None and not checkpoints:
@@ -287,14 +288,20 @@ class Trainer:
 
     def draw(self, number: int) -> Any:
         """What is random in the micro-batch ``number`` of the run; pinned for a GPU."""
-        config, recipe = self.job.config, self.recipe
+        config, recipe, micro = self.job.config, self.recipe, self.job.micro_batch
+        batch, rows = micro, None
+        if self.options.objective.draws == "step":
+            batch = recipe.batch
+            number, first = divmod(number * micro, batch)
+            rows = range(first, first + micro)
         draws = self.job.system.draw(
             config,
-            self.job.micro_batch,
+            batch,
             noise_generator(self.options.seed, number),
             objective=self.options.objective,
             dropout=config.conditioning_dropout,
             images=recipe.images,
+            rows=rows,
         )
         return pinned(draws) if self.device.type == "cuda" else draws
 
