@@ -66,4 +66,4 @@ def launches_left_out(target: int = TARGET) -> Iterator[list[str]]:
 
 def _offset(tensor: Tensor) -> int:
     """The address of a tensor without data, as if its storage began at 0: as aligned as an allocator's."""
-    return tensor.storage_offset() * tensor.itemsize
+    return int(tensor.storage_offset()) * tensor.itemsize

@@ -105,9 +105,8 @@ def _noise_of_rows(rows: range, batch: int, shape: tuple[int, ...], generator: t
 
 def _only_rows(draws: Draws, rows: slice) -> Draws:
     """The rows of everything that was drawn for the whole batch, which the noise was not."""
-    kept = {"noise": draws.noise, "signal": draws.signal}
-    others = {n: None if t is None else t[rows] for n, t in draws._asdict().items() if n not in kept}
-    return draws._replace(**others)
+    chosen = Draws._make(None if t is None else t[rows] for t in draws)
+    return chosen._replace(noise=draws.noise, signal=draws.signal)
 
 
 def draw_first_pass(config: HPDMConfig, batch: int, generator: torch.Generator) -> Tensor | None:

@@ -183,9 +183,9 @@ def test_what_is_looked_for_is_seen():
     t = torch.zeros(3, device=DEVICE)
 
     def found(wait):
-        with Meetings() as meetings, Uploads(meetings):
-            with suppress(AssertionError, RuntimeError, NotImplementedError):
-                wait()
+        expected = suppress(AssertionError, RuntimeError, NotImplementedError)
+        with Meetings() as meetings, Uploads(meetings), expected:
+            wait()
         return sorted(what for _, _, what in meetings.found)
 
     # The places that are told are those of the package.
