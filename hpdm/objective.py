@@ -18,6 +18,7 @@ Times = Literal["uniform", "logit-normal"]
 """"logit-normal" favors the middle, where shapes are decided (Esser et al. 2024, section 3.1, mean 0, variance 1)."""
 Weighting = Literal["none", "min-snr"]
 BoxLaw = Literal["uniform", "nested"]
+DrawnBy = Literal["step", "micro-batch"]
 Context = Literal["clean", "same", "independent"]
 """Noise of the lower levels under which the error of a level is measured: none, as when sampling; in the same range of
 noise as the level; or any, as in training."""
@@ -37,8 +38,8 @@ class Objective:
     times: Times = "uniform"
     """Distribution of diffusion times; "logit-normal" favors the middle."""
     low_discrepancy: bool = False
-    """Spread the times of a micro-batch evenly over their distribution, on each level, which makes losses and gradients
-    less noisy. Each time alone is distributed as before."""
+    """Spread the times of a step evenly over their distribution, on each level, which makes losses and gradients less
+    noisy. Each time alone is distributed as before."""
     weighting: Weighting = "none"
     """Weight of an error by its noise level: none, or "min-snr": min(SNR, 5) times the error of the clean video. The
     logged losses are weighted; the errors of `hpdm evaluate` are not."""
@@ -53,13 +54,18 @@ class Objective:
     flip: bool = False
     """Mirror each clip with probability 1/2. Not for clips whose class or caption tells left from right."""
     cuts: bool = False
-    """Train a random number of levels per micro-batch, the lowest two or more (appendix D.6): cheaper steps."""
+    """Train a random number of levels per step, the lowest two or more (appendix D.6): cheaper steps."""
+    draws: DrawnBy | None = None
+    """What a sample shows is drawn for its place in the "step", whatever the number of processes and the size of
+    micro-batches, or for that in its "micro-batch". Default: step, or what the run had that is resumed."""
 
     def __post_init__(self) -> None:
         check_choice("times", self.times, Times)
         check_choice("weighting", self.weighting, Weighting)
         if self.boxes is not None:
             check_choice("boxes", self.boxes, BoxLaw)
+        if self.draws is not None:
+            check_choice("draws", self.draws, DrawnBy)
         if self.clean_context is not None and not 0 <= self.clean_context < 1:
             raise ValueError(f"clean_context: got {self.clean_context}, expected a share in [0, 1)")
         if not 0 <= self.context_t_max <= 1:

@@ -132,6 +132,7 @@ class System(ABC):
         objective: Objective | None = None,
         dropout: float = 0.0,
         images: float = 0.0,
+        rows: range | None = None,
     ) -> Any:
         """Everything random in the losses of a batch: a ``NamedTuple`` of CPU tensors, some of which may be ``None``.
 
@@ -143,6 +144,8 @@ class System(ABC):
             objective: how the samples are drawn and weighted; ``None`` for the default.
             dropout: share of the clips whose label or text is dropped.
             images: share of the clips that become still images.
+            rows: the rows of the batch to return; ``None`` for all. Given rows have the same values whichever they
+                are, so that a step does not depend on how its batch is split; they need not be those without ``rows``.
         """
 
     @abstractmethod
@@ -251,6 +254,19 @@ class System(ABC):
         if config.conditioning == "class":
             inputs["labels"] = torch.zeros(batch, dtype=torch.long)
         return inputs
+
+    def predict(self, config: Any, network: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
+        """Calls ``network`` as :meth:`losses` does in a training step; returns what its losses compare.
+
+        Planning counts and measures the calls that a step makes by this.
+
+        Args:
+            config: the model's.
+            network: the model, or what is called in its place.
+            inputs: as :meth:`example_inputs` returns them.
+        """
+        predicted: Tensor = network(**inputs)
+        return predicted
 
     def sampling_plan(self, config: Any, options: SamplerOptions) -> list[dict[str, Any]]:
         """The cost of sampling one video, a row for every part that the sampler yields.

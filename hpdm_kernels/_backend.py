@@ -165,8 +165,18 @@ PORTABLE: dict[Any, Callable[..., Any]] = {}
 """
 
 
+IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+"""Registered op -> the function of the same arguments that it runs.
+
+:mod:`hpdm.planning` calls this function instead of the op to see what it allocates, where launches are left out
+(:mod:`hpdm_kernels.dry_run`).
+"""
+
+
 def custom_op(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
     """Registers a function as the op ``hpdm::name``, and its ``backend="torch"`` variant in :data:`PORTABLE`.
+
+    The function itself is then in :data:`IMPLEMENTATIONS`.
 
     Args:
         name: name of the op within ``torch.ops.hpdm``.
@@ -187,6 +197,7 @@ def custom_op(name: str, mutates_args: Iterable[str] = ()) -> Callable[[Callable
 
         op = torch.library.custom_op(f"hpdm::{name}", fn, mutates_args=mutates_args)
         PORTABLE[getattr(torch.ops.hpdm, name)] = portable
+        IMPLEMENTATIONS[getattr(torch.ops.hpdm, name)] = fn
         return op
 
     return register

@@ -32,8 +32,8 @@ class PlanCommand:
     batch: int = 1
     """Clips per step and device."""
     kernels: Literal["both", "reference", "torch", "triton"] = "both"
-    """The paper's formulas ("reference"), our ops ("torch" or "triton", with the same prediction, as both keep the same
-    tensors), or both."""
+    """The paper's formulas ("reference"), our ops in PyTorch's operations ("torch") or as kernels on an H100 ("triton":
+    the same tensors are kept, but workspaces and traffic are other ones), or "both" of the first two."""
     recompute: Literal["all", "none", "selective", "block"] = "all"
     """What the backward pass computes again instead of keeping it; "all" compares the three settings."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -113,7 +113,8 @@ def _settings(options: PlanCommand) -> list[tuple[str, str]]:
     if options.kernels in ("both", "reference"):
         settings.append(("reference", "none" if compare_all else options.recompute))
     if options.kernels != "reference":
-        settings += [("torch", recompute) for recompute in (RECOMPUTE if compare_all else (options.recompute,))]
+        ours = "triton" if options.kernels == "triton" else "torch"
+        settings += [(ours, recompute) for recompute in (RECOMPUTE if compare_all else (options.recompute,))]
     return settings
 
 
@@ -132,7 +133,7 @@ def _training(options: PlanCommand, system: System, config: Any, kernels: str, r
     if options.memory_gb is not None:
         row["largest_batch"] = largest_batch(int(options.memory_gb * 1e9), cost_of)
     if options.measure:
-        backend = "reference" if kernels == "reference" else "auto"
+        backend = "auto" if kernels == "torch" else kernels
         row["measured_bytes"] = measured_step(
             system, config, options.batch, backend, recompute, options.precision, options.optimizer,
             options.averages,

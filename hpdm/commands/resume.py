@@ -31,7 +31,9 @@ _ROUNDING = {
 _SCHEDULE = ("steps", "lr", "lr_scaling", "schedule", "cooldown")
 # A run of an earlier version lacks the options that were added later; it ran with these values, or with what is now
 # their default. Those of the recipe are in hpdm.recipe.
-_BEFORE: dict[str, Any] = {"data_weights": [1.0], "short": "error", "boxes": "nested", "clean_context": 0.0}
+_BEFORE: dict[str, Any] = {
+    "data_weights": [1.0], "short": "error", "boxes": "nested", "clean_context": 0.0, "draws": "micro-batch",
+}  # fmt: skip
 
 
 def recipe_of(options: TrainOptions) -> Recipe:
@@ -48,7 +50,7 @@ def recipe_of(options: TrainOptions) -> Recipe:
 
 def with_options_of_run(options: TrainOptions) -> TrainOptions:
     """``options`` whose open choices are made: as in the run to resume, or the default of new runs."""
-    made: dict[str, Any] = {"short": "skip", "boxes": "uniform", "clean_context": CLEAN_CONTEXT}
+    made: dict[str, Any] = {"short": "skip", "boxes": "uniform", "clean_context": CLEAN_CONTEXT, "draws": "step"}
     if list_checkpoints(options.out):
         made = _BEFORE | runs.load_run_config(options.out).training
     objective = options.objective
@@ -60,6 +62,7 @@ def with_options_of_run(options: TrainOptions) -> TrainOptions:
             objective,
             boxes=objective.boxes or made["boxes"],
             clean_context=made["clean_context"] if share is None else share,
+            draws=objective.draws or made["draws"],
         ),
     )
 

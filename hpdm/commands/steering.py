@@ -118,7 +118,9 @@ def choose_micro_batch(options: TrainOptions, recipe: Recipe, system: System, co
     memory = GPU_SHARE * _gpu_memory(device) if memory_gb is None else memory_gb * 1e9
 
     def cost(clips: int) -> StepCost:
-        kernels = "reference" if options.kernels == "reference" else "torch"
+        kernels = options.kernels
+        if kernels == "auto":
+            kernels = "triton" if device.type == "cuda" else "torch"
         precision = "bf16" if options.precision == "bf16" else "fp32"
         return training_step(
             system, config, clips, kernels, options.recompute, precision, recipe.optimizer, max(1, len(recipe.ema))

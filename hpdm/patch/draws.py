@@ -49,8 +49,9 @@ def draw(
     dropout: float = 0.0,
     objective: Objective | None = None,
     images: float = 0.0,
+    rows: range | None = None,
 ) -> Draws:
-    """Draws the samples of a micro-batch.
+    """Draws the samples of a batch, or some of its rows.
 
     Settings that are off draw nothing, so that runs from before they existed continue with the same numbers.
 
@@ -62,6 +63,8 @@ def draw(
         dropout: probability that a clip's label or text is dropped.
         objective: how the samples are drawn and weighted; ``None`` for the default.
         images: share of the clips that become still images, see :mod:`hpdm.training.stills`.
+        rows: the rows to return, whose values do not depend on which they are; ``None`` for all of them, of which the
+            noise is drawn at once: other numbers.
 
     Raises:
         ValueError: a share of images outside of 0..1.
@@ -73,7 +76,11 @@ def draw(
     levels = _cut(config, generator) if objective.cuts else config.levels
     boxes = sample_boxes(config, batch, generator, objective.boxes or "uniform")[:, :levels]
     t = draw_times((batch, levels), times, generator, objective)
-    noise = torch.randn(batch, levels, config.channels, *config.patch, generator=generator)
+    shape = (levels, config.channels, *config.patch)
+    if rows is None:
+        noise = torch.randn(batch, *shape, generator=generator)
+    else:
+        noise = _noise_of_rows(rows, batch, shape, generator)
     dropped = torch.rand(batch, generator=generator) < dropout
     trained = torch.ones(t.shape)
     if objective.clean_context:
@@ -83,7 +90,23 @@ def draw(
     weight = trained * loss_weight(objective.weighting, t, signal)
     if objective.cuts:
         weight = weight / _probability_of_levels(config)[:levels]
-    return Draws(boxes, t, noise, weight, signal, dropped, stills, mirrored, first_pass)
+    drawn = Draws(boxes, t, noise, weight, signal, dropped, stills, mirrored, first_pass)
+    return drawn if rows is None else _only_rows(drawn, slice(rows.start, rows.stop))
+
+
+def _noise_of_rows(rows: range, batch: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise ``[len(rows), *shape]`` of some rows of a batch: of each from a seed of its own, as noise takes long."""
+    seeds = torch.randint(2**32, (batch,), generator=generator).tolist()
+    noise = torch.empty(len(rows), *shape)
+    for row, out in zip(rows, noise):
+        torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row]), out=out)
+    return noise
+
+
+def _only_rows(draws: Draws, rows: slice) -> Draws:
+    """The rows of everything that was drawn for the whole batch, which the noise was not."""
+    chosen = Draws._make(None if t is None else t[rows] for t in draws)
+    return chosen._replace(noise=draws.noise, signal=draws.signal)
 
 
 def draw_first_pass(config: HPDMConfig, batch: int, generator: torch.Generator) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,18 +142,29 @@ def _error_of_v(
     network = model if network is None else network  # a compiled module has no truth value
     noised, target = add_noise(x, draws.noise, draws.t, draws.signal)  # [B, n, C, f, h, w] both
     inputs = (network_input(noised, draws.t, draws.signal), draws.boxes, draws.t, *conditions)
-    if draws.first_pass is not None:
-        predicted = network(*inputs, latents=_latents_of_a_first_pass(network, inputs, draws.first_pass))
-    else:
-        predicted = network(*inputs)
-    return (predicted - target).square().mean(dim=(2, 3, 4, 5))  # [B, n]
+    return (predict(network, draws.first_pass, *inputs) - target).square().mean(dim=(2, 3, 4, 5))  # [B, n]
+
+
+def predict(network: Callable[..., Any], first_pass: Tensor | None, *inputs: Any, **named_inputs: Any) -> Tensor:
+    """V ``[B, n, C, f, h, w]``: every call of the network in a training step.
+
+    Args:
+        network: as of :func:`denoising_error`.
+        first_pass: the samples that start from the final latents of a first pass, bool ``[B]``; ``None`` for a model
+            without self-conditioning.
+        inputs, named_inputs: arguments of :meth:`HPDM.forward`.
+    """
+    if first_pass is not None:
+        named_inputs["latents"] = _latents_of_a_first_pass(network, first_pass, *inputs, **named_inputs)
+    v: Tensor = network(*inputs, **named_inputs)
+    return v
 
 
 @torch.no_grad()
-def _latents_of_a_first_pass(network: Callable[..., Any], inputs: Sequence[Any], kept: Tensor) -> Tensor:
+def _latents_of_a_first_pass(network: Callable[..., Any], kept: Tensor, *inputs: Any, **named_inputs: Any) -> Tensor:
     """Final latents ``[B, L, M, E]`` of a first pass, for the samples that are ``kept``; zeros for the others."""
     # The pass takes all samples, not only those that are kept, so that all ranks make the same calls.
-    _, latents = network(*inputs, return_latents=True)
+    _, latents = network(*inputs, **named_inputs, return_latents=True)
     return latents * kept[:, None, None, None]
 
 

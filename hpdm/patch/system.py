@@ -17,7 +17,7 @@ from hpdm.patch.base_model import start_from_base
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.draws import Draws, draw
 from hpdm.patch.model import HPDM
-from hpdm.patch.objective import denoising_error, evaluation_error, example_inputs
+from hpdm.patch.objective import denoising_error, evaluation_error, example_inputs, predict
 from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES, SAMPLING
 from hpdm.patch.real_levels import level_of_video
 from hpdm.patch.sampler import Sampler
@@ -58,8 +58,9 @@ class PatchDiffusion(System):
         objective: Objective | None = None,
         dropout: float = 0.0,
         images: float = 0.0,
+        rows: range | None = None,
     ) -> Draws:
-        return draw(config, batch, generator, times, dropout, objective, images)
+        return draw(config, batch, generator, times, dropout, objective, images, rows)
 
     def losses(
         self,
@@ -159,6 +160,10 @@ class PatchDiffusion(System):
 
     def example_inputs(self, config: HPDMConfig, batch: int) -> dict[str, Tensor]:
         return example_inputs(config, batch)
+
+    def predict(self, config: HPDMConfig, network: Callable[..., Any], inputs: Mapping[str, Tensor]) -> Tensor:
+        first_pass = torch.ones(len(inputs["x"]), dtype=torch.bool, device=inputs["x"].device)
+        return predict(network, first_pass if config.self_conditioning else None, **inputs)
 
     def sampling_plan(self, config: HPDMConfig, options: SamplerOptions) -> list[dict[str, Any]]:
         return [asdict(plan) for plan in sampling_cost.sampling_plan(config, options)]

@@ -1,9 +1,10 @@
 """Counts memory, FLOPs and memory traffic of PyTorch code, on real or fake tensors.
 
 Fake tensors have shapes and storages but no data, so every operation runs through PyTorch at any size in seconds. Each
-storage is counted when it is allocated and when it is freed. An op of :mod:`hpdm_kernels` with
-matrix products is counted as its portable implementation in PyTorch's own operations, workspace included. Not counted:
-what PyTorch's own operations allocate inside, the allocator's rounding and fragmentation, the CUDA context.
+storage is counted when it is allocated and when it is freed. An op of :mod:`hpdm_kernels` with matrix products is
+counted as its portable implementation in PyTorch's own operations, or as the host code of its Triton kernels, whose
+launches are left out; workspace is included either way. Not counted: what PyTorch's own operations allocate inside, the
+allocator's rounding and fragmentation, the CUDA context.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-import hpdm_kernels  # registers the ops, which fills PORTABLE  # noqa: F401
-from hpdm_kernels._backend import PORTABLE
+import hpdm_kernels  # registers the ops, which fills these tables  # noqa: F401
+from hpdm.planning.groups import GROUPS, group_of
+from hpdm_kernels._backend import IMPLEMENTATIONS, PORTABLE
 
 OPENED = ("fuse_context_fwd", "fuse_context_bwd", "read_tokens_fwd", "read_tokens_bwd")
 """Registered ops with matrix products, whose portable implementations are run and counted. Those of the other ops read
@@ -47,21 +49,33 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         flops: of matrix products and attention; a multiply-add is two.
-        moved: bytes, if every operation reads each input and writes each result once; views move nothing.
+        moved: bytes, if every operation reads each input and writes each result once; views move nothing. An op of
+            :mod:`hpdm_kernels` moves what its portable implementation does, or with Triton's kernels its inputs, its
+            results, and what it allocates for itself twice.
+        moved_by_group: the same by :data:`hpdm.planning.groups.GROUPS`.
+        group: where all operations from here on belong, whatever their names; ``None``: by their names.
         operations: FLOPs and bytes of each operation but views. Here an op of :mod:`hpdm_kernels` is one operation,
             which reads its inputs and writes its results, as its kernels do but for their workspace.
+
+    Args:
+        kernels: ``"triton"`` to count the ops as the host code of their Triton kernels, to be used inside of
+            :func:`hpdm_kernels.dry_run.launches_left_out`; else their portable implementations are counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: str = "torch") -> None:
         super().__init__()
-        self.flops = self.moved = 0
+        self.flops = 0
+        self.moved_by_group = dict.fromkeys(GROUPS, 0)
+        self.group: str | None = None
         self.operations: list[tuple[int, int]] = []
-        self._inside = False
-        """Whether the portable implementation of an op runs."""
+        self._inside: str | None = None
+        """The group of the op whose implementation runs, if one does."""
+        self._kernels = kernels == "triton"
         self._changes: list[tuple[int, int]] = []  # (number of the storage, its bytes; negative when it is freed)
         self._labels: dict[int, str] = {}  # by number of the storage
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}  # by address: the storage and its number
-        self._opened = {getattr(torch.ops.hpdm, name): PORTABLE[getattr(torch.ops.hpdm, name)] for name in OPENED}
+        portable = {getattr(torch.ops.hpdm, name): PORTABLE[getattr(torch.ops.hpdm, name)] for name in OPENED}
+        self._opened = IMPLEMENTATIONS if self._kernels else portable
         self._formulas: dict[Any, Callable[..., int]] = _further_formulas() | flop_registry
 
     def label(self, tensors: Iterable[Tensor], category: str) -> None:
@@ -84,46 +98,61 @@ class Ledger(TorchDispatchMode):
             out[category] = out.get(category, 0) + size
         return out
 
+    @property
+    def moved(self) -> int:
+        """Bytes of all groups."""
+        return sum(self.moved_by_group.values())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # the most frequent call by far; it only reads an attribute
             return args[0].fake_device
         kwargs = kwargs or {}
-        portable = self._opened.get(func._overloadpacket)
+        opened = self._opened.get(func._overloadpacket)
         formula = self._formulas.get(func._overloadpacket)
-        if portable is None and formula is None and _is_composite(func):
-            # Below autograd, where the portable implementations run, linear is not a product yet.
+        if opened is None and formula is None and _is_composite(func):
+            # Below autograd, where the implementations of ops run, linear is not a product yet.
             with self:
                 return func.decompose(*args, **kwargs)
-        before = self.flops
+        before, group = self.flops, self._inside or self.group or group_of(func.name())
         # Collect the inputs before the call, which may free some of them.
         inputs = {t.untyped_storage()._cdata: t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         bytes_read = sum(t.numel() * t.element_size() for t in inputs.values())
-        if portable is not None:
-            with self, self._one_operation():
-                out = portable(*args, **kwargs)
+        first = len(self._changes)
+        if opened is not None:
+            with self, self._one_operation(group):
+                out = opened(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in results:
             self._number(tensor)
-        if portable is None and formula is not None:
+        in_kernels = self._kernels and self._inside is not None
+        if formula is not None and not in_kernels and (opened is None or self._kernels):
             self.flops += int(formula(*args, **kwargs, out_val=out))
         if not _is_view(func):
             moved = bytes_read + sum(t.numel() * t.element_size() for t in results)
-            if portable is None:
-                self.moved += moved
-            if not self._inside:
+            if opened is None and not in_kernels:
+                self.moved_by_group[group] += moved
+            elif opened is not None and self._kernels:
+                self.moved_by_group[group] += moved + 2 * self._workspace(first, results)
+            if self._inside is None:
                 self.operations.append((self.flops - before, moved))
         return out
 
     @contextmanager
-    def _one_operation(self) -> Iterator[None]:
-        """Within the block operations are parts of the one that began it."""
-        outermost, self._inside = not self._inside, True
+    def _one_operation(self, group: str) -> Iterator[None]:
+        """Within the block operations are parts of the one that began it, which belongs to ``group``."""
+        outside, self._inside = self._inside, group
         try:
             yield
         finally:
-            self._inside = not outermost
+            self._inside = outside
+
+    def _workspace(self, first: int, results: Iterable[Tensor]) -> int:
+        """Bytes allocated since change number ``first``, without those of ``results``."""
+        of_results = {self._number(t): t.untyped_storage().nbytes() for t in results}
+        kept = sum(size for number, size in of_results.items() if number >= first)
+        return sum(size for _, size in self._changes[first:] if size > 0) - kept
 
     def _number(self, tensor: Tensor) -> int:
         """The number of a tensor's storage, which is counted as allocated if it is new."""

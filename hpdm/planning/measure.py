@@ -106,7 +106,7 @@ class NoiseTraining:
                 self.model,
                 self.optimizer,
                 self.ema,
-                [lambda: (self.call(**inputs) - target).square().mean()],
+                [lambda: (self.system.predict(self.config, self.call, inputs) - target).square().mean()],
                 autocast=lambda: torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"),
             )
             self.optimizer.zero_grad(set_to_none=True)

@@ -44,7 +44,7 @@ def _training(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         line = (
-            f"  {'reference' if row['kernels'] == 'reference' else 'on':<11}{row['recompute']:<11}"
+            f"  {row['kernels']:<11}{row['recompute']:<11}"
             + "".join(f"{_gb(row[f'{category}_bytes']):>{width}}" for category, width in widths.items())
             + f"{_gb(row['peak_bytes']):>9}{row['flops_per_video'] / 1e12:>13.3f}"
             f"{_gb(row['moved_bytes_per_video']):>13}"
@@ -55,7 +55,18 @@ def _training(rows: Sequence[dict[str, Any]]) -> list[str]:
             ratio = row["peak_bytes"] / row["measured_bytes"]
             line += f"   measured {_gb(row['measured_bytes'])} ({ratio - 1:+.1%})"
         lines.append(line)
-    return [*lines, "  what is alive at the peak; ema: the moving averages of the weights"]
+    return [*lines, "  what is alive at the peak; ema: the moving averages of the weights", "", *_moved(rows)]
+
+
+def _moved(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line per group of operations, with a column per setting."""
+    settings = [f"{row['kernels']}, {row['recompute']}" for row in rows]
+    widths = [max(12, len(setting) + 2) for setting in settings]
+    lines = ["moved in this step [GB]", f"  {'':<22}" + "".join(f"{s:>{w}}" for s, w in zip(settings, widths))]
+    for group in rows[0]["moved_by_group"]:
+        numbers = "".join(f"{_gb(row['moved_by_group'][group]):>{width}}" for row, width in zip(rows, widths))
+        lines.append(f"  {group:<22}{numbers}")
+    return lines
 
 
 def _sampling(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -91,7 +91,8 @@ def main(question: str) -> None:
     system = getattr(import_module(module), name)()
     if hasattr(os, "nice"):
         os.nice(10)
-    print(json.dumps({"flops": training_step(system, system.config_from_dict(values["config"])).flops}))
+    cost = training_step(system, system.config_from_dict(values["config"]))
+    print(json.dumps({"flops": cost.flops - cost.first_pass_flops}))
 
 
 if __name__ == "__main__":

@@ -6,19 +6,24 @@ The step is that of :func:`hpdm.training.step.update`, and :class:`hpdm.planning
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hpdm.planning.groups import OPTIMIZER
 from hpdm.planning.ledger import Ledger, fake_fp32
 from hpdm.planning.roofline import GPUS, least_seconds
 from hpdm.system import System
 from hpdm.training.ema import EMA, PowerLaw
 from hpdm.training.optim import make_optimizer
 from hpdm.training.step import update
+from hpdm_kernels import _triton
+from hpdm_kernels.dry_run import launches_left_out
 
+KERNELS = ("reference", "torch", "triton")
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTE = ("none", "selective", "block")
 CATEGORIES = ("weights", "gradients", "optimizer_state", "ema", "inputs", "activations", "temporaries")
@@ -47,8 +52,12 @@ class StepCost:
     """Everything else: results within the backward pass or the optimizer, recomputed activations, workspace."""
     flops: int
     """FLOPs of matrix products and attention: forward, backward and recomputation; a multiply-add is two."""
+    first_pass_flops: int
+    """Those of them that forward passes without gradients need: the first pass of self-conditioning."""
     moved_bytes: int
     """Memory traffic if every operation reads each input and writes each result once."""
+    moved_by_group: dict[str, int]
+    """The same by :data:`hpdm.planning.groups.GROUPS`: what the bytes are moved for."""
     least_pass_seconds: dict[str, float]
     """By name of the GPU, modeled: the least time of forward and backward pass, with products of one TF32 pass, or of
     bf16. No schedule of these operations is faster, see :mod:`hpdm.planning.roofline`."""
@@ -82,8 +91,8 @@ def training_step(
         system: kind of the model.
         config: the model's.
         batch: clips per step and device, at least 1.
-        kernels: ``"reference"`` (the paper's formulas) or ``"torch"`` (the library's ops; the Triton kernels keep the
-            same tensors).
+        kernels: ``"reference"`` (the paper's formulas), ``"torch"`` (the library's ops in PyTorch's operations) or
+            ``"triton"`` (as kernels on an H100: the same tensors are kept, but their workspaces are other ones).
         recompute: what the backward pass computes again, ``"none"``, ``"selective"`` or ``"block"``.
         precision: ``"fp32"``, or ``"bf16"`` for automatic mixed precision with weights and their statistics in fp32.
         optimizer: ``"adamw"``, ``"lamb"`` or ``"muon"``.
@@ -91,17 +100,21 @@ def training_step(
 
     Raises:
         ValueError: an argument out of range.
+        RuntimeError: ``"triton"`` without Triton, or with ``TRITON_INTERPRET=1``, whose block sizes are no GPU's.
     """
     if batch < 1:
         raise ValueError(f"batch: got {batch}, expected at least 1")
     if averages < 1:
         raise ValueError(f"averages: got {averages}, expected at least 1")
-    if kernels not in ("reference", "torch"):
-        raise ValueError(f"kernels: got {kernels!r}, expected 'reference' or 'torch'")
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels: got {kernels!r}, expected one of {', '.join(map(repr, KERNELS))}")
+    if kernels == "triton" and _triton.INTERPRETED:
+        raise RuntimeError("kernels: got 'triton' with TRITON_INTERPRET=1, whose block sizes are not those of a GPU")
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(map(repr, PRECISIONS))}")
-    with fake_fp32():
-        ledger, passes, rest = _count(system, config, batch, kernels, recompute, precision, optimizer, averages)
+    with fake_fp32(), launches_left_out() if kernels == "triton" else nullcontext():
+        ledger, passes, first_pass = _count(system, config, batch, kernels, recompute, precision, optimizer, averages)
+    passing, rest = ledger.operations[:passes], ledger.operations[passes:]
     at_peak = ledger.at_peak()
     return StepCost(
         kernels=kernels,
@@ -111,8 +124,10 @@ def training_step(
         averages=averages,
         batch=batch,
         flops=ledger.flops,
+        first_pass_flops=first_pass,
         moved_bytes=ledger.moved,
-        least_pass_seconds={gpu.name: least_seconds(passes, gpu, precision) for gpu in GPUS},
+        moved_by_group=dict(ledger.moved_by_group),
+        least_pass_seconds={gpu.name: least_seconds(passing, gpu, precision) for gpu in GPUS},
         least_optimizer_seconds={gpu.name: least_seconds(rest, gpu, precision) for gpu in GPUS},
         **{f"{category}_bytes": at_peak.get(category, 0) for category in CATEGORIES},
     )
@@ -121,8 +136,10 @@ def training_step(
 def _count(
     system: System, config: Any, batch: int, kernels: str, recompute: str, precision: str, optimizer_name: str,
     averages: int,
-) -> tuple[Ledger, list[tuple[int, int]], list[tuple[int, int]]]:  # fmt: skip
-    """Counts the second step of a run; also its operations before the optimizer's, and from there on."""
+) -> tuple[Ledger, int, int]:  # fmt: skip
+    """Counts the second step of a run; also how many operations come before the optimizer's, and the FLOPs of a first
+    pass.
+    """
     model = system.build(config, kernels, recompute)
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01, hidden_modules=system.hidden_modules(model))
@@ -133,14 +150,22 @@ def _count(
     optimizer.zero_grad(set_to_none=True)
     inputs = system.example_inputs(config, batch)
     target = torch.empty_like(inputs["x"])
-    ledger, passes = Ledger(), 0
+    ledger, passes, first_pass = Ledger(kernels), 0, 0
+
+    def network(**arguments: Any) -> Any:
+        nonlocal first_pass
+        before = ledger.flops
+        out = model(**arguments)
+        if not torch.is_grad_enabled():
+            first_pass += ledger.flops - before
+        return out
 
     def phase(name: str) -> None:
         nonlocal passes
         if name == "backward":
             ledger.label_living("activations")
         else:
-            passes = len(ledger.operations)
+            passes, ledger.group = len(ledger.operations), OPTIMIZER
             ledger.label([p.grad for p in parameters if p.grad is not None], "gradients")
 
     with ledger:
@@ -152,11 +177,11 @@ def _count(
             model,
             optimizer,
             ema,
-            [lambda: (model(**inputs) - target).square().mean()],
+            [lambda: (system.predict(config, network, inputs) - target).square().mean()],
             autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
             phase=phase,
         )
-    return ledger, ledger.operations[:passes], ledger.operations[passes:]
+    return ledger, passes, first_pass
 
 
 def _state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -27,9 +27,13 @@ class DrawnAhead:
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(cancel_futures=True)
 
-    def take(self, numbers: Sequence[int], following: Sequence[int] = ()) -> list[Any]:
-        """The draws of ``numbers``; those ``following`` are begun. Raises what drawing them raised."""
-        for number in (*numbers, *following):
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Begins the draws of ``numbers``, unless they are begun."""
+        for number in numbers:
             if number not in self._drawn:
                 self._drawn[number] = self._pool.submit(self._draw, number)
+
+    def take(self, numbers: Sequence[int], following: Sequence[int] = ()) -> list[Any]:
+        """The draws of ``numbers``, once they are made; those ``following`` are begun. Raises what drawing raised."""
+        self.begin([*numbers, *following])
         return [self._drawn.pop(number).result() for number in numbers]

@@ -1,9 +1,9 @@
 """The clips of a training step, in micro-batches that do not depend on the number of ranks.
 
 A step takes ``batch`` clips of the data's order in micro-batches of ``micro``: the first ``batch / world_size`` go to
-rank 0, the next to rank 1, and each rank takes its share one micro-batch after another. Micro-batch ``j`` of step ``n``
-has the same clips and the same noise on whichever rank it runs, so the number of ranks changes a run only by the
-rounding of sums.
+rank 0, the next to rank 1, and each rank takes its share one micro-batch after another. Row ``j`` of step ``n`` has the
+same clip and the same noise whichever rank and micro-batch it is in, so the number of ranks and the size of
+micro-batches change a run only by the rounding of sums.
 """
 
 from __future__ import annotations
@@ -87,17 +87,40 @@ class MicroBatches(Sampler[list[ClipKey]]):
             step += 1
 
 
+AHEAD_BYTES = 2**30
+"""Memory for clips that the workers of a process read ahead, if two micro-batches of each do not need more."""
+
+
+def prefetch_factor(per_step: int, workers: int, batch_bytes: int) -> int:
+    """How many micro-batches each of ``workers`` reads ahead, at least two.
+
+    A step asks for all its micro-batches at once. So what is read while the one before is computed is as many as that,
+    if they fit into :data:`AHEAD_BYTES`: with less, a step would wait although the workers can keep up.
+
+    Args:
+        per_step: micro-batches of a step on this rank.
+        workers: processes, at least 1.
+        batch_bytes: of the clips of a micro-batch.
+    """
+    return max(2, min(-(-per_step // workers), AHEAD_BYTES // (workers * batch_bytes)))
+
+
 def loader(
     dataset: Dataset[ClipItem], sampler: MicroBatches, workers: int, device: torch.device,
-    embeddings: EmbeddingStore | None = None,
+    embeddings: EmbeddingStore | None = None, batch_bytes: int = 1,
 ) -> Generator[Batch, None, None]:  # fmt: skip
-    """Micro-batches in order, decoded by ``workers`` processes (0: by this one), pinned for a GPU."""
+    """Micro-batches in order, decoded by ``workers`` processes (0: by this one), pinned for a GPU.
+
+    ``batch_bytes`` is the size of a micro-batch's clips, see :func:`prefetch_factor`.
+    """
+    ahead = prefetch_factor(sampler.own, workers, batch_bytes) if workers else None
 
     def make(keys: Iterable[list[ClipKey]]) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_sampler=keys,
             num_workers=workers,
+            prefetch_factor=ahead,
             collate_fn=partial(collate, embeddings=embeddings),
             pin_memory=device.type == "cuda",
             worker_init_fn=_outlive_interrupts,
@@ -112,5 +135,5 @@ def _outlive_interrupts(_: int) -> None:
 
 
 def noise_generator(seed: int, number: int) -> torch.Generator:
-    """The only source of randomness for micro-batch ``number``."""
+    """The only source of randomness for step, or micro-batch, ``number``."""
     return torch.Generator().manual_seed(seed * 1_000_003 + number)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from torch.profiler import record_function
 from tqdm import tqdm
 
 from hpdm.files import read_text, write_text
@@ -138,7 +139,7 @@ class WandbLog:
 class Reports:
     """Writes a run's rows to its logs and shows its progress.
 
-    To each row it adds ``clips_per_s``; ``data_share``, the share of time spent waiting for data; and the columns of
+    To each row it adds ``clips_per_s``; ``data_share``, the share of time in :meth:`waiting`; and the columns of
     ``speed``. All are about the time since the previous row, without that in :meth:`paused`.
 
     Args:
@@ -187,9 +188,10 @@ class Reports:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time in the block as time spent waiting for data."""
+        """Counts the time in the block as time spent waiting for data: clips, and what is drawn for them."""
         before = time.perf_counter()
-        yield
+        with record_function("data"):
+            yield
         self.waited += time.perf_counter() - before
 
     @contextmanager

@@ -44,11 +44,11 @@ class Means:
         if self._norm is None:
             raise ValueError("means: got no step since the last reading, expected at least one")
         losses = distributed.mean(torch.stack(list(self._losses.values()))) / self.steps
-        by_name = dict(zip(self._losses, losses.tolist()))
-        norm, largest = self._norm.tolist()
+        # One read of the device for all.
+        mean, *of_names, norm, largest = torch.cat((losses.mean()[None], losses, self._norm)).tolist()
         return {
-            "loss": losses.mean().item(),
-            **{f"loss_{name}": value for name, value in by_name.items()},
+            "loss": mean,
+            **{f"loss_{name}": value for name, value in zip(self._losses, of_names)},
             "grad_norm": norm / self.steps,
             "grad_norm_max": largest,
         }

@@ -20,7 +20,8 @@ def optimizer_statistics(
 ) -> dict[str, float]:
     """What the last step did to the weights. A collective if the model is sharded.
 
-    Call it after a step, on logged steps alone: it reads the optimizer's state once, a tensor at a time.
+    Call it after a step, on logged steps alone: it goes through the optimizer's state once, a tensor at a time, and
+    reads its results from the device in one go.
 
     Args:
         model: whose parameters were stepped.
@@ -39,24 +40,28 @@ def optimizer_statistics(
     updates = _update_norms(optimizer)
     params = [p for _, p in named]
     weights = whole_norms(shards(params), params)
-    squares = torch.stack((weights, torch.stack([updates[p] for p in params]))).double().square()  # [2, n]
+    norms = [weights, torch.stack([updates[p] for p in params])]
+    if isinstance(optimizer, Lamb):
+        norms += [step.trust for step in optimizer.last]
+    # Everything below is on the host.
+    on_host = torch.cat([t.double() for t in norms]).cpu()
+    squares, trust = on_host[: 2 * len(params)].square().view(2, -1), on_host[2 * len(params) :]
     part_of = [next(title for title, text in parts if text in name) for name, _ in named]
     statistics: dict[str, Tensor] = {}
     for title in dict.fromkeys(part_of):
-        of_part = torch.tensor([title == other for other in part_of], device=squares.device)
+        of_part = torch.tensor([title == other for other in part_of])
         for what, square in zip(("weight_norm", "update_norm"), squares):
             statistics[f"{what}_{_slug(title)}"] = square[of_part].sum().sqrt()
-    if isinstance(optimizer, Lamb) and optimizer.last:
-        trust = torch.cat([norms.trust for norms in optimizer.last]).double()
+    if len(trust):
         statistics |= {"trust_min": trust.min(), "trust_median": trust.median(), "trust_max": trust.max()}
-    return dict(zip(statistics, torch.stack(list(statistics.values())).tolist()))
+    return {name: float(value) for name, value in statistics.items()}
 
 
 def _update_norms(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     """Norms of the last changes of all tensors that have been stepped."""
     norms: dict[Tensor, Tensor] = {}
     if isinstance(optimizer, MuonAdamW):
-        norms |= {p: p.new_tensor(optimizer.update_norm(p)) for p in optimizer.hidden}
+        norms |= {p: p.new_full((), optimizer.update_norm(p)) for p in optimizer.hidden}
     for step in optimizer.last if isinstance(optimizer, Lamb) else ():
         norms |= zip(step.params, step.updates)
     for group in optimizer.param_groups:
@@ -73,7 +78,7 @@ def _adam_change(p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Ten
     AdamW's decay acts on the weights before the step, ``w' = (1 - rate * decay) w - rate * adam``.
     """
     beta1, beta2 = group["betas"]
-    step = float(state["step"])
+    step = state["step"].double()  # on the device, from where it is not read
     weights, first, second = shards((p, state["exp_avg"], state["exp_avg_sq"]))
     adam = (first / (1 - beta1**step)).div_((second / (1 - beta2**step)).sqrt_().add_(group["eps"]))
     rate, decay = float(group["lr"]), float(group["weight_decay"])

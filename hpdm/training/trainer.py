@@ -1,15 +1,16 @@
 """The training loop: clips, losses, updates of the weights and their moving average, logs, checkpoints.
 
-Everything random in a step comes from generators seeded by (seed, number of the micro-batch), and its clips from the
-data's order (:mod:`hpdm.training.batches`). So a resumed run continues the same loss curve: bit for bit on one process
-of a CPU, up to rounding on another number of ranks.
+Everything random in a step comes from generators seeded by (seed, number of the step), and its clips from the data's
+order (:mod:`hpdm.training.batches`). So a resumed run continues the same loss curve: bit for bit on one process of a
+CPU, up to rounding on another number of ranks. Runs of earlier versions draw by the number of the micro-batch.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import record_function
 
 from hpdm import distributed
 from hpdm.data.mixture import Mixture
@@ -95,8 +95,9 @@ class Trainer:
         self.job, self.options, self.recipe, self.device = job, job.options, job.recipe, device
         options, recipe = job.options, job.recipe
         torch.manual_seed(options.seed)
-        self.model = job.system.build(job.config, options.kernels, options.recompute).to(device)
-        zero_started = zero_matrices(self.model) if recipe.lamb_floor == "xavier" else ()
+        built = job.system.build(job.config, options.kernels, options.recompute)
+        zero_started = zero_matrices(built) if recipe.lamb_floor == "xavier" else ()  # reads all matrices
+        self.model = built.to(device)
         checkpoints = list_checkpoints(options.out)  # the newest is good, see prepare
         with distributed.raise_on_all_ranks():
             if job.start is not None and not checkpoints:
@@ -131,13 +132,16 @@ class Trainer:
         self.saver = Saver(options.out, self.model, self.ema, self.optimizer, steering.keep, job.write_snapshot)
         self.batches = MicroBatches(job.dataset, recipe.batch, job.micro_batch, options.seed, self.step)
         self.draws = DrawnAhead(self.draw)
+        self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Makes the context in which the training waits for clips or draws."""
         self.short_clips = ShortClips(job.dataset)
 
     def fit(self) -> None:
         """Trains to the recipe's last step; raises as :func:`hpdm.commands.train.train`."""
         options, last = self.options, self.recipe.steps
         self.model.train()
-        clips = loader(self.job.dataset, self.batches, options.workers, self.device, self.job.embeddings)
+        batch_bytes = self.job.micro_batch * self.job.config.channels * math.prod(self.job.config.resolution)
+        clips = loader(self.job.dataset, self.batches, options.workers, self.device, self.job.embeddings, batch_bytes)
         peak = options.steering.peak_tflops or peak_tflops(self.device, options.precision)
         with distributed.raise_on_all_ranks():
             folder = options.out if distributed.is_first() else None
@@ -149,10 +153,12 @@ class Trainer:
             closing(clips), self.draws,
         ):  # fmt: skip
             self._complete_snapshots()
+            self.waiting = reports.waiting
             while self.step < last:
                 distributed.at(self.step, 0, "reading clips")
                 try:
-                    with self._interruptible(), reports.waiting(), record_function("data"):
+                    with self._interruptible(), self.waiting():
+                        self.draws.begin(self.batches.numbers(self.step))  # beside the clips
                         batches = [next(clips) for _ in range(self.batches.own)]
                 except Interrupted as interruption:
                     self._save_and_stop(interruption.number)
@@ -262,7 +268,8 @@ class Trainer:
             return torch.stack(list(losses.values()), dim=1).mean(0)  # [B, L] -> [L]
 
         following = self.batches.numbers(self.step + 1) if self.step + 1 < recipe.steps else ()
-        draws = self.draws.take(self.batches.numbers(self.step), following)
+        with self.waiting():
+            draws = self.draws.take(self.batches.numbers(self.step), following)
         total, norm, applied = update(
             self.network,
             self.optimizer,
@@ -287,14 +294,20 @@ class Trainer:
 
     def draw(self, number: int) -> Any:
         """What is random in the micro-batch ``number`` of the run; pinned for a GPU."""
-        config, recipe = self.job.config, self.recipe
+        config, recipe, micro = self.job.config, self.recipe, self.job.micro_batch
+        batch, rows = micro, None
+        if self.options.objective.draws == "step":
+            batch = recipe.batch
+            number, first = divmod(number * micro, batch)
+            rows = range(first, first + micro)
         draws = self.job.system.draw(
             config,
-            self.job.micro_batch,
+            batch,
             noise_generator(self.options.seed, number),
             objective=self.options.objective,
             dropout=config.conditioning_dropout,
             images=recipe.images,
+            rows=rows,
         )
         return pinned(draws) if self.device.type == "cuda" else draws
 

@@ -175,3 +175,5 @@ def _read_tokens_bwd_flops(
 
 _backend.PORTABLE[torch.ops.hpdm.cross_attention_fwd] = torch_backend.forward
 _backend.PORTABLE[torch.ops.hpdm.cross_attention_bwd] = torch_backend.backward
+_backend.IMPLEMENTATIONS[torch.ops.hpdm.cross_attention_fwd] = triton_backend.forward
+_backend.IMPLEMENTATIONS[torch.ops.hpdm.cross_attention_bwd] = triton_backend.backward

@@ -64,9 +64,10 @@ class LinearSystem(System):
     def build(self, config, kernels="auto", recompute="none"):
         return LinearDenoiser(config)
 
-    def draw(self, config, batch, generator, *, times=(0.0, 1.0), **_):
+    def draw(self, config, batch, generator, *, times=(0.0, 1.0), rows=None, **_):
         t = times[0] + (times[1] - times[0]) * torch.rand(batch, 1, generator=generator)
-        return LinearDraws(t, torch.randn(batch, 1, config.channels, *config.resolution, generator=generator))
+        noise = torch.randn(batch, 1, config.channels, *config.resolution, generator=generator)
+        return LinearDraws(*(x if rows is None else x[rows.start : rows.stop] for x in (t, noise)))
 
     def losses(self, model, batch, draws, network=None):
         x = batch["video"] / 127.5 - 1

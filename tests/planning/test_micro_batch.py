@@ -1,5 +1,6 @@
 """The automatic micro-batch, and the FLOPs of a step that a run asks for."""
 
+import json
 import time
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import hpdm.commands.steering as steering
 from hpdm import presets, systems
 from hpdm.commands.train import prepare, train
+from hpdm.planning import step_flops
 from hpdm.planning.micro_batch import fitting_micro_batch
 from hpdm.planning.step_flops import StepFlops
 from hpdm.planning.training_cost import training_step
@@ -72,6 +74,17 @@ def test_the_flops_of_a_step_come_from_a_process_of_their_own():
     ended_early()
     ended_early.close()
     assert ended_early._process.returncode is not None
+
+
+def test_the_first_pass_of_self_conditioning_is_no_flop_of_the_model(capsys):
+    config = small_config(self_conditioning=0.9)
+    step_flops.main(StepFlops(systems.get("patch"), config, 1)._question)
+    told = json.loads(capsys.readouterr().out)["flops"]
+    with_it, without = (
+        training_step(systems.get("patch"), config.replace(self_conditioning=share)).flops for share in (0.9, 0.0)
+    )
+    assert without < told < 0.8 * with_it
+    assert told == pytest.approx(without, rel=0.05)
 
 
 def test_flops_that_cannot_be_predicted_are_told_once(caplog):

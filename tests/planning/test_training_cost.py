@@ -8,7 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm import presets, systems
+from hpdm.patch.draws import draw
 from hpdm.patch.model import HPDM
+from hpdm.patch.objective import denoising_error
+from hpdm.planning.groups import GROUPS, group_of
 from hpdm.planning.ledger import Ledger, fake_fp32
 from hpdm.planning.measure import measured_step
 from hpdm.planning.training_cost import CATEGORIES, largest_batch, training_step
@@ -89,6 +92,72 @@ def test_flops_are_those_of_a_real_step(recompute) -> None:
     with FlopCounterMode(display=False) as counter:
         (model(x, boxes, t, labels) - x).square().mean().backward()
     assert predicted(SMALL, 2, "reference", recompute).flops == counter.get_total_flops()
+
+
+def test_a_first_pass_is_counted_where_the_objective_makes_one() -> None:
+    """Self-conditioning: the FLOPs of a real loss and its gradients, and memory for one more tensor of latents."""
+    config = SMALL.replace(self_conditioning=0.9)
+    model = HPDM(config, kernels="reference")
+    video = torch.randint(256, (2, 3, *config.resolution), dtype=torch.uint8)
+    draws = draw(config, 2, torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter:
+        denoising_error(model, video, torch.zeros(2, dtype=torch.long), draws).mean().backward()
+    cost, plain = predicted(config, 2, "reference"), predicted(SMALL, 2, "reference")
+    assert cost.flops == counter.get_total_flops()
+    assert plain.first_pass_flops == 0
+    assert cost.first_pass_flops == pytest.approx(plain.flops / 3, rel=0.02)
+    assert cost.moved_bytes > 1.2 * plain.moved_bytes
+    latents = 4 * 2 * config.levels * config.latents * config.latent_width
+    assert 0 < cost.activations_bytes - plain.activations_bytes < 30 * latents
+
+
+def test_memory_with_a_first_pass() -> None:
+    config = SMALL.replace(self_conditioning=0.9)
+    expected = predicted(config, 32, "torch").peak_bytes
+    assert measured_step(PATCH, config, 32, "torch", device="cpu") == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_traffic_is_shared_out_among_the_groups(optimizer) -> None:
+    none, block = (predicted(SMALL, 4, "torch", r, optimizer=optimizer) for r in ("none", "block"))
+    for cost in (none, block):
+        assert tuple(cost.moved_by_group) == GROUPS
+        assert sum(cost.moved_by_group.values()) == cost.moved_bytes
+        assert all(cost.moved_by_group.values())
+    # What is computed again are products, norms and GELUs; the optimizer does not know of it.
+    assert block.moved_by_group["optimizer"] == none.moved_by_group["optimizer"] > 5 * none.weights_bytes
+    assert block.moved_by_group["products"] > none.moved_by_group["products"]
+    assert block.moved_by_group["GELU"] > 1.3 * none.moved_by_group["GELU"]
+
+
+def test_groups_in_closed_form() -> None:
+    """Rows of 64 numbers, 1 kB each operand and result, but for the product's two of four times the size."""
+    with fake_fp32():
+        x, weight, ones = torch.empty(4, 64), torch.empty(256, 64), torch.empty(64)
+        with Ledger() as ledger:
+            y = torch.nn.functional.layer_norm(x, (64,), ones, ones)
+            torch.cat((torch.nn.functional.gelu(y @ weight.T), x.repeat(1, 4)))
+            ledger.group = "optimizer"
+            x.add_(1.0)
+    moved = {group: count for group, count in ledger.moved_by_group.items() if count}
+    assert moved == {
+        "norms and modulation": 2 * 1024 + 2 * 256 + 2 * 16, "products": 1024 + 65536 + 4096, "GELU": 2 * 4096,
+        "copies": 2 * 8192 + 1024 + 4096, "optimizer": 3 * 1024 - 1024,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("aten::addmm", "products"), ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("hpdm::read_tokens_bwd", "attention"), ("hpdm::cross_attention_fwd", "attention"),
+        ("hpdm::fuse_context_bwd", "context"), ("hpdm::sample_context_fwd", "context"),
+        ("aten::native_layer_norm_backward", "norms and modulation"), ("aten::addcmul", "norms and modulation"),
+        ("aten::gelu_backward", "GELU"), ("aten::cat", "copies"), ("aten::clone", "copies"), ("aten::cos", "rest"),
+    ],
+)  # fmt: skip
+def test_an_operation_belongs_to_a_group_by_its_name(name, group) -> None:
+    assert group_of(name) == group
 
 
 def test_parts_are_what_they_are_called() -> None:
