@@ -73,8 +73,9 @@ def test_its_curve_can_be_trained_again(tmp_path, monkeypatch):
         "steps": 4,
         "optimizer": "adamw",
     }
-    options = train_options(data=clips, out=tmp_path / "run", **same, boxes="nested", draws="micro-batch", kernels="torch",
-                            workers=0, clean_context=0.0, log_every=1, device="cpu")  # fmt: skip
+    then_default = {"boxes": "nested", "draws": "micro-batch", "clean_context": 0.0}
+    options = train_options(data=clips, out=tmp_path / "run", **same, **then_default, kernels="torch", workers=0,
+                            log_every=1, device="cpu")  # fmt: skip
     train(options)
     then, now = (
         [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
