@@ -29,6 +29,8 @@ class PlanCommand:
     """Target frames, height, width; the preset's if not given."""
     patch: Triple | None = None
     """Patch frames, height, width; the preset's if not given."""
+    self_conditioning: float = 0.0
+    """As of `hpdm train`: with any share above 0 each step makes a first pass, without gradients."""
     batch: int = 1
     """Clips per step and device."""
     kernels: Literal["both", "reference", "torch", "triton"] = "both"
@@ -61,8 +63,8 @@ def run(options: PlanCommand) -> int:
         text = table1_text(options.preset, result)
         notes = [NOTE, "The paper does not say which of its models Table 1 was run on."]
     else:
-        if options.resolution is not None or options.patch is not None:
-            config = system.configure(config, Architecture(resolution=options.resolution, patch=options.patch))
+        changes = Architecture(options.resolution, options.patch, self_conditioning=options.self_conditioning)
+        config = config if changes == Architecture() else system.configure(config, changes)
         result = plan(options, system, config)
         text, notes = plan_text(_heading(options.preset, config), result), [NOTE]
     print("\n".join([text, "", *notes]))

@@ -119,7 +119,7 @@ def choose_micro_batch(options: TrainOptions, recipe: Recipe, system: System, co
 
     def cost(clips: int) -> StepCost:
         kernels = options.kernels
-        if kernels == "auto":
+        if kernels in ("auto", "triton"):
             kernels = "triton" if device.type == "cuda" else "torch"
         precision = "bf16" if options.precision == "bf16" else "fp32"
         return training_step(

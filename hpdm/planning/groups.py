@@ -20,7 +20,7 @@ _BY_NAME = (
     (PRODUCTS, {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul"}),
     # Scale, shift, gate and residual sum, and their gradients, which the last sums over tokens.
     (NORMS, {"mul", "mul_", "add", "add_", "addcmul", "addcmul_", "sum"}),
-    (COPIES, {"cat", "stack", "clone", "copy_", "_to_copy", "expand_copy", "constant_pad_nd"}),
+    (COPIES, {"cat", "stack", "clone", "copy_", "_to_copy", "expand_copy", "repeat", "constant_pad_nd"}),
 )
 
 

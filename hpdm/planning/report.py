@@ -11,7 +11,8 @@ from hpdm.planning.training_cost import CATEGORIES
 NOTE = (
     "Predicted from one training step on fake tensors. Left out: what PyTorch's operations allocate inside, the\n"
     "allocator's rounding, the CUDA context, the input video. FLOPs are those of products and attention; moved counts\n"
-    "every operation's inputs and results once."
+    "every operation's inputs and results once. A first pass of self-conditioning is counted, and with kernels triton\n"
+    "the workspaces that they allocate on an H100."
 )
 
 

@@ -59,7 +59,7 @@ def test_it_can_be_resumed(tmp_path, monkeypatch):
 
 
 def test_its_curve_can_be_trained_again(tmp_path, monkeypatch):
-    """The same clips, boxes, times and noise: with the boxes and contexts of then, the losses of then."""
+    """The same clips, boxes, times and noise: drawn as then, the losses of then."""
     about = json.loads((OLD / "run" / "config.json").read_text())
     clips = render_synthetic(tmp_path / "clips", clips=2, frames=12, size=(32, 32), classes=["RedDisc", "GreenSquare"])
     monkeypatch.setattr("hpdm.patch.system.PatchDiffusion.configure", lambda self, config, changes: _old_config(about))
@@ -73,8 +73,9 @@ def test_its_curve_can_be_trained_again(tmp_path, monkeypatch):
         "steps": 4,
         "optimizer": "adamw",
     }
-    options = train_options(data=clips, out=tmp_path / "run", **same, boxes="nested", kernels="torch", workers=0,
-                            clean_context=0.0, log_every=1, device="cpu")  # fmt: skip
+    then_default = {"boxes": "nested", "draws": "micro-batch", "clean_context": 0.0}
+    options = train_options(data=clips, out=tmp_path / "run", **same, **then_default, kernels="torch", workers=0,
+                            log_every=1, device="cpu")  # fmt: skip
     train(options)
     then, now = (
         [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

@@ -163,9 +163,24 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "largest batch" in out
 
 
+def test_a_first_pass_and_groups_of_traffic_are_told(tmp_path, capsys) -> None:
+    file, costs = tmp_path / "plan.json", []
+    for share in (0.0, 0.9):
+        options = PlanCommand(preset="tiny", self_conditioning=share, kernels="torch", recompute="none", json=file)
+        assert run(options) == 0
+        costs += json.loads(file.read_text())["training"]
+    plain, twice = costs
+    assert plain["first_pass_flops"] == 0
+    assert 1.25 * plain["flops"] < plain["flops"] + twice["first_pass_flops"] <= twice["flops"] < 1.4 * plain["flops"]
+    assert twice["moved_by_group"]["products"] > 1.2 * plain["moved_by_group"]["products"]
+    lines = [line.split("  ")[1:] for line in capsys.readouterr().out.split("moved in this step [GB]")[2].splitlines()]
+    assert [line[0] for line in lines[2:10]] == list(twice["moved_by_group"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
+        ({"preset": "tiny", "self_conditioning": 1.5}, "self_conditioning"),
         ({"preset": "hpdm_xl"}, "preset"),
         ({"preset": "tiny", "batch": 0}, "batch"),
         ({"preset": "tiny", "memory_gb": 0.0}, "memory-gb"),

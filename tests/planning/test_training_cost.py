@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm import presets, systems
+from hpdm.patch.boxes import extract_patches
 from hpdm.patch.draws import draw
 from hpdm.patch.model import HPDM
 from hpdm.patch.objective import denoising_error
@@ -95,15 +96,17 @@ def test_flops_are_those_of_a_real_step(recompute) -> None:
 
 
 def test_a_first_pass_is_counted_where_the_objective_makes_one() -> None:
-    """Self-conditioning: the FLOPs of a real loss and its gradients, and memory for one more tensor of latents."""
+    """Self-conditioning: the FLOPs of a real loss and its gradients, and little more memory than for the latents."""
     config = SMALL.replace(self_conditioning=0.9)
     model = HPDM(config, kernels="reference")
     video = torch.randint(256, (2, 3, *config.resolution), dtype=torch.uint8)
     draws = draw(config, 2, torch.Generator().manual_seed(0))
     with FlopCounterMode(display=False) as counter:
         denoising_error(model, video, torch.zeros(2, dtype=torch.long), draws).mean().backward()
+    with FlopCounterMode(display=False) as patches:  # which are cut before the network is called
+        extract_patches(video, draws.boxes, config, "reference")
     cost, plain = predicted(config, 2, "reference"), predicted(SMALL, 2, "reference")
-    assert cost.flops == counter.get_total_flops()
+    assert cost.flops == counter.get_total_flops() - patches.get_total_flops()
     assert plain.first_pass_flops == 0
     assert cost.first_pass_flops == pytest.approx(plain.flops / 3, rel=0.02)
     assert cost.moved_bytes > 1.2 * plain.moved_bytes
@@ -113,8 +116,8 @@ def test_a_first_pass_is_counted_where_the_objective_makes_one() -> None:
 
 def test_memory_with_a_first_pass() -> None:
     config = SMALL.replace(self_conditioning=0.9)
-    expected = predicted(config, 32, "torch").peak_bytes
-    assert measured_step(PATCH, config, 32, "torch", device="cpu") == pytest.approx(expected, rel=0.05)
+    expected = predicted(config, 16, "torch").peak_bytes
+    assert measured_step(PATCH, config, 16, "torch", device="cpu") == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
@@ -131,7 +134,7 @@ def test_traffic_is_shared_out_among_the_groups(optimizer) -> None:
 
 
 def test_groups_in_closed_form() -> None:
-    """Rows of 64 numbers, 1 kB each operand and result, but for the product's two of four times the size."""
+    """Four rows of 64 numbers, 1 kB, and of 256 after the product. Weight and bias of the norm are the same tensor."""
     with fake_fp32():
         x, weight, ones = torch.empty(4, 64), torch.empty(256, 64), torch.empty(64)
         with Ledger() as ledger:
@@ -141,8 +144,8 @@ def test_groups_in_closed_form() -> None:
             x.add_(1.0)
     moved = {group: count for group, count in ledger.moved_by_group.items() if count}
     assert moved == {
-        "norms and modulation": 2 * 1024 + 2 * 256 + 2 * 16, "products": 1024 + 65536 + 4096, "GELU": 2 * 4096,
-        "copies": 2 * 8192 + 1024 + 4096, "optimizer": 3 * 1024 - 1024,
+        "norms and modulation": 2 * 1024 + 256 + 2 * 16, "products": 1024 + 65536 + 4096, "GELU": 2 * 4096,
+        "copies": 2 * 8192 + 1024 + 4096, "optimizer": 2 * 1024,
     }  # fmt: skip
 
 
