@@ -170,3 +170,29 @@ def sample_patches(video: Tensor, box: Tensor, size: Sequence[int]) -> Tensor:
         matrix = area_weights(box[:, axis], box[:, 3 + axis], size[axis], video.shape[2 + axis])
         out = torch.einsum("bnr,bc...r->bc...n", matrix, out.movedim(2 + axis, -1)).movedim(-1, 2 + axis)
     return out.to(video.dtype)
+
+
+def adam_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor]:
+    """Adam's new moments (Kingma and Ba 2015, Algorithm 1): running means of the gradient and of its square."""
+    return beta1 * exp_avg + (1 - beta1) * grad, beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+
+
+def adam_update(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> Tensor:
+    """What AdamW subtracts at the rate 1 (Loshchilov and Hutter 2019, Algorithm 2), and LAMB rescales.
+
+    ``step`` is a tensor of one number, the steps so far with this one.
+    """
+    mean = exp_avg / (1 - beta1 ** step.double()).to(exp_avg.dtype)
+    square = exp_avg_sq / (1 - beta2 ** step.double()).to(exp_avg_sq.dtype)
+    return mean / (square.sqrt() + eps) + weight_decay * param
