@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -47,9 +47,10 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         flops: of matrix products and attention; a multiply-add is two.
-        moved: bytes, if every operation reads each input and writes each result once; views move nothing.
+        moved: bytes, if every operation reads each input and writes each result once, and what it changes in place;
+            views move nothing.
         operations: FLOPs and bytes of each operation but views. Here an op of :mod:`hpdm_kernels` is one operation,
-            which reads its inputs and writes its results, as its kernels do but for their workspace.
+            which reads its inputs and writes its results and what it changes, as its kernels do but for their workspace.
     """
 
     def __init__(self) -> None:
@@ -106,10 +107,12 @@ class Ledger(TorchDispatchMode):
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in results:
             self._number(tensor)
+        # What is changed in place may be returned as well, or not, as by operations on lists.
+        written = {t.untyped_storage()._cdata: t for t in [*results, *_changed(func, args, kwargs)]}
         if portable is None and formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=out))
         if not _is_view(func):
-            moved = bytes_read + sum(t.numel() * t.element_size() for t in results)
+            moved = bytes_read + sum(t.numel() * t.element_size() for t in written.values())
             if portable is None:
                 self.moved += moved
             if not self._inside:
@@ -158,6 +161,20 @@ def _further_formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
+
+
+def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments that it writes to."""
+    names = _changed_arguments(func)
+    values = [args[place] if place < len(args) else kwargs.get(name) for place, name in names]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
+@functools.cache
+def _changed_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that an operation writes to, by its schema."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 @functools.cache

@@ -34,9 +34,6 @@ from hpdm_kernels.optimizer import ops, reference_backend
 from hpdm_kernels.optimizer.checks import check_adam, check_lists, check_scalar, check_vector
 from hpdm_kernels.optimizer.lists import Lists
 
-TRITON_DTYPES = (torch.float32,)
-"""Of parameters; gradients may also be of 16 bits."""
-
 
 class LambNorms(NamedTuple):
     """What a step of LAMB did, ``[n]`` each; of a step that was not applied norms are 0 and ratios 1."""
@@ -98,7 +95,7 @@ def adamw_step(
     rates = _rates(rates, lists)
     scale = check_scalar("grad_scale", grad_scale, 1.0, lists.params)
     applied = check_scalar("apply", apply, True, lists.params)
-    chosen = resolve(backend, "adamw_step", lists.params[0], TRITON_DTYPES)
+    chosen = _resolve(backend, "adamw_step", lists)
     with autocast_off(lists.params[0]):
         if chosen == "reference":
             return reference_backend.adamw(lists, steps, rates, scale, applied, rate, adam)
@@ -151,7 +148,7 @@ def lamb_step(
     rates = _rates(rates, lists)
     scale = check_scalar("grad_scale", grad_scale, 1.0, lists.params)
     applied = check_scalar("apply", apply, True, lists.params)
-    chosen = resolve(backend, "lamb_step", lists.params[0], TRITON_DTYPES)
+    chosen = _resolve(backend, "lamb_step", lists)
     with autocast_off(lists.params[0]):
         if chosen == "reference":
             squares = reference_backend.lamb_moments(lists, steps, scale, applied, adam)
@@ -168,6 +165,12 @@ def lamb_step(
                 applied, rate, *adam, chosen,
             )  # fmt: skip
     return norms
+
+
+def _resolve(backend: str, op: str, lists: Lists) -> str:
+    """The backend for parameters, which kernels take in fp32, and for gradients, which may also be of 16 bits."""
+    chosen = resolve(backend, op, lists.params[0], (torch.float32,))
+    return resolve(backend, op, lists.grads[0]) if chosen == "triton" else chosen
 
 
 def _norms(squares: Tensor, least: Tensor | None) -> LambNorms:
