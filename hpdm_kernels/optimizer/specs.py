@@ -28,15 +28,15 @@ def aot_specs() -> list[KernelSpec]:
     for aligned in (True, False):
         place = "" if aligned else ",unaligned"
         for dtype in ("fp32", "bf16", "fp16"):
-            grad = {"scale_ptr": "*fp32", "apply_ptr": "*i1", "grad_ptr": f"*{dtype}"}
+            grad = {"scale_ptr": "*fp32", "apply_ptr": "*u1", "grad_ptr": f"*{dtype}"}
             adamw = _TABLES | _RATES | grad | {"n": "i32", "K": "i32"} | _floats("lr") | moments
             specs.append(_spec(f"adamw[{dtype}{place}]", kernels.adamw_kernel, adamw, aligned))
             lamb = _TABLES | grad | {"sums_ptr": "*fp32", "n": "i32", "grad_row": "i32"} | moments
             specs.append(_spec(f"lamb_moments[{dtype}{place}]", kernels.lamb_moments_kernel, lamb, aligned))
-        apply = _TABLES | _RATES | {"apply_ptr": "*i1", "trust_ptr": "*fp32", "n": "i32", "K": "i32"}
+        apply = _TABLES | _RATES | {"apply_ptr": "*u1", "trust_ptr": "*fp32", "n": "i32", "K": "i32"}
         apply |= _floats("lr", "eps", "weight_decay")
         specs.append(_spec(f"lamb_apply[fp32{place}]", kernels.lamb_apply_kernel, apply, aligned))
-    signature = {"sums_ptr": "*fp32", "begins_ptr": "*i32", "apply_ptr": "*i1", "out_ptr": "*fp32"}
+    signature = {"sums_ptr": "*fp32", "begins_ptr": "*i32", "apply_ptr": "*u1", "out_ptr": "*fp32"}
     signature |= {"n": "i32", "C": "i32", "BLOCK": "constexpr"}
     pointers = tuple(name for name in signature if name.endswith("_ptr"))
     specs.append(

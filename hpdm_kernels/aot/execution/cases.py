@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 import hpdm_kernels
 from hpdm_kernels import reference
 from hpdm_kernels.attention.specs import BLOCKS_D
-from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes
+from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes, steps
 from hpdm_kernels.tiles import ops as tile_ops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 def all_cases() -> list[Case]:
     """The cases of all ops."""
-    return [*_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases()]
+    return [*_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases(), *_optimizer_cases()]
 
 
 # ---- attention ----
@@ -232,6 +232,27 @@ def _sum(tiles: Tensor, origins: Tensor, size: Sequence[int], x: Tensor | None, 
     for t, (i, j, k) in enumerate(origins.tolist()):
         total[:, :, i : i + f, j : j + h, k : k + w] += tiles[:, t]
     return (beta * total + (0.0 if x is None else alpha * x.to(wide))).to(tiles.dtype)
+
+
+# ---- optimizers ----
+
+
+def _optimizer_cases() -> Iterator[Case]:
+    for op in steps.OPS:
+        for dtype in DTYPES:
+            for aligned in (True, False):
+                yield Case(f"{op}[{dtype}{'' if aligned else ',unaligned'}]", _step(op, dtype, aligned))
+
+
+def _step(op: str, dtype: str, aligned: bool) -> Callable[[Generator], object]:
+    def check(generator: Generator) -> object:
+        shapes = ((2, 2050), (3, 5), (2048,), ())
+        arguments = steps.draw(generator, shapes, averages=2, grad_dtype=DTYPES[dtype], op=op)
+        if not aligned:
+            arguments = steps.copied(arguments, lambda t: steps.shifted(t) if t.ndim == 2 else t)
+        return steps.check_step(op, arguments, "triton")
+
+    return check
 
 
 # ---- judging ----
