@@ -72,7 +72,7 @@ def adamw_step(
         grads: as ``params`` in number and shape; all of their dtype, bf16 or fp16. They are not changed.
         exp_avgs, exp_avg_sqs: the first and second moments, as ``params`` in shape, dtype and strides.
         averages: for each length of average a list of ``n`` tensors, as ``params`` in shape, dtype and strides.
-        steps: ``[n]`` fp32 or fp64, how many steps each parameter has made; counted on by one.
+        steps: ``[n]`` fp32, how many steps each parameter has made; counted on by one.
         lr: learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
@@ -91,7 +91,7 @@ def adamw_step(
     """
     lists = check_lists(params, grads, exp_avgs, exp_avg_sqs, averages)
     rate, adam = check_adam(lr, betas, eps, weight_decay)
-    check_vector("steps", steps, len(lists.params), lists.params)
+    check_vector("steps", steps, len(lists.params), lists.params, (torch.float32,))
     rates = _rates(rates, lists)
     scale = check_scalar("grad_scale", grad_scale, 1.0, lists.params)
     applied = check_scalar("apply", apply, True, lists.params)
@@ -143,7 +143,7 @@ def lamb_step(
     lists = check_lists(params, grads, exp_avgs, exp_avg_sqs, averages)
     rate, adam = check_adam(lr, betas, eps, weight_decay)
     n = len(lists.params)
-    check_vector("steps", steps, n, lists.params)
+    check_vector("steps", steps, n, lists.params, (torch.float32,))
     least = None if least_norms is None else check_vector("least_norms", least_norms, n, lists.params)
     rates = _rates(rates, lists)
     scale = check_scalar("grad_scale", grad_scale, 1.0, lists.params)

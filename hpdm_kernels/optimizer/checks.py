@@ -98,14 +98,11 @@ def check_adam(lr: object, betas: Any, eps: object, weight_decay: object) -> tup
     return numbers["lr"], Adam(beta1, beta2, numbers["eps"], numbers["weight_decay"])
 
 
-def check_vector(name: str, value: Any, size: int, params: Sequence[Tensor]) -> Tensor:
-    """Checks ``[size]`` numbers of :data:`DTYPES` on the parameters' device."""
-    if size == 0:
-        check_tensor(name, value, dtypes=DTYPES, like=("params[0]", params[0]), same_dtype=False)
-        if value.numel():
-            raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [0]")
-        return value
-    return check_tensor(name, value, (size,), dtypes=DTYPES, like=("params[0]", params[0]), same_dtype=False)
+def check_vector(
+    name: str, value: Any, size: int, params: Sequence[Tensor], dtypes: Sequence[torch.dtype] = DTYPES
+) -> Tensor:
+    """Checks ``[size]`` numbers on the parameters' device."""
+    return check_tensor(name, value, (size,), dtypes=dtypes, like=("params[0]", params[0]), same_dtype=False)
 
 
 def check_scalar(name: str, value: Any, default: float | bool, params: Sequence[Tensor]) -> Tensor:

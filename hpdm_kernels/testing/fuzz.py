@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from hpdm_kernels.context import torch_backend as context_backend
+from hpdm_kernels.optimizer import torch_backend as optimizer_backend
 from hpdm_kernels.patches import torch_backend as patches_backend
-from hpdm_kernels.testing import random_attention, random_context, random_pixels
+from hpdm_kernels.testing import random_attention, random_context, random_pixels, random_steps
 from hpdm_kernels.testing.case import Case, as_tuple, evaluate, leaves, sizes_of, widened
 from hpdm_kernels.testing.draw import Draw
 from hpdm_kernels.testing.errors import max_error, poisoned_allocations
@@ -37,6 +38,8 @@ OPS: dict[str, Callable[[Draw, torch.dtype, str], Case]] = {
     "extract_tiles": random_pixels.extract_tiles,
     "average_tiles": random_pixels.average_tiles,
     "TileAccumulator": random_pixels.tile_accumulator,
+    "adamw_step": random_steps.adamw_step,
+    "lamb_step": random_steps.lamb_step,
 }
 """Public name of each op -> what draws a valid configuration of it."""
 
@@ -45,7 +48,7 @@ WRONG_SHARE = 0.2
 # Limits of temporaries, which small tensors would never reach.
 LIMITS = (
     (context_backend, "FORWARD_SCRATCH"), (context_backend, "SCRATCH"), (patches_backend, "CPU_PIECE"),
-    (tiles_backend, "CPU_PIECE"),
+    (tiles_backend, "CPU_PIECE"), (optimizer_backend, "PIECE"),
 )  # fmt: skip
 
 

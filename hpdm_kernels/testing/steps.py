@@ -104,7 +104,7 @@ def by_formula(op: str, arguments: Arguments, dtype: torch.dtype) -> dict[str, T
         norms.append(torch.tensor((length, of_step, trust), dtype=dtype))
         w = w - lr * (trust if op == "lamb_step" else 1.0) * step
         own["params"][i], own["exp_avgs"][i], own["exp_avg_sqs"][i] = w, m, v
-        for average, rate in zip(own["averages"], arguments["rates"].tolist()):
+        for average, rate in zip(own["averages"], arguments["rates"].tolist() if own["averages"] else ()):
             average[i] = (1 - rate) * average[i] + rate * w
     return results(own, torch.stack(norms, dim=1).unbind() if op == "lamb_step" else None)
 

@@ -55,7 +55,7 @@ def spoil(draw: Draw, arguments: Arguments) -> tuple[Arguments, str]:
 
 def _spoil_tensor(draw: Draw, name: str, value: Tensor) -> tuple[str, Any]:
     options: list[tuple[str, Any]] = [
-        ("None", None) if name not in ("source_index", "bias", "x", "key_mask") else ("a list", [1.0]),
+        ("None", None) if name not in ("source_index", "bias", "x", "key_mask", "least_norms") else ("a list", [1.0]),
         ("a number", 1.0),
         ("numpy", value.detach().float().numpy()),
         ("complex", value.to(torch.complex64)),
