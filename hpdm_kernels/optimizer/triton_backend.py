@@ -18,8 +18,8 @@ from hpdm_kernels._triton import INTERPRETED, cdiv, launch_grid
 from hpdm_kernels.optimizer import triton_kernels as kernels
 from hpdm_kernels.optimizer.lists import Adam, Lists
 
-GPU_BLOCK, INTERPRETED_BLOCK = 2048, 2**16
-"""Elements of a chunk. The interpreter's cost is per program and operation, so it gets large ones."""
+GPU_BLOCK, INTERPRETED_BLOCK = 2048, 4096
+"""Elements of a chunk."""
 SUM_BLOCK = 1024
 NUM_WARPS = 8
 
