@@ -50,7 +50,7 @@ class Ledger(TorchDispatchMode):
         moved: bytes, if every operation reads each input and writes each result once, and what it changes in place;
             views move nothing.
         operations: FLOPs and bytes of each operation but views. Here an op of :mod:`hpdm_kernels` is one operation,
-            which reads its inputs and writes its results and what it changes, as its kernels do but for their workspace.
+            which reads its inputs and writes its results and what it changes, as its kernels do but for workspace.
     """
 
     def __init__(self) -> None:

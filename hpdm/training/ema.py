@@ -164,7 +164,7 @@ class EMA:
             raise TypeError(f"averages: got {averages}, expected one ConstantDecay, or one or more PowerLaw")
         self.averages = averages
         self.shadows = [{name: p.detach().clone() for name, p in model.named_parameters()} for _ in averages]
-        self._names = {p: name for name, p in model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         # On the device, where it is decided whether an update counts; fp64, for the laws.
         self._updates = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
 

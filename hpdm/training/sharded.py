@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's part of each tensor: its shard of a ``DTensor``, else the whole tensor. Call it under ``no_grad``."""
     return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

@@ -90,7 +90,7 @@ def gradient_norm(network: nn.Module) -> Tensor:
 
 
 def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
-    """What a gradient of this norm is multiplied by: as :func:`torch.nn.utils.clip_grad_norm_`, 1 for ``clip_norm`` 0."""
+    """What a gradient of this norm is multiplied by, as by ``torch.nn.utils.clip_grad_norm_``; 1 for no clipping."""
     return ((clip_norm or float("inf")) / (norm + 1e-6)).clamp(max=1.0)
 
 

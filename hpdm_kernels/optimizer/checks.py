@@ -63,9 +63,7 @@ def _like(name: str, tensors: Any, params: Sequence[Tensor], dtypes: Sequence[to
     for i, (t, p) in enumerate(zip(tensors, params)):
         # The whole check of a tensor takes microseconds: it is made where it has something to say.
         if not isinstance(t, Tensor) or t.shape != p.shape or t.dtype not in dtypes or t.device != p.device:
-            check_tensor(
-                f"{name}[{i}]", t, tuple(p.shape), dtypes=dtypes, like=(f"params[{i}]", p), same_dtype=False
-            )
+            check_tensor(f"{name}[{i}]", t, tuple(p.shape), dtypes=dtypes, like=(f"params[{i}]", p), same_dtype=False)
         if t.dtype != tensors[0].dtype:
             raise TypeError(f"{name}[{i}]: got dtype {t.dtype}, expected {tensors[0].dtype} as for {name}[0]")
     return tensors

@@ -50,9 +50,7 @@ def lamb_moments(lists: Lists, steps: Tensor, scale: Tensor, apply: Tensor, adam
     return torch.where(apply, torch.stack(squares, dim=1), 0.0)
 
 
-def lamb_apply(
-    lists: Lists, steps: Tensor, trust: Tensor, rates: Tensor, apply: Tensor, lr: float, adam: Adam
-) -> None:
+def lamb_apply(lists: Lists, steps: Tensor, trust: Tensor, rates: Tensor, apply: Tensor, lr: float, adam: Adam) -> None:
     """The weights' step, ``trust [n]`` times the Adam steps, and that of the averages, in place."""
     for i, param in enumerate(lists.params):
         _move(lists, i, _update(lists, i, steps, adam), rates, apply, lr * trust[i].to(param.dtype))

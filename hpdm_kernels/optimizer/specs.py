@@ -39,10 +39,10 @@ def aot_specs() -> list[KernelSpec]:
     signature = {"sums_ptr": "*fp32", "begins_ptr": "*i32", "apply_ptr": "*u1", "out_ptr": "*fp32"}
     signature |= {"n": "i32", "C": "i32", "BLOCK": "constexpr"}
     pointers = tuple(name for name in signature if name.endswith("_ptr"))
+    values = {"BLOCK": SUM_BLOCK}
     specs.append(
         KernelSpec(
-            "lamb_sums[fp32]", kernels.sum_chunks_kernel, signature, {"BLOCK": SUM_BLOCK}, num_warps=NUM_WARPS,
-            aligned=pointers,
-        )  # fmt: skip
+            "lamb_sums[fp32]", kernels.sum_chunks_kernel, signature, values, num_warps=NUM_WARPS, aligned=pointers
+        )
     )
     return specs

@@ -1,8 +1,8 @@
 """The optimizers in PyTorch: parts of the tensors pass through the cache once and get all that a step does to them.
 
 Adam is PyTorch's own fused kernel, one read and one write of each tensor. LAMB's first pass gets the Adam step from the
-same kernel, as the change of zeros at the rate -1. On the CPU ``apply``, factors and rates are read, which costs nothing
-there. On a GPU nothing is read: a step is made and taken back where it must not be applied, part by part.
+same kernel, as the change of zeros at the rate -1. On the CPU ``apply``, factors and rates are read, which costs
+nothing there. On a GPU nothing is read: a step is made and taken back where it must not be applied, part by part.
 """
 
 from __future__ import annotations
@@ -113,9 +113,7 @@ def lamb_moments(lists: Lists, steps: Tensor, scale: Tensor, apply: Tensor, adam
     return torch.where(apply, whole, squares)
 
 
-def lamb_apply(
-    lists: Lists, steps: Tensor, trust: Tensor, rates: Tensor, apply: Tensor, lr: float, adam: Adam
-) -> None:
+def lamb_apply(lists: Lists, steps: Tensor, trust: Tensor, rates: Tensor, apply: Tensor, lr: float, adam: Adam) -> None:
     """The weights' step, ``trust [n]`` times the Adam steps, and that of the averages, in place."""
     if _is_skipped(apply):
         return

@@ -65,7 +65,13 @@ class _Tables(NamedTuple):
 
 
 def _tables(lists: Lists) -> _Tables:
-    columns = [lists.params, lists.exp_avgs, lists.exp_avg_sqs, *lists.averages, *([lists.grads] if lists.grads else [])]
+    columns = [
+        lists.params,
+        lists.exp_avgs,
+        lists.exp_avg_sqs,
+        *lists.averages,
+        *([lists.grads] if lists.grads else []),
+    ]
     addresses = tuple([t.data_ptr() for t in chain.from_iterable(columns)])
     device = lists.params[0].device
     chunks = _chunks(tuple([p.numel() for p in lists.params]), _block(), device)
@@ -116,9 +122,7 @@ def lamb_moments(lists: Lists, steps: Tensor, scale: Tensor, apply: Tensor, adam
     return squares
 
 
-def lamb_apply(
-    lists: Lists, steps: Tensor, trust: Tensor, rates: Tensor, apply: Tensor, lr: float, adam: Adam
-) -> None:
+def lamb_apply(lists: Lists, steps: Tensor, trust: Tensor, rates: Tensor, apply: Tensor, lr: float, adam: Adam) -> None:
     """The weights' step, ``trust [n]`` times the Adam steps, and that of the averages, in place."""
     with torch.cuda.device_of(steps):
         tables = _tables(lists)

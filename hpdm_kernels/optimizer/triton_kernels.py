@@ -37,8 +37,8 @@ def _elements(addresses_ptr, n, row, i, first, element: tl.constexpr, ALIGNED: t
     address = tl.load(addresses_ptr + tl.cast(row, tl.int64) * n + i) + first * (element.primitive_bitwidth // 8)
     origin = address.to(tl.pointer_type(element))
     if ALIGNED:
-        # Tells the compiler what it cannot know of a number from memory: a thread then accesses four neighbors at a time,
-        # 16 bytes of fp32. With eight neighbors of 16 bits it would take 32 bytes of fp32, in two requests.
+        # Tells the compiler what it cannot know of a number from memory: a thread then accesses four neighbors at a
+        # time, 16 bytes of fp32. With eight neighbors of 16 bits it would take 32 bytes of fp32, in two requests.
         origin = tl.multiple_of(origin, 4 * (element.primitive_bitwidth // 8))
     return origin + tl.arange(0, BLOCK)
 
@@ -220,7 +220,7 @@ def lamb_apply_kernel(
 ):  # fmt: skip
     """LAMB's second pass over a chunk: reads its moments, reads and writes its weights and averages.
 
-    The Adam step is computed again. To read the moments moves as much as to write it in the first pass and read it here.
+    The Adam step is computed again: to read the moments moves as much as to write it in the first pass and read it.
     """
     if tl.load(apply_ptr) != 0:
         i, first, left = _chunk_of_program(chunks_ptr, sizes_ptr, BLOCK)

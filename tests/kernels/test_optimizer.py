@@ -1,4 +1,4 @@
-"""Steps of AdamW and LAMB over many tensors: against fp64, PyTorch's own AdamW, and all that may be odd about a list."""
+"""Steps of AdamW and LAMB over many tensors: against fp64, PyTorch's own AdamW, and what may be odd about a list."""
 
 import math
 

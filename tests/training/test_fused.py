@@ -156,7 +156,10 @@ def test_averages_of_parameters_without_gradients_move_too(name):
     for t, value in zip(ema.shadow.values(), expected):
         torch.testing.assert_close(t, value)
     assert not any(map(torch.equal, before, ema.shadow.values()))
-    assert [float(optimizer.state[p]["step"]) for p in model.parameters()] == [*counts[:2], *(n + 1 for n in counts[2:])]
+    assert [float(optimizer.state[p]["step"]) for p in model.parameters()] == [
+        *counts[:2],
+        *(n + 1 for n in counts[2:]),
+    ]
 
 
 def test_checkpoints_of_pytorchs_adamw_are_continued(tmp_path):
