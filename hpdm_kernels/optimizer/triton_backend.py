@@ -45,8 +45,8 @@ def _chunks(sizes: tuple[int, ...], block: int, device: torch.device) -> _Chunks
 
 
 @functools.lru_cache(maxsize=64)
-def _on_device(addresses: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Addresses on the device, and their copy in host memory, which a captured graph would copy again."""
+def _on_device(addresses: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """Addresses on the device, for launches on the stream, and in host memory, which a graph would copy again."""
     host = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True), host
 
@@ -75,7 +75,8 @@ def _tables(lists: Lists) -> _Tables:
     addresses = tuple([t.data_ptr() for t in chain.from_iterable(columns)])
     device = lists.params[0].device
     chunks = _chunks(tuple([p.numel() for p in lists.params]), _block(), device)
-    return _Tables(_on_device(addresses, device)[0], chunks, not any(address % 16 for address in addresses))
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _Tables(_on_device(addresses, device, stream)[0], chunks, not any(address % 16 for address in addresses))
 
 
 def _corrections(steps: Tensor, adam: Adam) -> Tensor:
