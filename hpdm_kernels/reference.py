@@ -192,3 +192,29 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU by its tanh formula of ``x + bias``, of ``[B, N, D]`` and ``[D]``."""
     return F.gelu(x + bias, approximate="tanh").to(x.dtype)
+
+
+def adam_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, beta1: float, beta2: float
+) -> tuple[Tensor, Tensor]:
+    """Adam's new moments (Kingma and Ba 2015, Algorithm 1): running means of the gradient and of its square."""
+    return beta1 * exp_avg + (1 - beta1) * grad, beta2 * exp_avg_sq + (1 - beta2) * grad * grad
+
+
+def adam_update(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> Tensor:
+    """What AdamW subtracts at the rate 1 (Loshchilov and Hutter 2019, Algorithm 2), and LAMB rescales.
+
+    ``step`` is a tensor of one number, the steps so far with this one.
+    """
+    mean = exp_avg / (1 - beta1 ** step.double()).to(exp_avg.dtype)
+    square = exp_avg_sq / (1 - beta2 ** step.double()).to(exp_avg_sq.dtype)
+    return mean / (square.sqrt() + eps) + weight_decay * param

@@ -25,7 +25,7 @@ from hpdm_kernels import (
     sample_context,
     sample_patches,
 )
-from hpdm_kernels.testing import value_and_grads
+from hpdm_kernels.testing import steps, value_and_grads
 
 BACKENDS = ("torch", "triton")
 SMALL = Pyramid("small", (4, 8, 12), (1, 2, 2), 3, (1, 2, 2), 64, width=48)
@@ -149,12 +149,26 @@ def row_arguments(op: str, backend: str, generator: torch.Generator, device: tor
     return (torch.randn_like(y), torch.randn_like(out), y, mean, rstd, shift, scale, branch, gate, backend)
 
 
+def step_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    a = steps.copied(steps.draw(generator, averages=2, op="lamb_step"), lambda t: t.to(device))
+    averages, moments = [t for average in a["averages"] for t in average], (a["exp_avgs"], a["exp_avg_sqs"])
+    applied, adam = torch.tensor(True, device=device), (0.9, 0.999, 1e-6, 0.05)
+    if op == "adamw_step":
+        factors = (a["rates"], a["grad_scale"], applied, 0.01)
+        return (a["params"], a["grads"], *moments, averages, a["steps"], *factors, *adam, backend)
+    if op == "lamb_moments":
+        return (a["params"], a["grads"], *moments, a["steps"], a["grad_scale"], applied, *adam, backend)
+    trust = torch.rand(len(a["params"]), generator=generator).to(device)
+    return (a["params"], *moments, averages, a["steps"] + 1, trust, a["rates"], applied, 0.01, *adam, backend)
+
+
 ARGUMENTS = {
     "cross_attention": attention_arguments, "read_tokens": read_arguments, "sample_context": context_arguments,
     "fuse_context": context_arguments, "project_source": project_arguments, "sample_patches": patch_arguments,
     "add_tiles": tile_arguments, "step_tiles": tile_arguments, "extract_tiles": tile_arguments,
     "average_tiles": tile_arguments, "modulated_norm": row_arguments, "residual_norm": row_arguments,
-    "gated_residual": row_arguments, "bias_gelu": row_arguments,
+    "gated_residual": row_arguments, "bias_gelu": row_arguments, "adamw_step": step_arguments,
+    "lamb_moments": step_arguments, "lamb_apply": step_arguments,
 }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ CHECKS = (
     Piece("tiles", "gpu/tiles.py", 100, AGAINST_FP64),
     Piece("patches", "gpu/patches.py", 60, AGAINST_FP64),
     Piece("rows", "gpu/rows.py", 60, AGAINST_FP64),
+    Piece("optimizer", "gpu/optimizer.py", 60, "steps against fp64, the same bits twice, steps that are skipped"),
     Piece("large", "gpu/large.py", 60, "tensors of more than 2^31 elements: 64-bit offsets"),
     Piece("opcheck", "gpu/ops.py", 90, "opcheck of every registered op", select="opcheck"),
     Piece("graphs", "gpu/graphs.py", 60, "a training step in a CUDA graph, replayed for other clips"),

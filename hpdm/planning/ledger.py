@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -49,13 +49,13 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         flops: of matrix products and attention; a multiply-add is two.
-        moved: bytes, if every operation reads each input and writes each result once; views move nothing. An op of
-            :mod:`hpdm_kernels` moves what its portable implementation does, or with Triton's kernels its inputs, its
-            results, and what it allocates for itself twice.
+        moved: bytes, if every operation reads each input and writes each result once, and what it changes in place;
+            views move nothing. An op of :mod:`hpdm_kernels` moves what its portable implementation does, or with
+            Triton's kernels its inputs, its results, and what it allocates for itself twice.
         moved_by_group: the same by :data:`hpdm.planning.groups.GROUPS`.
         group: where all operations from here on belong, whatever their names; ``None``: by their names.
         operations: FLOPs and bytes of each operation but views. Here an op of :mod:`hpdm_kernels` is one operation,
-            which reads its inputs and writes its results, as its kernels do but for their workspace.
+            which reads its inputs and writes its results and what it changes, as its kernels do but for workspace.
 
     Args:
         kernels: ``"triton"`` to count the ops as the host code of their Triton kernels, to be used inside of
@@ -126,11 +126,13 @@ class Ledger(TorchDispatchMode):
         results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in results:
             self._number(tensor)
+        # What is changed in place may be returned as well, or not, as by operations on lists.
+        written = {t.untyped_storage()._cdata: t for t in [*results, *_changed(func, args, kwargs)]}
         in_kernels = self._kernels and self._inside is not None
         if formula is not None and not in_kernels and (opened is None or self._kernels):
             self.flops += int(formula(*args, **kwargs, out_val=out))
         if not _is_view(func):
-            moved = bytes_read + sum(t.numel() * t.element_size() for t in results)
+            moved = bytes_read + sum(t.numel() * t.element_size() for t in written.values())
             if opened is None and not in_kernels:
                 self.moved_by_group[group] += moved
             elif opened is not None and self._kernels:
@@ -187,6 +189,20 @@ def _further_formulas() -> dict[Any, Callable[..., int]]:
         aten._scaled_dot_product_flash_attention_for_cpu: forward,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
+
+
+def _changed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among an operation's arguments that it writes to."""
+    names = _changed_arguments(func)
+    values = [args[place] if place < len(args) else kwargs.get(name) for place, name in names]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
+@functools.cache
+def _changed_arguments(func: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that an operation writes to, by its schema."""
+    arguments = enumerate(func._schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write)
 
 
 @functools.cache

@@ -91,7 +91,7 @@ class NoiseTraining:
             self.model = system.build(config, kernels, recompute)
         self.call: Callable[..., Tensor] = torch.compile(self.model) if compiled else self.model
         self.optimizer = make_optimizer(
-            self.model, optimizer, 1e-4, 0.01, hidden_modules=system.hidden_modules(self.model)
+            self.model, optimizer, 1e-4, 0.01, hidden_modules=system.hidden_modules(self.model), kernels=kernels
         )
         self.ema = EMA(self.model, *[PowerLaw(0.05)] * averages)
 

@@ -142,7 +142,7 @@ def _count(
     """
     model = system.build(config, kernels, recompute)
     parameters = list(model.parameters())
-    optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01, hidden_modules=system.hidden_modules(model))
+    optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01, (), system.hidden_modules(model), kernels)
     ema = EMA(model, *[PowerLaw(0.05)] * averages)
     for p in parameters:
         p.grad = torch.zeros_like(p)

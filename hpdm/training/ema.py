@@ -9,10 +9,10 @@ run of 2,000 steps and one of 40,000, and the random start is forgotten by itsel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hpdm.training.sharded import shards
 
+N = TypeVar("N", float, Tensor)
 WIDEST = 1 / math.sqrt(12)
 """Relative width of the plain mean of all updates (``gamma = 0``); a wider average would favor the start."""
 
@@ -44,8 +45,8 @@ def gamma_of_width(width: float) -> float:
 class Law(Protocol):
     """How much of an average stays in an update."""
 
-    def decay(self, updates: int) -> float:
-        """The share that stays in the update after ``updates`` earlier ones."""
+    def decay(self, updates: N) -> N:
+        """The share that stays in the update after ``updates`` earlier ones, a number or a tensor of one."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class PowerLaw:
         """The exponent of the weighting."""
         return gamma_of_width(self.width)
 
-    def decay(self, updates: int) -> float:
-        """The share that stays in the update after ``updates`` earlier ones."""
+    def decay(self, updates: N) -> N:
+        """The share that stays in the update after ``updates`` earlier ones, a number or a tensor of one."""
         return (1 - 1 / (updates + 1)) ** (self.gamma + 1)
 
 
@@ -90,9 +91,10 @@ class ConstantDecay:
         if not 0 <= self.limit < 1:
             raise ValueError(f"ema_decay: got {self.limit}, expected a number in [0, 1)")
 
-    def decay(self, updates: int) -> float:
-        """The share that stays in the update after ``updates`` earlier ones."""
-        return min(self.limit, (1 + updates) / (10 + updates))
+    def decay(self, updates: N) -> N:
+        """The share that stays in the update after ``updates`` earlier ones, a number or a tensor of one."""
+        share = (1 + updates) / (10 + updates)
+        return share.clamp(max=self.limit) if isinstance(share, Tensor) else min(self.limit, share)
 
 
 def laws(widths: Sequence[float], decay: float | None) -> list[Law]:
@@ -161,8 +163,19 @@ class EMA:
         if kinds != {PowerLaw} and not (kinds == {ConstantDecay} and len(averages) == 1):
             raise TypeError(f"averages: got {averages}, expected one ConstantDecay, or one or more PowerLaw")
         self.averages = averages
-        self.updates = 0
         self.shadows = [{name: p.detach().clone() for name, p in model.named_parameters()} for _ in averages]
+        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        # On the device, where it is decided whether an update counts; fp64, for the laws.
+        self._updates = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
+
+    @property
+    def updates(self) -> int:
+        """The number of updates so far; reading it waits for the device."""
+        return int(self._updates)
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        self._updates.fill_(number)
 
     @property
     def shadow(self) -> dict[str, Tensor]:
@@ -179,6 +192,29 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Moves the averages towards the model's current parameters."""
         weights = shards(model.parameters())
-        for law, shadow in zip(self.averages, self.shadows):
-            torch._foreach_lerp_(shards(shadow.values()), weights, 1 - law.decay(self.updates))
-        self.updates += 1
+        for rate, shadow in zip(self.rates().tolist(), self.shadows):
+            torch._foreach_lerp_(shards(shadow.values()), weights, rate)
+        self._updates += 1
+
+    def rates(self) -> Tensor:
+        """How much of the weights each average takes on in the next update, ``[K]`` fp64 on the device."""
+        return torch.stack([1 - law.decay(self._updates) for law in self.averages])
+
+    def averages_of(self, params: Sequence[Tensor]) -> list[list[Tensor]]:
+        """For each average its tensors of some of the model's parameters, for an optimizer that moves them itself."""
+        return [[shadow[self._names[p]] for p in params] for shadow in self.shadows]
+
+    @torch.no_grad()
+    def finish(self, moved: Collection[Tensor], apply: Tensor | None) -> None:
+        """Counts an update in which an optimizer has moved the averages of some parameters, and moves the others.
+
+        Args:
+            moved: the parameters whose averages are moved already.
+            apply: one truth value on the device; where it is false, this update does not count. ``None`` for true.
+        """
+        applied = torch.ones_like(self._updates, dtype=torch.bool) if apply is None else apply
+        others = [p for p in self._names if p not in moved]
+        for rate, average in zip(self.rates(), self.averages_of(others)):
+            for t, p in zip(shards(average), shards(others)):
+                t.copy_(torch.where(applied, torch.lerp(t, p, rate.to(p.dtype)), t))
+        self._updates += applied

@@ -10,13 +10,16 @@ larger: its steps are as long as those of a matrix of its shape that starts at r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hpdm.training.sharded import buckets, shards, whole_norms
+import hpdm_kernels
+from hpdm.training.fused import Along, FusedOptimizer
+from hpdm.training.sharded import sum_over_shards
 
 
 def xavier_norm(shape: Sequence[int]) -> float:
@@ -40,11 +43,11 @@ class StepNorms(NamedTuple):
     """Factors of the Adam steps."""
 
 
-class Lamb(torch.optim.Optimizer):
+class Lamb(FusedOptimizer):
     """LAMB (You et al. 2020, Algorithm 2): Adam whose step is rescaled per tensor to the tensor's own norm.
 
-    PyTorch has no LAMB. This one uses foreach operations on buckets of tensors (:func:`buckets`): a handful of launches
-    per bucket, two reductions if parameters are sharded, and temporaries of two buckets instead of two models.
+    PyTorch has no LAMB. This one is two passes over the tensors (:func:`hpdm_kernels.lamb_step`), with one reduction
+    between them if they are sharded; see :class:`hpdm.training.fused.FusedOptimizer`.
 
     Args:
         params: parameters or groups of them; within a group all are whole, or all are sharded alike. A group with
@@ -55,9 +58,10 @@ class Lamb(torch.optim.Optimizer):
         weight_decay: decoupled, inside the rescaled step.
         least_norms: for some tensors, the norm that their weights count with at least. The optimizer's state does not
             keep it.
+        backend: of :func:`hpdm_kernels.lamb_step`.
 
     Raises:
-        ValueError: a negative rate, decay or eps, or a beta outside [0, 1).
+        ValueError: a negative rate, decay or eps, a beta outside [0, 1), or an unknown backend.
     """
 
     def __init__(
@@ -68,65 +72,59 @@ class Lamb(torch.optim.Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         least_norms: Mapping[Any, float] | None = None,
+        backend: str = "auto",
     ) -> None:
         if lr < 0 or eps < 0 or weight_decay < 0:
             raise ValueError(f"lr, eps, weight_decay: got {lr}, {eps}, {weight_decay}, expected all >= 0")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas: got {betas}, expected both in [0, 1)")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "adapt": True}
+        super().__init__(params, defaults, backend)
         self.least_norms = dict(least_norms or {})
-        self.last: list[StepNorms] = []
-        """Of the last step, an entry for each bucket that is rescaled."""
+        self._last: dict[int, StepNorms] = {}
+        self._least: dict[int, tuple[list[Tensor], Tensor]] = {}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """One update; returns the closure's loss if there is one."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.last = []
-        for group in self.param_groups:
-            for params in buckets([p for p in group["params"] if p.grad is not None]):
-                self._update(group, params)
-        return loss
+    @property
+    def last(self) -> list[StepNorms]:
+        """Of the last step that was applied, an entry for each group that is rescaled."""
+        return list(self._last.values())
 
-    def _update(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p)
-                state["exp_avg_sq"] = torch.zeros_like(p)
-            state["step"] += 1
-        beta1, beta2 = group["betas"]
-        local = shards(params)
-        grads = shards(p.grad for p in params if p.grad is not None)
-        first = shards(self.state[p]["exp_avg"] for p in params)
-        second = shards(self.state[p]["exp_avg_sq"] for p in params)
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-        torch._foreach_mul_(second, beta2)
-        torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-        # Tensors are stepped together, except those that got no gradient in some steps.
-        counts = [float(self.state[p]["step"]) for p in params]
-        root = torch._foreach_sqrt(second)
-        torch._foreach_div_(root, [math.sqrt(1 - beta2**n) for n in counts])
-        torch._foreach_add_(root, group["eps"])
-        update = torch._foreach_div(first, [1 - beta1**n for n in counts])
-        torch._foreach_div_(update, root)
-        if group["weight_decay"]:
-            torch._foreach_add_(update, local, alpha=group["weight_decay"])
-        if group["adapt"]:
-            trust = self._trust(group["lr"], params, local, list(update))
-            torch._foreach_mul_(update, list(trust.unbind()))
-        torch._foreach_add_(local, update, alpha=-group["lr"])
+    def _step_group(self, number: int, group: dict[str, Any], params: list[Tensor], along: Along) -> None:
+        own = self._own(number, params)
+        settings: dict[str, Any] = {
+            "steps": own.steps, "lr": group["lr"], "betas": group["betas"], "eps": group["eps"],
+            "weight_decay": group["weight_decay"], "rates": along.rates, "grad_scale": along.grad_scale,
+            "apply": along.apply, "backend": self.backend,
+        }  # fmt: skip
+        lists = (own.params, own.grads, own.first, own.second, along.averages)
+        if not group["adapt"]:
+            hpdm_kernels.adamw_step(*lists, **settings)
+            return
+        norms = hpdm_kernels.lamb_step(
+            *lists,
+            least_norms=self._least_norms(number, params, own.steps.device),
+            sum_squares=partial(sum_over_shards, like=params),
+            **settings,
+        )
+        self._remember(number, params, norms, group["lr"], along.apply)
 
-    def _trust(self, rate: float, params: list[Tensor], local: list[Tensor], update: list[Tensor]) -> Tensor:
-        """Factors ``[n]`` of the Adam steps ``update``."""
-        weights, updates = whole_norms(local, params), whole_norms(update, params)
-        counted, least = weights, [self.least_norms.get(p, 0.0) for p in params]
-        if any(least):
-            counted = weights.maximum(torch.tensor(least, device=weights.device, dtype=weights.dtype))
-        ratio = torch.where((counted > 0) & (updates > 0), counted / updates, 1.0)
-        self.last.append(StepNorms(params, weights, updates * ratio * rate, ratio))
-        return ratio
+    def _least_norms(self, number: int, params: list[Tensor], device: torch.device) -> Tensor | None:
+        """``[n]``, made once for a set of parameters; ``None`` without any."""
+        if not self.least_norms:
+            return None
+        known, norms = self._least.get(number, ([], torch.empty(0)))
+        if len(known) != len(params) or any(a is not b for a, b in zip(known, params)):
+            norms = torch.tensor([self.least_norms.get(p, 0.0) for p in params], dtype=torch.float64).to(device)
+            self._least[number] = params, norms
+        return norms
+
+    def _remember(
+        self, number: int, params: list[Tensor], norms: hpdm_kernels.LambNorms, rate: float, apply: Tensor | None
+    ) -> None:
+        """Keeps what a step did, if it was applied."""
+        new = StepNorms(params, norms.weights, norms.updates * norms.trust * rate, norms.trust)
+        before = self._last.get(number)
+        if before is not None and apply is not None and all(a is b for a, b in zip(before.params, params)):
+            kept = [torch.where(apply, a, b) for a, b in zip(new[1:], before[1:])]
+            new = StepNorms(params, *kept)
+        self._last[number] = new

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hpdm.training.adamw import AdamW
 from hpdm.training.lamb import Lamb, xavier_norm
 from hpdm.training.muon import MuonAdamW
 
@@ -19,6 +20,7 @@ def make_optimizer(
     weight_decay: float,
     zero_started: Collection[str] = (),
     hidden_modules: Sequence[nn.Module] = (),
+    kernels: str = "auto",
 ) -> torch.optim.Optimizer:
     """``"adamw"``, ``"lamb"`` or ``"muon"`` over the model.
 
@@ -32,6 +34,7 @@ def make_optimizer(
         zero_started: names of the matrices that start at zero, see :func:`zero_matrices`, whose norm LAMB counts as
             that of Xavier's initialization until it is larger.
         hidden_modules: parts of the model whose matrices map hidden features to hidden features, for Muon.
+        kernels: backend of the step of AdamW and LAMB; Muon is PyTorch's.
 
     Raises:
         ValueError: unknown name; ``"muon"`` for a model without hidden modules, or with sharded weights.
@@ -40,11 +43,11 @@ def make_optimizer(
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+        return AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, backend=kernels)
     if name == "lamb":
         groups[1]["adapt"] = False
         least_norms = {p: xavier_norm(p.shape) for n, p in model.named_parameters() if n in zero_started}
-        return Lamb(groups, lr=lr, weight_decay=weight_decay, least_norms=least_norms)
+        return Lamb(groups, lr=lr, weight_decay=weight_decay, least_norms=least_norms, backend=kernels)
     if name == "muon":
         inside = {p for module in hidden_modules for p in module.parameters()}
         hidden = [p for p in matrices if p.ndim == 2 and p in inside]

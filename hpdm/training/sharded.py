@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-BUCKET_BYTES = 2**26
-"""About how much of a model an optimizer works on at once: few launches, and little memory for what it computes."""
-
-
-def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """``tensors`` in their order, as many at once as have :data:`BUCKET_BYTES` on this rank, and at least one."""
-    bucket: list[Tensor] = []
-    size = 0
-    for t in tensors:
-        nbytes = (t.to_local() if isinstance(t, DTensor) else t).nbytes
-        if bucket and size + nbytes > BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(t)
-        size += nbytes
-    if bucket:
-        yield bucket
 
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -47,11 +29,14 @@ def whole_norms(local: Sequence[Tensor], like: Sequence[Tensor]) -> Tensor:
 
 
 def summed_over_shards(norms: Tensor, like: Sequence[Tensor]) -> Tensor:
-    """Norms of whole tensors ``[n]`` from the norms ``[n]`` of this rank's parts, in place; arguments as above."""
+    """Norms of whole tensors ``[n]`` from the norms ``[n]`` of this rank's parts; arguments as above."""
+    return sum_over_shards(norms.square(), like).sqrt() if isinstance(like[0], DTensor) else norms
+
+
+def sum_over_shards(sums: Tensor, like: Sequence[Tensor]) -> Tensor:
+    """Sums over whole tensors ``[..., n]`` from those over this rank's parts, in place; arguments as above."""
     if isinstance(like[0], DTensor):
-        norms.square_()
         for axis, placement in enumerate(like[0].placements):
             if placement.is_shard():
-                dist.all_reduce(norms, group=like[0].device_mesh.get_group(axis))
-        norms.sqrt_()
-    return norms
+                dist.all_reduce(sums, group=like[0].device_mesh.get_group(axis))
+    return sums

@@ -1,4 +1,7 @@
-"""Steps whose gradient is not finite: they are skipped and counted, and too many in a row end the run."""
+"""Steps whose gradient is not finite: they are skipped and counted, and too many in a row end the run.
+
+That a step is skipped is decided on the device, and nothing waits for it: the host learns of it after the next step.
+"""
 
 from __future__ import annotations
 
@@ -20,32 +23,29 @@ class Skips:
         self.most = most
         self._since_row = self._in_a_row = 0
 
-    def count(self, skipped: bool) -> None:
-        """Counts one step."""
-        self._since_row += skipped
-        self._in_a_row = self._in_a_row + 1 if skipped else 0
-
-    def check(self, step: int, saved: int) -> None:
-        """Says that a step was skipped, if it was.
+    def count(self, step: int, skipped: bool, saved: int) -> None:
+        """Counts a step, and says so if it was skipped. Call it for every step, in their order.
 
         Args:
-            step: the step that is done.
+            step: the step.
+            skipped: whether it was skipped.
             saved: the step of the last checkpoint.
 
         Raises:
             FloatingPointError: too many steps in a row were skipped.
         """
+        self._since_row += skipped
+        self._in_a_row = self._in_a_row + 1 if skipped else 0
         if self._in_a_row >= self.most:
             steps = f"step {step}" if self.most == 1 else f"the {self.most} steps up to {step}"
             raise FloatingPointError(f"the norm of the gradient is not finite at {steps}; {advice(saved)}")
-        if self._in_a_row and distributed.is_first():
+        if skipped and distributed.is_first():
             logger.warning("step %d is skipped: the norm of its gradient is not finite", step)
 
-    def read(self) -> dict[str, float]:
-        """Columns of the log: ``skipped``, the steps skipped since the last row."""
-        columns = {"skipped": float(self._since_row)}
-        self._since_row = 0
-        return columns
+    def read(self) -> int:
+        """The steps skipped since the last reading."""
+        number, self._since_row = self._since_row, 0
+        return number
 
 
 def advice(saved: int) -> str:

@@ -8,22 +8,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 
 from hpdm.training.ema import EMA
-from hpdm.training.parallel import gradients_averaged
+from hpdm.training.fused import FusedOptimizer
+from hpdm.training.parallel import full_tensor, gradients_averaged
+from hpdm.training.sharded import shards
 
 
 class Update(NamedTuple):
-    """What an update returns."""
+    """What an update returns, all of it on the device."""
 
     losses: Tensor
     """``[L]``, averaged over the micro-batches."""
     norm: Tensor
     """Norm of the gradient before clipping."""
-    applied: bool
-    """Whether the weights were changed."""
+    applied: Tensor
+    """Whether the weights were changed, one truth value."""
 
 
 Losses = Callable[[], Tensor]
@@ -39,9 +41,12 @@ def update(
     clip_norm: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     phase: Callable[[str], None] = lambda name: None,
-    accept: Callable[[Tensor], bool] = lambda norm: True,
+    accept: Callable[[Tensor], Tensor] = lambda norm: torch.ones_like(norm, dtype=torch.bool),
 ) -> Update:
     """Forward and backward of every micro-batch, then clipping, the optimizer and the moving average.
+
+    Nothing waits for the device, but for an optimizer that is no :class:`hpdm.training.fused.FusedOptimizer`: it cannot
+    take a step that is decided on the device.
 
     Args:
         network: the module that is called in training: the model, or its DDP wrapper.
@@ -51,8 +56,8 @@ def update(
         clip_norm: largest gradient norm; 0 for no clipping.
         autocast: makes the context of a forward pass, for automatic mixed precision.
         phase: called with ``"backward"`` before each backward pass and with ``"optimizer"`` before clipping.
-        accept: called with the gradient's norm before clipping; where it returns false, the weights, the optimizer's
-            state and the moving averages stay as they are.
+        accept: called with the gradient's norm before clipping, whole on every rank; returns one truth value on the
+            same device. Where it is false, the weights, the optimizer's state and the moving averages stay as they are.
 
     Raises:
         ValueError: no micro-batches.
@@ -72,9 +77,29 @@ def update(
         raise ValueError("micro_batches: got none, expected at least one")
     phase("optimizer")
     with record_function("optimizer"):
-        norm = clip_grad_norm_(network.parameters(), clip_norm or float("inf"), foreach=True)
+        norm = gradient_norm(network)
         applied = accept(norm)
-        if applied:
-            optimizer.step()
-            ema.update(network)
+        _step(network, optimizer, ema, clip_factor(norm, clip_norm), applied)
     return Update(total, norm, applied)
+
+
+def gradient_norm(network: nn.Module) -> Tensor:
+    """Norm of all gradients together, the same on every rank; a collective if they are sharded."""
+    grads = [p.grad for p in network.parameters() if p.grad is not None]
+    return full_tensor(get_total_norm(grads, foreach=True))
+
+
+def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
+    """What a gradient of this norm is multiplied by, as by ``torch.nn.utils.clip_grad_norm_``; 1 for no clipping."""
+    return ((clip_norm or float("inf")) / (norm + 1e-6)).clamp(max=1.0)
+
+
+@torch.no_grad()
+def _step(network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, scale: Tensor, applied: Tensor) -> None:
+    """The optimizer and the moving average, where ``applied`` holds, with gradients multiplied by ``scale``."""
+    if isinstance(optimizer, FusedOptimizer):
+        optimizer.step_with(ema, scale, applied)
+    elif bool(applied):
+        torch._foreach_mul_(shards(p.grad for p in network.parameters() if p.grad is not None), scale)
+        optimizer.step()
+        ema.update(network)

@@ -29,6 +29,7 @@ from hpdm.training.ahead import DrawnAhead
 from hpdm.training.averaged import averaged_weights
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
 from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from hpdm.training.delayed import Delayed
 from hpdm.training.ema import EMA, laws
 from hpdm.training.inputs import Inputs
 from hpdm.training.log import Reports
@@ -45,7 +46,7 @@ from hpdm.training.shutdown import Interrupted, Stop
 from hpdm.training.skips import Skips, advice
 from hpdm.training.speed import Speed, peak_tflops
 from hpdm.training.statistics import optimizer_statistics
-from hpdm.training.step import update
+from hpdm.training.step import Update, update
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Trainer:
         self.network = parallelize(job.system, self.model, recipe.parallel, device, options.compile)
         hidden = job.system.hidden_modules(self.model)
         self.optimizer = make_optimizer(
-            self.model, recipe.optimizer, recipe.lr, recipe.weight_decay, zero_started, hidden
+            self.model, recipe.optimizer, recipe.lr, recipe.weight_decay, zero_started, hidden, options.kernels
         )
         with distributed.raise_on_all_ranks():
             if options.init is not None and not checkpoints:
@@ -118,7 +119,7 @@ class Trainer:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer, verified=True)
         self.saved, self.snapshot = self.step, 0
         self.means, self.stop = Means(), Stop()
-        self.skips = Skips(min(options.max_skipped, max(1, recipe.steps - self.step)))
+        self.skips, self.flags = Skips(min(options.max_skipped, max(1, recipe.steps - self.step))), Delayed()
         self.stopping = 0
         """Number of the signal by which the ranks have agreed to stop; 0 for none."""
         steering = options.steering
@@ -166,10 +167,9 @@ class Trainer:
                     self._save_after_error()
                     raise
                 distributed.at(self.step, 1, "training")
-                losses, norm, rate = self.train_step(batches)
+                done, rate = self.train_step(batches)
                 distributed.at(self.step, 2, "")  # what may follow, such as a validation, takes any time
-                if norm is not None:
-                    self.means.add(losses, norm)
+                self.means.add(dict(zip(self.loss_names, done.losses)), done.norm, done.applied)
                 self.step += 1
                 reports.step()
                 profile_step()
@@ -178,8 +178,9 @@ class Trainer:
     def _after_step(self, reports: Reports, rate: float) -> None:
         """Logs, validates, saves, samples and stops, each if it is due after this step."""
         options, steering, at_end = self.options, self.options.steering, self.step == self.recipe.steps
-        self.skips.check(self.step, self.saved)
         logged = self._is_due(options.log_every) or at_end
+        checkpoint = self._is_due(options.save_every) or at_end
+        self._read_flags(wait=logged or checkpoint)
         if logged:
             self._log(reports, rate, at_end)
         # Collectives are called only on steps that synchronize anyway.
@@ -191,7 +192,6 @@ class Trainer:
         if self.job.validate is not None and (self._is_due(steering.validate_every) or at_end):
             with self._pausing(reports):
                 self.validate(self.job.validate, reports)
-        checkpoint = self._is_due(options.save_every) or at_end
         snapshot = self._is_due(steering.snapshot_every) or (at_end and steering.snapshot_every > 0)
         self.save(checkpoint=checkpoint, snapshot=snapshot)
         if self.grid is not None and self._is_due(options.sample_every):
@@ -201,13 +201,14 @@ class Trainer:
     def _log(self, reports: Reports, rate: float, at_end: bool) -> None:
         """Writes a row about the steps since the last one; of steps that were all skipped there are no means."""
         skipped = self.skips.read()
-        if self.means.steps:
-            row, steps = self.means.read(), self.means.steps
+        steps = self.means.steps - skipped
+        if steps:
+            row = self.means.read(skipped)
             norms = optimizer_statistics(self.model, self.optimizer, self.job.system.parameter_parts)
-            reports.write({"step": self.step, **row, "lr": rate, "steps": steps, **skipped, **norms})
-            self.means.clear()
+            reports.write({"step": self.step, **row, "lr": rate, "steps": steps, "skipped": skipped, **norms})
         else:
-            reports.write_row({"step": self.step, "lr": rate, "steps": 0, **skipped})
+            reports.write_row({"step": self.step, "lr": rate, "steps": 0, "skipped": skipped})
+        self.means.clear()
         self.short_clips.report(last=at_end)
 
     def _interruptible(self) -> AbstractContextManager[None]:
@@ -225,6 +226,7 @@ class Trainer:
 
     def _save_and_stop(self, number: int) -> NoReturn:
         """Saves a checkpoint of this step and raises :class:`Interrupted` with the number of the signal."""
+        self._read_flags(wait=True)
         self.save(checkpoint=True)
         self.saver.wait()
         if distributed.is_first():
@@ -252,10 +254,10 @@ class Trainer:
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def train_step(self, batches: list[Batch]) -> tuple[dict[str, Tensor], Tensor | None, float]:
-        """One update from this rank's micro-batches; its losses by name, the gradient's norm and the learning rate.
+    def train_step(self, batches: list[Batch]) -> tuple[Update, float]:
+        """One update from this rank's micro-batches, and its learning rate.
 
-        The norm is ``None`` where the step was skipped, on all ranks, because the norm was not finite.
+        The update is not applied, on any rank, where the norm of its gradient is not finite.
         """
         options, recipe = self.options, self.recipe
         rate = rate_of_step(recipe, self.step)
@@ -270,7 +272,7 @@ class Trainer:
         following = self.batches.numbers(self.step + 1) if self.step + 1 < recipe.steps else ()
         with self.waiting():
             draws = self.draws.take(self.batches.numbers(self.step), following)
-        total, norm, applied = update(
+        done = update(
             self.network,
             self.optimizer,
             self.ema,
@@ -279,18 +281,30 @@ class Trainer:
             autocast=self.autocast,
             accept=self._accept,
         )
-        return dict(zip(self.loss_names, total)), full_tensor(norm) if applied else None, rate
+        return done, rate
 
-    def _accept(self, norm: Tensor) -> bool:
+    def _accept(self, norm: Tensor) -> Tensor:
         """Whether a gradient of this norm is finite on every rank; agrees on a signal to stop, too. A collective.
 
-        Reading the answer makes every step wait for the device once, before the optimizer.
+        The answer stays on the device, and :meth:`_read_flags` reads it later.
         """
-        broken = ~full_tensor(norm).isfinite()
-        flags = torch.stack((broken.float(), torch.tensor(float(self.stop.requested), device=broken.device)))
-        any_broken, self.stopping = map(int, distributed.maximum(flags).tolist())
-        self.skips.count(bool(any_broken))
-        return not any_broken
+        broken = (~norm.isfinite()).float()
+        # Filled on the device: a number that is copied to it would wait for it.
+        flags = distributed.maximum(torch.stack((broken, torch.full_like(broken, self.stop.requested))))
+        self.flags.put(self.step + 1, flags)
+        return flags[0] == 0
+
+    def _read_flags(self, wait: bool) -> None:
+        """Counts skipped steps and hears of signals on all ranks: up to the step before the last, or with ``wait`` all.
+
+        Raises:
+            FloatingPointError: too many steps in a row were skipped.
+        """
+        for step, (broken, stopping) in self.flags.take(but=0 if wait else 1):
+            self.skips.count(step, bool(broken), self.saved)
+            self.stopping = int(stopping)
+        if distributed.world_size() == 1:
+            self.stopping = self.stop.requested
 
     def draw(self, number: int) -> Any:
         """What is random in the micro-batch ``number`` of the run; pinned for a GPU."""

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from hpdm_kernels.context import torch_backend as context_backend
+from hpdm_kernels.optimizer import torch_backend as optimizer_backend
 from hpdm_kernels.patches import torch_backend as patches_backend
 from hpdm_kernels.rows import api as rows_api
 from hpdm_kernels.rows import torch_backend as rows_backend
-from hpdm_kernels.testing import random_attention, random_context, random_pixels, random_rows
+from hpdm_kernels.testing import random_attention, random_context, random_pixels, random_rows, random_steps
 from hpdm_kernels.testing.case import Case, as_tuple, evaluate, leaves, sizes_of, widened
 from hpdm_kernels.testing.draw import Draw
 from hpdm_kernels.testing.errors import max_error, poisoned_allocations
@@ -42,6 +43,8 @@ OPS: dict[str, Callable[[Draw, torch.dtype, str], Case]] = {
     "modulated_norm": random_rows.modulated_norm,
     "gated_residual": random_rows.gated_residual,
     "bias_gelu": random_rows.bias_gelu,
+    "adamw_step": random_steps.adamw_step,
+    "lamb_step": random_steps.lamb_step,
 }
 """Public name of each op -> what draws a valid configuration of it."""
 
@@ -50,7 +53,7 @@ WRONG_SHARE = 0.2
 # Limits of temporaries, which small tensors would never reach.
 LIMITS = (
     (context_backend, "FORWARD_SCRATCH"), (context_backend, "SCRATCH"), (patches_backend, "CPU_PIECE"),
-    (tiles_backend, "CPU_PIECE"), (rows_backend, "PIECE"), (rows_api, "LEAST"),
+    (tiles_backend, "CPU_PIECE"), (rows_backend, "PIECE"), (rows_api, "LEAST"), (optimizer_backend, "PIECE"),
 )  # fmt: skip
 
 

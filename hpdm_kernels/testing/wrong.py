@@ -13,7 +13,7 @@ from hpdm_kernels.testing.draw import Draw
 
 _NAMED = re.compile(r"^([a-z_]+)(\[\d+\])?: got |^([a-z_]+)(\[\d+\])?: (row|column|no tile|\d+ tiles)")
 
-OPTIONAL = ("source_index", "bias", "x", "key_mask", "branch", "gate")
+OPTIONAL = ("source_index", "bias", "x", "key_mask", "branch", "gate", "least_norms")
 """Tensors that some ops do without."""
 
 

@@ -20,7 +20,7 @@ from hpdm_kernels.aot.execution.__main__ import main
 ROOT = Path(__file__).parents[2]
 FEW = (
     "cross_attention[bf16,ieee,d48,mask]", "fuse_context[bf16,D=144", "sample_patches[uint8]", "average_tiles[fp16,x]",
-    "extract_tiles[fp32,unaligned]",
+    "extract_tiles[fp32,unaligned]", "adamw_step[bf16]", "lamb_step[fp32",
 )  # fmt: skip
 EVERYTHING = os.environ.get("HPDM_PTX") == "all"
 everything = pytest.mark.skipif(not EVERYTHING, reason="make test-ptx")
@@ -43,7 +43,7 @@ def test_some_configurations_are_executed(target, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(file.read_text())["executed"]
     assert len(results) >= 15
-    assert {r["op"] for r in results} == {"attention", "context", "patches", "tiles"}
+    assert {r["op"] for r in results} == {"attention", "context", "optimizer", "patches", "tiles"}
     assert all(r["instructions"] > 10 for r in results)
     # bf16 products run on the matrix unit; each of the two operands has at least 70 rows of 48 columns.
     flops = {r["kernel"].split("[")[0]: r["flops"] for r in results}
@@ -72,7 +72,9 @@ def test_mutations_are_noticed(target, part):
 
 @everything
 @pytest.mark.parametrize("target", [80, 90])
-@pytest.mark.parametrize("file", ["cross_attention", "read_tokens", "context", "patches", "tiles", "tile_accumulator"])
+@pytest.mark.parametrize(
+    "file", ["cross_attention", "read_tokens", "context", "patches", "tiles", "tile_accumulator", "optimizer"]
+)
 def test_tests_of_the_ops_pass_on_compiled_kernels(target, file):
     done = run("pytest", f"--execute-ptx={target}", f"tests/kernels/test_{file}.py", "-p", "no:xdist")
     assert done.returncode == 0, done.stdout + done.stderr

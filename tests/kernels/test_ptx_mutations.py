@@ -20,7 +20,7 @@ from hpdm_kernels.aot.execution.origins import origins
 from hpdm_kernels.aot.execution.program import parse
 from hpdm_kernels.attention import triton_backend as attention
 from hpdm_kernels.context import triton_backend as context
-from hpdm_kernels.testing import random_boxes
+from hpdm_kernels.testing import random_boxes, steps
 
 pytestmark = pytest.mark.skipif(not _triton.AVAILABLE or _triton.INTERPRETED, reason="needs --execute-ptx")
 MOST = 30 if os.environ.get("HPDM_PTX") == "all" else 4
@@ -155,6 +155,16 @@ def pixels(generator):
         Kernel("average_tiles_kernel", lambda: [average_tiles(tiles, origins, (3, 9, 108), backend="triton")], every),
         Kernel("sample_patches_fwd_kernel", lambda: [sample_patches(video, box, (2, 7, 41), backend="triton")], every),
     ]
+
+
+def lists(generator):
+    """A full chunk, a partial one behind it, and a short tensor."""
+    kernels = []
+    for op, names in {"adamw_step": ("adamw",), "lamb_step": ("lamb_moments", "sum_chunks", "lamb_apply")}.items():
+        arguments = steps.draw(generator, ((2301,), (3, 5)), op=op)
+        call = lambda op=op, arguments=arguments: list(steps.after(op, arguments, "triton").values())
+        kernels += [Kernel(f"{name}_kernel", call, MASKS + ORDER + ADDRESSES) for name in names]
+    return kernels
 
 
 class Outcome(NamedTuple):
@@ -296,7 +306,7 @@ def why_nothing_changes(kernel: Kernel, target: int, before: Outcome, mutation: 
     return "nothing is in flight behind the loop" if (is_wait or is_barrier) and is_last else ""
 
 
-@pytest.mark.parametrize("make", [long_attention, whole_attention, partial_attention, products, pixels])
+@pytest.mark.parametrize("make", [long_attention, whole_attention, partial_attention, products, pixels, lists])
 def test_mutations_are_noticed(make, generator, request):
     target = request.config.getoption("--execute-ptx")
     choice = random.Random(int(torch.randint(2**31, (1,), generator=generator)))

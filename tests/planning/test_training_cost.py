@@ -15,6 +15,7 @@ from hpdm.patch.objective import denoising_error
 from hpdm.planning.groups import GROUPS, group_of
 from hpdm.planning.ledger import Ledger, fake_fp32
 from hpdm.planning.measure import measured_step
+from hpdm.planning.roofline import GPUS
 from hpdm.planning.training_cost import CATEGORIES, largest_batch, training_step
 
 PATCH = systems.get("patch")
@@ -238,6 +239,26 @@ def test_the_ledger_counts_lives_and_traffic() -> None:
     assert ledger.at_peak() == {"kept": 1024, "temporaries": 1024 + 2048}
     assert ledger.moved == 1024 + 2048 + 2048 + 1024 + 2048
     assert ledger.flops == 2 * 16**3
+
+
+def test_what_is_changed_in_place_is_written() -> None:
+    """Also by operations on lists, which return nothing; what is returned as well counts once."""
+    with fake_fp32(), Ledger() as ledger:
+        a, b = torch.empty(256), torch.empty(256)  # 1 kB each
+        a.add_(b)  # 2 kB read, 1 kB written
+        torch._foreach_add_([a, b], 1.0)  # 2 kB read, 2 kB written
+        torch._foreach_mul_([a], [b])  # 2 kB read, 1 kB written
+    assert ledger.moved == 1024 * (2 + 3 + 4 + 3)
+
+
+@pytest.mark.parametrize(("optimizer", "passes"), [("adamw", 9), ("lamb", 12)])
+def test_the_optimizer_moves_each_tensor_once_or_twice(optimizer, passes) -> None:
+    """In copies of the weights: gradients are read, weights, moments and average read and written; LAMB reads twice."""
+    one, three = (predicted(SMALL, 2, "torch", optimizer=optimizer, averages=n) for n in (1, 3))
+    assert three.moved_bytes - one.moved_bytes == pytest.approx(2 * 2 * one.weights_bytes, rel=1e-3)
+    for gpu in GPUS:  # the norm of the gradients is one more pass
+        moved = one.least_optimizer_seconds[gpu.name] * gpu.bytes_per_s
+        assert moved == pytest.approx((passes + 1) * one.weights_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -107,17 +107,16 @@ def _train_with_a_nan_on_one_rank(clips, out, parallel):
 
     from hpdm import distributed
 
-    real, steps = step_module.clip_grad_norm_, []
+    real, steps = step_module.gradient_norm, []
 
-    def clip(parameters, *rest, **options):
-        parameters = list(parameters)
+    def norm(network):
         steps.append(1)
         if len(steps) == 2 and distributed.rank() == 1:
-            grad = parameters[3].grad
+            grad = list(network.parameters())[3].grad
             (grad.to_local() if hasattr(grad, "to_local") else grad).view(-1)[0] = math.nan
-        return real(parameters, *rest, **options)
+        return real(network)
 
-    step_module.clip_grad_norm_ = clip
+    step_module.gradient_norm = norm
     train(options(Path(clips), Path(out), batch=4, micro_batch=2, parallel=parallel, steps=4, save_every=1, keep=0))
 
 

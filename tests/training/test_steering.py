@@ -107,17 +107,18 @@ def test_a_row_is_the_mean_since_the_last_row(clips, saved_run, tmp_path):
 
 
 def test_means_hide_no_bad_step():
-    means = Means()
+    means, applied = Means(), torch.tensor(True)
     with pytest.raises(ValueError, match="got no step"):
         means.read()
     for loss in (1.0, float("nan"), 3.0):
-        means.add({"a": torch.tensor(2.0), "b": torch.tensor(loss)}, torch.tensor(loss))
+        means.add({"a": torch.tensor(2.0), "b": torch.tensor(loss)}, torch.tensor(loss), applied)
     row = means.read()
     assert (means.steps, row["loss_a"]) == (3, 2.0)
     assert all(row[name] != row[name] for name in ("loss", "loss_b", "grad_norm", "grad_norm_max"))
     means.clear()
-    means.add({"a": torch.tensor(5.0)}, torch.tensor(0.5))
-    assert means.read() == {"loss": 5.0, "loss_a": 5.0, "grad_norm": 0.5, "grad_norm_max": 0.5}
+    means.add({"a": torch.tensor(5.0)}, torch.tensor(0.5), applied)
+    means.add({"a": torch.tensor(float("nan"))}, torch.tensor(float("inf")), ~applied)
+    assert means.read(skipped=1) == {"loss": 5.0, "loss_a": 5.0, "grad_norm": 0.5, "grad_norm_max": 0.5}
 
 
 def test_the_average_stands_in_for_the_weights_and_gives_them_back(generator):

@@ -136,10 +136,12 @@ def test_a_step_is_the_mean_over_its_micro_batches(clips, tmp_path):
         losses = trainer.losses(batch, trainer.draw(number))
         (torch.stack(list(losses.values())).mean() / 2).backward()
     expected = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm()
-    total, norm, rate = trainer.train_step(batches)
-    assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+    done, rate = trainer.train_step(batches)
+    assert bool(done.applied)
+    assert float(done.norm) == pytest.approx(float(expected), rel=1e-6)
     assert rate == pytest.approx(job.recipe.lr / job.recipe.warmup)
-    assert list(total) == ["level_0", "level_1", "level_2"]
+    assert trainer.loss_names == ["level_0", "level_1", "level_2"]
+    assert done.losses.shape == (3,)
 
 
 def test_captions_condition_a_run_through_their_embeddings(clips, tmp_path):

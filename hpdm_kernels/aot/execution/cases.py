@@ -18,7 +18,7 @@ import hpdm_kernels
 from hpdm_kernels import reference
 from hpdm_kernels.attention.specs import BLOCKS_D
 from hpdm_kernels.rows.specs import WIDTHS
-from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes
+from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes, steps
 from hpdm_kernels.tiles import ops as tile_ops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,7 +39,9 @@ class Case(NamedTuple):
 
 def all_cases() -> list[Case]:
     """The cases of all ops."""
-    return [*_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases(), *_row_cases()]
+    return [
+        *_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases(), *_row_cases(), *_optimizer_cases(),
+    ]  # fmt: skip
 
 
 # ---- attention ----
@@ -292,6 +294,27 @@ def _gelu(dtype: str) -> Callable[[Generator], object]:
             for backend in ("triton", "reference")
         )
         return check_op(ours, formula, inputs, ulps=16.0)
+
+    return check
+
+
+# ---- optimizers ----
+
+
+def _optimizer_cases() -> Iterator[Case]:
+    for op in steps.OPS:
+        for dtype in DTYPES:
+            for aligned in (True, False):
+                yield Case(f"{op}[{dtype}{'' if aligned else ',unaligned'}]", _step(op, dtype, aligned))
+
+
+def _step(op: str, dtype: str, aligned: bool) -> Callable[[Generator], object]:
+    def check(generator: Generator) -> object:
+        shapes = ((2, 2050), (3, 5), (2048,), ())
+        arguments = steps.draw(generator, shapes, averages=2, grad_dtype=DTYPES[dtype], op=op)
+        if not aligned:
+            arguments = steps.copied(arguments, lambda t: steps.shifted(t) if t.ndim == 2 else t)
+        return steps.check_step(op, arguments, "triton")
 
     return check
 
