@@ -22,6 +22,8 @@ from hpdm.training.step import update
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTE = ("none", "selective", "block")
 CATEGORIES = ("weights", "gradients", "optimizer_state", "ema", "inputs", "activations", "temporaries")
+LASTING = ("weights", "gradients", "optimizer_state", "ema")
+"""The categories that do not depend on the batch, and that several processes may share out."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class StepCost:
     """What the forward pass keeps for the backward pass and is still alive at the peak."""
     temporaries_bytes: int
     """Everything else: results within the backward pass or the optimizer, recomputed activations, workspace."""
+    passing_bytes: int
+    """Most bytes of everything but :data:`LASTING` at once, which may be at another moment than the peak."""
     flops: int
     """FLOPs of matrix products and attention: forward, backward and recomputation; a multiply-add is two."""
     moved_bytes: int
@@ -110,6 +114,7 @@ def training_step(
         optimizer=optimizer,
         averages=averages,
         batch=batch,
+        passing_bytes=sum(ledger.at_peak(leaving_out=LASTING).values()),
         flops=ledger.flops,
         moved_bytes=ledger.moved,
         least_pass_seconds={gpu.name: least_seconds(passes, gpu, precision) for gpu in GPUS},
