@@ -5,10 +5,10 @@ with real processes, byte by byte. The times are modeled: a lower bound, as in :
 
 **Traffic.** Collectives are counted as rings, the algorithm with the fewest bytes: of ``n`` ranks each sends ``(n - 1)
 / n`` of the whole data in an all-gather or a reduce-scatter, and twice that in an all-reduce. Per micro-batch, a part
-that FSDP2 shards on its own is gathered for its forward pass, again for its backward pass if it was resharded between
-them, and its gradients are reduced once; a part that is called ``k`` times is gathered and reduced ``k`` times in the
-backward pass, since FSDP2 reshards it after each of them. Between replicas gradients are reduced in the last
-micro-batch alone. Norms, flags and the first pass of self-conditioning are left out.
+that FSDP2 shards on its own is gathered for each of its forward passes, unless it is not resharded after them, and for
+each of its backward passes, after which FSDP2 reshards it in any case; its gradients are reduced once, when all are
+added up. Between replicas gradients are reduced in the last micro-batch alone. Norms, flags and the first pass of
+self-conditioning are left out.
 
 **Links.** Ranks that follow each other share a node of :data:`NODE` GPUs. Of the traffic of a ring through nodes with
 ``g`` of its ranks in each, every g-th transfer leaves the node; such rings are laid so that each GPU's network card
@@ -86,7 +86,7 @@ class Part(NamedTuple):
 
     @property
     def gathers(self) -> int:
-        """All-gathers of a micro-batch."""
+        """All-gathers of a micro-batch; without resharding the first backward pass finds what the forward pass used."""
         return 2 * self.calls if self.reshard else self.calls
 
 
@@ -300,8 +300,8 @@ def _sent(rest: Part, parts: Sequence[Part], layout: Layout, last: bool) -> _Sen
 
     def sent(part: Part) -> Traffic:
         """Gatherings of the part's weights and reductions of its gradients."""
-        inside = ring(n * part.shard_bytes(n), n) * (part.gathers + part.calls)
-        return inside + ring(part.shard_bytes(n), replicas, stride=n) * (2 * part.calls * last)
+        inside = ring(n * part.shard_bytes(n), n) * (part.gathers + 1)
+        return inside + ring(part.shard_bytes(n), replicas, stride=n) * (2 * last)
 
     everything = sum(map(sent, parts), start=sent(rest))
     return _Sent(everything, exposed=sent(rest))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,7 +47,7 @@ class Sent(TorchDispatchMode):
         elif name == "c10d::_reduce_scatter_base_":
             self.bytes += args[1].nbytes - args[0].nbytes
         elif name == "c10d::allreduce_":
-            size = args[1].size() if hasattr(args[1], "size") else 4
+            size = ProcessGroup.unbox(args[1]).size()
             self.bytes += sum(2 * (size - 1) / size * t.nbytes for t in args[0])
         elif name.startswith("c10d::") and name not in ("c10d::barrier", "c10d::monitored_barrier_"):
             raise AssertionError(f"not counted: {name}")
@@ -105,11 +106,16 @@ def measured(tmp_path_factory):
     return {way: [json.loads((out / f"{way}_{rank}.json").read_text()) for rank in range(4)] for way in WAYS}
 
 
+@pytest.fixture(scope="module")
+def cost():
+    """Of a micro-batch of the small model."""
+    return training_step(PATCH, small_config(), 1, "torch", optimizer="lamb", averages=2)
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_bytes_are_those_of_real_processes(measured, way):
+def test_bytes_are_those_of_real_processes(measured, cost, way):
     how, size = WAYS[way]
     config = config_of(way)
-    cost = training_step(PATCH, config, 1, "torch", optimizer="lamb", averages=2)
     predicted = rank_cost(PATCH, config, cost, Layout(how, 4, size, micro_batches=2))
     for rank, got in enumerate(measured[way]):
         for name in ("weights", "gradients", "optimizer_state", "ema"):
@@ -132,11 +138,11 @@ def test_a_ring_through_nodes():
     assert ring(64e9, 1).seconds(H100) == 0
 
 
-def test_the_least_time_of_a_step_in_closed_form():
+def test_the_least_time_of_a_step_in_closed_form(cost):
     """DDP, where all gradients are reduced once: with long micro-batches all but the last bucket is hidden."""
     config = small_config()
     cost = replace(
-        training_step(PATCH, config, 1, "torch"),
+        cost,
         least_pass_seconds=dict.fromkeys((gpu.name for gpu in GPUS), 2.0),
         least_optimizer_seconds=dict.fromkeys((gpu.name for gpu in GPUS), 0.5),
     )
@@ -198,13 +204,12 @@ def test_bad_options_are_named(arguments, named):
         run(PlanCommand(preset="tiny", kernels="torch", recompute="none", **arguments))
 
 
-def test_the_presets_that_are_sharded_fit_on_paper():
-    """HPDM-T2V on 64 ranks: weights, gradients, two moments and an average would fill an 80 GB GPU by themselves."""
+def test_the_presets_that_are_sharded_fit_on_paper(cost):
+    """HPDM-T2V on 64 ranks: weights, gradients, two moments and two averages would fill an 80 GB GPU by themselves."""
     config = presets.hpdm_t2v()
-    cost = training_step(PATCH, small_config(), 1, "torch", optimizer="lamb")
     whole, nodes, all_ranks = (
         rank_cost(PATCH, config, cost, Layout(how, 64, size)) for how, size in (("ddp", 1), ("hsdp", 8), ("fsdp", 64))
     )
-    assert whole.peak_bytes > 5 * 4 * 3.9e9
+    assert whole.peak_bytes > 6 * 4 * 3.9e9
     assert all_ranks.peak_bytes < nodes.peak_bytes < 60e9
     assert whole.weights_bytes / 8 < nodes.weights_bytes < 1.01 * whole.weights_bytes / 8
