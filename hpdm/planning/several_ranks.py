@@ -263,18 +263,18 @@ def _state_bytes(system: System, config: Any, optimizer_name: str, ranks: int) -
 def _gathered_bytes(rest: Part, parts: Sequence[Part], ranks: int) -> int:
     """Most bytes of whole weights, their gradients and the buffers of collectives that FSDP2 holds at once.
 
-    Alive throughout are the weights of no part with their gradients, and parts that are not resharded. While a part's
-    gradients are computed, its weights and gradients are whole, the part before it in the forward pass is gathered
-    already, and the gradients of the one after it are being reduced.
+    Throughout the backward pass these are the weights of no part with their gradients. While the gradients of a part
+    are computed its weights and gradients are whole, parts before it are if they were not resharded, the one right
+    before it is gathered already, and the gradients of the one right after it are being reduced.
     """
-    kept = 2 * ranks * rest.shard_bytes(ranks) + sum(
-        ranks * part.shard_bytes(ranks) for part in parts if not part.reshard
-    )
     whole = [0, *(ranks * part.shard_bytes(ranks) for part in parts), 0]
-    gathered = [0, *(ranks * part.shard_bytes(ranks) if part.reshard else 0 for part in parts), 0]
-    return kept + max(
-        (gathered[i - 1] + gathered[i] + whole[i] + whole[i + 1] for i in range(1, len(parts) + 1)), default=0
-    )
+    resharded = [True, *(part.reshard for part in parts), True]
+    most = 0
+    for i in range(1, len(parts) + 1):
+        kept = sum(size for size, reshard in zip(whole[: i + 1], resharded) if not reshard)
+        gathered = sum(whole[j] for j in (i - 1, i) if resharded[j])
+        most = max(most, kept + gathered + whole[i] + whole[i + 1])
+    return 2 * ranks * rest.shard_bytes(ranks) + most
 
 
 class _Sent(NamedTuple):
