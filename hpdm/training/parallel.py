@@ -106,8 +106,8 @@ def shard(system: System, model: nn.Module, mesh: DeviceMesh) -> None:
 def gradients_averaged(network: nn.Module, last: bool) -> AbstractContextManager[None]:
     """Within the block, a backward pass averages gradients over the replicas only if it is the step's ``last`` one.
 
-    Of sharded weights every backward pass adds the gradients up over the ranks that share them, so that a rank keeps
-    those of its shards alone: whole gradients of the model would take the memory that sharding saves.
+    Gradients of sharded weights are averaged over the ranks that share them in every backward pass, after which a rank
+    keeps those of its shards alone: whole gradients of the model would take the memory that sharding saves.
     """
     if isinstance(network, DistributedDataParallel) and not last:
         return network.no_sync()
