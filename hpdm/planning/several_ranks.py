@@ -1,14 +1,14 @@
 """Memory, traffic and least time of a training step over several ranks: from shapes and published rates.
 
 What a rank holds and sends follows from the shapes of the weights and from when FSDP2 gathers them; tests compare both
-with real processes, byte by byte. The times are modeled: a lower bound, as in :mod:`hpdm.planning.roofline`.
+with real processes, byte by byte. The times are modeled: a lower bound for rings, as :mod:`hpdm.planning.roofline` has
+one for compute.
 
-**Traffic.** Collectives are counted as rings, the algorithm with the fewest bytes: of ``n`` ranks each sends ``(n - 1)
-/ n`` of the whole data in an all-gather or a reduce-scatter, and twice that in an all-reduce. Per micro-batch, a part
-that FSDP2 shards on its own is gathered for each of its forward passes, unless it is not resharded after them, and for
-each of its backward passes, after which FSDP2 reshards it in any case; its gradients are reduced once, when all are
-added up. Between replicas gradients are reduced in the last micro-batch alone. Norms, flags and the first pass of
-self-conditioning are left out.
+**Traffic.** Collectives are counted as rings: of ``n`` ranks each sends ``(n - 1) / n`` of the whole data in an
+all-gather or a reduce-scatter, and twice that in an all-reduce. Per micro-batch, a part that FSDP2 shards on its own is
+gathered for each of its forward and backward passes; where it is not resharded after forward passes, one gathering
+serves all of these and the first backward pass. Its gradients are reduced once, when all are added up. Between replicas
+gradients are reduced in the last micro-batch alone. Norms, flags and the first pass of self-conditioning are left out.
 
 **Links.** Ranks that follow each other share a node of :data:`NODE` GPUs. Of the traffic of a ring through nodes with
 ``g`` of its ranks in each, every g-th transfer leaves the node; such rings are laid so that each GPU's network card
