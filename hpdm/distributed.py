@@ -24,6 +24,8 @@ from hpdm.watchdog import Watchdog
 T = TypeVar("T")
 
 _single_process = ContextVar("single_process", default=False)
+_group: ContextVar[dist.ProcessGroup | None] = ContextVar("group", default=None)
+"""Of the collectives below; ``None`` for the group of the main thread."""
 _NAMED = 5  # in messages about ranks that differ
 
 
@@ -146,6 +148,25 @@ def single_process() -> Iterator[None]:
         _single_process.reset(token)
 
 
+def further_group() -> dist.ProcessGroup:
+    """A group of all ranks over the CPU, for the collectives of a thread beside the main one. A collective.
+
+    Collectives of two threads in one group would meet in another order on each rank. :func:`communicating_over` makes a
+    thread use it.
+    """
+    return dist.new_group(backend="gloo", timeout=_COLLECTIVE_TIMEOUT)
+
+
+@contextmanager
+def communicating_over(group: dist.ProcessGroup) -> Iterator[None]:
+    """Within the block the collectives of this module use ``group``, on this thread alone."""
+    token = _group.set(group)
+    try:
+        yield
+    finally:
+        _group.reset(token)
+
+
 def _in_group() -> bool:
     return not _single_process.get() and dist.is_available() and dist.is_initialized()
 
@@ -161,7 +182,7 @@ def all_gather(value: T) -> list[T]:
     if size == 1:
         return [value]
     values: list[Any] = [None] * size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_group.get())
     return values
 
 
@@ -180,7 +201,7 @@ def broadcast(value: T) -> T:
     if world_size() == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=_group.get())
     return values[0]
 
 
@@ -193,7 +214,7 @@ def maximum(t: Tensor) -> Tensor:
     """The elementwise maximum of ``t`` over all ranks, with the same shape and dtype on each; ``t`` is not changed."""
     if world_size() > 1:
         t = t.clone()
-        dist.all_reduce(t, dist.ReduceOp.MAX)
+        dist.all_reduce(t, dist.ReduceOp.MAX, group=_group.get())
     return t
 
 
@@ -202,7 +223,7 @@ def mean(t: Tensor) -> Tensor:
     size = world_size()
     if size > 1:
         t = t.clone()
-        dist.all_reduce(t)
+        dist.all_reduce(t, group=_group.get())
         t /= size
     return t
 

@@ -11,7 +11,8 @@ from hpdm.json_file import checked
 
 Optimizer = Literal["adamw", "lamb", "muon"]
 """"muon": Muon for the matrices inside the network, AdamW for the rest; see :mod:`hpdm.training.muon`."""
-Parallel = Literal["ddp", "fsdp"]
+Parallel = Literal["ddp", "fsdp", "hsdp"]
+""""hsdp": sharded inside of a node and replicated over the nodes; see :mod:`hpdm.training.parallel`."""
 Schedule = Literal["cosine", "constant"]
 LrScaling = Literal["none", "sqrt", "linear"]
 LambFloor = Literal["xavier", "off"]
@@ -48,7 +49,9 @@ class Recipe:
     ema_decay: float | None = None
     """Decay of a single moving average in their place."""
     parallel: Parallel = "ddp"
-    """With several processes: replicated or sharded."""
+    """With several processes: replicated, sharded, or sharded inside of each node and replicated over the nodes."""
+    shard_ranks: int | None = None
+    """With ``"hsdp"``: processes that share one copy of the weights; ``None`` for those of a node."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ class RecipeChanges:
     images: float | None = None
     """Share of the batch that are still videos, each one frame of a clip repeated."""
     parallel: Parallel | None = None
-    """With several processes: ddp (replicated) or fsdp (sharded)."""
+    """With several processes: ddp (replicated), fsdp (sharded), or hsdp (sharded inside of each node and replicated
+    over the nodes)."""
+    shard_ranks: int | None = None
+    """With --parallel hsdp: processes that share one copy of the weights. Default: those of a node."""
 
     def applied_to(self, recipe: Recipe) -> Recipe:
         """``recipe`` with those fields replaced that are not ``None`` here.
@@ -92,7 +98,7 @@ class RecipeChanges:
         Averages of one kind replace those of the other. ``lr`` stays the rate for the batch of ``recipe``.
 
         Raises:
-            ValueError: both kinds of averages.
+            ValueError: both kinds of averages, or ``shard_ranks`` with another way than ``"hsdp"``.
         """
         changes: dict[str, Any] = {name: value for name, value in _fields(self).items() if value is not None}
         if self.ema is not None and self.ema_decay is not None:
@@ -101,6 +107,11 @@ class RecipeChanges:
             changes["ema_decay"] = None
         if self.ema_decay is not None:
             changes["ema"] = ()
+        parallel = self.parallel or recipe.parallel
+        if parallel != "hsdp":
+            if self.shard_ranks is not None:
+                raise ValueError(f"shard_ranks: got {self.shard_ranks} with parallel={parallel!r}, expected 'hsdp'")
+            changes["shard_ranks"] = None
         changes.setdefault("lr_batch", recipe.lr_batch or recipe.batch)
         return dataclasses.replace(recipe, **changes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,10 @@ from hpdm.files import write_json
 from hpdm.planning.measure import measured_step
 from hpdm.planning.parameters import parameters_by_part
 from hpdm.planning.report import NOTE, plan_text, table1_text
+from hpdm.planning.several_ranks import NODE, Layout, RankCost, rank_cost
 from hpdm.planning.table1 import size, table1
 from hpdm.planning.training_cost import RECOMPUTE, StepCost, largest_batch, training_step
-from hpdm.recipe import Optimizer
+from hpdm.recipe import Optimizer, Parallel
 from hpdm.sampling import SamplerOptions
 from hpdm.system import Architecture, System
 
@@ -47,6 +49,14 @@ class PlanCommand:
     """Also find the largest batch that fits into this many GB (1e9 bytes), e.g. 80 for an A100."""
     measure: bool = False
     """Also run each step on this machine and compare its peak memory with the prediction."""
+    ranks: int = 1
+    """Also plan the step over so many GPUs, each with its own clips: memory, traffic and least time of one of them."""
+    parallel: Parallel | None = None
+    """With --ranks: ddp, fsdp or hsdp, as for `hpdm train`; the preset's if not given."""
+    shard_ranks: int | None = None
+    """With --parallel hsdp: GPUs that share one copy of the weights. Default: 8, those of a node."""
+    micro_batches: int = 1
+    """With --ranks: micro-batches of --batch clips that a GPU accumulates in a step."""
     json: Path | None = None
     """Also write everything to this file."""
     table1: bool = False
@@ -75,9 +85,15 @@ def run(options: PlanCommand) -> int:
 
 def _check(options: PlanCommand, config: Any) -> None:
     """Checks the options before the long work begins; raises ValueError or FileNotFoundError."""
-    at_least(options, 1, "batch", "averages")
+    at_least(options, 1, "batch", "averages", "ranks", "micro_batches", "shard_ranks")
     if options.memory_gb is not None and options.memory_gb <= 0:
         raise ValueError(f"memory-gb: got {options.memory_gb}, expected a positive number")
+    if options.ranks > 1:
+        _layout(options)
+    for name in ("parallel", "shard_ranks", "micro_batches"):
+        value = getattr(options, name)
+        if options.ranks == 1 and value not in (None, 1):
+            raise ValueError(f"{name}: got {value!r} with 1 rank, expected ranks of 2 or more")
     if options.json is not None and not options.json.parent.is_dir():
         raise FileNotFoundError(f"json: {options.json.parent} is no folder")
     if not options.table1:
@@ -90,22 +106,53 @@ def _check(options: PlanCommand, config: Any) -> None:
         raise ValueError(f"table1: got preset {options.preset}, expected one of a model of patches")
 
 
+def _layout(options: PlanCommand) -> Layout:
+    """How the ranks share a step; raises ValueError for options that contradict each other."""
+    parallel = options.parallel or presets.recipe(options.preset).parallel
+    if parallel != "hsdp":
+        if options.shard_ranks is not None:
+            raise ValueError(f"shard_ranks: got {options.shard_ranks} with parallel={parallel!r}, expected 'hsdp'")
+        return Layout(parallel, options.ranks, options.ranks if parallel == "fsdp" else 1, options.micro_batches)
+    return Layout(parallel, options.ranks, options.shard_ranks or min(NODE, options.ranks), options.micro_batches)
+
+
 def plan(options: PlanCommand, system: System, config: Any) -> dict[str, Any]:
     """Everything that ``--json`` writes.
 
     Returns:
         ``preset``; ``config``; ``parameters``, by part; ``published_parameters``, ``None`` if no number was published;
         ``training``, for each setting a row with the fields of :class:`~hpdm.planning.training_cost.StepCost` and
-        derived numbers; ``sampling``, the rows of :meth:`~hpdm.system.System.sampling_plan`.
+        derived numbers; ``sampling``, the rows of :meth:`~hpdm.system.System.sampling_plan`; with several ranks also
+        ``ranks``, for each setting a row with the fields of :class:`~hpdm.planning.several_ranks.RankCost`.
     """
-    return {
+    costs = [_cost(options, system, config, setting, options.batch) for setting in _settings(options)]
+    result = {
         "preset": options.preset,
         "config": config.to_dict(),
         "parameters": parameters_by_part(system, config),
         "published_parameters": presets.published_parameters(options.preset),
-        "training": [_training(options, system, config, *setting) for setting in _settings(options)],
+        "training": [_training(options, system, config, cost) for cost in costs],
         "sampling": system.sampling_plan(config, SamplerOptions()),
     }
+    if options.ranks > 1:
+        result["ranks"] = [_on_ranks(rank_cost(system, config, cost, _layout(options)), cost) for cost in costs]
+    return result
+
+
+def _cost(options: PlanCommand, system: System, config: Any, setting: tuple[str, str], batch: int) -> StepCost:
+    """The cost of a training step with ``(kernels, recompute)`` on so many clips."""
+    kernels, recompute = setting
+    return training_step(
+        system, config, batch, kernels, recompute, options.precision, options.optimizer, options.averages
+    )
+
+
+def _on_ranks(cost: RankCost, step: StepCost) -> dict[str, Any]:
+    """A row of the plan of several ranks."""
+    return {
+        "kernels": step.kernels, "recompute": step.recompute, **asdict(cost), "peak_bytes": cost.peak_bytes,
+        "hidden": {gpu: cost.hidden(gpu) for gpu in cost.least_step_seconds},
+    }  # fmt: skip
 
 
 def _settings(options: PlanCommand) -> list[tuple[str, str]]:
@@ -120,24 +167,20 @@ def _settings(options: PlanCommand) -> list[tuple[str, str]]:
     return settings
 
 
-def _training(options: PlanCommand, system: System, config: Any, kernels: str, recompute: str) -> dict[str, Any]:
+def _training(options: PlanCommand, system: System, config: Any, cost: StepCost) -> dict[str, Any]:
     """The cost of a training step, and on request the largest batch and the measured memory."""
-
-    def cost_of(batch: int) -> StepCost:
-        return training_step(
-            system, config, batch, kernels, recompute, options.precision, options.optimizer, options.averages
-        )
-
-    cost = cost_of(options.batch)
+    setting = cost.kernels, cost.recompute
     row = asdict(cost) | {"static_bytes": cost.static_bytes, "peak_bytes": cost.peak_bytes}
     row["flops_per_video"] = cost.flops / options.batch
     row["moved_bytes_per_video"] = cost.moved_bytes / options.batch
     if options.memory_gb is not None:
-        row["largest_batch"] = largest_batch(int(options.memory_gb * 1e9), cost_of)
+        row["largest_batch"] = largest_batch(
+            int(options.memory_gb * 1e9), partial(_cost, options, system, config, setting)
+        )
     if options.measure:
-        backend = "auto" if kernels == "torch" else kernels
+        backend = "auto" if cost.kernels == "torch" else cost.kernels
         row["measured_bytes"] = measured_step(
-            system, config, options.batch, backend, recompute, options.precision, options.optimizer,
+            system, config, options.batch, backend, cost.recompute, options.precision, options.optimizer,
             options.averages,
         )  # fmt: skip
     return row

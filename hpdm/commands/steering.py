@@ -23,6 +23,7 @@ from hpdm.system import System
 from hpdm.tensor_file import DTYPES
 from hpdm.text import EmbeddingStore
 from hpdm.training.options import TrainOptions
+from hpdm.training.parallel import shard_size
 from hpdm.training.saving import WriteSnapshot
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def choose_micro_batch(options: TrainOptions, recipe: Recipe, system: System, co
             system, config, clips, kernels, options.recompute, precision, recipe.optimizer, max(1, len(recipe.ema))
         )
 
-    sharded_over = ranks if recipe.parallel == "fsdp" else 1
+    sharded_over = shard_size(recipe.parallel, ranks, recipe.shard_ranks)
     # The device with the least memory decides, and rank 0 predicts for all.
     memory = min(distributed.gather({distributed.rank(): memory}))
     chosen = 0

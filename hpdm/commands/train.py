@@ -30,6 +30,7 @@ from hpdm.text import EmbeddingStore
 from hpdm.training.checkpoint import good_checkpoint, list_checkpoints, remove_leftovers
 from hpdm.training.inputs import Inputs
 from hpdm.training.options import TrainOptions
+from hpdm.training.parallel import shard_size
 from hpdm.training.schedule import check_schedule, peak_rate
 from hpdm.training.trainer import Job, Trainer
 
@@ -111,6 +112,7 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         recipe = recipe_of(options)
         check_schedule(recipe)
         _check_cuts(options, recipe)
+        sharded_over = shard_size(recipe.parallel, distributed.world_size(), recipe.shard_ranks)
         options = with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
@@ -118,6 +120,7 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         config = _with_conditioning(config, options.preset, dataset.class_names, embeddings)
         if embeddings is not None:
             _check_embedded(embeddings, dataset)
+    distributed.assert_same_on_all_ranks("shard_ranks", sharded_over)
     class_names = _class_names(config, dataset)
     distributed.assert_same_on_all_ranks("class", dict(enumerate(class_names)))
     distributed.assert_same_on_all_ranks("config", config.to_dict())
@@ -157,10 +160,10 @@ def _only_writer(out: Path) -> Iterator[None]:
 
 def _check_cuts(options: TrainOptions, recipe: Recipe) -> None:
     """Raises ValueError for random cuts of the pyramid with sharded weights."""
-    if options.objective.cuts and recipe.parallel == "fsdp" and distributed.world_size() > 1:
+    if options.objective.cuts and recipe.parallel != "ddp" and distributed.world_size() > 1:
         raise ValueError(
-            "cuts: got true with parallel='fsdp' on several processes, expected parallel='ddp': processes that train "
-            "different levels gather the weights in different orders"
+            f"cuts: got true with parallel={recipe.parallel!r} on several processes, expected parallel='ddp': "
+            "processes that train different levels gather the weights in different orders"
         )
 
 

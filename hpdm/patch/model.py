@@ -101,7 +101,8 @@ class HPDM(nn.Module):
 
         The flag says whether to reshard a module's weights after its forward. A process then holds the whole weights of
         one block at a time. A block's fusion is wrapped on its own, because it is called before the block, and not
-        resharded, because it is called once per level; neither is a block that is called in place of all others.
+        resharded, because it is called once per level; neither are the last block, whose backward pass comes next, and
+        a block that is called in place of all others.
         """
         modules: list[tuple[nn.Module, bool]] = []
         for block in self.rin_blocks:
@@ -109,7 +110,7 @@ class HPDM(nn.Module):
                 modules.append((block.fusion, False))
             if self.config.share_blocks and block is not self.rin_blocks[0]:
                 continue  # no weights but the fusion's
-            modules.append((block, not self.config.share_blocks))
+            modules.append((block, not self.config.share_blocks and block is not self.rin_blocks[-1]))
         return modules
 
     def compiled_modules(self) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -88,12 +88,17 @@ class Ledger(TorchDispatchMode):
         for _, number in self._alive.values():
             self._labels.setdefault(number, category)
 
-    def at_peak(self) -> dict[str, int]:
-        """Bytes per category at the peak, when most bytes are alive; ``"temporaries"`` have no other category."""
-        alive = list(accumulate(size for _, size in self._changes))
+    def at_peak(self, leaving_out: Collection[str] = ()) -> dict[str, int]:
+        """Bytes per category at the peak, when most bytes are alive; ``"temporaries"`` have no other category.
+
+        Args:
+            leaving_out: categories that do not count.
+        """
+        changes = [(n, size) for n, size in self._changes if self._labels.get(n, "temporaries") not in leaving_out]
+        alive = list(accumulate(size for _, size in changes))
         peak = max(range(len(alive)), key=alive.__getitem__, default=-1)
         out: dict[str, int] = {}
-        for number, size in self._changes[: peak + 1]:
+        for number, size in changes[: peak + 1]:
             category = self._labels.get(number, "temporaries")
             out[category] = out.get(category, 0) + size
         return out

@@ -19,7 +19,8 @@ NOTE = (
 def plan_text(heading: str, plan: dict[str, Any]) -> str:
     """A plan as :func:`hpdm.commands.plan.plan` returns it: parameters, training, sampling."""
     lines = [heading, "", *_parameters(plan["parameters"], plan["published_parameters"])]
-    return "\n".join([*lines, "", *_training(plan["training"]), "", *_sampling(plan["sampling"])])
+    ranks = [*_ranks(plan["ranks"]), ""] if "ranks" in plan else []
+    return "\n".join([*lines, "", *_training(plan["training"]), "", *ranks, *_sampling(plan["sampling"])])
 
 
 def _parameters(counts: dict[str, int], published: float | None) -> list[str]:
@@ -45,7 +46,7 @@ def _training(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for row in rows:
         line = (
-            f"  {row['kernels']:<11}{row['recompute']:<11}"
+            f"  {_on(row)}"
             + "".join(f"{_gb(row[f'{category}_bytes']):>{width}}" for category, width in widths.items())
             + f"{_gb(row['peak_bytes']):>9}{row['flops_per_video'] / 1e12:>13.3f}"
             f"{_gb(row['moved_bytes_per_video']):>13}"
@@ -68,6 +69,44 @@ def _moved(rows: Sequence[dict[str, Any]]) -> list[str]:
         numbers = "".join(f"{_gb(row['moved_by_group'][group]):>{width}}" for row, width in zip(rows, widths))
         lines.append(f"  {group:<22}{numbers}")
     return lines
+
+
+def _ranks(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Memory and traffic of one of several ranks, then times; a line per setting."""
+    first = rows[0]
+    groups = f" in {first['ranks'] // first['shard_ranks']} groups of {first['shard_ranks']}"
+    columns = {
+        "weights": 9, "gradients": 11, "optimizer_state": 17, "ema": 7, "gathered": 10, "passing": 9, "peak": 8,
+        "nvlink": 11, "network": 9,
+    }  # fmt: skip
+    titles = "".join(f"{name.replace('_', ' '):>{width}}" for name, width in columns.items())
+    gpus = list(first["hidden"])
+    lines = [
+        f"{first['ranks']} ranks, {first['parallel']}{groups if first['parallel'] == 'hsdp' else ''}, "
+        f"{first['batch']} clips a step, {first['micro_batches']} micro-batch(es) per rank: one rank [GB]",
+        f"  {'kernels':<11}{'recompute':<11}{titles}",
+        *(
+            f"  {_on(row)}" + "".join(f"{_gb(row[f'{name}_bytes']):>{width}}" for name, width in columns.items())
+            for row in rows
+        ),
+        "  gathered: whole weights, their gradients and buffers; passing: inputs, activations, temporaries; each at",
+        "  its largest; nvlink, network: sent per step, to GPUs of the same node of 8 and to other nodes",
+        "at least, modeled [s]; hidden: the share of communication that compute can hide",
+        "  " + " " * 22 + "".join(f"{gpu:^40}" for gpu in gpus),
+        f"  {'kernels':<11}{'recompute':<11}" + f"{'compute':>12}{'communic.':>11}{'step':>9}{'hidden':>8}" * len(gpus),
+    ]
+    for row in rows:
+        lines.append(f"  {_on(row)}" + "".join(_times(row, gpu) for gpu in gpus))
+    return lines
+
+
+def _times(row: dict[str, Any], gpu: str) -> str:
+    compute, communication, step = (row[f"least_{name}_seconds"][gpu] for name in ("compute", "communication", "step"))
+    return f"{compute:>12.3f}{communication:>11.3f}{step:>9.3f}{row['hidden'][gpu]:>8.0%}"
+
+
+def _on(row: dict[str, Any]) -> str:
+    return f"{row['kernels']:<11}{row['recompute']:<11}"
 
 
 def _sampling(rows: Sequence[dict[str, Any]]) -> list[str]:

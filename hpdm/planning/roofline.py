@@ -24,12 +24,14 @@ class GPU:
     """FLOP/s of products of bf16 inputs."""
     bytes_per_s: float
     """Memory."""
+    nvlink_bytes_per_s: float
+    """NVLink, in each direction: half of the data sheet's number, which counts both."""
 
 
 GPUS = (
-    GPU("A100 80GB SXM", 156e12, 312e12, 2.039e12),
-    GPU("H100 80GB SXM", 494.7e12, 989.4e12, 3.35e12),
-    GPU("H200 SXM", 494.7e12, 989.4e12, 4.8e12),
+    GPU("A100 80GB SXM", 156e12, 312e12, 2.039e12, 300e9),
+    GPU("H100 80GB SXM", 494.7e12, 989.4e12, 3.35e12, 450e9),
+    GPU("H200 SXM", 494.7e12, 989.4e12, 4.8e12, 450e9),
 )
 """From NVIDIA's data sheets."""
 

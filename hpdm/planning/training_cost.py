@@ -27,6 +27,8 @@ KERNELS = ("reference", "torch", "triton")
 PRECISIONS = ("fp32", "bf16")
 RECOMPUTE = ("none", "selective", "block")
 CATEGORIES = ("weights", "gradients", "optimizer_state", "ema", "inputs", "activations", "temporaries")
+LASTING = ("weights", "gradients", "optimizer_state", "ema")
+"""The categories that do not depend on the batch, and that several processes may share out."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class StepCost:
     """What the forward pass keeps for the backward pass and is still alive at the peak."""
     temporaries_bytes: int
     """Everything else: results within the backward pass or the optimizer, recomputed activations, workspace."""
+    passing_bytes: int
+    """Most bytes of everything but :data:`LASTING` at once, which may be at another moment than the peak."""
     flops: int
     """FLOPs of matrix products and attention: forward, backward and recomputation; a multiply-add is two."""
     first_pass_flops: int
@@ -123,6 +127,7 @@ def training_step(
         optimizer=optimizer,
         averages=averages,
         batch=batch,
+        passing_bytes=sum(ledger.at_peak(leaving_out=LASTING).values()),
         flops=ledger.flops,
         first_pass_flops=first_pass,
         moved_bytes=ledger.moved,

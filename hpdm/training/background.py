@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -21,9 +22,14 @@ class Background:
     As a context manager it waits at the end, so that a process that stops loses nothing. What the work raises is raised
     by the next call of any method, or at the end unless another error is on its way, which is then followed by a line
     in the log.
+
+    Args:
+        ranks: makes the context of the work: by default it acts as the only process, and must not communicate with
+            other ranks, since collectives of the main thread go on beside it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Callable[[], AbstractContextManager[None]] = distributed.single_process) -> None:
+        self._ranks = ranks
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
@@ -40,15 +46,12 @@ class Background:
             logger.error("%s", error)
 
     def start(self, work: Callable[[], None]) -> None:
-        """Starts the work once the work before it is done.
-
-        The work acts as the only process: it must not communicate with other ranks.
-        """
+        """Starts the work once the work before it is done."""
         self.wait()
 
         def run() -> None:
             try:
-                with distributed.single_process():  # of this thread alone
+                with self._ranks():  # of this thread alone
                     work()
             except BaseException as error:
                 self._failure = error

@@ -31,6 +31,7 @@ from hpdm.json_file import Range, checked, read_json
 from hpdm.training import manifest, tensor_folder
 from hpdm.training.ema import EMA
 from hpdm.training.manifest import Manifest
+from hpdm.training.tensor_folder import Piece, pieces
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +60,10 @@ class FormatError(ValueError):
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds."""
+    """What this rank writes of a checkpoint."""
 
-    parts: dict[str, dict[str, Tensor]]
-    """Tensors by folder and name."""
+    parts: dict[str, dict[str, Piece]]
+    """Its pieces of tensors by folder and name."""
     state: dict[str, Any]
     """Further values of ``state.json``."""
 
@@ -91,12 +92,12 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def contents_of(model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Contents:
-    """The contents of a checkpoint. The tensors are those of the arguments, not copies of them."""
+    """What this rank writes of a checkpoint. The tensors are those of the arguments, not copies of them."""
     optimizer_state = {
         f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
     }
     parts = {"model": parameters_of(model), **ema.folders, "optimizer": optimizer_state}
-    return Contents(parts, {"ema_updates": ema.updates})
+    return Contents({part: pieces(tensors) for part, tensors in parts.items()}, {"ema_updates": ema.updates})
 
 
 def save_checkpoint(
@@ -123,8 +124,9 @@ def write_checkpoint(run: Path, step: int, contents: Contents, keep: int = 2) ->
             temporary.mkdir()
     try:
         written: Manifest = {}
-        for part, tensors in contents.parts.items():
-            written |= tensor_folder.save(tensors, temporary, part)
+        with distributed.raise_on_all_ranks():
+            for part, own in contents.parts.items():
+                written |= tensor_folder.save(own, temporary, part)
         reports = distributed.all_gather(written)
         with distributed.raise_on_all_ranks():
             if first:

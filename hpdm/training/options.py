@@ -100,7 +100,7 @@ class TrainOptions:
             raise TypeError(f"data: got {self.data!r}, expected a tuple of folders; train_options() takes one as it is")
         if not self.data:
             raise ValueError("data: got none, expected --data with a folder of videos or shards")
-        at_least(self.recipe, 1, "steps", "batch")
+        at_least(self.recipe, 1, "steps", "batch", "shard_ranks")
         at_least(self.recipe, 0, "lr", "warmup", "weight_decay", "cooldown")
         if self.recipe.ema is not None or self.recipe.ema_decay is not None:
             laws(self.recipe.ema or (), self.recipe.ema_decay)

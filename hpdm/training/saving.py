@@ -1,17 +1,19 @@
 """Saves a run while it trains: checkpoints that it can resume from, and snapshots of the averaged weights that stay.
 
-Weights that every rank has are copied to host memory, which is all that training waits for, and rank 0 writes the copy
-in a thread. Sharded weights are written by all ranks together, which then wait for it: the ranks coordinate the writing
-by collectives, whose order a thread beside the training would break.
+What a rank writes is copied to host memory, which is all that training waits for, and a thread of the rank writes the
+copy: of weights that every rank has all on rank 0, of sharded weights on each rank its shards. The threads agree on a
+complete checkpoint by collectives in a group of their own, beside those of training.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hpdm import distributed
@@ -19,9 +21,7 @@ from hpdm.training.background import Background, HostCopy
 from hpdm.training.checkpoint import Contents, contents_of, write_checkpoint
 from hpdm.training.ema import EMA
 from hpdm.training.parallel import full_tensor
-from hpdm.training.tensor_folder import first_not_finite, is_sharded
-
-logger = logging.getLogger(__name__)
+from hpdm.training.tensor_folder import Piece, first_not_finite, is_sharded, pieces
 
 WriteSnapshot = Callable[[Path, Mapping[str, Tensor], int], None]
 """Writes averaged weights by name, whole and on the CPU, of a step into a file."""
@@ -51,9 +51,11 @@ class Saver:
         self.run, self.model, self.ema, self.optimizer = run, model, ema, optimizer
         self.keep, self.write_snapshot = keep, write_snapshot
         self.sharded = is_sharded(model.parameters())
-        self._background, self._copy = Background(), HostCopy()
-        if self.sharded and distributed.is_first():
-            logger.info("sharded checkpoints are written by all processes together; training waits meanwhile")
+        self._group = distributed.further_group() if self.sharded and distributed.world_size() > 1 else None
+        ranks: Callable[[], AbstractContextManager[None]] = distributed.single_process
+        if self._group is not None:
+            ranks = partial(distributed.communicating_over, self._group)
+        self._background, self._copy = Background(ranks), HostCopy()
 
     def __enter__(self) -> Saver:
         return self
@@ -62,6 +64,10 @@ class Saver:
         if kind is None:
             self.wait()
         self._background.__exit__(kind, *rest)
+        # After an error other ranks may be gone, and would be waited for.
+        if kind is None and self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
 
     def save(self, step: int, *, checkpoint: bool, snapshot: bool) -> None:
         """Saves what is asked for of this step, once what was saved before is written.
@@ -72,14 +78,10 @@ class Saver:
         """
         self.wait()
         contents = contents_of(self.model, self.ema, self.optimizer) if checkpoint else None
-        self._check_finite({"ema": self.ema.shadow} if contents is None else contents.parts)
-        if self.sharded:
-            if contents is not None:
-                write_checkpoint(self.run, step, contents, self.keep)
-            if snapshot:
-                self._write_sharded_snapshot(step)
-        elif distributed.is_first():
-            self._start(step, contents, snapshot)
+        self._check_finite({"ema": pieces(self.ema.shadow)} if contents is None else contents.parts)
+        averaged = self._gathered_average() if snapshot and self.sharded else {}
+        if self.sharded or distributed.is_first():
+            self._start(step, contents, averaged, snapshot and distributed.is_first())
 
     def check(self) -> None:
         """Raises on every rank what writing has raised so far.
@@ -99,42 +101,51 @@ class Saver:
         """The file of a step's snapshot."""
         return self.run / "snapshots" / f"step-{step:08d}.safetensors"
 
-    def _check_finite(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _check_finite(self, parts: Mapping[str, Mapping[str, Piece]]) -> None:
         """Raises FloatingPointError on all ranks where a number that would be written is not finite."""
         with distributed.raise_on_all_ranks():
-            for part, tensors in parts.items() if self.sharded or distributed.is_first() else ():
-                name = first_not_finite(tensors)
+            for part, own in parts.items():
+                name = first_not_finite({name: piece.tensor for name, piece in own.items()})
                 if name is not None:
                     raise FloatingPointError(f"{part}/{name} holds numbers that are not finite")
 
-    def _start(self, step: int, contents: Contents | None, snapshot: bool) -> None:
-        """Copies what is saved and starts the thread that writes it."""
-        parts = {} if contents is None else dict(contents.parts)
-        if snapshot:
-            parts["ema"] = self.ema.shadow
-        flat = {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+    def _start(self, step: int, contents: Contents | None, averaged: Mapping[str, Tensor], snapshot: bool) -> None:
+        """Copies what this rank writes and starts the thread that writes it.
+
+        Args:
+            step: of the run.
+            contents: of the checkpoint, if there is one.
+            averaged: the averaged weights, where they had to be gathered for a snapshot.
+            snapshot: whether this rank writes one.
+        """
+        parts = {} if contents is None else contents.parts
+        flat = {f"{part}/{name}": piece.tensor for part, own in parts.items() for name, piece in own.items()}
+        if snapshot and not averaged:
+            flat |= {f"ema/{name}": t for name, t in self.ema.shadow.items()}
         copied = self._copy.copy(flat)
-        copies = {part: {name: copied[f"{part}/{name}"] for name in tensors} for part, tensors in parts.items()}
+        copies = {
+            part: {name: piece._replace(tensor=copied[f"{part}/{name}"]) for name, piece in own.items()}
+            for part, own in parts.items()
+        }
+        whole = averaged or {name: copied[f"ema/{name}"] for name in self.ema.shadow if snapshot}
 
         def write() -> None:
             self._copy.wait()
             if contents is not None:
                 write_checkpoint(self.run, step, Contents(copies, contents.state), self.keep)
             if snapshot:
-                self._write_snapshot(copies["ema"], step)
+                self._write_snapshot(whole, step)
 
         self._background.start(write)
 
-    def _write_sharded_snapshot(self, step: int) -> None:
-        """Gathers the averaged weights, one tensor after another, and writes them on rank 0."""
+    def _gathered_average(self) -> dict[str, Tensor]:
+        """The averaged weights, gathered one tensor after another; empty but on rank 0. A collective."""
         whole = {}
         for name, shard in self.ema.shadow.items():
             t = full_tensor(shard)
             if distributed.is_first():
                 whole[name] = t.cpu()
-        with distributed.raise_on_all_ranks():
-            if distributed.is_first():
-                self._write_snapshot(whole, step)
+        return whole
 
     def _write_snapshot(self, averaged: Mapping[str, Tensor], step: int) -> None:
         if self.write_snapshot is None:

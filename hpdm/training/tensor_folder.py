@@ -1,13 +1,13 @@
 """The tensors of a part of a checkpoint, in a folder of safetensors files with the layout of PyTorch's own checkpoints.
 
-Sharded tensors have a file per rank: each rank saves its shards. Whole tensors, which every rank has, are in one file,
-which rank 0 writes. Any number of ranks can read either, including a single process without a process group.
+Sharded tensors have a file per rank: each rank saves its shards, and of a shard that several ranks hold one of them,
+in turns. Whole tensors, which every rank has, are in the file of rank 0. Any number of ranks can read either, including
+a single process without a process group.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -28,9 +28,8 @@ from hpdm.tensor_file import write_tensors
 from hpdm.training import manifest
 from hpdm.training.manifest import Manifest
 
-_WHOLE_FILE = "shard-00001-model-00001-of-00001.safetensors"
-"""The name that ``torch.distributed.checkpoint`` gives to the file of a single rank."""
-_SHARD = re.compile(r"shard-(\d{5})-")
+_FILE = "shard-{:05d}-model-00001-of-00001.safetensors"
+"""The name that ``torch.distributed.checkpoint`` gives to the file of a rank, counted from 1."""
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -38,53 +37,75 @@ def is_sharded(tensors: Iterable[Tensor]) -> bool:
     return any(isinstance(t, DTensor) for t in tensors)
 
 
-def save(tensors: Mapping[str, Tensor], checkpoint: Path, part: str) -> Manifest:
-    """Writes tensors as safetensors into the folder ``part``: each rank its shards, or rank 0 alone. A collective.
+class Piece(NamedTuple):
+    """What one rank saves of a tensor: its shard, or all of it."""
+
+    tensor: Tensor
+    offset: tuple[int, ...]
+    """Where it begins in the whole tensor, along each axis."""
+
+
+@torch.no_grad()
+def pieces(tensors: Mapping[str, Tensor]) -> dict[str, Piece]:
+    """What this rank saves of tensors, which are not copied. Together the ranks save each number once."""
+    own: dict[str, Piece] = {}
+    saved: dict[int, list[int]] = {}  # by number of replicas: how many numbers each of them saves
+    for name, t in tensors.items():
+        if not isinstance(t, DTensor):
+            if distributed.is_first():
+                own[name] = Piece(t, (0,) * t.ndim)
+            continue
+        replicas, replica = _replica(t)
+        counts = saved.setdefault(replicas, [0] * replicas)
+        turn = counts.index(min(counts))
+        counts[turn] += t.numel()
+        local = t.to_local()
+        if replica == turn and local.numel():
+            own[name] = Piece(local, _offset(t))
+    return own
+
+
+def _replica(t: DTensor) -> tuple[int, int]:
+    """The number of ranks that hold the shard that this rank holds of a tensor, and which of them it is."""
+    replicas, replica = 1, 0
+    for axis, placement in enumerate(t.placements):
+        if placement.is_replicate():
+            replicas *= t.device_mesh.size(axis)
+            replica = replica * t.device_mesh.size(axis) + t.device_mesh.get_local_rank(axis)
+    return replicas, replica
+
+
+def _offset(t: DTensor) -> tuple[int, ...]:
+    """Where this rank's shard, which is not empty, begins."""
+    (chunk,) = t.__create_chunk_list__()  # the protocol of torch.distributed.checkpoint
+    return tuple(chunk.offsets)
+
+
+def save(own: Mapping[str, Piece], checkpoint: Path, part: str) -> Manifest:
+    """Writes this rank's pieces as safetensors into the folder ``part``, as ``torch.distributed.checkpoint`` does.
+
+    Unlike it, this communicates with no other rank, so that it can run beside training, and streams the tensors to the
+    file instead of copying them into one string of bytes, which would need the memory twice and keep other threads
+    waiting.
 
     Returns:
-        What this rank has written, by its name in the checkpoint.
+        What is written, by its name in the checkpoint: nothing where this rank has no pieces, unless it is rank 0.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    path = checkpoint / part
-    if is_sharded(tensors.values()):
-        _save_shards(tensors, path)
-    with distributed.raise_on_all_ranks():
-        if distributed.is_first() and not is_sharded(tensors.values()):
-            _save_whole(tensors, path)
-        own = [file for file in path.iterdir() if _rank_of(file) == distributed.rank()] if path.is_dir() else []
-        return manifest.of_files(checkpoint, own)
-
-
-def _rank_of(file: Path) -> int:
-    """The rank that wrote a file of a part; the files besides the shards are rank 0's."""
-    shard = _SHARD.match(file.name)
-    return int(shard[1]) - 1 if shard else 0
-
-
-def _save_whole(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes whole tensors as ``torch.distributed.checkpoint`` does for a single rank.
-
-    Unlike it, this streams the tensors to the file instead of copying them into one string of bytes, which would need
-    the memory twice and keep other threads waiting.
-    """
-    offsets = {name: {"saved_offsets": [0] * t.ndim} for name, t in tensors.items()}
+    if not own and not distributed.is_first():
+        return {}
+    offsets = {name: {"saved_offsets": list(piece.offset)} for name, piece in own.items()}
     metadata = {"DCP_SHARDING_INFO": json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"}
-    path.mkdir()
+    path = checkpoint / part
+    file = path / _FILE.format(distributed.rank() + 1)
     try:
-        write_tensors(path / _WHOLE_FILE, tensors, metadata)
+        path.mkdir(exist_ok=True)
+        write_tensors(file, {name: piece.tensor for name, piece in own.items()}, metadata)
     except OSError as error:
         raise OSError(f"checkpoint: {path} cannot be written ({error})") from error
-
-
-def _save_shards(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Writes this rank's shards of the tensors. A collective."""
-    writer = HuggingFaceStorageWriter(str(path), save_distributed=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=distributed.world_size() == 1)
-    except CheckpointException as error:
-        failed = "; ".join(f"process {rank}: {reason}" for rank, (reason, _) in sorted(error.failures.items()))
-        raise OSError(f"checkpoint: {path} cannot be written ({failed})") from error
+    return manifest.of_files(checkpoint, [file])
 
 
 class Stored(NamedTuple):

@@ -103,7 +103,7 @@ class Trainer:
         with distributed.raise_on_all_ranks():
             if job.start is not None and not checkpoints:
                 job.start(self.model)
-        self.network = parallelize(job.system, self.model, recipe.parallel, device, options.compile)
+        self.network = parallelize(job.system, self.model, recipe.parallel, device, options.compile, recipe.shard_ranks)
         hidden = job.system.hidden_modules(self.model)
         self.optimizer = make_optimizer(
             self.model, recipe.optimizer, recipe.lr, recipe.weight_decay, zero_started, hidden, options.kernels
