@@ -62,7 +62,11 @@ class SelfConditioning(nn.Module):
 
 
 class LatentLayer(nn.Module):
-    """Self-attention and MLP on the latents, both modulated by the conditioning vector (adaLN)."""
+    """Self-attention and MLP on the latents, both modulated by the conditioning vector (adaLN).
+
+    What a layer adds to the latents at its end is left to the norm of the next one, which reads them anyway: a layer
+    takes and returns latents and the branch, with its gate, that is yet to be added.
+    """
 
     def __init__(self, config: HPDMConfig, kernels: str) -> None:
         super().__init__()
@@ -72,12 +76,13 @@ class LatentLayer(nn.Module):
         self.attention = SelfAttention(width, head_width=config.head_width, backend=kernels)
         self.mlp = MLP(width, config.latent_mlp_ratio, backend=kernels)
 
-    def forward(self, z: Tensor, c: Tensor) -> Tensor:
-        """``z [B, M, E]``, ``c [B, c]`` -> ``[B, M, E]``."""
+    def forward(self, z: Tensor, branch: Tensor, gate: Tensor | None, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``z [B, M, E]``, ``branch [B, M, E]``, ``gate [B, E]`` or ``None`` for 1, ``c [B, c]`` -> z, branch, gate."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)  # [B, E] each
-        attended = self.attention(modulated_norm(z, shift1, scale1, backend=self.kernels))  # [B, M, E]
+        z, normal = modulated_norm(z, shift1, scale1, branch, gate, backend=self.kernels)  # [B, M, E] both
+        attended = self.attention(normal)  # [B, M, E]
         z, normal = modulated_norm(z, shift2, scale2, attended, gate1, backend=self.kernels)  # [B, M, E] both
-        return gated_residual(z, self.mlp(normal), gate2, backend=self.kernels)
+        return z, self.mlp(normal), gate2
 
 
 def make_fusion(config: HPDMConfig, kernels: str) -> ContextFusion:
@@ -140,34 +145,29 @@ class RINBlock(nn.Module):
         """
         for block in self._shared:
             return block(x, z, c, text, text_mask)
-        if self.recompute == "none":
-            z = self._think(self._read(x, z, text, text_mask), c)  # [B, M, E]
-            return self._write(x, self.write.keys_and_values(z), *self.token_modulation(c)), z  # [B, N, D], [B, M, E]
         # The kernels of the read recompute per-token activations themselves; the reference formulas need a checkpoint.
-        read = self._checkpointed_read if self.read.backend == "reference" else self._read
-        z = read(x, z, text, text_mask)  # [B, M, E]
+        keep = self.recompute == "none"
+        read = self._read if keep or self.read.backend != "reference" else self._checkpointed_read
+        branch, gate = read(x, z, text, text_mask), None  # [B, M, E]
         for layer in self.layers:
-            z = self._part(layer, z, c)
-        return self._checkpointed_write(x, z, c), z  # [B, N, D], [B, M, E]
+            z, branch, gate = layer(z, branch, gate, c) if keep else self._part(layer, z, branch, gate, c)
+        z = z + branch if gate is None else gated_residual(z, branch, gate, backend=self.kernels)  # [B, M, E]
+        if not keep:
+            return self._checkpointed_write(x, z, c), z  # [B, N, D], [B, M, E]
+        return self._write(x, self.write.keys_and_values(z), *self.token_modulation(c)), z  # [B, N, D], [B, M, E]
 
     def _read(self, x: Tensor, z: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
-        """Latents ``[B, M, E]`` attend to tokens ``[B, N, D]`` and text ``[B, S, D]``: new latents ``[B, M, E]``."""
+        """Latents ``[B, M, E]`` attend to tokens ``[B, N, D]`` and text ``[B, S, D]``: what is added to them."""
         tokens = x if text is None else (x, text)
         # Every token of the video may be read, and every token of a text that is not padding.
         mask = None
         if text_mask is not None:
             mask = torch.cat((text_mask.new_ones(x.shape[:2]), text_mask), dim=1)  # [B, N + S]
-        return z + self.read(self.read_norm(z), tokens, key_mask=mask, recompute=self.recompute != "none")
+        return self.read(self.read_norm(z), tokens, key_mask=mask, recompute=self.recompute != "none")
 
     def _checkpointed_read(self, x: Tensor, z: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """:meth:`_read`, computed again in the backward pass."""
         return recomputed(self._read, x, z, text, text_mask)
-
-    def _think(self, z: Tensor, c: Tensor) -> Tensor:
-        """Self-attention layers on the latents: ``z [B, M, E]``, ``c [B, c]`` -> ``[B, M, E]``."""
-        for layer in self.layers:
-            z = layer(z, c)
-        return z
 
     def _write(self, x: Tensor, latents: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` attend to latents, then a token MLP modulated by three ``[B, D]``.
