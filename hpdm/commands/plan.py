@@ -135,7 +135,7 @@ def _training(options: PlanCommand, system: System, config: Any, kernels: str, r
     if options.memory_gb is not None:
         row["largest_batch"] = largest_batch(int(options.memory_gb * 1e9), cost_of)
     if options.measure:
-        backend = "auto" if kernels == "torch" else kernels
+        backend = "reference" if kernels == "reference" else "auto"
         row["measured_bytes"] = measured_step(
             system, config, options.batch, backend, recompute, options.precision, options.optimizer,
             options.averages,
