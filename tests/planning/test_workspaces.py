@@ -115,8 +115,12 @@ costs = [
 ]
 options = PlanCommand(preset="tiny", kernels="triton", recompute="selective")
 print(json.dumps({
-    "planned": plan(options, systems.get("patch"), presets.tiny())["training"], "attention": attention, "flops": [c.flops for c in costs], "first": [c.first_pass_flops for c in costs],
-    "peak": [c.peak_bytes for c in costs], "kept": [c.activations_bytes for c in costs],
+    "planned": plan(options, systems.get("patch"), presets.tiny())["training"],
+    "attention": attention,
+    "flops": [c.flops for c in costs],
+    "first": [c.first_pass_flops for c in costs],
+    "peak": [c.peak_bytes for c in costs],
+    "kept": [c.activations_bytes for c in costs],
 }))
 """
 
