@@ -178,7 +178,7 @@ def _training(options: PlanCommand, system: System, config: Any, cost: StepCost)
             int(options.memory_gb * 1e9), partial(_cost, options, system, config, setting)
         )
     if options.measure:
-        backend = "auto" if cost.kernels == "torch" else cost.kernels
+        backend = "reference" if cost.kernels == "reference" else "auto"
         row["measured_bytes"] = measured_step(
             system, config, options.batch, backend, cost.recompute, options.precision, options.optimizer,
             options.averages,

@@ -146,7 +146,7 @@ def _error_of_v(
 
 
 def predict(network: Callable[..., Any], first_pass: Tensor | None, *inputs: Any, **named_inputs: Any) -> Tensor:
-    """V ``[B, n, C, f, h, w]``: every call of the network in a training step.
+    """The network's v ``[B, n, C, f, h, w]``, by all calls of it that a training step makes.
 
     Args:
         network: as of :func:`denoising_error`.

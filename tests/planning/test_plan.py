@@ -149,7 +149,7 @@ def test_the_command_predicts_table_1(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "plan.json"
     command = PlanCommand(
-        preset="tiny", batch=2, kernels="triton", recompute="block", memory_gb=0.05, measure=True, json=file
+        preset="tiny", batch=2, kernels="torch", recompute="block", memory_gb=0.05, measure=True, json=file
     )
     assert run(command) == 0
     result = json.loads(file.read_text())

@@ -98,6 +98,7 @@ def test_an_op_moves_its_workspace_twice():
 ON_AN_H100 = """
 import json, torch
 from hpdm import presets, systems
+from hpdm.commands.plan import PlanCommand, plan
 from hpdm.planning.ledger import Ledger, fake_fp32
 from hpdm.planning.training_cost import training_step
 from hpdm_kernels import cross_attention
@@ -112,9 +113,14 @@ costs = [
     training_step(systems.get("patch"), config, 4, "triton", "selective")
     for config in (SMALL, SMALL.replace(self_conditioning=0.9))
 ]
+options = PlanCommand(preset="tiny", kernels="triton", recompute="selective")
 print(json.dumps({
-    "attention": attention, "flops": [c.flops for c in costs], "first": [c.first_pass_flops for c in costs],
-    "peak": [c.peak_bytes for c in costs], "kept": [c.activations_bytes for c in costs],
+    "planned": plan(options, systems.get("patch"), presets.tiny())["training"],
+    "attention": attention,
+    "flops": [c.flops for c in costs],
+    "first": [c.first_pass_flops for c in costs],
+    "peak": [c.peak_bytes for c in costs],
+    "kept": [c.activations_bytes for c in costs],
 }))
 """
 
@@ -136,6 +142,7 @@ def test_the_prediction_for_kernels_on_an_h100():
     assert found["kept"][0] == pytest.approx(portable.activations_bytes, rel=0.01)
     assert found["peak"][0] == pytest.approx(portable.peak_bytes, rel=0.05)
     assert 0.97 * portable.flops < found["flops"][0] < portable.flops
+    assert [(row["kernels"], row["recompute"]) for row in found["planned"]] == [("triton", "selective")]
     assert found["first"][0] == 0
     assert found["flops"][1] > found["flops"][0] + found["first"][1] > found["flops"][0]
 
