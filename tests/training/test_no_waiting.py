@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import hpdm
 from hpdm.commands.train import prepare
-from hpdm.training import batches
+from hpdm.training import batches, step
 from hpdm.training.log import Reports
 from hpdm.training.trainer import Trainer
 from tests.small import train_options
@@ -28,12 +28,17 @@ DEVICE = torch.device("meta")
 ROOT = Path(hpdm.__file__).parent
 READS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
-# Whether the gradient is finite decides on the host about the step; and LAMB sends the least norms of matrices that
-# start at zero. Nothing else waits in every step, and nothing should.
-KNOWN = Counter({("trainer.py", "_accept", "read"): 1, ("trainer.py", "_accept", "upload"): 1})
-KNOWN_WITH_LAMB = KNOWN + Counter({("lamb.py", "_trust", "upload"): 1})
+FLAG = ("delayed.py", "take", "read")
+"""Whether an earlier step was skipped. On a GPU it is in the host's memory by then; this device has no such copies."""
 OF_A_ROW = Counter({("means.py", "read", "read"): 1, ("statistics.py", "optimizer_statistics", "read"): 1})
 """What a logged row reads: its means, and the norms of weights and updates."""
+# Of four steps with a row after the third and the last: the flags of the steps before are read once a later one is
+# under way, and all of them before a row.
+EXPECTED = {1: Counter(), 2: Counter({FLAG: 1}), 3: Counter({FLAG: 2}) + OF_A_ROW, 4: Counter({FLAG: 1}) + OF_A_ROW}
+# LAMB sends the least norms of matrices that start at zero, once. Muon is PyTorch's, whose step is taken or not: the
+# host decides.
+FIRST_OF_LAMB = Counter({("lamb.py", "_least_norms", "upload"): 1})
+DECIDED = Counter({("step.py", "_step", "read"): 1})
 
 
 class Meetings(TorchDispatchMode):
@@ -119,7 +124,7 @@ def trainer(clips, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
 
     def make(**changes):
-        options = {"steps": 3, "log_every": 2, "batch": 2, "micro_batch": 1, "save_every": 100} | changes
+        options = {"steps": 4, "log_every": 3, "batch": 2, "micro_batch": 1, "save_every": 100} | changes
         return Trainer(prepare(train_options(clips, tmp_path / "run", **options), torch.device("cpu")), DEVICE)
 
     return make
@@ -156,10 +161,16 @@ OPTIONS = {
 @pytest.mark.parametrize("optimizer", OPTIONS)
 def test_only_rows_of_the_log_read_the_device(trainer, monkeypatch, optimizer):
     """Forward, backward, clipping, optimizer, moving averages and the sums for the log, in a real run."""
+    # What is read is zero here: false, so that Muon's steps would be skipped.
+    monkeypatch.setattr(step, "bool", lambda applied: bool(applied) or True, raising=False)
     steps, rows, sent = run(trainer(optimizer=optimizer, **OPTIONS[optimizer]), monkeypatch)
-    assert [row["step"] for row in rows] == [2, 3]
-    known = KNOWN_WITH_LAMB if optimizer == "lamb" else KNOWN
-    assert steps == {1: known, 2: known + OF_A_ROW, 3: known + OF_A_ROW}
+    assert [row["step"] for row in rows] == [3, 4]
+    expected = dict(EXPECTED)
+    if optimizer == "lamb":
+        expected[1] = expected[1] + FIRST_OF_LAMB
+    elif optimizer == "muon":
+        expected = {number: found + DECIDED for number, found in expected.items()}
+    assert steps == expected
     # Clips and draws are all that is sent to the device, without waiting for it.
     assert {file for file, _, _ in sent} == {"batches.py", "objective.py"}
 
