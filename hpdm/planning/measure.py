@@ -90,8 +90,10 @@ class NoiseTraining:
         with device:
             self.model = system.build(config, kernels, recompute)
         self.call: Callable[..., Tensor] = torch.compile(self.model) if compiled else self.model
+        # The formulas get the optimizer of the library: what would be lost by a slower one is not theirs.
+        backend = "auto" if kernels == "reference" else kernels
         self.optimizer = make_optimizer(
-            self.model, optimizer, 1e-4, 0.01, hidden_modules=system.hidden_modules(self.model), kernels=kernels
+            self.model, optimizer, 1e-4, 0.01, hidden_modules=system.hidden_modules(self.model), kernels=backend
         )
         self.ema = EMA(self.model, *[PowerLaw(0.05)] * averages)
 

@@ -147,7 +147,9 @@ def _count(
     """
     model = system.build(config, kernels, recompute)
     parameters = list(model.parameters())
-    optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01, (), system.hidden_modules(model), kernels)
+    # The formulas get PyTorch's optimizer, as they get its layers: what would be lost by a slower one is not theirs.
+    backend = "torch" if kernels == "reference" else kernels
+    optimizer = make_optimizer(model, optimizer_name, 1e-3, 0.01, (), system.hidden_modules(model), backend)
     ema = EMA(model, *[PowerLaw(0.05)] * averages)
     for p in parameters:
         p.grad = torch.zeros_like(p)
