@@ -32,7 +32,7 @@ def _norms() -> Iterator[KernelSpec]:
         ),
     }  # fmt: skip
     exact = {"mean_ptr", "rstd_ptr", "sums_ptr"}
-    products = {"branch_ptr", "gate_ptr", "shift_ptr", "scale_ptr", "dbranch_ptr", "grad_ptr"}
+    products = {"branch_ptr", "gate_ptr", "shift_ptr", "scale_ptr", "dbranch_ptr"}
     for label, (rows, between) in _DTYPES_OF_ROWS.items():
         for width in WIDTHS:
             tile = whole_rows(width)
