@@ -90,7 +90,7 @@ def test_split_loops(apart, ranges, generator, device, monkeypatch):
         return wanted, per_range
 
     monkeypatch.setattr(triton_backend, "_grid_split", split)
-    q, packed, grad = (t if t is None else t.to(device) for t in make((2, 2, 390, 390, 24), apart, generator))
+    q, packed, grad = (t if t is None else t.to(device) for t in make((2, 2, 300, 300, 24), apart, generator))
     with poisoned_allocations():
         check(q, packed, grad, backend="triton", precision="ieee")
     assert len(steps_of) == 6
@@ -145,8 +145,7 @@ def test_modules_do_not_put_gradients_together(module, backend, copies, generato
         out = CrossAttention(32, 32, 48, 32, head_width=16, backend=backend).to(device)(x, x)
     with Operations() as operations:
         out.sum().backward()
-    moved = {name: n for name, n in operations.count.items() if name in ("cat", "stack", "copy_", "clone")}
-    assert moved == ({"cat": copies} if copies else {})
+    assert operations.count["cat"] + operations.count["stack"] == copies
 
 
 @pytest.mark.parametrize("apart", [True, False])
