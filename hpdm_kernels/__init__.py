@@ -3,7 +3,7 @@
 Every op takes ``backend="auto" | "reference" | "torch" | "triton"``; see :mod:`hpdm_kernels._backend`.
 """
 
-from hpdm_kernels.attention.api import cross_attention, read_tokens
+from hpdm_kernels.attention.api import cross_attention, packed_attention, read_tokens
 from hpdm_kernels.context.api import footprint_size, fuse_context, fuse_projected, project_sources, sample_context
 from hpdm_kernels.optimizer.api import LambNorms, adamw_step, lamb_step
 from hpdm_kernels.patches.api import sample_patches
@@ -25,6 +25,7 @@ __all__ = [
     "gated_residual",
     "lamb_step",
     "modulated_norm",
+    "packed_attention",
     "project_sources",
     "read_tokens",
     "sample_context",

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpdm_kernels._backend import BACKENDS, check_backend, resolve
-from hpdm_kernels.attention.api import cross_attention, read_tokens
+from hpdm_kernels.attention.api import packed_attention, read_tokens
 from hpdm_kernels.context.api import fuse_context, fuse_projected, project_sources
 from hpdm_kernels.patches.api import sample_patches
 from hpdm_kernels.rows.api import bias_gelu
@@ -93,7 +93,7 @@ class ContextFusion(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.cross_attention`.
+    """Attention of ``queries`` to ``context`` with its projections, over :func:`hpdm_kernels.packed_attention`.
 
     Args:
         query_width: width of the queries' rows.
@@ -101,7 +101,7 @@ class CrossAttention(nn.Module):
         width: attention width ``h * d``.
         out_width: width of the result, or ``None`` to return the concatenated heads (width ``width``) as they are.
         head_width: ``d``; ``width`` must be a multiple of it.
-        backend: see :func:`hpdm_kernels.cross_attention`. It never changes the parameters.
+        backend: see :func:`hpdm_kernels.packed_attention`. It never changes the parameters.
 
     Raises:
         ValueError: ``width`` is no multiple of ``head_width``, or the backend is unknown.
@@ -161,18 +161,18 @@ class CrossAttention(nn.Module):
         row may be attended to -> ``[B, M, out_width or width]``.
         """
         q = _split_heads(self.to_q(queries), self.heads)  # [B, h, M, d]
-        k, v = (_split_heads(t, self.heads) for t in keys_and_values.chunk(2, dim=-1))  # [B, h, N, d]
-        out = cross_attention(q, k, v, key_mask=key_mask, backend=self.backend)  # [B, h, M, d]
+        packed = keys_and_values.unflatten(-1, (2, self.heads, -1))  # [B, N, 2, h, d]
+        out = packed_attention(q, packed, key_mask=key_mask, backend=self.backend)  # [B, h, M, d]
         return self.to_out(_merge_heads(out))  # [B, M, out_width or width]
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with one fused projection, over :func:`hpdm_kernels.cross_attention`.
+    """Multi-head self-attention with one fused projection, over :func:`hpdm_kernels.packed_attention`.
 
     Args:
         width: width of the rows, and ``h * d``.
         head_width: ``d``; ``width`` must be a multiple of it.
-        backend: see :func:`hpdm_kernels.cross_attention`.
+        backend: see :func:`hpdm_kernels.packed_attention`.
 
     Raises:
         ValueError: ``width`` is no multiple of ``head_width``, or the backend is unknown.
@@ -189,8 +189,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [B, M, width]`` -> ``[B, M, width]``."""
-        q, k, v = (_split_heads(t, self.heads) for t in self.to_qkv(x).chunk(3, dim=-1))  # [B, h, M, d]
-        return self.to_out(_merge_heads(cross_attention(q, k, v, backend=self.backend)))
+        packed = self.to_qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, M, 3, h, d]
+        return self.to_out(_merge_heads(packed_attention(None, packed, backend=self.backend)))
 
 
 class MLP(nn.Sequential):

@@ -20,6 +20,7 @@ from hpdm_kernels import (
     fuse_projected,
     gated_residual,
     modulated_norm,
+    packed_attention,
     project_sources,
     read_tokens,
     sample_context,
@@ -72,6 +73,16 @@ def attention_arguments(op: str, backend: str, generator: torch.Generator, devic
         return (q, k, v, 0.25, "ieee", mask)
     out, lse = torch.ops.hpdm.cross_attention_fwd(q, k, v, 0.25, "ieee", mask)
     return (torch.randn_like(out), q, k, v, out, lse, 0.25, "ieee", mask)
+
+
+def packed_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    q, k, v = attention_inputs(generator, device)
+    q, packed = leaves(op, q, torch.stack([t.transpose(1, 2) for t in (k, v)], dim=2))
+    mask = (torch.rand(2, 70, generator=generator) < 0.5).to(device)
+    if op.endswith("fwd"):
+        return (q, packed, 0.25, "ieee", mask)
+    out, lse = torch.ops.hpdm.packed_attention_fwd(q, packed, 0.25, "ieee", mask)
+    return (torch.randn_like(out), q, packed, out, lse, 0.25, "ieee", mask)
 
 
 def read_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
@@ -163,12 +174,12 @@ def step_arguments(op: str, backend: str, generator: torch.Generator, device: to
 
 
 ARGUMENTS = {
-    "cross_attention": attention_arguments, "read_tokens": read_arguments, "sample_context": context_arguments,
-    "fuse_context": context_arguments, "project_source": project_arguments, "sample_patches": patch_arguments,
-    "add_tiles": tile_arguments, "step_tiles": tile_arguments, "extract_tiles": tile_arguments,
-    "average_tiles": tile_arguments, "modulated_norm": row_arguments, "residual_norm": row_arguments,
-    "gated_residual": row_arguments, "bias_gelu": row_arguments, "adamw_step": step_arguments,
-    "lamb_moments": step_arguments, "lamb_apply": step_arguments,
+    "cross_attention": attention_arguments, "packed_attention": packed_arguments, "read_tokens": read_arguments,
+    "sample_context": context_arguments, "fuse_context": context_arguments, "project_source": project_arguments,
+    "sample_patches": patch_arguments, "add_tiles": tile_arguments, "step_tiles": tile_arguments,
+    "extract_tiles": tile_arguments, "average_tiles": tile_arguments, "modulated_norm": row_arguments,
+    "residual_norm": row_arguments, "gated_residual": row_arguments, "bias_gelu": row_arguments,
+    "adamw_step": step_arguments, "lamb_moments": step_arguments, "lamb_apply": step_arguments,
 }  # fmt: skip
 
 
@@ -181,7 +192,7 @@ def arguments(op: str, backend: str, generator: torch.Generator, device: torch.d
 
 
 def ops_and_backends() -> list[tuple[str, str]]:
-    """Each op with each of its backends; the cross-attention ops have only Triton."""
+    """Each op with each of its backends; the attention ops have only Triton."""
     return [(op, b) for op in registered_ops() for b in BACKENDS if "attention" not in op or b != "torch"]
 
 
@@ -203,6 +214,10 @@ def public_functions(
     vectors = [torch.randn(2, 24, generator=generator).to(device) for _ in range(3)]
     return {
         "cross_attention": (lambda q, k, v: cross_attention(q * 2, k, v, backend=backend).sin(), (q, k, v)),
+        "packed_attention": (
+            lambda q, packed: packed_attention(q * 2, packed, backend=backend).sin(),
+            (q, torch.stack([t.transpose(1, 2) for t in (k, v)], dim=2)),
+        ),
         "sample_context": (
             lambda *s: sample_context([t * 2 for t in s], boxes, box, **grids, backend=backend).sin(),
             tuple(sources),
@@ -237,8 +252,8 @@ def public_functions(
 
 
 PUBLIC = (
-    "cross_attention", "read_tokens", "sample_context", "fuse_context", "fuse_projected", "average_tiles",
-    "extract_tiles", "sample_patches", "modulated_norm", "gated_residual", "bias_gelu",
+    "cross_attention", "packed_attention", "read_tokens", "sample_context", "fuse_context", "fuse_projected",
+    "average_tiles", "extract_tiles", "sample_patches", "modulated_norm", "gated_residual", "bias_gelu",
 )  # fmt: skip
 
 

@@ -6,8 +6,9 @@ The forward kernel reads ``q`` and writes ``out`` once. It reads ``k`` and ``v``
 the L2 cache, because the blocks of a head run at the same time. A plain softmax also writes and reads the scores
 ``[B, h, M, N]`` several times. Besides inputs and output, the log-sum-exp is saved for backward, fp32 ``[B, h, M]``.
 
-:func:`read_tokens` also computes the projection of tokens to keys and values inside the op; see
-:mod:`hpdm_kernels.attention.read`.
+:func:`packed_attention` takes keys and values, or queries, too, as parts of one tensor, and gives it one gradient; see
+:mod:`hpdm_kernels.attention.packed`. :func:`read_tokens` also computes the projection of tokens to keys and values
+inside the op; see :mod:`hpdm_kernels.attention.read`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hpdm_kernels import _backend, _transforms, reference
 from hpdm_kernels._checks import check_tensor
 from hpdm_kernels.attention import ops, torch_backend
-from hpdm_kernels.attention.checks import check_key_mask, check_piece_rows, check_queries, check_scale, check_tokens
-from hpdm_kernels.attention.read import PIECE_ROWS, project
+from hpdm_kernels.attention.checks import (
+    check_key_mask,
+    check_packed,
+    check_piece_rows,
+    check_queries,
+    check_scale,
+    check_tokens,
+)
+from hpdm_kernels.attention.layout import unpack
+from hpdm_kernels.attention.read import PIECE_ROWS
 
 
 def _kernel_precision(q: Tensor, precision: str) -> str:
@@ -85,6 +95,55 @@ def cross_attention(
             return torch_backend.attention(q, k, v, factor, key_mask)
     _transforms.refuse("cross_attention", chosen, (q, k, v))
     return ops.cross_attention_fwd(q, k, v, factor, _kernel_precision(q, precision), key_mask)[0]
+
+
+def packed_attention(
+    q: Tensor | None,
+    packed: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    precision: str | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`hpdm_kernels.cross_attention` of queries, keys and values that are parts of one projection.
+
+    The same values and gradients, but ``triton`` writes the gradients of the parts beside each other, so that the
+    gradient of the projection needs no copy. The other backends take the parts.
+
+    Args:
+        q: ``[B, h, M, d]`` queries as for :func:`hpdm_kernels.cross_attention`, or ``None`` for self-attention:
+            ``packed`` then has the queries, too.
+        packed: with ``q``, keys and values ``[B, N, 2, h, d]``, of its dtype and device; without, queries, keys and
+            values ``[B, M, 3, h, d]``, ``d`` at most 256. Any strides. A projection ``[B, N, 2 * h * d]`` in which all
+            heads' keys come before the values is ``projection.unflatten(-1, (2, h, d))``.
+        scale: factor of the scores, any finite number; default ``1 / sqrt(d)``.
+        key_mask: ``[B, N]`` bool, true where a key may be read; see :func:`hpdm_kernels.cross_attention`.
+        precision: how the kernels compute fp32 products; see :func:`hpdm_kernels.cross_attention`.
+        backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
+
+    Returns:
+        ``[B, h, M, d]`` of ``packed``'s dtype. Gradients flow to ``q`` and ``packed``.
+
+    Raises:
+        TypeError: an argument is not a tensor, its dtype is no float or not ``q``'s, ``key_mask`` is not bool, or
+            ``scale`` is no number.
+        ValueError: wrong rank, sizes or device; ``scale`` not finite; unknown ``precision`` or ``backend``.
+        RuntimeError: ``backend="triton"`` where the kernels cannot run.
+        NotImplementedError: ``torch.func`` or forward mode differentiates the op, and its backend cannot.
+
+    Source: the read, the write and the layers of a RIN block, paper Fig. 11.
+    """
+    check_packed(q, packed)
+    check_key_mask(key_mask, packed.shape[1], packed, "packed")
+    factor = check_scale(scale, packed.shape[-1])
+    precision = _backend.resolve_precision(precision)
+    chosen = _backend.resolve(backend, "packed_attention", packed)
+    if chosen != "triton":
+        parts = unpack(q, packed)
+        return cross_attention(*parts, scale=factor, key_mask=key_mask, precision=precision, backend=chosen)
+    _transforms.refuse("packed_attention", chosen, (q, packed))
+    return ops.packed_attention_fwd(q, packed, factor, _kernel_precision(packed, precision), key_mask)[0]
 
 
 KEPT_BYTES = 2**28
@@ -154,18 +213,19 @@ def read_tokens(
     chosen = _backend.resolve(backend, "read_tokens", q)
     if chosen == "reference":
         with _backend.autocast_off(q):
-            return reference.cross_attention(q, *_keys_and_values(q, sequences, weight_kv), factor, key_mask)
+            packed = _keys_and_values(q, sequences, weight_kv)
+            return reference.cross_attention(*unpack(q, packed), factor, key_mask)
     _transforms.refuse("read_tokens", chosen, (q, *sequences, weight_kv))
     if not recompute:
         with _backend.autocast_off(q):
-            k, v = _keys_and_values(q, sequences, weight_kv)
-        return cross_attention(q, k, v, scale=factor, key_mask=key_mask, precision=precision, backend=chosen)
+            packed = _keys_and_values(q, sequences, weight_kv)
+        return packed_attention(q, packed, scale=factor, key_mask=key_mask, precision=precision, backend=chosen)
     precision = _kernel_precision(q, precision)
     return ops.read_tokens_fwd(q, sequences, weight_kv, key_mask, factor, piece_rows, precision, chosen)[0]
 
 
-def _keys_and_values(q: Tensor, sequences: Sequence[Tensor], weight_kv: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[B, h, N, d]`` of all tokens, in the dtype of ``q``."""
+def _keys_and_values(q: Tensor, sequences: Sequence[Tensor], weight_kv: Tensor) -> Tensor:
+    """Keys and values ``[B, N, 2, h, d]`` of all tokens, in the dtype of ``q``."""
     parts = [sequence.to(q.dtype) for sequence in sequences]
     rows = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # [B, N, D]
-    return project(rows, weight_kv.to(q.dtype), q.shape[1])
+    return F.linear(rows, weight_kv.to(q.dtype)).unflatten(-1, (2, *q.shape[1::2]))

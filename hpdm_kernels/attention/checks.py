@@ -1,4 +1,4 @@
-"""Validation of the arguments that ``cross_attention`` and ``read_tokens`` share."""
+"""Validation of the arguments of the attention ops."""
 
 from __future__ import annotations
 
@@ -16,16 +16,30 @@ MAX_HEAD_WIDTH = 256
 def check_queries(q: Tensor) -> Tensor:
     """Checks queries ``[B, h, M, d]``, ``d`` at most :data:`MAX_HEAD_WIDTH`."""
     check_tensor("q", q, ("B", "h", "M", "d"))
-    if q.shape[-1] > MAX_HEAD_WIDTH:
-        raise ValueError(f"q: got head width {q.shape[-1]}, expected at most {MAX_HEAD_WIDTH}")
+    _check_head_width("q", q)
     return q
 
 
-def check_key_mask(key_mask: Tensor | None, keys: int, q: Tensor) -> None:
-    """Checks ``key_mask``: ``None``, or ``[B, keys]`` bool on the device of ``q``."""
+def _check_head_width(name: str, x: Tensor) -> None:
+    if x.shape[-1] > MAX_HEAD_WIDTH:
+        raise ValueError(f"{name}: got head width {x.shape[-1]}, expected at most {MAX_HEAD_WIDTH}")
+
+
+def check_packed(q: Tensor | None, packed: Tensor) -> None:
+    """Checks keys and values ``[B, N, 2, h, d]`` for ``q [B, h, M, d]``, or without it ``[B, M, 3, h, d]``."""
+    if q is None:
+        check_tensor("packed", packed, ("B", "M", 3, "h", "d"))
+        _check_head_width("packed", packed)
+    else:
+        batch, heads, _, width = check_queries(q).shape
+        check_tensor("packed", packed, (batch, "N", 2, heads, width), like=("q", q))
+
+
+def check_key_mask(key_mask: Tensor | None, keys: int, like: Tensor, name: str = "q") -> None:
+    """Checks ``key_mask``: ``None``, or ``[B, keys]`` bool, on the device of ``like``, which is called ``name``."""
     if key_mask is not None:
-        shape = (q.shape[0], keys)
-        check_tensor("key_mask", key_mask, shape, dtypes=(torch.bool,), like=("q", q), same_dtype=False)
+        shape = (like.shape[0], keys)
+        check_tensor("key_mask", key_mask, shape, dtypes=(torch.bool,), like=(name, like), same_dtype=False)
 
 
 def check_scale(scale: object, width: int) -> float:

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hpdm_kernels import _backend
+from hpdm_kernels.attention import packed as packed_attention
 from hpdm_kernels.attention import read, torch_backend, triton_backend
-from hpdm_kernels.attention.layout import empty_heads
+from hpdm_kernels.attention.layout import empty_heads, unpack
 from hpdm_kernels.boxes import coordinate_dtype
 
 # ---- cross-attention: kernels only, since the torch backend is PyTorch's own attention ----
@@ -85,6 +86,78 @@ def _cross_attention_fwd_flops(q_shape: Any, k_shape: Any, *args: Any, **kwargs:
 def _cross_attention_bwd_flops(grad_shape: Any, q_shape: Any, k_shape: Any, *args: Any, **kwargs: Any) -> int:
     batch, heads, queries, width = q_shape
     return 5 * 2 * batch * heads * queries * k_shape[2] * width
+
+
+# ---- the same of parts of one tensor, whose gradient is one tensor, too ----
+
+
+@torch.library.custom_op("hpdm::packed_attention_fwd", mutates_args=())
+def packed_attention_fwd(
+    q: Tensor | None, packed: Tensor, scale: float, precision: str, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`hpdm_kernels.attention.packed.forward`."""
+    with torch.cuda.device_of(packed):
+        return packed_attention.forward(q, packed, scale, precision, key_mask)
+
+
+@packed_attention_fwd.register_fake
+def _(q: Tensor | None, packed: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    queries = unpack(q, packed)[0]
+    return empty_heads(queries), packed.new_empty(queries.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("hpdm::packed_attention_bwd", mutates_args=())
+def packed_attention_bwd(
+    grad: Tensor,
+    q: Tensor | None,
+    packed: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    precision: str,
+    key_mask: Tensor | None = None,
+) -> list[Tensor]:
+    """See :func:`hpdm_kernels.attention.packed.backward`."""
+    with torch.cuda.device_of(packed):
+        return packed_attention.backward(grad, q, packed, out, lse, scale, precision, key_mask)
+
+
+@packed_attention_bwd.register_fake
+def _(grad: Tensor, q: Tensor | None, packed: Tensor, *_: Any) -> list[Tensor]:
+    dpacked = packed.new_empty(packed.shape)
+    return [dpacked] if q is None else [empty_heads(q), dpacked]
+
+
+def _setup_packed_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, packed, ctx.scale, ctx.precision, key_mask = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, packed, out, lse, key_mask)
+
+
+def _backward_packed_attention(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, key_mask = ctx.saved_tensors
+    *dq, dpacked = packed_attention_bwd(grad, *tensors, ctx.scale, ctx.precision, key_mask)
+    return (dq[0] if dq else None, dpacked, None, None, None)
+
+
+packed_attention_fwd.register_autograd(_backward_packed_attention, setup_context=_setup_packed_attention)
+
+
+def _packed_product(q_shape: Any, packed_shape: Any) -> int:
+    """FLOPs of one product of queries with keys."""
+    batch, keys, _, heads, width = packed_shape
+    return 2 * batch * heads * (keys if q_shape is None else q_shape[2]) * keys * width
+
+
+@register_flop_formula(torch.ops.hpdm.packed_attention_fwd)
+def _packed_attention_fwd_flops(q_shape: Any, packed_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _packed_product(q_shape, packed_shape)
+
+
+@register_flop_formula(torch.ops.hpdm.packed_attention_bwd)
+def _packed_attention_bwd_flops(grad_shape: Any, q_shape: Any, packed_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return 5 * _packed_product(q_shape, packed_shape)
 
 
 # ---- the read of tokens with its projection ----
@@ -177,3 +250,7 @@ _backend.PORTABLE[torch.ops.hpdm.cross_attention_fwd] = torch_backend.forward
 _backend.PORTABLE[torch.ops.hpdm.cross_attention_bwd] = torch_backend.backward
 _backend.IMPLEMENTATIONS[torch.ops.hpdm.cross_attention_fwd] = triton_backend.forward
 _backend.IMPLEMENTATIONS[torch.ops.hpdm.cross_attention_bwd] = triton_backend.backward
+_backend.PORTABLE[torch.ops.hpdm.packed_attention_fwd] = packed_attention.portable_forward
+_backend.PORTABLE[torch.ops.hpdm.packed_attention_bwd] = packed_attention.portable_backward
+_backend.IMPLEMENTATIONS[torch.ops.hpdm.packed_attention_fwd] = packed_attention.forward
+_backend.IMPLEMENTATIONS[torch.ops.hpdm.packed_attention_bwd] = packed_attention.backward

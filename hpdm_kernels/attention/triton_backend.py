@@ -112,6 +112,7 @@ def backward(
     scale: float,
     precision: str,
     key_mask: Tensor | None = None,
+    results: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients ``dq [B, h, M, d]``, ``dk`` and ``dv`` ``[B, h, N, d]``.
 
@@ -120,7 +121,10 @@ def backward(
     Args:
         grad: gradient of ``out``, ``[B, h, M, d]``.
         out, lse: results of :func:`forward`, which has the other arguments.
+        results: where to write the gradients: tensors of their shapes in the memory of :func:`empty_heads`, or parts of
+            a packed gradient (:mod:`hpdm_kernels.attention.packed`); ``None``: into new tensors.
     """
+    dq, dk, dv = results or (empty_heads(q), empty_heads(k), empty_heads(k))
     grad, q, k, v, out = map(dense_rows, (grad, q, k, v, out))
     lse, bias = lse.contiguous(), _bias_of(key_mask)
     batch, heads, queries, width = q.shape
@@ -133,30 +137,32 @@ def backward(
     tile = tiling("bwd_q", q.dtype, precision, block_d, q.device, whole)
     blocks = triton.cdiv(queries, tile.block_m) * batch * heads
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(keys, tile.block_n), tile.programs)
-    part_q = empty_heads(q, torch.float32 if splits > 1 else q.dtype, splits)
+    part_q = _parts(dq, splits)
     kernels.cross_attention_bwd_q_kernel[launch_grid(blocks, splits)](
         grad, q, k, v, bias, out, lse, delta, part_q,
         *_strides(grad, q, k, v, out), 0 if bias is None else bias.stride(0),
-        batch, heads, queries, keys, per_split * tile.block_n, scale, scale * LOG2E,
+        batch, heads, queries, keys, per_split * tile.block_n, _row_heads(part_q), scale, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, **tile.constexprs,
         EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    dq = _sum_parts(part_q, q.dtype)
+    _sum_parts(part_q, dq)
 
     tile = tiling("bwd_kv", q.dtype, precision, block_d, q.device, whole)
     blocks = triton.cdiv(keys, tile.block_n) * batch * heads
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(queries, tile.block_m), tile.programs)
-    part_k, part_v = (empty_heads(k, torch.float32 if splits > 1 else k.dtype, splits) for _ in range(2))
+    part_k, part_v = _parts(dk, splits), _parts(dv, splits)
     kernels.cross_attention_bwd_kv_kernel[launch_grid(blocks, splits)](
         grad, q, k, v, bias, lse, delta, part_k, part_v,
         *_strides(grad, q, k, v), 0 if bias is None else bias.stride(0),
-        batch, heads, queries, keys, per_split * tile.block_m, scale, scale * LOG2E,
+        batch, heads, queries, keys, per_split * tile.block_m, _row_heads(part_k), scale, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, **tile.constexprs,
         EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    return dq, _sum_parts(part_k, k.dtype), _sum_parts(part_v, k.dtype)
+    _sum_parts(part_k, dk)
+    _sum_parts(part_v, dv)
+    return dq, dk, dv
 
 
 def _whole(queries: int, keys: int, width: int, block_d: int, key_mask: Tensor | None) -> bool:
@@ -184,9 +190,26 @@ def _bias_of(key_mask: Tensor | None) -> Tensor | None:
     return bias
 
 
-def _sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of ``[splits, B, h, rows, d]`` over the splits, in a fixed order."""
+def _parts(result: Tensor, splits: int) -> Tensor:
+    """Where ``splits`` ranges of a loop write what adds up to ``result [B, h, rows, d]``: ``[splits, B, h, rows, d]``.
+
+    A single range writes the result itself.
+    """
+    return result[None] if splits == 1 else empty_heads(result, torch.float32, splits)
+
+
+def _row_heads(parts: Tensor) -> int:
+    """Distance of the rows of ``parts [splits, B, h, rows, d]`` in memory, in heads."""
+    return parts.stride(-2) // parts.shape[-1]
+
+
+def _sum_parts(parts: Tensor, result: Tensor) -> None:
+    """Writes the sum of ``[splits, B, h, rows, d]`` over the splits, in a fixed order, into ``result``."""
     if parts.shape[0] == 1:
-        return parts[0]
-    # A reduction over the leading axis adds in a fixed order; over contiguous memory it keeps the layout.
-    return parts.transpose(-2, -3).sum(dim=0).to(dtype).transpose(-2, -3)
+        return
+    # A reduction over the leading axis adds in a fixed order. Rows before heads: the order of the parts' memory.
+    parts, result = parts.transpose(-2, -3), result.transpose(-2, -3)
+    if parts.dtype == result.dtype:
+        torch.sum(parts, dim=0, out=result)
+    else:
+        result.copy_(parts.sum(dim=0))

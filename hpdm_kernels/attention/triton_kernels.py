@@ -21,7 +21,8 @@ Products of one TF32 pass take rounded operands, so rows go through registers be
   long as both operands have the same, and the columns of the result are put back in order after the loop.
 
 In the comments on arguments, ``[B, h, M, d]*`` is a tensor whose strides of ``B``, ``h`` and ``M`` are arguments, too,
-and whose last axis is contiguous; tensors without ``*`` are contiguous.
+and whose last axis is contiguous; tensors without ``*`` are contiguous. ``row_heads`` is ``h``, or more if a gradient
+is part of a packed one; its pointer is that of the part.
 """
 
 # Kernels' arguments have Triton's types, not Python's.
@@ -208,9 +209,8 @@ def cross_attention_fwd_kernel(
     if bias_ptr is not None:
         bias_ptr += sample * stride_bias_b
     q_ptr += sample * stride_q_b + head * stride_q_h
-    q = as_operand(
-        _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
-    )
+    q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+    q = as_operand(q, PRECISION, IN_PLACE=True)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -309,7 +309,7 @@ def cross_attention_bwd_q_kernel(
     out_ptr,  # [B, h, M, d]*
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M], written: sum over d of grad * out
-    dq_ptr,  # [splits, B, M, h, d], written
+    dq_ptr,  # [splits, B, M, row_heads, d], the first h heads of each row are written
     stride_g_b,
     stride_g_h,
     stride_g_m,
@@ -331,6 +331,7 @@ def cross_attention_bwd_q_kernel(
     queries,
     keys,
     keys_per_split,
+    row_heads,
     scale,
     scale_log2,
     WIDTH: tl.constexpr,
@@ -358,9 +359,8 @@ def cross_attention_bwd_q_kernel(
         tl.store(delta_ptr + lse_rows, delta, mask=inside)
     lse = _load_lse(lse_ptr + lse_rows, inside)
     q_ptr += sample * stride_q_b + head * stride_q_h
-    q = as_operand(
-        _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
-    )
+    q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
+    q = as_operand(q, PRECISION, IN_PLACE=True)
     grad = as_operand(grad, PRECISION, IN_PLACE=True)
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
@@ -394,8 +394,9 @@ def cross_attention_bwd_q_kernel(
         ds = as_operand(ds.to(k.dtype), PRECISION, IN_PLACE=True)
         acc = tl.dot(ds, _interleave(k, PARTS), acc, input_precision=PRECISION)
 
-    row0 = group // heads * queries * heads + head
-    _store_rows(dq_ptr, _columns_in_order(acc, PARTS) * scale, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+    row0 = group // heads * queries * row_heads + head
+    dq = _columns_in_order(acc, PARTS) * scale
+    _store_rows(dq_ptr, dq, row0, row_heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
 
 
 @_for_all_sizes
@@ -407,8 +408,8 @@ def cross_attention_bwd_kv_kernel(
     bias_ptr,  # [B, N rounded up to blocks] fp32, 0, or -inf where a key is hidden or absent; or None
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M], from cross_attention_bwd_q_kernel
-    dk_ptr,  # [splits, B, N, h, d], written
-    dv_ptr,  # [splits, B, N, h, d], written
+    dk_ptr,  # [splits, B, N, row_heads, d], the first h heads of each row are written
+    dv_ptr,  # [splits, B, N, row_heads, d], the first h heads of each row are written
     stride_g_b,
     stride_g_h,
     stride_g_m,
@@ -427,6 +428,7 @@ def cross_attention_bwd_kv_kernel(
     queries,
     keys,
     queries_per_split,
+    row_heads,
     scale,
     scale_log2,
     WIDTH: tl.constexpr,
@@ -444,12 +446,9 @@ def cross_attention_bwd_kv_kernel(
 
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
-    k = as_operand(
-        _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
-    )
-    v = as_operand(
-        _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
-    )
+    k = _load_rows(k_ptr, stride_k_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+    v = _load_rows(v_ptr, stride_v_n, start_n, keys, BLOCK_N, WIDTH, BLOCK_D, EVEN)
+    k, v = as_operand(k, PRECISION, IN_PLACE=True), as_operand(v, PRECISION, IN_PLACE=True)
     grad_ptr += sample * stride_g_b + head * stride_g_h
     q_ptr += sample * stride_q_b + head * stride_q_h
     lse_ptr += (sample * heads + head) * queries
@@ -495,6 +494,7 @@ def cross_attention_bwd_kv_kernel(
         ds = as_operand(ds.to(q.dtype), PRECISION, IN_PLACE=True)
         dk = tl.dot(ds, _interleave(q, PARTS), dk, input_precision=PRECISION)
 
-    row0 = group // heads * keys * heads + head
-    _store_rows(dk_ptr, _columns_in_order(dk, PARTS) * scale, row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
-    _store_rows(dv_ptr, _columns_in_order(dv, PARTS), row0, heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
+    row0 = group // heads * keys * row_heads + head
+    dk, dv = _columns_in_order(dk, PARTS) * scale, _columns_in_order(dv, PARTS)
+    _store_rows(dk_ptr, dk, row0, row_heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)
+    _store_rows(dv_ptr, dv, row0, row_heads, start_n, keys, BLOCK_N, WIDTH, BLOCK_D)

@@ -132,6 +132,12 @@ def cross_attention(
     return (weights / total.masked_fill(total == 0, 1)) @ v
 
 
+def packed_attention(q: Tensor | None, packed: Tensor, **options: Any) -> Tensor:
+    """Attention of the parts, taken by their indices."""
+    parts = [packed[:, :, i].transpose(1, 2) for i in range(packed.shape[2])]
+    return cross_attention(*(parts if q is None else (q, *parts)), **options)
+
+
 def read_tokens(q: Tensor, tokens: Tensor | Sequence[Tensor], weight_kv: Tensor, **options: Any) -> Tensor:
     """Attention to keys and values that are projected before."""
     sequences = [tokens] if isinstance(tokens, Tensor) else tokens

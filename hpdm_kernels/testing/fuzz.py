@@ -35,6 +35,7 @@ OPS: dict[str, Callable[[Draw, torch.dtype, str], Case]] = {
     "project_sources": random_context.project_sources,
     "fuse_projected": random_context.fuse_projected,
     "cross_attention": random_attention.cross_attention,
+    "packed_attention": random_attention.packed_attention,
     "read_tokens": random_attention.read_tokens,
     "sample_patches": random_pixels.sample_patches,
     "extract_tiles": random_pixels.extract_tiles,

@@ -71,6 +71,28 @@ def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     return Case(hpdm_kernels.cross_attention, formulas.cross_attention, arguments, ("q", "k", "v"), 6.0, 32.0, sizes)
 
 
+def packed_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
+    """A configuration of :func:`hpdm_kernels.packed_attention`, with queries apart or within."""
+    batch, heads, width, keys = draw.size(4), draw.size(3), draw.choose(WIDTHS), draw.rows(60)
+    apart = draw.chance(0.5)
+    arguments: Arguments = {
+        "q": draw.normal(batch, heads, draw.rows(40), width, dtype=dtype) if apart else None,
+        "packed": draw.normal(batch, keys, 2 if apart else 3, heads, width, dtype=dtype),
+        "scale": draw.choose(SCALES),
+        "key_mask": _mask(draw, batch, keys),
+    }
+
+    def sizes(wide: Arguments, grads: Sequence[Tensor]) -> list[float]:
+        parts = wide["packed"].permute(2, 0, 3, 1, 4)  # [2 or 3, B, h, N, d]
+        q, k, v = (wide["q"], *parts) if apart else parts
+        scores, terms = _terms(q, k, v, k.abs(), v.abs(), grads[0], wide)
+        terms["packed"] = torch.stack([terms.pop(name) for name in ("kv" if apart else "qkv")])
+        return _largest(terms, scores)
+
+    names = ("q", "packed")
+    return Case(hpdm_kernels.packed_attention, formulas.packed_attention, arguments, names, 6.0, 32.0, sizes)
+
+
 def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     """A configuration of :func:`hpdm_kernels.read_tokens`."""
     batch, heads, head, width = draw.size(4), draw.size(3), draw.choose(WIDTHS), draw.size(12)

@@ -41,7 +41,9 @@ def spoil(draw: Draw, arguments: Arguments) -> tuple[Arguments, str]:
         return arguments | {name: bad}, f"{name}: {what}"
     if isinstance(value, Tensor):
         what, bad = _spoil_tensor(draw, name, value)
-        if what == "another device" and name == "tiles" and arguments.get("x") is None:  # all data is there then
+        # These may be all that has data, so that nothing else fixes the device, and of packed heads the width.
+        alone = {"tiles": arguments.get("x"), "packed": arguments.get("q")}.get(name, value) is None
+        if alone and (what == "another device" or (what == "wider" and name == "packed")):
             what, bad = "empty", value[..., :0]
     elif isinstance(value, (tuple, list)) and isinstance(value[0], (tuple, list)):
         i = draw.random.randrange(len(value))

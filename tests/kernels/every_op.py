@@ -52,6 +52,13 @@ CALLS = {
         {"q": (2, 3, 4, 8), "k": (2, 3, 20, 8), "v": (2, 3, 20, 8)},
         lambda backend, q, k, v: ops.cross_attention(q, k, v, backend=backend),
     ),
+    "packed_attention": Call(
+        {"q": (2, 3, 4, 8), "packed": (2, 20, 2, 3, 8)},
+        lambda backend, q, packed: ops.packed_attention(q, packed, backend=backend),
+    ),
+    "packed_attention of itself": Call(
+        {"packed": (2, 20, 3, 3, 8)}, lambda backend, packed: ops.packed_attention(None, packed, backend=backend)
+    ),
     "read_tokens": Call(
         # Parts of 20 and 18 tokens, enough for PyTorch's fused kernel for the CPU.
         {"q": (2, 3, 4, 8), "weight_kv": (48, 5), "tokens 0": (2, 40, 5), "tokens 1": (2, 18, 5)},

@@ -24,7 +24,7 @@ SWEEP = """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime import jit
-    from hpdm_kernels.attention import triton_backend
+    from hpdm_kernels.attention import packed, triton_backend
 
     keys = collections.defaultdict(set)
     backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -43,6 +43,7 @@ SWEEP = """
         for mask in (None, torch.ones(batch, n, dtype=torch.bool)):
             out, lse = triton_backend.forward(q, k, v, 0.125, "tf32", mask)
             triton_backend.backward(out, q, k, v, out, lse, 0.125, "tf32", mask)
+            packed.backward(out, q, torch.stack([k, v]).permute(1, 3, 0, 2, 4), out, lse, 0.125, "tf32", mask)
     print(json.dumps({name: len(found) for name, found in keys.items()}))
 """
 SPECIALIZE_ALL = """

@@ -113,6 +113,9 @@ def registered_calls(backend, generator, device):
         out, lse = torch.ops.hpdm.cross_attention_fwd(q, k, v, 0.3, "ieee")
         calls["cross_attention_fwd"] = (q, k, v, 0.3, "ieee")
         calls["cross_attention_bwd"] = (normal(2, 3, 4, 8), q, k, v, out, lse, 0.3, "ieee")
+        packed = normal(2, 6, 2, 3, 8)
+        calls["packed_attention_fwd"] = (q, packed, 0.3, "ieee")
+        calls["packed_attention_bwd"] = (normal(2, 3, 4, 8), q, packed, out, lse, 0.3, "ieee")
     return calls
 
 

@@ -74,8 +74,8 @@ def test_outputs_and_every_gradient(backend, changes, generator, monkeypatch):
 
     oracle, plain, ours = run("reference", torch.float64), run("reference", torch.float32), run(backend, torch.float32)
     if backend == "torch":
-        fused = modules.cross_attention
-        monkeypatch.setattr(modules, "cross_attention", lambda *given, **o: fused(*given, **o | {"backend": "torch"}))
+        fused = modules.packed_attention
+        monkeypatch.setattr(modules, "packed_attention", lambda *given, **o: fused(*given, **o | {"backend": "torch"}))
         library = run("reference", torch.float32)
         worse = {
             n: max((plain[2][n], library[2][n]), key=lambda grad, n=n: max_error(grad, oracle[2][n]))

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 import hpdm_kernels
 from hpdm_kernels import reference
+from hpdm_kernels.attention.layout import unpack
 from hpdm_kernels.attention.specs import BLOCKS_D
 from hpdm_kernels.rows.specs import WIDTHS
 from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes, steps
@@ -63,6 +64,8 @@ def _attention_cases() -> Iterator[Case]:
             # One block of queries and many keys: the loop over the keys is split, and its parts are combined.
             check = _attention(dtype, "tf32", (1, 1, 5, 2100, block), False, gradients=False)
             yield Case(f"cross_attention[{dtype},split,d{block}]", check)
+    for dtype, parts in (("fp32", 2), ("bf16", 3)):
+        yield Case(f"packed_attention[{dtype},{parts} parts]", _packed(dtype, parts))
 
 
 def _attention(
@@ -83,6 +86,19 @@ def _attention(
         if gradients:
             return check_op(ours, formula, [q, k, v], grad, ulps=_ulps(dtype, precision))
         return _check_value(ours, formula, [q, k, v], _ulps(dtype, precision))
+
+    return check
+
+
+def _packed(dtype: str, parts: int) -> Callable[[Generator], object]:
+    """Gradients beside each other: queries, keys and values, or the last two."""
+
+    def check(generator: Generator) -> object:
+        draw = lambda *shape: torch.randn(*shape, generator=generator).to(DTYPES[dtype])
+        inputs = [draw(1, 70, parts, 2, 48), *([draw(1, 2, 100, 48)] if parts == 2 else [])]
+        ours = lambda packed, q=None: hpdm_kernels.packed_attention(q, packed, precision="ieee", backend="triton")
+        formula = lambda packed, q=None: reference.cross_attention(*unpack(q, packed), 48**-0.5)
+        return check_op(ours, formula, inputs, ulps=_ulps(dtype, "ieee"))
 
     return check
 
