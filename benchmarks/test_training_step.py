@@ -1,5 +1,7 @@
 """A whole training step with each backend of the kernels: patches, noise, forward, backward, optimizer.
 
+The formulas and the ops in PyTorch's operations are also run under ``torch.compile``.
+
 All backends get the same weights, clips and boxes. On the CPU the preset is ``tiny``, on CUDA the paper's S and M
 (64x256x256, fp32), S also with products in TF32. Before timing, clips are rendered, encoded to mp4 and decoded by the
 dataset (without PyAV the rendered clips are used), so that disk access and decoding are not timed.
@@ -8,6 +10,7 @@ dataset (without PyAV the rendered clips are used), so that disk access and deco
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 
 import numpy as np
 import pytest
@@ -53,32 +56,39 @@ def test_training_step(record, backends, device, tmp_path, preset, batch, produc
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
     models = {kernels: disturbed_model(config, kernels, device) for kernels in ("reference", *backends)}
 
-    def loss(model):
+    def loss(model, network=None):
         draws = on_device(draw(config, batch, torch.Generator().manual_seed(2)), device)
-        return denoising_error(model, video, labels, draws).mean()
+        return denoising_error(model, video, labels, draws, network=network).mean()
 
     with harness.products_in(products):
         check_gradients(models, loss, TOLERANCE[products])
-        steps = {kernels: training_step_of(model, loss) for kernels, model in models.items()}
-        memory = {kernels: harness.peak_extra_bytes(step, device) for kernels, step in steps.items()}
-        timers = {kernels: harness.Timer(device) for kernels in steps}
+        steps = {name_of(kernels): training_step_of(model, loss) for kernels, model in models.items()}
+        for kernels in ("reference", "torch"):
+            model = disturbed_model(config, kernels, device)
+            network = torch.compile(model)
+            steps[f"{name_of(kernels)}, torch.compile"] = training_step_of(model, partial(loss, network=network))
+        memory = {name: harness.peak_extra_bytes(step, device) for name, step in steps.items()}
+        timers = {name: harness.Timer(device) for name in steps}
         for _ in range(ROUNDS):
-            for kernels, step in steps.items():
-                timers[kernels].sample(step)
+            for name, step in steps.items():
+                timers[name].sample(step)
     # FLOPs of the formula for all contenders: products that the kernels save count as speed.
     flops = training_step(systems.get("patch"), config, batch, "reference").flops
     rows = []
-    for kernels, timer in timers.items():
-        name = "reference" if kernels == "reference" else f"hpdm {kernels}"
+    for name, timer in timers.items():
         row = record(
             "training step", f"{preset}, B={batch}, {products}", name,
-            "fwd+bwd", timer.seconds(), flops=flops, reference=kernels == "reference",
-            peak_extra_bytes=memory[kernels], arithmetic=products,
+            "fwd+bwd", timer.seconds(), flops=flops, reference=name == "reference",
+            peak_extra_bytes=memory[name], arithmetic=products,
         )  # fmt: skip
         row.extra["videos_per_s"] = batch / row.median_s
         rows.append(row)
     for row in rows:
         row.speedup_vs_reference = rows[0].median_s / row.median_s
+
+
+def name_of(kernels):
+    return "reference" if kernels == "reference" else f"hpdm {kernels}"
 
 
 def disturbed_model(config, kernels, device):
