@@ -82,7 +82,7 @@ _TILINGS = {
         Tiling(16, 32, 8, 2),
     ),
     ("bwd_q", "tf32x3"): (
-        Tiling(16, 32, 8, 2),
+        Tiling(16, 64, 4, 2, programs=2),
         Tiling(32, 64, 8, 2),
         Tiling(16, 32, 8, 2),
     ),

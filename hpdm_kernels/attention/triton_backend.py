@@ -137,16 +137,20 @@ def backward(
     tile = tiling("bwd_q", q.dtype, precision, block_d, q.device, whole)
     blocks = triton.cdiv(queries, tile.block_m) * batch * heads
     splits, per_split = _grid_split(q.device, blocks, triton.cdiv(keys, tile.block_n), tile.programs)
-    part_q = _parts(dq, splits)
+    # The kernel writes rows of h heads one after the other.
+    apart = dq if _row_heads(dq) == heads else empty_heads(q)
+    part_q = _parts(apart, splits)
     kernels.cross_attention_bwd_q_kernel[launch_grid(blocks, splits)](
         grad, q, k, v, bias, out, lse, delta, part_q,
         *_strides(grad, q, k, v, out), 0 if bias is None else bias.stride(0),
-        batch, heads, queries, keys, per_split * tile.block_n, _row_heads(part_q), scale, scale * LOG2E,
+        batch, heads, queries, keys, per_split * tile.block_n, scale, scale * LOG2E,
         WIDTH=width, BLOCK_D=block_d, **tile.constexprs,
         EVEN=_even(queries, keys, key_mask, tile), PRECISION=precision,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    _sum_parts(part_q, dq)
+    _sum_parts(part_q, apart)
+    if apart is not dq:
+        dq.copy_(apart)
 
     tile = tiling("bwd_kv", q.dtype, precision, block_d, q.device, whole)
     blocks = triton.cdiv(keys, tile.block_n) * batch * heads
@@ -199,7 +203,7 @@ def _parts(result: Tensor, splits: int) -> Tensor:
 
 
 def _row_heads(parts: Tensor) -> int:
-    """Distance of the rows of ``parts [splits, B, h, rows, d]`` in memory, in heads."""
+    """Distance of the rows of ``parts [..., h, rows, d]`` in memory, in heads."""
     return parts.stride(-2) // parts.shape[-1]
 
 

@@ -309,7 +309,7 @@ def cross_attention_bwd_q_kernel(
     out_ptr,  # [B, h, M, d]*
     lse_ptr,  # [B, h, M]
     delta_ptr,  # [B, h, M], written: sum over d of grad * out
-    dq_ptr,  # [splits, B, M, row_heads, d], the first h heads of each row are written
+    dq_ptr,  # [splits, B, M, h, d], written
     stride_g_b,
     stride_g_h,
     stride_g_m,
@@ -331,7 +331,6 @@ def cross_attention_bwd_q_kernel(
     queries,
     keys,
     keys_per_split,
-    row_heads,
     scale,
     scale_log2,
     WIDTH: tl.constexpr,
@@ -359,8 +358,9 @@ def cross_attention_bwd_q_kernel(
         tl.store(delta_ptr + lse_rows, delta, mask=inside)
     lse = _load_lse(lse_ptr + lse_rows, inside)
     q_ptr += sample * stride_q_b + head * stride_q_h
-    q = _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN)
-    q = as_operand(q, PRECISION, IN_PLACE=True)
+    q = as_operand(
+        _load_rows(q_ptr, stride_q_m, start_m, queries, BLOCK_M, WIDTH, BLOCK_D, EVEN), PRECISION, IN_PLACE=True
+    )
     grad = as_operand(grad, PRECISION, IN_PLACE=True)
     k_ptr += sample * stride_k_b + head * stride_k_h
     v_ptr += sample * stride_v_b + head * stride_v_h
@@ -394,9 +394,8 @@ def cross_attention_bwd_q_kernel(
         ds = as_operand(ds.to(k.dtype), PRECISION, IN_PLACE=True)
         acc = tl.dot(ds, _interleave(k, PARTS), acc, input_precision=PRECISION)
 
-    row0 = group // heads * queries * row_heads + head
-    dq = _columns_in_order(acc, PARTS) * scale
-    _store_rows(dq_ptr, dq, row0, row_heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
+    row0 = group // heads * queries * heads + head
+    _store_rows(dq_ptr, _columns_in_order(acc, PARTS) * scale, row0, heads, start_m, queries, BLOCK_M, WIDTH, BLOCK_D)
 
 
 @_for_all_sizes
