@@ -2,8 +2,7 @@
 
 A module's keys and values, in self-attention its queries too, are parts of one product. If the op took the parts, each
 would get a gradient of its own, and autograd would copy these into that of the product. Here the kernels read the parts
-where they are and write the gradients of keys and values beside each other; that of queries, if they are packed, too, is
-copied there.
+where they are and write the gradients of keys and values beside each other; that of packed queries is copied there.
 
 The memory of ``packed`` is that of the product: ``[B, N, 2, h, d]`` for keys and values, ``[B, M, 3, h, d]`` with
 queries before them.
