@@ -54,6 +54,14 @@ def _executed_kernels(request):
         yield
 
 
+@pytest.fixture(autouse=True)
+def _ordinary_scheduling():
+    """SVT-AV1, as root, gives the thread that encodes real-time priority, which later tests and their processes keep."""
+    yield
+    if sys.platform == "linux" and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _scans_of_these_tests(tmp_path_factory):
     """What the decoders remember of files stays out of the user's cache folder."""
