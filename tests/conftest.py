@@ -56,7 +56,7 @@ def _executed_kernels(request):
 
 @pytest.fixture(autouse=True)
 def _ordinary_scheduling():
-    """SVT-AV1, as root, gives the thread that encodes real-time priority, which later tests and their processes keep."""
+    """SVT-AV1, as root, gives the thread that encodes real-time priority, which later tests and processes keep."""
     yield
     if sys.platform == "linux" and os.sched_getscheduler(0) != os.SCHED_OTHER:
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
