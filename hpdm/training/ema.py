@@ -192,8 +192,9 @@ class EMA:
     def update(self, model: nn.Module) -> None:
         """Moves the averages towards the model's current parameters."""
         weights = shards(model.parameters())
-        for rate, shadow in zip(self.rates().tolist(), self.shadows):
-            torch._foreach_lerp_(shards(shadow.values()), weights, rate)
+        for rate, shadow in zip(self.rates(), self.shadows):
+            for average, weight in zip(shards(shadow.values()), weights):
+                average.lerp_(weight, rate.to(average.dtype))
         self._updates += 1
 
     def rates(self) -> Tensor:

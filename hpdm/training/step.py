@@ -41,7 +41,7 @@ def update(
     clip_norm: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     phase: Callable[[str], None] = lambda name: None,
-    accept: Callable[[Tensor], Tensor] = lambda norm: torch.ones_like(norm, dtype=torch.bool),
+    accept: Callable[[Tensor], Tensor] | None = None,
 ) -> Update:
     """Forward and backward of every micro-batch, then clipping, the optimizer and the moving average.
 
@@ -58,6 +58,7 @@ def update(
         phase: called with ``"backward"`` before each backward pass and with ``"optimizer"`` before clipping.
         accept: called with the gradient's norm before clipping, whole on every rank; returns one truth value on the
             same device. Where it is false, the weights, the optimizer's state and the moving averages stay as they are.
+            ``None``: every gradient is accepted.
 
     Raises:
         ValueError: no micro-batches.
@@ -78,8 +79,12 @@ def update(
     phase("optimizer")
     with record_function("optimizer"):
         norm = gradient_norm(network)
-        applied = accept(norm)
-        _step(network, optimizer, ema, clip_factor(norm, clip_norm), applied)
+        applied = torch.ones_like(norm, dtype=torch.bool) if accept is None else accept(norm)
+        scale = clip_factor(norm, clip_norm)
+        if isinstance(optimizer, FusedOptimizer):
+            optimizer.step_with(ema, scale, applied)
+        elif accept is None or bool(applied):
+            _step(network, optimizer, ema, scale)
     return Update(total, norm, applied)
 
 
@@ -95,11 +100,8 @@ def clip_factor(norm: Tensor, clip_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def _step(network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, scale: Tensor, applied: Tensor) -> None:
-    """The optimizer and the moving average, where ``applied`` holds, with gradients multiplied by ``scale``."""
-    if isinstance(optimizer, FusedOptimizer):
-        optimizer.step_with(ema, scale, applied)
-    elif bool(applied):
-        torch._foreach_mul_(shards(p.grad for p in network.parameters() if p.grad is not None), scale)
-        optimizer.step()
-        ema.update(network)
+def _step(network: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, scale: Tensor) -> None:
+    """The step of any optimizer and the moving average, with gradients multiplied by ``scale``."""
+    torch._foreach_mul_(shards(p.grad for p in network.parameters() if p.grad is not None), scale)
+    optimizer.step()
+    ema.update(network)

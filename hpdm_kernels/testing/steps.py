@@ -116,8 +116,20 @@ def check_step(op: str, arguments: Arguments, backend: str, ulps: float = 8.0) -
     plain, oracle = by_formula(op, arguments, dtype), by_formula(op, arguments, torch.float64)
     if got.keys() != oracle.keys():
         raise AssertionError(f"{op}: got {sorted(got)}, expected {sorted(oracle)}")
+    lost = cancellation(arguments) if op == "lamb_step" else 1.0
     for name, value in got.items():
         if value.numel():
             expected = plain[name].to(value.dtype)
-            assert_within_budget(name, value, expected, oracle[name], ulps=ulps if dtype is torch.float32 else None)
+            allowed = lost * (ulps if dtype is torch.float32 else 64.0)
+            assert_within_budget(name, value, expected, oracle[name], ulps=allowed)
     return got
+
+
+def cancellation(arguments: Arguments) -> float:
+    """By how much the terms of a step of LAMB outweigh it in the tensor where they cancel most, at least 1.
+
+    So many times more than its own digits a step may err, and with it the ratio that it is rescaled by.
+    """
+    terms = by_formula("lamb_step", copied(arguments, Tensor.abs) | {"least_norms": None}, torch.float64)["updates"]
+    true = by_formula("lamb_step", arguments, torch.float64)["updates"]
+    return max(1.0, (terms / true.clamp(min=1e-30)).max().item()) if true.numel() else 1.0

@@ -24,7 +24,11 @@ def is_clear(error: Exception) -> bool:
 
 def spoil(draw: Draw, arguments: Arguments) -> tuple[Arguments, str]:
     """A copy of ``arguments`` with one made wrong, and a description of it."""
-    name = draw.choose(sorted(name for name, value in arguments.items() if value is not None and name != "precision"))
+    name = draw.choose(
+        sorted(
+            name for name, value in arguments.items() if value is not None and name not in ("precision", "recompute")
+        )
+    )
     value = arguments[name]
     if draw.chance(0.05):
         return arguments | {"backend": "cuda"}, "backend: unknown"

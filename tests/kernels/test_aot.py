@@ -224,7 +224,7 @@ def test_rows_of_todays_code_are_kept() -> None:
 
 
 def test_ops_are_found() -> None:
-    assert set(collect_by_op(op_modules())) == {"attention", "context", "optimizer", "tiles", "patches"}
+    assert set(collect_by_op(op_modules())) == {"attention", "context", "optimizer", "rows", "tiles", "patches"}
 
 
 BAD_KERNELS = """

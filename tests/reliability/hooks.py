@@ -38,10 +38,21 @@ def hang_at_step(step: str) -> None:
     def train_step(self: Trainer, batches: list) -> tuple:
         result = real(self, batches)
         if self.step + 2 == int(step):
-            self.batches.own = _Endless()
+            self.batches.own = _Endless(self.batches.own)
         return result
 
     class _Endless:
+        """A number in sums and products, for which a loop waits."""
+
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __rmul__(self, other: int) -> int:
+            return other * self.number
+
+        def __radd__(self, other: int) -> int:
+            return other + self.number
+
         def __index__(self) -> int:
             time.sleep(3600)
             return 0
@@ -61,7 +72,7 @@ def break_a_number(step: str, part: str, seed: str) -> None:
     from hpdm.training.trainer import Trainer
 
     now, draw = [0], random.Random(seed)
-    real_step, real_losses, real_clip = Trainer.train_step, PatchDiffusion.losses, step_module.clip_grad_norm_
+    real_step, real_losses, real_norm = Trainer.train_step, PatchDiffusion.losses, step_module.gradient_norm
 
     def spoil(t: torch.Tensor) -> None:
         local = t.to_local() if hasattr(t, "to_local") else t
@@ -87,10 +98,9 @@ def break_a_number(step: str, part: str, seed: str) -> None:
         factor = math.nan if part == "loss" and now[0] == int(step) else 1.0
         return {name: loss * factor for name, loss in values.items()}
 
-    def clip(parameters: object, *rest: object, **options: object) -> torch.Tensor:
-        parameters = list(parameters)
+    def norm(network: torch.nn.Module) -> torch.Tensor:
         if part == "gradient" and now[0] == int(step):
-            spoil(draw.choice(parameters).grad)
-        return real_clip(parameters, *rest, **options)
+            spoil(draw.choice([p.grad for p in network.parameters() if p.grad is not None]))
+        return real_norm(network)
 
-    Trainer.train_step, PatchDiffusion.losses, step_module.clip_grad_norm_ = train_step, losses, clip
+    Trainer.train_step, PatchDiffusion.losses, step_module.gradient_norm = train_step, losses, norm

@@ -11,6 +11,7 @@ from hpdm.commands.train import prepare, train
 from hpdm.training import batches
 from hpdm.training.ahead import DrawnAhead
 from hpdm.training.batches import MicroBatches, loader, prefetch_factor
+from hpdm.training.fused import FusedOptimizer
 from hpdm.training.log import Reports
 from tests.small import train_options as options
 
@@ -57,9 +58,9 @@ def test_waits_for_clips_and_for_draws_count_and_no_others(clips, tmp_path, monk
     monkeypatch.setattr(Reports, "waiting", noted)
     watch(DrawnAhead, "take")
     watch(batches, "collate")
-    watch(torch.optim.AdamW, "step")
+    watch(FusedOptimizer, "step_with")
     train(options(clips, tmp_path, steps=2, micro_batch=1))
-    assert calls == 2 * [*3 * [("collate", True)], ("take", True), ("step", False)]
+    assert calls == 2 * [*3 * [("collate", True)], ("take", True), ("step_with", False)]
 
 
 def test_draws_are_begun_before_clips_are_read(clips, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ EXPECTED = {1: Counter(), 2: Counter({FLAG: 1}), 3: Counter({FLAG: 2}) + OF_A_RO
 # LAMB sends the least norms of matrices that start at zero, once. Muon is PyTorch's, whose step is taken or not: the
 # host decides, and moves the averages after it.
 FIRST_OF_LAMB = Counter({("lamb.py", "_least_norms", "upload"): 1})
-DECIDED = Counter({("step.py", "_step", "read"): 1, ("ema.py", "update", "read"): 1})
+DECIDED = Counter({("step.py", "update", "read"): 1})
 
 
 class Meetings(TorchDispatchMode):
