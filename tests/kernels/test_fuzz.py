@@ -12,7 +12,7 @@ from hpdm_kernels.testing.__main__ import main
 from hpdm_kernels.testing.fuzz import OPS, fuzz, try_seed
 from hpdm_kernels.testing.wrong import is_clear
 
-SECONDS = {"torch": 3.5, "triton": 1.5, "reference": 0.7}
+SECONDS = {"torch": 2.5, "triton": 1.1, "reference": 0.5}
 LONGER = 40 if os.environ.get("HPDM_SOAK") == "all" else 1
 
 
