@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ class Own(NamedTuple):
     """``[n]`` fp32: how many steps each has made."""
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer with two moments whose step reads and writes each tensor once or twice, whatever belongs to it.
 
     :meth:`step` is PyTorch's protocol. :meth:`step_with` also multiplies the gradients by a factor, moves the averages
@@ -86,9 +87,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if ema is not None:
             ema.finish(stepped, apply)
 
+    @abstractmethod
     def _step_group(self, number: int, group: dict[str, Any], params: list[Tensor], along: Along) -> None:
         """Steps the parameters of a group that have gradients."""
-        raise NotImplementedError
 
     def _own(self, number: int, params: list[Tensor]) -> Own:
         """This rank's parts of parameters of a group; makes the state of those that have none."""

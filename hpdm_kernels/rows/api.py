@@ -24,7 +24,7 @@ from hpdm_kernels._checks import check_number, check_tensor, values_are_readable
 from hpdm_kernels.rows.ops import bias_gelu_fwd, gated_residual_fwd, modulated_norm_fwd, residual_norm_fwd
 
 WIDEST = 4096
-"""The largest width of a row: a program keeps whole rows in registers."""
+"""The largest width of a row that is normed: a program keeps whole rows in registers."""
 LEAST = 1 << 19
 """Elements of ``x`` below which ``"torch"`` calls PyTorch's own layers on the CPU: the rows are in its cache, and the
 calls of a registered op cost more than its fewer passes save."""
@@ -74,7 +74,9 @@ def modulated_norm(
         RuntimeError: ``backend="triton"`` cannot run here.
         NotImplementedError: ``torch.func`` or forward mode differentiates the op on another backend than ``reference``.
     """
-    x = _check_rows(x)
+    x = check_tensor("x", x, ("B", "N", "D"))
+    if x.shape[2] > WIDEST:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at most {WIDEST} channels")
     for name, vector in (("shift", shift), ("scale", scale), ("gate", gate)):
         if vector is not None or name != "gate":
             check_tensor(name, vector, (x.shape[0], x.shape[2]), like=("x", x), same_dtype=False)
@@ -98,7 +100,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "a
     """``x + gate * branch``, the end of a residual connection with a gate per sample and channel.
 
     Args:
-        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64, ``D`` at most 4,096.
+        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64.
         branch: ``[B, N, D]``, of any of these dtypes.
         gate: ``[B, D]``, of any of these dtypes.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
@@ -107,9 +109,9 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "a
         ``[B, N, D]`` of ``x``'s dtype. Every tensor gets a gradient of its dtype.
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`modulated_norm`.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`modulated_norm`; rows may be of any width.
     """
-    x = _check_rows(x)
+    x = check_tensor("x", x, ("B", "N", "D"))
     check_tensor("branch", branch, x.shape, like=("x", x), same_dtype=False)
     check_tensor("gate", gate, (x.shape[0], x.shape[2]), like=("x", x), same_dtype=False)
     chosen = _resolve(backend, "gated_residual", x, branch, gate)
@@ -126,7 +128,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
     same pass it costs no reading.
 
     Args:
-        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64, ``D`` at most 4,096.
+        x: rows ``[B, N, D]``, fp16, bf16, fp32 or fp64.
         bias: ``[D]``, of any of these dtypes.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
@@ -134,9 +136,9 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
         ``[B, N, D]`` of ``x``'s dtype. Both tensors get gradients of their dtypes.
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`modulated_norm`.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as :func:`modulated_norm`; rows may be of any width.
     """
-    x = _check_rows(x)
+    x = check_tensor("x", x, ("B", "N", "D"))
     check_tensor("bias", bias, x.shape[2:], like=("x", x), same_dtype=False)
     chosen = _resolve(backend, "bias_gelu", x, bias)
     if chosen == "reference":
@@ -150,10 +152,3 @@ def _resolve(backend: str, op: str, x: Tensor, *others: Tensor | None) -> str:
     chosen = resolve(backend, op, x)
     _transforms.refuse(op, chosen, (x, *others))
     return "reference" if chosen == "torch" and values_are_readable(x) and x.numel() < LEAST else chosen
-
-
-def _check_rows(value: object) -> Tensor:
-    x = check_tensor("x", value, ("B", "N", "D"))
-    if x.shape[2] > WIDEST:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected at most {WIDEST} channels")
-    return x

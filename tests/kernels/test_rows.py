@@ -280,6 +280,17 @@ def test_mixed_precision_stops_at_the_ops(backend, generator):
         assert torch.equal(mixed, call())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hidden_layers_may_be_wider_than_what_is_normed(backend, generator):
+    """A hidden layer is a multiple of its latents, which may have the widest rows."""
+    x, branch, _, _, gate = rows(generator, "cpu", (1, 2, 3 * api.WIDEST + 5))
+    check_op(lambda x, b: bias_gelu(x, b, backend=backend), plain_gelu, (x, gate[0]), ulps=16.0)
+    check_op(
+        lambda x, b, g: gated_residual(x, b, g, backend=backend), lambda x, b, g: x + g.unsqueeze(1) * b,
+        (x, branch, gate),
+    )  # fmt: skip
+
+
 X, V = torch.zeros(2, 3, 4), torch.zeros(2, 4)
 BAD_NORM = {
     "x: got list": (TypeError, {"x": [1]}),
