@@ -12,14 +12,11 @@ import contextlib
 import functools
 import unittest.mock
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import torch
-
-from hpdm_kernels import _backend, _triton, boxes
-from hpdm_kernels.aot.execution.launch import PROPERTIES
+from hpdm_kernels import _triton, boxes
 from hpdm_kernels.context import checks
+from hpdm_kernels.dry_run import launches_left_out
 
 
 class Launch(NamedTuple):
@@ -57,24 +54,18 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     launches: list[Launch] = []
 
-    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def record(kernel: Any, arguments: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
         bind, keys = _binder(kernel)
         _, specialization, rest = bind(*arguments, **options)
         launches.append(Launch(kernel.__name__, jit.compute_cache_key(keys, specialization, rest), grid))
 
     with (
-        unittest.mock.patch.object(jit.JITFunction, "run", run),
-        unittest.mock.patch.object(torch.cuda, "get_device_properties", _h100),
-        unittest.mock.patch.object(_backend, "_triton_obstacle", _no),
+        launches_left_out(on_launch=record),
         unittest.mock.patch.object(boxes, "values_are_readable", _no),
         unittest.mock.patch.object(checks, "values_are_readable", _no),
     ):
         yield launches
 
 
-def _h100(_: object) -> SimpleNamespace:
-    return PROPERTIES[90]
-
-
 def _no(*_: object) -> None:
-    """The answer to whether the kernels cannot run, and to whether values can be read."""
+    """The answer to whether values can be read."""

@@ -8,7 +8,7 @@ kernels by this, which are thus those that the host code itself allocates.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,13 +21,18 @@ TARGET = 90
 """The GPU whose block sizes and processors count by default: H100."""
 
 
+OnLaunch = Callable[[Any, tuple[Any, ...], Any, dict[str, Any]], None]
+"""Takes a kernel, the arguments and the grid of a launch, and its options and named arguments."""
+
+
 @contextlib.contextmanager
-def launches_left_out(target: int = TARGET) -> Iterator[list[str]]:
+def launches_left_out(target: int = TARGET, on_launch: OnLaunch | None = None) -> Iterator[list[str]]:
     """Inside the block kernels are not launched; yields the names of those that would have been.
 
     Args:
         target: compute capability of the GPU, 80 or 90. A process with ``TRITON_INTERPRET=1`` has the interpreter's
             block sizes instead.
+        on_launch: called in place of each launch.
 
     Raises:
         RuntimeError: Triton is missing.
@@ -44,8 +49,10 @@ def launches_left_out(target: int = TARGET) -> Iterator[list[str]]:
         raise ValueError(f"target: got {target}, expected one of {', '.join(map(str, PROPERTIES))}")
     launched: list[str] = []
 
-    def run(kernel: Any, *_: Any, **__: Any) -> None:
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launched.append(kernel.fn.__name__)
+        if on_launch is not None:
+            on_launch(kernel, arguments, grid, options)
 
     replacements = (
         (torch.cuda, "get_device_properties", lambda device: PROPERTIES[target]),
