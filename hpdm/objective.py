@@ -53,6 +53,14 @@ class Objective:
     """Largest diffusion time of finished lower levels in training; half of them are exactly clean."""
     flip: bool = False
     """Mirror each clip with probability 1/2. Not for clips whose class or caption tells left from right."""
+    known_first: float = 0.4
+    """With --known-frames: share of the samples of a level whose first frames are known, any number of them."""
+    known_ends: float = 0.2
+    """With --known-frames: share whose last frames are known, and any number of the first ones, perhaps none."""
+    rolling: float = 0.1
+    """With --known-frames: share on level 0 in which the noise rises from the first frame to the last."""
+    known_t_max: float = 0.476
+    """With --known-frames: largest diffusion time of known frames; a quarter of them are exactly clean."""
     cuts: bool = False
     """Train a random number of levels per step, the lowest two or more (appendix D.6): cheaper steps."""
     draws: DrawnBy | None = None
@@ -68,8 +76,14 @@ class Objective:
             check_choice("draws", self.draws, DrawnBy)
         if self.clean_context is not None and not 0 <= self.clean_context < 1:
             raise ValueError(f"clean_context: got {self.clean_context}, expected a share in [0, 1)")
-        if not 0 <= self.context_t_max <= 1:
-            raise ValueError(f"context_t_max: got {self.context_t_max}, expected a time in [0, 1]")
+        for name in ("context_t_max", "known_t_max"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a time in [0, 1]")
+        shares = (self.known_first, self.known_ends, self.rolling)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise ValueError(
+                f"known_first, known_ends, rolling: got {shares}, expected shares that add up to at most 1"
+            )
 
 
 def draw_times(

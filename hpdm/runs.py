@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
@@ -261,6 +261,42 @@ def _widths(training: Mapping[str, Any]) -> list[float]:
     return list(widths) if isinstance(widths, list) else []
 
 
+def start_from_exported(model: nn.Module, path: Path, may_lack: tuple[str, ...] = ()) -> None:
+    """Starts a model from the weights in a file that :func:`export` wrote, in place.
+
+    Args:
+        model: whole, not sharded.
+        path: the file.
+        may_lack: how names of parameters begin that the file may lack; these are set to zero.
+
+    Raises:
+        ValueError: a damaged file, or one of a model with other parameters.
+    """
+    with TensorFile(path) as file:
+        parameters = parameters_of(model)
+        lacking = {name for name in parameters if may_lack and name.startswith(may_lack) and name not in file.shapes}
+        file.check({name: (tuple(p.shape), p.dtype) for name, p in parameters.items() if name not in lacking})
+        _fill(model, file, lacking)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, file: TensorFile, lacking: Collection[str] = ()) -> None:
+    """Fills a model from a file that has its parameters but the ``lacking`` ones, which become zero.
+
+    Raises:
+        DamagedError: a tensor is damaged, or holds numbers that are not finite.
+    """
+    parameters = parameters_of(model)
+    for name, parameter in parameters.items():
+        if name in lacking:
+            parameter.zero_()
+        else:
+            parameter.copy_(file.read(name))
+    broken = first_not_finite(parameters)
+    if broken is not None:
+        raise DamagedError(f"{file.path}: {broken}: got NaN or infinity, expected finite weights")
+
+
 def _load_exported(path: Path, kernels: str, device: torch.device | str, weights: str) -> Run:
     with TensorFile(path) as file:
         if "hpdm" not in file.metadata:
@@ -275,12 +311,7 @@ def _load_exported(path: Path, kernels: str, device: torch.device | str, weights
             raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
         file.check({name: (tuple(p.shape), p.dtype) for name, p in _without_memory(run_config).named_parameters()})
         model = run_config.system.build(run_config.config, kernels)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(file.read(name))
-        broken = first_not_finite(parameters_of(model))
-        if broken is not None:
-            raise DamagedError(f"{path}: {broken}: got NaN or infinity, expected finite weights")
+        _fill(model, file)
         weights_hash = hash_of_file(path) if file.hashes is None else hash_of_json(file.hashes)
     return _loaded_run(model, run_config, header["step"], device, weights_hash)
 

@@ -71,6 +71,13 @@ class SamplerOptions:
     consistency: float = 0.0
     """Share of the difference between a later level, averaged down to the size of the level below, and that finished
     level which is taken away from every prediction; 1 makes them agree exactly. Not in the paper."""
+    known_noise: float = 0.27
+    """Time to which known frames are noised on level 0, in videos of several windows and those that go on from frames
+    of the user: such frames may have errors, which noise hides. The network is told."""
+    later_known_noise: float = 0.0
+    """Time to which known frames are noised on later levels."""
+    frame_guidance: float = 0.0
+    """Guidance by known frames on level 0: (1 + w) v - w v', where v' is predicted without knowing them."""
     churn: float = 10.0
     """Stochasticity of the solver "edm", EDM's S_churn."""
     churn_range: tuple[float, float] = (0.05, 50.0)
@@ -90,11 +97,12 @@ class SamplerOptions:
         check_choice("cache", self.cache, CacheMode)
         at_least(self, 1, "steps", "tile_batch")
         at_least(self, 2, "tiles_per_patch")
-        at_least(self, 0, "churn")
+        at_least(self, 0, "churn", "frame_guidance")
         if not 0 < self.steps_decay <= 1:
             raise ValueError(f"steps_decay: got {self.steps_decay}, expected a factor in (0, 1]")
-        if not 0 <= self.context_noise < 1:
-            raise ValueError(f"context_noise: got {self.context_noise}, expected a time in [0, 1)")
+        for name in ("context_noise", "known_noise", "later_known_noise"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a time in [0, 1)")
         if not 0 <= self.consistency <= 1:
             raise ValueError(f"consistency: got {self.consistency}, expected a share in [0, 1]")
         low, high = self.guidance_interval or (0.0, math.inf)
@@ -118,6 +126,10 @@ class SamplerOptions:
     def level_guidance(self, level: int) -> float:
         """The guidance weight of a level, where guidance acts."""
         return self.guidance if level == 0 or self.later_guidance is None else self.later_guidance
+
+    def level_known_noise(self, level: int) -> float:
+        """The time to which known frames of a level are noised."""
+        return self.later_known_noise if level else self.known_noise
 
     def guidance_at(self, level: int, sigma: float, signal: float = 1.0) -> float:
         """The guidance weight of a level at the noise level ``sigma``, if the clean signal is scaled by ``signal``."""

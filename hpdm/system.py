@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.checks import Triple
+from hpdm.long_video import LongOptions, LongSampler
 from hpdm.objective import Context, Objective, on_device
 from hpdm.recipe import Recipe
 from hpdm.sampling import Sampler, SamplerOptions
@@ -35,6 +36,9 @@ class Architecture:
     """Share of unconditional samples, for guidance; the preset's (0.1) if not given."""
     self_conditioning: float = 0.0
     """Share of samples whose latents start from those of a first pass (RIN: 0.9); costs a forward pass per step."""
+    known_frames: bool = False
+    """Train with known frames too, which `hpdm sample` needs for videos longer than a clip and for those that go on
+    from a clip or an image. --init may be a run without."""
     fusion: Literal["deep", "shallow"] = "deep"
     """Table 3: "shallow" conditions on the RGB of the previous level only."""
     detach_context: bool = False
@@ -104,6 +108,8 @@ class System(ABC):
     """Configs by the name that ``--preset`` takes."""
     recipes: Mapping[str, Recipe]
     """How each preset is trained."""
+    zero_started: tuple[str, ...] = ()
+    """How names of parameters begin that may be added to a trained model as zeros, which changes nothing."""
     published_parameters: Mapping[str, float] = {}
     """Number of parameters of some presets, as published."""
     parameter_parts: Sequence[tuple[str, str]] = (("all", ""),)
@@ -192,6 +198,10 @@ class System(ABC):
     @abstractmethod
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:
         """A sampler of videos from ``model``; it uses the options that apply to this system."""
+
+    def long_sampler(self, model: Any, options: SamplerOptions, long: LongOptions) -> LongSampler:
+        """A sampler of videos of any length; ``ValueError`` if this system has none."""
+        raise ValueError(f"frames: {self.name} models sample clips of their own length, expected none of the options")
 
     def sampler_defaults(self, config: Any, preset: str | None = None) -> Mapping[str, Any]:
         """Fields of :class:`~hpdm.sampling.SamplerOptions` whose default is another one for this model.

@@ -21,13 +21,16 @@ from hpdm import distributed, runs
 from hpdm.checks import at_least
 from hpdm.commands import unfinished
 from hpdm.commands.common import Kernels, clips_of_run, warn_of_untrained_context
+from hpdm.commands.given import GivenOptions
 from hpdm.commands.output_names import check_outputs
+from hpdm.commands.sample_long import LongVideos, report
 from hpdm.commands.sampler_choice import choose_sampler, sampler_not_given
 from hpdm.commands.subjects import Subject, conditions, embed_prompts, subjects_of_classes, subjects_of_prompts
 from hpdm.commands.unfinished import Unfinished
 from hpdm.data.layout import Split
 from hpdm.files import check_not_a_file, make_folder
 from hpdm.integrity import hash_of_tensor
+from hpdm.long_video import LongOptions
 from hpdm.runs import Run
 from hpdm.sampling import AXES, Sampler, SamplerOptions
 from hpdm.text import normalize_caption, read_prompts
@@ -60,6 +63,10 @@ class SampleOptions:
     """Text encoder of the run's embeddings: its folder, or its name on the hub if it is in the local cache."""
     embeddings: Path | None = None
     """Instead of --encoder: a folder of `hpdm data embed` that has the prompts."""
+    given: Annotated[GivenOptions, tyro.conf.arg(name="")] = field(default_factory=GivenOptions)
+    """Length, and frames that the user gives."""
+    long: Annotated[LongOptions, tyro.conf.arg(name="")] = field(default_factory=LongOptions)
+    """How videos go on that are longer than a clip."""
     seed: int = 0
     """Seed of the first video; the next videos take the next seeds."""
     sampler: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=sampler_not_given)
@@ -88,6 +95,9 @@ class SampleOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "count", "batch", "columns")
         at_least(self, 0, "seed")
+        for name in ("compare_overlap", "save_levels"):
+            if self.given.is_long and getattr(self, name):
+                raise ValueError(f"{name}: got true with the options of long videos, expected false")
         with_prompts = bool(self.prompts) or self.prompts_file is not None
         sources = [name for name in ("encoder", "embeddings") if getattr(self, name) is not None]
         if len(sources) != with_prompts:
@@ -124,6 +134,8 @@ def sample(options: SampleOptions) -> list[Path]:
         stems = [_stem(subject, options.seed + n) for n, subject in enumerate(subjects)]
         check_outputs(options.out, [f"{stem}_overlap_fhw_level99.mp4" for stem in stems])
         outputs = _Outputs(options, loaded, real_clips(options, loaded, subjects))
+        if options.given.is_long:
+            return _sample_long(options, loaded, subjects, stems, outputs, started)
         strategies = OVERLAPS if options.compare_overlap else (options.sampler.overlap,)
         samplers = {
             overlap: loaded.system.sampler(loaded.model, replace(options.sampler, overlap=overlap))
@@ -146,6 +158,31 @@ def sample(options: SampleOptions) -> list[Path]:
             outputs.finish(labeled=bool(conditions(subjects)))
             kept.remove()
     print(f"{len(outputs.paths)} videos and contact_sheet.png in {options.out}, {time.perf_counter() - started:.1f} s")
+    return outputs.paths
+
+
+def _sample_long(
+    options: SampleOptions, loaded: Run, subjects: Sequence[Subject], stems: Sequence[str], outputs: _Outputs,
+    started: float,
+) -> list[Path]:  # fmt: skip
+    """:func:`sample` for videos that are sampled window by window."""
+    videos = LongVideos(
+        loaded, options.sampler, options.long, options.given, options.out, options.fps, options.columns
+    )
+    if distributed.is_first():
+        make_folder("out", options.out)
+        print(*videos.notes, videos.plan_line(len(subjects), min(options.batch, len(subjects))), sep="\n", flush=True)
+    with Unfinished(options.out) as kept:
+        for first in range(0, len(subjects), options.batch):
+            batch = slice(first, first + options.batch)
+            seeds = range(options.seed + first, options.seed + first + len(subjects[batch]))
+            sheets = videos.sample(seeds, subjects[batch], stems[batch], kept)
+            outputs.add_long(seeds, subjects[batch], stems[batch], sheets)
+        if not distributed.is_first():
+            return []
+        outputs.finish(labeled=bool(conditions(subjects)))
+        kept.remove()
+    print(report(outputs.paths, videos.frames, started))
     return outputs.paths
 
 
@@ -280,6 +317,19 @@ class _Outputs:
                 self._write_video(_stem(subject, seed), overlap, [part[row] for part in videos])
                 self.captions.append(subject.caption + self._note(overlap))
                 self.seams.setdefault(overlap, []).append(samplers[overlap].seams(videos[-1][row]))
+
+    def add_long(
+        self, seeds: Sequence[int], subjects: Sequence[Subject], stems: Sequence[str], sheets: Sequence[Tensor]
+    ) -> None:
+        """Takes note of a batch of long videos that are written, and of their frames for the contact sheet."""
+        first = seeds[0] - self.options.seed
+        for row, (subject, stem, frames) in enumerate(zip(subjects, stems, sheets)):
+            if self.real:
+                self.sheet.append(self.real[first + row])
+                self.captions.append(f"{subject.caption}, real")
+            self.paths.append(self.options.out / f"{stem}.mp4")
+            self.sheet.append(frames)
+            self.captions.append(subject.caption + self._note(""))
 
     def _write_video(self, stem: str, overlap: str, parts: Sequence[Tensor]) -> None:
         stem += f"_overlap_{overlap}" if self.options.compare_overlap else ""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hpdm import distributed, presets, runs, systems
+from hpdm import distributed, presets, published, runs, systems
 from hpdm.commands import provenance
 from hpdm.commands.resume import check_resumable, history, recipe_of, with_options_of_run
 from hpdm.commands.steering import choose_micro_batch, open_validation, snapshot_writer
@@ -27,7 +27,7 @@ from hpdm.recipe import Recipe
 from hpdm.runs import RunConfig
 from hpdm.system import System
 from hpdm.text import EmbeddingStore
-from hpdm.training.checkpoint import good_checkpoint, list_checkpoints, remove_leftovers
+from hpdm.training.checkpoint import good_checkpoint, list_checkpoints, newest_checkpoint, remove_leftovers
 from hpdm.training.inputs import Inputs
 from hpdm.training.options import TrainOptions
 from hpdm.training.parallel import shard_size
@@ -130,10 +130,10 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         inputs = Inputs(dataset, held_out, embeddings, labeled=bool(class_names))
     inputs.assert_same_on_all_ranks()
     micro_batch = 0  # chosen below, unless the run to resume has it
-    start = _start_from(options, system)
-    job = Job(options, recipe, system, config, dataset, embeddings, inputs, micro_batch, start, validate)
     with distributed.raise_on_all_ranks():
         checkpoints = list_checkpoints(options.out)
+        start, init = _start_of(options, system) if not checkpoints else (None, None)
+        job = Job(options, recipe, system, config, dataset, embeddings, inputs, micro_batch, start, init, validate)
         if checkpoints:
             micro_batch = check_resumable(job, class_names)
             job = dataclasses.replace(job, history=history(job, provenance.changed_inputs(options, inputs)))
@@ -260,12 +260,21 @@ def _check_embedded(embeddings: EmbeddingStore, dataset: Mixture) -> None:
             )
 
 
-def _start_from(options: TrainOptions, system: System) -> Callable[[nn.Module], None] | None:
-    """A function that starts a new model from the weights of ``--base``; ``None`` without it."""
-    if options.base is None:
-        return None
-    base: Path = options.base
-    return lambda model: system.start_from_base(model, runs.load(base).model, base)
+def _start_of(options: TrainOptions, system: System) -> tuple[Callable[[nn.Module], None] | None, Path | None]:
+    """What a new run starts from: a function that initializes its model, or a checkpoint; ``None`` for neither.
+
+    Raises:
+        FileNotFoundError: ``--init`` is no run, or one without a checkpoint.
+    """
+    if options.base is not None:
+        base = options.base
+        return lambda model: system.start_from_base(model, runs.load(base).model, base), None
+    if options.init is None:
+        return None, None
+    exported = published.find(options.init) or options.init
+    if not exported.is_file():
+        return None, newest_checkpoint(options.init)
+    return lambda model: runs.start_from_exported(model, exported, system.zero_started), None
 
 
 def _class_names(config: Any, dataset: Mixture) -> list[str]:

@@ -7,6 +7,7 @@ one folder; each holds a lock for its own parts.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,8 @@ from hpdm.files import atomic_path, delete_leftovers
 from hpdm.integrity import hash_of_json
 from hpdm.lock import FolderLock
 from hpdm.tensor_file import TensorFile, write_tensors
+
+_DAMAGED = "out: the finished part of an interrupted run is damaged, delete it"
 
 FOLDER = ".unfinished"
 """Folder of the finished parts, in the folder of the videos."""
@@ -60,6 +63,7 @@ class Unfinished:
         """Deletes the parts; called once all videos are written."""
         for path in self._paths:
             path.unlink(missing_ok=True)
+            shutil.rmtree(path.with_suffix(""), ignore_errors=True)
 
 
 def read(path: Path) -> list[Tensor]:
@@ -68,23 +72,40 @@ def read(path: Path) -> list[Tensor]:
     Raises:
         ValueError: the file is damaged.
     """
-    if not path.exists():
-        return []
-    try:
-        with TensorFile(path) as file:
-            names = [str(n) for n in range(len(file.shapes))]
-            if set(names) != set(file.shapes) or file.hashes is None:
-                raise ValueError(f"{path}: got tensors {sorted(file.shapes)[:3]}, expected {names[:3]} and hashes")
-            parts = [file.read(name) for name in names]
-            if not all(part.isfinite().all() for part in parts):
-                raise ValueError(f"{path}: got NaN or infinity, expected finite videos")
-            return parts
-    except ValueError as error:
-        raise ValueError(f"out: the finished part of an interrupted run is damaged, delete it: {error}") from None
+    parts = read_state(path)
+    names = [str(n) for n in range(len(parts))]
+    if set(names) != set(parts):
+        raise ValueError(f"{_DAMAGED}: {path}: got tensors {sorted(parts)[:3]}, expected {names[:3]}")
+    return [parts[name] for name in names]
 
 
 def write(path: Path, parts: list[Tensor]) -> None:
     """Writes the videos of the finished parts, atomically."""
+    write_state(path, {str(n): videos for n, videos in enumerate(parts)})
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors that :func:`write_state` wrote; none if there is no file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        with TensorFile(path) as file:
+            if file.hashes is None:
+                raise ValueError(f"{path}: got no hashes, expected some")
+            state = {name: file.read(name) for name in file.shapes}
+            if not all(tensor.isfinite().all() for tensor in state.values()):
+                raise ValueError(f"{path}: got NaN or infinity, expected finite videos")
+            return state
+    except ValueError as error:
+        raise ValueError(f"{_DAMAGED}: {error}") from None
+
+
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes what an interrupted command goes on from, atomically."""
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
-        write_tensors(temporary, {str(n): videos for n, videos in enumerate(parts)}, {}, hashed=True)
+        write_tensors(temporary, state, {}, hashed=True)

@@ -21,7 +21,10 @@ from torch import Tensor, nn
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 
-_MAY_DIFFER = {"levels", "levels_per_block", "patch", "conditioning_dropout", "detach_context"}
+ZERO_STARTED = "frame_times."
+"""How the names of those parameters begin that may be added to a trained model as zeros, which changes nothing."""
+
+_MAY_DIFFER = {"levels", "levels_per_block", "patch", "conditioning_dropout", "detach_context", "known_frames"}
 """Fields in which a base may differ: they affect no weights, or only weights that :func:`_start` handles."""
 _MAY_DIFFER_WITH_ONE_LEVEL = _MAY_DIFFER | {
     "ratio", "coordinates", "coordinate_embedding", "input_scale_decay"
@@ -63,7 +66,7 @@ def _start_without_weight(name: str, shape: torch.Size, source: Path) -> Tensor:
     """The initial value of a parameter that the base lacks: a new fusion, which is the identity on a level's tokens."""
     if name.endswith("fusion.weight"):
         return torch.eye(*shape)
-    if name.endswith(("fusion.bias", "fusion.coordinate_weight")):
+    if name.endswith(("fusion.bias", "fusion.coordinate_weight")) or name.startswith(ZERO_STARTED):
         return torch.zeros(shape)
     raise ValueError(f"base: {source} has no {name}")
 

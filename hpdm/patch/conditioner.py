@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hpdm.checks import check_shape
 from hpdm.patch.config import HPDMConfig
-from hpdm.patch.sinusoids import NOISE_FREQUENCIES, noise_frequencies
+from hpdm.sinusoids import NOISE_FREQUENCIES, noise_frequencies
 
 
 class Conditioning(NamedTuple):

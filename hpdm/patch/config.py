@@ -61,6 +61,8 @@ class HPDMConfig:
     self_conditioning: float = 0.0
     """Probability that a training sample's latents start from the final ones of a first pass (RIN's latent
     self-conditioning, there 0.9). Each training step then takes one more forward pass. 0 builds a model without it."""
+    known_frames: bool = False
+    """Whether some frames of a patch can be given, see :mod:`hpdm.frames`. Not in the paper."""
     input_scale: float = 1.0
     """b_0: scale of the clean signal on level 0."""
     input_scale_decay: float = 0.7
@@ -117,6 +119,11 @@ class HPDMConfig:
         if self.latent_width % self.head_width:
             raise ValueError(
                 f"latent_width: got {self.latent_width}, expected a multiple of head_width = {self.head_width}"
+            )
+        if self.known_frames and self.grid[0] < 2:
+            raise ValueError(
+                f"known_frames: got true for patches of {self.grid[0]} frame of tokens, expected at least 2: a known "
+                "one and one to predict"
             )
         lpb = self.levels_per_block
         if not lpb or max(lpb) != self.levels or min(lpb) < 1 or list(lpb) != sorted(lpb):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hpdm.frames import draw_frames
 from hpdm.objective import Objective, draw_mirrored, draw_times, loss_weight
 from hpdm.patch.boxes import sample_boxes
 from hpdm.patch.config import HPDMConfig
@@ -39,6 +40,10 @@ class Draws(NamedTuple):
     """Clips that are mirrored left to right, bool ``[B]``; ``None`` for none."""
     first_pass: Tensor | None = None
     """Clips whose latents start from those of a first pass, bool ``[B]``; ``None`` without self-conditioning."""
+    frame_t: Tensor | None = None
+    """Times of each frame of tokens, float32 ``[B, n, F]``; ``None`` for a model without known frames."""
+    predicted: Tensor | None = None
+    """Frames of tokens that are not known, whose errors alone count: bool ``[B, n, F]``; ``None`` for all."""
 
 
 def draw(
@@ -87,10 +92,13 @@ def draw(
         t, trained = finish_lower_levels(t, config.levels, objective, generator)
     signal = torch.tensor(config.signal_scales[:levels])
     first_pass = draw_first_pass(config, batch, generator)
+    frame_t = predicted = None
+    if config.known_frames:
+        t, frame_t, predicted = draw_frames(t, config.grid[0], objective, generator, trained == 0)
     weight = trained * loss_weight(objective.weighting, t, signal)
     if objective.cuts:
         weight = weight / _probability_of_levels(config)[:levels]
-    drawn = Draws(boxes, t, noise, weight, signal, dropped, stills, mirrored, first_pass)
+    drawn = Draws(boxes, t, noise, weight, signal, dropped, stills, mirrored, first_pass, frame_t, predicted)
     return drawn if rows is None else _only_rows(drawn, slice(rows.start, rows.stop))
 
 

@@ -37,15 +37,19 @@ class FinishedLevels:
         tilings: the tiling of every level.
         videos: videos of the levels that are finished already, ``[B, C, F_l, H_l, W_l]`` each.
         seeds: B seeds, for the noise of the context.
+        window: number of the window of the video, for its random stream.
+        needed: for each level the tiles whose features the levels above need, ascending; ``None`` for all.
 
     Raises:
         ValueError: videos that do not have the sizes of the first levels.
     """
 
     def __init__(
-        self, network: TileNetwork, tilings: Sequence[Tiling], videos: Sequence[Tensor], seeds: Sequence[int]
-    ) -> None:
-        self.network, self.tilings, self.seeds = network, tilings, seeds
+        self, network: TileNetwork, tilings: Sequence[Tiling], videos: Sequence[Tensor], seeds: Sequence[int],
+        window: int = 0, needed: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        self.network, self.tilings, self.seeds, self.window = network, tilings, seeds, window
+        self.needed = [torch.arange(tiling.tiles) for tiling in tilings] if needed is None else needed
         self.copies = feature_copies(network.options)
         """Guidance copies of the features."""
         self.ancestors = find_ancestors(tilings)
@@ -66,14 +70,18 @@ class FinishedLevels:
         self.videos.append(video)
         if time > 0 and level < len(self.tilings) - 1:
             g = float(gamma(torch.tensor(time, dtype=torch.float64)))
-            noise = level_noise(self.seeds, level, tuple(video.shape[1:]), "context").to(video)
+            noise = level_noise(self.seeds, level, tuple(video.shape[1:]), "context", self.window).to(video)
             y = video * self.network.config.signal_scale(level)
             self._noised.append(y.mul_(g**0.5).add_(noise, alpha=(1 - g) ** 0.5))
 
-    def batches(self, level: int, copies: int) -> list[slice]:
-        """The batches of a level's tiles that go through the network with ``copies`` rows per tile."""
+    def batches(self, tiles: range, copies: int) -> list[slice]:
+        """The batches of consecutive tiles that go through the network with ``copies`` rows per tile."""
         size = tiles_per_call(self.network.options, self.network.conditions.videos, copies)
-        return tile_sharing.batches(self.tilings[level].tiles, size)
+        return tile_sharing.batches(tiles, size)
+
+    def feature_batches(self, level: int) -> list[slice]:
+        """The batches in which the features of a level's needed tiles are computed, as parts of ``needed``."""
+        return self.batches(range(len(self.needed[level])), self.copies)
 
     def context_tiles(self, level: int, tiles: Tensor | slice) -> Tensor:
         """Tiles of a finished level at the time of the context, scaled by the signal scale, ``[B, n, C, f, h, w]``."""
@@ -88,21 +96,21 @@ class FinishedLevels:
         return self.network.features(level, self.context_tiles(level, tiles), boxes, context, copies)
 
     def keep_features(self, level: int, called: Callable[[], None] = lambda: None) -> None:
-        """Computes the features of all tiles of a finished level and caches them. A collective: ranks share the tiles.
+        """Computes the features of a finished level's needed tiles and caches them. A collective: ranks share them.
 
         Args:
             level: the lowest finished level whose features are not in the cache.
             called: called after every network call.
         """
-        model, tiling = self.network.model, self.tilings[level]
+        model, tiling, needed = self.network.model, self.tilings[level], self.needed[level]
         rows = self.copies * self.network.conditions.videos
         blocks, shape = model.fusing_blocks(level + 1), (model.config.tokens, model.config.width)
-        kept = {b: allocate((rows, tiling.tiles, *shape), model.latents, self.cache.on_host) for b in blocks}
-        batches = self.batches(level, self.copies)
-        contexts = cached(self, level, tile_sharing.shard(batches), self.copies)
+        kept = {b: allocate((rows, len(needed), *shape), model.latents, self.cache.on_host) for b in blocks}
+        batches = self.feature_batches(level)
+        contexts = cached(self, level, [needed[batch] for batch in tile_sharing.shard(batches)], self.copies)
 
         def compute(batch: slice) -> tile_sharing.Results:
-            features = self.features(level, batch, next(contexts), self.copies)
+            features = self.features(level, needed[batch], next(contexts), self.copies)
             called()
             return tuple(features[b] for b in blocks)
 
@@ -111,7 +119,7 @@ class FinishedLevels:
             for block, features in zip(blocks, results):
                 kept[block][:, batch] = features
         flat = {block: features.flatten(0, 1) for block, features in kept.items()}
-        self.cache.finished.append(Finished(torch.arange(tiling.tiles), tiling.boxes, flat))
+        self.cache.finished.append(Finished(needed, tiling.boxes[needed], flat))
 
 
 Contexts = Callable[[FinishedLevels, int, Sequence[slice], int], Iterator[Context | None]]
@@ -131,7 +139,9 @@ def choose_contexts(config: HPDMConfig, options: SamplerOptions) -> Contexts:
     return cached if options.cache != "off" else recomputed
 
 
-def cached(levels: FinishedLevels, level: int, batches: Sequence[slice], copies: int) -> Iterator[Context | None]:
+def cached(
+    levels: FinishedLevels, level: int, batches: Sequence[slice] | Sequence[Tensor], copies: int
+) -> Iterator[Context | None]:
     """Context from the features that :meth:`FinishedLevels.keep_features` cached."""
     blocks = levels.network.model.fusing_blocks(level)
     videos = copies * levels.network.conditions.videos

@@ -18,12 +18,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hpdm.checks import check_choice, check_shape
+from hpdm.frames import FrameTimes
 from hpdm.patch.conditioner import Conditioner, Conditioning
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
 from hpdm.patch.recompute import Recompute, recomputed
 from hpdm.patch.rin import Modulation, RINBlock, SelfConditioning
-from hpdm.patch.sinusoids import axis_sinusoids
+from hpdm.patch.positions import axis_sinusoids
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels.boxes import relative_box
 from hpdm_kernels.modules import check_backend
@@ -65,6 +66,7 @@ class HPDM(nn.Module):
             self.blocks.append(RINBlock(config, n, kernels, self.recompute, first))
         self.out_norm = nn.LayerNorm(config.width)
         self.detokenizer = nn.Linear(config.width, config.channels * math.prod(config.tokenizer))
+        self.frame_times = FrameTimes(config.width) if config.known_frames else None
         self.initialize()
 
     def initialize(self) -> None:
@@ -85,6 +87,8 @@ class HPDM(nn.Module):
         for modulation in modulations:
             nn.init.zeros_(modulation.linear.weight)
         nn.init.zeros_(self.detokenizer.weight)
+        if self.frame_times is not None:
+            self.frame_times.initialize()
         nn.init.normal_(self.latents, std=0.02)
         width = self.config.width
         with torch.no_grad():
@@ -119,7 +123,8 @@ class HPDM(nn.Module):
 
     def forward(
         self, x: Tensor, boxes: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,
-        text_mask: Tensor | None = None, *, latents: Tensor | None = None, return_latents: bool = False,
+        text_mask: Tensor | None = None, *, latents: Tensor | None = None, frame_t: Tensor | None = None,
+        return_latents: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Predicts v for one patch of every level, jointly (paper eq. 4).
 
@@ -135,6 +140,8 @@ class HPDM(nn.Module):
                 of false. Neither the padding's values nor its length change the result (up to rounding).
             latents: for a model with self-conditioning, ``[B, L, M, E]`` from an earlier pass over the same patches;
                 ``None``, or zeros for a sample, for no earlier pass. No gradient flows into them.
+            frame_t: for a model with known frames, diffusion times of each frame of tokens ``[B, L, F]``, for which
+                ``x`` is noised and scaled; ``None``: those of ``t``.
             return_latents: also return the final latents of this pass, ``[B, L, M, E]``.
 
         Returns:
@@ -156,6 +163,9 @@ class HPDM(nn.Module):
         level_boxes = boxes.unbind(1)  # L x [B, 6]
         patches = self._fuse_pixels(x.unbind(1), level_boxes)  # L x [B, C or 2C, f, h, w]
         tokens = [self._maybe_recomputed(self._tokenize, patch) for patch in patches]  # L x [B, N, D]
+        if frame_t is not None:
+            check_shape("frame_t", frame_t, (batch, levels, cfg.grid[0]))
+            tokens = [self._tell_frames(tokens[k], t[:, k], frame_t[:, k]) for k in range(levels)]
         z = [
             self._initial_latents(batch, None if latents is None else latents[:, k]) for k in range(levels)
         ]  # L x [B, M, E]
@@ -177,6 +187,7 @@ class HPDM(nn.Module):
         labels: Tensor | None = None,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
+        frame_t: Tensor | None = None,
     ) -> Tensor:
         """Predicts v for patches of one level whose lower levels are finished (paper section 4.4).
 
@@ -187,6 +198,7 @@ class HPDM(nn.Module):
             t: diffusion times ``[B]``.
             context: from the finished levels; ``None`` on level 0 and only there.
             labels, text, text_mask: as in :meth:`forward`.
+            frame_t: as in :meth:`forward`, ``[B, F]``.
 
         Returns:
             v ``[B, C, f, h, w]``.
@@ -195,7 +207,7 @@ class HPDM(nn.Module):
             TypeError, ValueError: as :meth:`forward`, or a context missing where one is needed.
         """
         conditioning = self._condition_level(x, level, t, labels, text, text_mask)
-        tokens, _, _ = self._run_level(x, level, boxes, conditioning, context)
+        tokens, _, _ = self._run_level(x, level, boxes, conditioning, context, t=t, frame_t=frame_t)
         return self._detokenize(tokens)
 
     def forward_level_with_latents(
@@ -208,6 +220,7 @@ class HPDM(nn.Module):
         labels: Tensor | None = None,
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
+        frame_t: Tensor | None = None,
         latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward_level` with self-conditioning: also takes the latents of an earlier pass, and returns its own.
@@ -221,7 +234,7 @@ class HPDM(nn.Module):
             TypeError, ValueError: as :meth:`forward_level`.
         """
         conditioning = self._condition_level(x, level, t, labels, text, text_mask)
-        tokens, z, _ = self._run_level(x, level, boxes, conditioning, context, latents)
+        tokens, z, _ = self._run_level(x, level, boxes, conditioning, context, latents, t=t, frame_t=frame_t)
         return self._detokenize(tokens), z
 
     def level_features(
@@ -284,6 +297,7 @@ class HPDM(nn.Module):
     def _run_level(
         self, x: Tensor, level: int, boxes: Tensor, conditioning: Conditioning, context: Context | None,
         latents: Tensor | None = None, feature_blocks: Sequence[int] = (), stop: int | None = None,
+        t: Tensor | None = None, frame_t: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:  # fmt: skip
         """Runs one level through the blocks before ``stop`` (all of them for ``None``).
 
@@ -296,6 +310,9 @@ class HPDM(nn.Module):
         if (context is None) != (level == 0):
             raise ValueError(f"context: got {type(context).__name__} on level {level}, expected None on level 0 alone")
         a = self._tokenize(self._fuse_pixels_of_context(x, boxes, context))  # [B, N, D]
+        if t is not None and frame_t is not None:
+            check_shape("frame_t", frame_t, (batch, self.config.grid[0]))
+            a = self._tell_frames(a, t, frame_t)
         z = self._initial_latents(batch, latents)  # [B, M, E]
         features: dict[int, Tensor] = {}
         for b, block in enumerate(self.rin_blocks):
@@ -373,6 +390,13 @@ class HPDM(nn.Module):
         # pixels: [B, F, H, W, C * pf * ph * pw]
         position = self.position_f + self.position_h + self.position_w  # [F, H, W, D]
         return (self.tokenizer_norm(self.tokenizer(pixels)) + position).flatten(1, 3)  # [B, N, D]
+
+    def _tell_frames(self, tokens: Tensor, t: Tensor, frame_t: Tensor) -> Tensor:
+        """Tells tokens ``[B, N, D]`` of one level at times ``t [B]`` those of their frames, ``[B, F]``."""
+        if self.frame_times is None:
+            raise ValueError("frame_t: got a tensor, expected None for a model without known frames")
+        told: Tensor = self.frame_times(tokens, t, frame_t)
+        return told
 
     def _detokenize(self, a: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` -> v ``[B, C, f, h, w]``."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpdm.checks import check_choice
+from hpdm.frames import mean_over_predicted, of_pixels
 from hpdm.objective import Context, draw_times, mirror, on_device
 from hpdm.patch.boxes import at_border, extract_patches, sample_boxes
 from hpdm.patch.config import HPDMConfig
@@ -140,9 +141,17 @@ def _error_of_v(
     ``conditions`` are labels, texts and their mask.
     """
     network = model if network is None else network  # a compiled module has no truth value
-    noised, target = add_noise(x, draws.noise, draws.t, draws.signal)  # [B, n, C, f, h, w] both
-    inputs = (network_input(noised, draws.t, draws.signal), draws.boxes, draws.t, *conditions)
-    return (predict(network, draws.first_pass, *inputs) - target).square().mean(dim=(2, 3, 4, 5))  # [B, n]
+    per_token = model.config.tokenizer[0]
+    times, signal, named = draws.t, draws.signal, {}
+    if draws.frame_t is not None:
+        times, signal = of_pixels(draws.frame_t, per_token), signal[:, None, None]  # [B, n, 1, f], [n, 1, 1]
+        named["frame_t"] = draws.frame_t
+    noised, target = add_noise(x, draws.noise, times, signal)  # [B, n, C, f, h, w] both
+    inputs = (network_input(noised, times, signal), draws.boxes, draws.t, *conditions)
+    error = (predict(network, draws.first_pass, *inputs, **named) - target).square()
+    if draws.predicted is None:
+        return error.mean(dim=(2, 3, 4, 5))  # [B, n]
+    return mean_over_predicted(error.mean(dim=(2, 4, 5)), of_pixels(draws.predicted, per_token)[..., 0, :])
 
 
 def predict(network: Callable[..., Any], first_pass: Tensor | None, *inputs: Any, **named_inputs: Any) -> Tensor:
@@ -177,6 +186,8 @@ def example_inputs(config: HPDMConfig, batch: int) -> dict[str, Tensor]:
         "boxes": boxes,
         "t": torch.zeros(batch, config.levels),
     }
+    if config.known_frames:
+        inputs["frame_t"] = torch.zeros(batch, config.levels, config.grid[0])
     if config.conditioning == "class":
         inputs["labels"] = torch.zeros(batch, dtype=torch.long)
     if config.conditioning == "text":

@@ -14,25 +14,30 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hpdm import distributed
+from hpdm.frames import Known
 from hpdm.patch import tile_sharing
 from hpdm.patch.consistency import Consistency
 from hpdm.patch.finished_levels import FinishedLevels, choose_contexts, keeps_features
 from hpdm.patch.model import HPDM
-from hpdm.patch.noise import level_generator
+from hpdm.patch.noise import level_generator, level_noise
 from hpdm.patch.seams import seam_energy
-from hpdm.patch.tile_network import TileNetwork, VideoConditions, copies_of
-from hpdm.patch.tiling import level_tiling
-from hpdm.process import time_of_sigma
+from hpdm.patch.section import Section, needed_features, section_of, whole
+from hpdm.patch.tile_network import KnownTiles, TileNetwork, VideoConditions, copies_of, rows_of
+from hpdm.patch.tiling import find_ancestors, level_tiling
+from hpdm.process import gamma, time_of_sigma
 from hpdm.sampling import Progress, SamplerOptions
 from hpdm.solvers import Solver
 from hpdm_kernels import TileAccumulator, extract_tiles
 
 logger = logging.getLogger(__name__)
+
+NOT_TRAINED = "this model was trained without known frames; train it on with --init and --known-frames"
 
 HEUN_STEPS = 16
 """With fewer steps of the spacing "edm", Heun's method exaggerates detail by more than 15 % (docs/sampling.md)."""
@@ -67,11 +72,13 @@ class Sampler:
         progress: Progress | None = None,
         finished: Sequence[Tensor] = (),
         on_level: Callable[[int, Tensor], None] | None = None,
+        known: Sequence[Known | None] = (),
+        window: int = 0,
     ) -> list[Tensor]:
         """Samples one video per seed.
 
         Args:
-            seeds, labels, text, text_mask, progress, finished: as for :meth:`parts`.
+            seeds, labels, text, text_mask, progress, finished, known, window: as for :meth:`parts`.
             on_level: called as (level, videos) after every level that this call samples.
 
         Returns:
@@ -81,7 +88,7 @@ class Sampler:
             ValueError: as :meth:`parts`.
         """
         videos = [video.to(self.model.latents.device) for video in finished]
-        for video in self.parts(seeds, labels, text, text_mask, progress, tuple(videos)):
+        for video in self.parts(seeds, labels, text, text_mask, progress, tuple(videos), known, window):
             videos.append(video)
             if on_level is not None:
                 on_level(len(videos) - 1, video)
@@ -96,6 +103,8 @@ class Sampler:
         text_mask: Tensor | None = None,
         progress: Progress | None = None,
         finished: Sequence[Tensor] = (),
+        known: Sequence[Known | None] = (),
+        window: int = 0,
     ) -> Iterator[Tensor]:
         """Samples one video per seed and yields the videos of each level, ``[B, C, F_l, H_l, W_l]``, as it is finished.
 
@@ -107,21 +116,26 @@ class Sampler:
             progress: called as (level, network calls done, network calls in all) after every network call.
             finished: videos of the first levels, from an interrupted call with the same seeds and conditioning.
                 Sampling continues with the next level; they are not yielded again.
+            known: for each level the frames that are given, ``None`` for none: they come out as they are. Of tiles
+                without other frames nothing is computed. A level of which all frames are known is not sampled.
+            window: number of the window in a longer video: each has random streams of its own.
 
         Raises:
-            ValueError: no seeds, labels out of range, not one text per seed, guidance without conditioning, or finished
-                levels that do not match.
+            ValueError: no seeds, labels out of range, not one text per seed, guidance without conditioning, finished
+                levels or known frames that do not match, or some known frames for a model that was not trained so.
         """
         device = self.model.latents.device
         conditions = VideoConditions(self.config, self.options, len(seeds), labels, text, text_mask, device)
-        levels = FinishedLevels(TileNetwork(self.model, self.options, conditions), self.tilings, finished, seeds)
+        given = self._check_known(known, len(seeds))
+        network = TileNetwork(self.model, self.options, conditions)
+        levels = FinishedLevels(network, self.tilings, finished, seeds, window, self._needed(given, len(finished)))
         last, keeps = self.config.levels - 1, keeps_features(self.config, self.options)
         if keeps:
             for level in range(min(len(finished), last)):
                 levels.keep_features(level)
         for level in range(len(finished), self.config.levels):
-            called = _call_counter(progress, level, self._calls(levels, level))
-            levels.add(self._sample_level(levels, level, seeds, called))
+            called = _call_counter(progress, level, self._calls(levels, level, given[level]))
+            levels.add(self._sample_level(levels, level, given[level], called))
             if keeps and level < last:
                 levels.keep_features(level, called)
             yield levels.videos[level]
@@ -134,72 +148,178 @@ class Sampler:
         return seam_energy(video, self.tilings[-1])
 
     def _sample_level(
-        self, levels: FinishedLevels, level: int, seeds: Sequence[int], called: Callable[[], None]
+        self, levels: FinishedLevels, level: int, known: Known | None, called: Callable[[], None]
     ) -> Tensor:
         """The videos of a level whose lower levels are finished, ``[B, C, F_l, H_l, W_l]``."""
-        tiling, solver = self.tilings[level], self.solvers[level]
-        shape = (self.config.channels, *tiling.size)
-        generators = [level_generator(seed, level) for seed in seeds]
-        tile_sums = TileAccumulator(tiling.origins, self.config.patch, tiling.size, backend=self.model.kernels)
+        section = self._section(level, known)
+        if section is None:
+            assert known is not None  # for the type checker: only known frames leave nothing to sample
+            return known.video.to(levels.network.device)
+        frames = slice(section.frames.start, section.frames.stop)
+        size = (len(section.frames), *self.tilings[level].size[1:])
+        generators = [level_generator(seed, level, window=levels.window) for seed in levels.seeds]
+        tile_sums = TileAccumulator(section.origins, self.config.patch, size, backend=self.model.kernels)
+        shown = None if known is None else self._show(levels, level, known, section)
 
         def noise() -> Tensor:
             # Drawn on the CPU, so that every device gets the same noise.
+            shape = (self.config.channels, *size)
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(levels.network.device)
 
-        consistency = self._consistency(levels, level)
+        consistency = self._consistency(levels, level, frames)
 
         def update(x: Tensor, sigma: float, base: Tensor, alpha: float, beta: float) -> Tensor:
-            for tiles in self._denoised_tiles(levels, level, x, sigma, called):
+            for tiles in self._denoised_tiles(levels, level, section, shown, x, sigma, called):
                 tile_sums.add(tiles)
             combined = tile_sums.step(base, alpha, beta)
-            return combined if consistency is None else consistency.correct_(combined, base, alpha, beta)
+            if consistency is not None:
+                combined = consistency.correct_(combined, base, alpha, beta)
+            if shown is not None:
+                combined[:, :, shown.frames] = alpha * base[:, :, shown.frames] + beta * shown.clean
+            return combined
 
-        y = solver.solve(update, noise)
-        return (y / self.config.signal_scale(level)).clamp_(-1, 1)
+        y = self.solvers[level].solve(update, noise)
+        y = (y / self.config.signal_scale(level)).clamp_(-1, 1)
+        if known is None:
+            return y
+        video = known.video.to(y, copy=True)
+        unknown = ~section.known
+        video[:, :, frames][:, :, unknown] = y[:, :, unknown]
+        return video
 
     def _denoised_tiles(
-        self, levels: FinishedLevels, level: int, x: Tensor, sigma: float, called: Callable[[], None]
-    ) -> Iterator[Tensor]:
+        self, levels: FinishedLevels, level: int, section: Section, shown: Shown | None, x: Tensor, sigma: float,
+        called: Callable[[], None],
+    ) -> Iterator[Tensor]:  # fmt: skip
         """Predicts the scaled clean tiles of ``x`` at noise level ``sigma``, batch by batch in tile order.
 
-        ``x`` is the solver's variable ``[B, C, F_l, H_l, W_l]``; yields ``[B, n, C, f, h, w]``.
+        ``x`` is the solver's variable ``[B, C, n, H_l, W_l]``, the frames of the section; yields
+        ``[B, n, C, f, h, w]``.
         """
+        first = section.tiles.start
         # On the device once and not per network call, which then takes nothing from the host.
-        origins, boxes = self.tilings[level].origins, self.tilings[level].boxes.to(levels.network.device)
-        guidance = self._guidance(level, sigma)
+        boxes = self.tilings[level].boxes.to(levels.network.device)
+        guidance, frame_guidance = self._guidance(level, sigma), self._frame_guidance(level, shown is not None)
         t = float(time_of_sigma(torch.tensor(sigma, dtype=torch.float64)))
         noised = x / math.hypot(1.0, sigma)  # x~ of hpdm.process
-        batches = levels.batches(level, copies_of(guidance))
+        knowing = noised if shown is None else shown.put_into(noised)
+        batches = levels.batches(section.tiles, rows_of(guidance, frame_guidance))
         contexts = self.contexts(levels, level, tile_sharing.shard(batches), copies_of(guidance))
 
         def compute(batch: slice) -> tile_sharing.Results:
             context = next(contexts)
-            tiles = extract_tiles(noised, origins[batch], self.config.patch, backend=self.model.kernels)
-            denoised = levels.network.denoise(level, tiles, boxes[batch], t, context, guidance)  # [B, n, C, f, h, w]
+            own = slice(batch.start - first, batch.stop - first)
+
+            def tiles_of(video: Tensor) -> Tensor:
+                return extract_tiles(video, section.origins[own], self.config.patch, backend=self.model.kernels)
+
+            tiles, known = tiles_of(knowing), None
+            if shown is not None:
+                known = KnownTiles(tiles, torch.where(shown.known_tokens[own], shown.t, t), frame_guidance)
+                tiles = tiles_of(noised) if frame_guidance else tiles
+            denoised = levels.network.denoise(level, tiles, boxes[batch], t, context, guidance, known)
             called()
-            return (denoised,)
+            return (denoised,)  # [B, n, C, f, h, w]
 
         like = x.new_empty(x.shape[0], 0, x.shape[1], *self.config.patch)
         for _, (tiles,) in tile_sharing.shared(batches, compute, (like,)):
             yield tiles
 
-    def _consistency(self, levels: FinishedLevels, level: int) -> Consistency | None:
+    def _check_known(self, known: Sequence[Known | None], videos: int) -> list[Known | None]:
+        """The known frames of every level, where there are any."""
+        if len(known) > self.config.levels:
+            raise ValueError(f"known: got {len(known)} levels, expected at most {self.config.levels}")
+        given: list[Known | None] = [None] * self.config.levels
+        for level, part in enumerate(known):
+            if part is None or not bool(part.frames.any()):
+                continue
+            expected = (videos, self.config.channels, *self.tilings[level].size)
+            if tuple(part.video.shape) != expected or tuple(part.frames.shape) != (expected[2],):
+                raise ValueError(
+                    f"known: got videos of {tuple(part.video.shape)} on level {level}, expected {expected}, and "
+                    f"{expected[2]} frames"
+                )
+            if not self.config.known_frames and not bool(part.frames.all()):
+                raise ValueError(f"known: got some frames of level {level}, expected none: {NOT_TRAINED}")
+            given[level] = part
+        return given
+
+    def _section(self, level: int, known: Known | None) -> Section | None:
+        """What is sampled of a level; ``None`` for nothing."""
+        if known is None:
+            return whole(self.tilings[level])
+        if bool(known.frames.all()):
+            return None
+        aligned = self.config.ratio[0] if level and self.options.consistency else 1
+        return section_of(self.tilings[level], known.frames, self.config.tokenizer[0], aligned)
+
+    def _needed(self, known: Sequence[Known | None], finished: int) -> list[Tensor] | None:
+        """The tiles of each level whose features are needed; ``None`` for all."""
+        if all(part is None for part in known):
+            return None
+        sections = [None if n < finished else self._section(n, part) for n, part in enumerate(known)]
+        return needed_features(find_ancestors(self.tilings), sections)
+
+    def _show(self, levels: FinishedLevels, level: int, known: Known, section: Section) -> Shown | None:
+        """The known frames of a section as the network sees them; ``None`` if all its frames are unknown."""
+        if section.known_tokens is None or not bool(section.known.any()):
+            return None
+        device, time = levels.network.device, self.options.level_known_noise(level)
+        y = known.video[:, :, section.frames.start : section.frames.stop][:, :, section.known].to(device)
+        y = y * self.config.signal_scale(level)
+        g = float(gamma(torch.tensor(time, dtype=torch.float64)))
+        noise = level_noise(levels.seeds, level, tuple(y.shape[1:]), "known", levels.window).to(y)
+        noised = y * g**0.5 + noise * (1 - g) ** 0.5
+        frames = section.known.nonzero()[:, 0].to(device)
+        return Shown(frames, y, noised, time, section.known_tokens.to(device))
+
+    def _consistency(self, levels: FinishedLevels, level: int, frames: slice) -> Consistency | None:
         """What keeps a level in agreement with the one below, if there is one and the options ask for it."""
         if level == 0 or not self.options.consistency:
             return None
-        below = levels.videos[level - 1] * self.config.signal_scale(level)
+        ratio = self.config.ratio[0]
+        below = levels.videos[level - 1][:, :, frames.start // ratio : frames.stop // ratio]
+        below = below * self.config.signal_scale(level)
         return Consistency(below, self.config.ratio, self.options.consistency)
 
     def _guidance(self, level: int, sigma: float) -> float:
         """The guidance weight of a level at the solver's noise level ``sigma``."""
         return self.options.guidance_at(level, sigma, self.config.signal_scale(level))
 
-    def _calls(self, levels: FinishedLevels, level: int) -> int:
+    def _frame_guidance(self, level: int, knows: bool) -> float:
+        """The weight of guidance by known frames on a level, if there are any."""
+        return self.options.frame_guidance if level == 0 and knows else 0.0
+
+    def _calls(self, levels: FinishedLevels, level: int, known: Known | None) -> int:
         """Network calls that this rank makes for a level, including those that compute its features."""
-        passes = [copies_of(self._guidance(level, sigma)) for sigma in self.solvers[level].prediction_sigmas()]
+        section, calls = self._section(level, known), 0
+        if section is not None:
+            knows = known is not None and bool(section.known.any())
+            for sigma in self.solvers[level].prediction_sigmas():
+                rows = rows_of(self._guidance(level, sigma), self._frame_guidance(level, knows))
+                calls += len(tile_sharing.shard(levels.batches(section.tiles, rows)))
         if level < self.config.levels - 1 and keeps_features(self.config, self.options):
-            passes.append(levels.copies)
-        return sum(len(tile_sharing.shard(levels.batches(level, copies))) for copies in passes)
+            calls += len(tile_sharing.shard(levels.feature_batches(level)))
+        return calls
+
+
+class Shown(NamedTuple):
+    """The known frames of a section of a level, as the network sees them."""
+
+    frames: Tensor
+    """Their numbers in the section, int64 ``[n]``."""
+    clean: Tensor
+    """Scaled, ``y [B, C, n, H, W]``."""
+    noised: Tensor
+    """``x~`` at their own time, ``[B, C, n, H, W]``."""
+    t: float
+    """That time."""
+    known_tokens: Tensor
+    """Frames of tokens that are known in every tile, bool ``[tiles, F]``."""
+
+    def put_into(self, noised: Tensor) -> Tensor:
+        """A copy of the section's ``x~ [B, C, F, H, W]`` with the known frames in place."""
+        return noised.index_copy(2, self.frames, self.noised)
 
 
 def _warn_of_few_steps(options: SamplerOptions, solvers: Sequence[Solver]) -> None:

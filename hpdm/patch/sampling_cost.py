@@ -102,7 +102,7 @@ def prediction_copies(config: HPDMConfig, options: SamplerOptions, level: int) -
 def _tiles_below(ancestors: Sequence[Sequence[Tensor]], level: int, tiles: int, per_call: int) -> list[int]:
     """For each level below ``level``, the number of tiles that its batches depend on, counted for each batch."""
     counts = [0] * level
-    for batch in tile_sharing.batches(tiles, per_call):
+    for batch in tile_sharing.batches(range(tiles), per_call):
         for below, needed in enumerate(lineage(ancestors, level, batch)):
             counts[below] += len(needed)
     return counts

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.checks import Triple
+from hpdm.long_video import LongOptions
 from hpdm.objective import Context, Objective
 from hpdm.patch import sampling_cost
-from hpdm.patch.base_model import start_from_base
+from hpdm.patch.base_model import ZERO_STARTED, start_from_base
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.draws import Draws, draw
+from hpdm.patch.long_sampler import LongSampler
 from hpdm.patch.model import HPDM
 from hpdm.patch.objective import denoising_error, evaluation_error, example_inputs, predict
 from hpdm.patch.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES, SAMPLING
@@ -32,6 +34,7 @@ class PatchDiffusion(System):
     presets = PRESETS
     recipes = RECIPES
     published_parameters = PUBLISHED_PARAMETERS
+    zero_started = (ZERO_STARTED,)
     parameter_parts = (
         ("context fusion", ".fusion."),
         ("read attention", ".read"),
@@ -113,6 +116,9 @@ class PatchDiffusion(System):
     def sampler(self, model: HPDM, options: SamplerOptions) -> Sampler:
         return Sampler(model, options)
 
+    def long_sampler(self, model: HPDM, options: SamplerOptions, long: LongOptions) -> LongSampler:
+        return LongSampler(model, options, long)
+
     def sampler_defaults(self, config: HPDMConfig, preset: str | None = None) -> Mapping[str, Any]:
         """The preset's, and no churn for text to video.
 
@@ -142,6 +148,7 @@ class PatchDiffusion(System):
             coordinate_embedding=changes.coordinate_embedding,
             share_blocks=changes.share_blocks,
             self_conditioning=changes.self_conditioning,
+            known_frames=changes.known_frames,
             conditioning_dropout=config.conditioning_dropout if changes.dropout is None else changes.dropout,
         )
         return config if changes.adaptive else config.without_adaptive_computation()

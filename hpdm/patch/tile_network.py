@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from hpdm.frames import of_pixels
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
 from hpdm.patch.model import HPDM
@@ -15,9 +19,25 @@ NetworkInputs = tuple[Tensor, int, Tensor, Tensor, Context | None, Tensor | None
 """Arguments of :meth:`hpdm.patch.model.HPDM.forward_level`: x, level, boxes, t, context, labels, text, text_mask."""
 
 
+class KnownTiles(NamedTuple):
+    """Known frames in n tiles of B videos."""
+
+    tiles: Tensor
+    """``x~ [B, n, C, f, h, w]`` with known frames at times of their own."""
+    frame_t: Tensor
+    """Times of the frames of tokens, ``[n, F]``, on the device of the network."""
+    guidance: float = 0.0
+    """Weight w of guidance by known frames, ``(1 + w) v - w v'``."""
+
+
 def copies_of(weight: float) -> int:
     """Rows per tile in a network call: 2 with classifier-free guidance (with and without condition), else 1."""
     return 1 if weight == 1.0 else 2
+
+
+def rows_of(weight: float, frame_guidance: float) -> int:
+    """Rows per tile in a network call with known frames: one more with guidance by these."""
+    return copies_of(weight) + (frame_guidance > 0)
 
 
 def feature_copies(options: SamplerOptions) -> int:
@@ -87,10 +107,13 @@ class VideoConditions:
             self.text = self._with_copy(text, text)  # [copies, B, S, text_width]
             self.text_mask = self._with_copy(mask, torch.zeros_like(mask))  # [copies, B, S]
 
-    def of_tiles(self, tiles: int, copies: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Labels, texts and masks for a network call with ``tiles`` tiles of each video, one row per tile and copy."""
+    def of_tiles(self, tiles: int, copies: Sequence[int]) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Labels, texts and masks for a network call with ``tiles`` tiles of each video, one row per tile and copy.
+
+        ``copies`` says for each copy whether it is conditional (0) or not (1).
+        """
         labels, text, mask = (
-            None if x is None else expand_rows(x[:copies, :, None], copies, self.videos, tiles)
+            None if x is None else expand_rows(torch.stack([x[c] for c in copies])[:, :, None], len(copies), self.videos, tiles)
             for x in (self.labels, self.text, self.text_mask)
         )
         return labels, text, mask
@@ -112,9 +135,12 @@ class TileNetwork:
         self._latents: Tensor | None = None  # [V, M, E]
 
     def denoise(
-        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, guidance: float
-    ) -> Tensor:
+        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, guidance: float,
+        known: KnownTiles | None = None,
+    ) -> Tensor:  # fmt: skip
         """Predicts the scaled clean tiles y^ of noised ones, with guidance: ``[B, n, C, f, h, w]`` both.
+
+        What it predicts of known frames means nothing.
 
         Args:
             level: pyramid level.
@@ -123,14 +149,50 @@ class TileNetwork:
             t: diffusion time.
             context: of the ``V * n`` rows, ``V = copies_of(guidance) * B``; ``None`` on level 0.
             guidance: weight; at 1 there is no unconditional copy.
+            known: the tiles with known frames; ``None`` for none.
         """
-        inputs = self._inputs(level, tiles, boxes, t, context, copies_of(guidance))
-        v = _guide(self._predict(level, inputs), guidance)  # [B * n, C, f, h, w]
+        if known is None:
+            inputs = self._inputs(level, tiles, boxes, t, context, copies_of(guidance))
+            v = _guide(self._predict(level, inputs), guidance)  # [B * n, C, f, h, w]
+        else:
+            v = self._denoise_knowing(level, tiles, boxes, t, context, guidance, known)
         y = denoise(tiles.flatten(0, 1), v, torch.full((1,), t, dtype=torch.float32, device=self.device))
         if self.options.clip:
             bound = self.config.signal_scale(level)
             y = y.clamp_(-bound, bound)
         return y.unflatten(0, tiles.shape[:2])
+
+    def _denoise_knowing(
+        self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, guidance: float,
+        known: KnownTiles,
+    ) -> Tensor:  # fmt: skip
+        """V ``[B * n, C, f, h, w]``, with both kinds of guidance.
+
+        The rows of a call are, in this order, those with condition and known frames, those without known frames and
+        those without condition, as far as there are any.
+        """
+        n, time = tiles.shape[1], torch.full_like(known.frame_t, t)  # [n, F]
+        unaware, unconditional = known.guidance > 0, copies_of(guidance) == 2
+        shown = [self.scale_input(level, known.tiles, known.frame_t)]  # [B, n, C, f, h, w] each
+        frame_t = [known.frame_t]
+        if unaware:
+            shown.append(self.scale_input(level, tiles, t))
+            frame_t.append(time)
+        if unconditional:
+            shown.append(shown[0])
+            frame_t.append(known.frame_t)
+        copies = len(shown)
+        inputs: NetworkInputs = (
+            self.rows(torch.stack(shown), n, copies),
+            level,
+            self.rows(boxes.to(self.device)[None, None], n, copies),
+            self.rows(torch.full((1, 1, 1), t, device=self.device), n, copies),
+            context,
+            *self.conditions.of_tiles(n, [0] * (copies - unconditional) + [1] * unconditional),
+        )
+        v = self._predict(level, inputs, self.rows(torch.stack(frame_t)[:, None], n, copies)).chunk(copies)
+        guided = torch.lerp(v[-1], v[0], guidance) if unconditional else v[0]
+        return guided + known.guidance * (v[0] - v[1]) if unaware else guided
 
     def features(
         self, level: int, tiles: Tensor, boxes: Tensor, context: Context | None, copies: int
@@ -144,8 +206,14 @@ class TileNetwork:
         rows = copies * self.conditions.videos
         return {block: feature.unflatten(0, (rows, -1)) for block, feature in features.items()}
 
-    def scale_input(self, level: int, tiles: Tensor, t: float) -> Tensor:
-        """Tiles ``[B, n, C, f, h, w]`` of unit variance; see :func:`hpdm.process.network_input`."""
+    def scale_input(self, level: int, tiles: Tensor, t: float | Tensor) -> Tensor:
+        """Tiles ``[B, n, C, f, h, w]`` of unit variance; see :func:`hpdm.process.network_input`.
+
+        ``t`` is one time, or those of the tiles' frames of tokens, ``[n, F]``.
+        """
+        if isinstance(t, Tensor):
+            time = of_pixels(t, self.config.tokenizer[0])  # [n, 1, f]
+            return network_input(tiles, time.expand(len(tiles), -1, -1, -1), torch.tensor(self.config.signal_scale(level)))
         time = torch.full((1,), t, dtype=torch.float32, device=self.device)
         signal = torch.full((1,), self.config.signal_scale(level), dtype=torch.float32, device=self.device)
         return network_input(tiles.flatten(0, 1), time, signal).unflatten(0, tiles.shape[:2])
@@ -165,14 +233,15 @@ class TileNetwork:
             self.rows(boxes.to(self.device)[None, None], n, copies),  # [R, 6]
             self.rows(torch.full((1, 1, 1), t, device=self.device), n, copies),  # [R]
             context,
-            *self.conditions.of_tiles(n, copies),
+            *self.conditions.of_tiles(n, range(copies)),
         )
 
-    def _predict(self, level: int, inputs: NetworkInputs) -> Tensor:
-        """V ``[R, C, f, h, w]``."""
+    def _predict(self, level: int, inputs: NetworkInputs, frame_t: Tensor | None = None) -> Tensor:
+        """V ``[R, C, f, h, w]``; ``frame_t [R, F]`` with known frames."""
         if level > 0 or not self.config.self_conditioning:
-            return self.model.forward_level(*inputs)
-        v, self._latents = self.model.forward_level_with_latents(*inputs, self._latents_of(len(inputs[0])))
+            return self.model.forward_level(*inputs, frame_t)
+        latents = self._latents_of(len(inputs[0]))
+        v, self._latents = self.model.forward_level_with_latents(*inputs, frame_t, latents)
         return v
 
     def _latents_of(self, rows: int) -> Tensor | None:

@@ -20,9 +20,9 @@ Results = tuple[Tensor, ...]
 """What is computed of a batch of n tiles: tensors ``[B, n, ...]``."""
 
 
-def batches(tiles: int, size: int) -> list[slice]:
-    """Splits ``tiles`` into batches of ``size``; the last one may be shorter."""
-    return [slice(first, min(first + size, tiles)) for first in range(0, tiles, size)]
+def batches(tiles: range, size: int) -> list[slice]:
+    """Splits consecutive tiles into batches of ``size``; the last one may be shorter."""
+    return [slice(first, min(first + size, tiles.stop)) for first in range(tiles.start, tiles.stop, size)]
 
 
 def shared(

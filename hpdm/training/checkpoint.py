@@ -241,6 +241,21 @@ def load_checkpoint(
     return int(state["step"])
 
 
+def load_initial(path: Path, model: nn.Module, may_lack: tuple[str, ...] = ()) -> None:
+    """Starts a model from the weights of a checkpoint's last step, in place.
+
+    Args:
+        path: the checkpoint.
+        model: may be sharded.
+        may_lack: how names of parameters begin that the checkpoint may lack; these are set to zero.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_checkpoint`.
+    """
+    verify(path, ["model"])
+    tensor_folder.load(parameters_of(model), path / "model", may_lack)
+
+
 def load_parameters(model: nn.Module, path: Path) -> None:
     """Fills a model from a folder of a checkpoint, such as ``model`` or ``ema``, in place.
 

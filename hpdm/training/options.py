@@ -34,7 +34,8 @@ class TrainOptions:
     embeddings: Path | None = None
     """Embeddings of the clips' captions, from `hpdm data embed`: the model is conditioned on text, not on classes."""
     init: Path | None = None
-    """Run of the same model whose newest weights to start from, with a fresh optimizer, schedule and moving average."""
+    """Run of the same model whose newest weights to start from, with a fresh optimizer, schedule and moving average. Or
+    a file that `hpdm export` wrote, or the name of weights that come with hpdm."""
     base: Path | None = None
     """Run of the same network with fewer levels, trained at low resolution, to start from."""
     preset: str = "tiny"

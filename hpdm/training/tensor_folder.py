@@ -154,14 +154,26 @@ def check(targets: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def load(targets: Mapping[str, Tensor], path: Path) -> None:
+def load(targets: Mapping[str, Tensor], path: Path, may_lack: tuple[str, ...] = ()) -> None:
     """Fills the targets in place. Of sharded targets this rank reads only its shards.
+
+    Args:
+        targets: by name.
+        path: the folder.
+        may_lack: how names begin that the folder may lack; these targets are set to zero.
 
     Raises:
         DamagedError: the folder is damaged, or holds numbers that are not finite.
         FileNotFoundError: it has been deleted meanwhile.
         ValueError: it has other tensors.
     """
+    lacking = [name for name in targets if name.startswith(may_lack)] if may_lack else []
+    if lacking:
+        found = stored(path)
+        for name in lacking:
+            if name not in found:
+                targets[name].zero_()
+        targets = {name: target for name, target in targets.items() if name in found or name not in lacking}
     check(targets, path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")

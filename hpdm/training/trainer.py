@@ -28,7 +28,7 @@ from hpdm.text import EmbeddingStore
 from hpdm.training.ahead import DrawnAhead
 from hpdm.training.averaged import averaged_weights
 from hpdm.training.batches import Batch, MicroBatches, loader, noise_generator
-from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, newest_checkpoint
+from hpdm.training.checkpoint import list_checkpoints, load_checkpoint, load_initial
 from hpdm.training.delayed import Delayed
 from hpdm.training.ema import EMA, laws
 from hpdm.training.inputs import Inputs
@@ -70,6 +70,8 @@ class Job:
     """Clips of a micro-batch."""
     start: Callable[[nn.Module], None] | None = None
     """Initializes the model of a new run, e.g. from a base model; ``None`` for random weights."""
+    init: Path | None = None
+    """The checkpoint from whose weights a new run starts."""
     validate: Callable[[nn.Module], dict[str, float]] | None = None
     """Validates a model in eval mode: columns of the log. A collective; ``None`` for no validation."""
     write_snapshot: WriteSnapshot | None = None
@@ -109,8 +111,8 @@ class Trainer:
             self.model, recipe.optimizer, recipe.lr, recipe.weight_decay, zero_started, hidden, options.kernels
         )
         with distributed.raise_on_all_ranks():
-            if options.init is not None and not checkpoints:
-                load_checkpoint(newest_checkpoint(options.init), self.model)
+            if job.init is not None and not checkpoints:
+                load_initial(job.init, self.model, job.system.zero_started)
         self.ema = EMA(self.model, *laws(recipe.ema, recipe.ema_decay))
         self.step = 0
         self.loss_names: list[str] = []

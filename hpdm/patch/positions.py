@@ -1,4 +1,4 @@
-"""Sinusoidal embeddings: of the diffusion time, and of token positions at initialization."""
+"""Positions of tokens inside a patch: what their tables hold at initialization."""
 
 from __future__ import annotations
 
@@ -6,19 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from hpdm_kernels.boxes import coordinate_dtype
-
-NOISE_FREQUENCIES = 256
-
-
-def noise_frequencies(t: Tensor) -> Tensor:
-    """Sinusoids of the diffusion time, in fp32 or wider: ``[B] -> [B, 256]``."""
-    t = t.to(coordinate_dtype(t.dtype))
-    half = NOISE_FREQUENCIES // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=t.dtype) * (-math.log(1e4) / half))  # [128]
-    angles = 1000 * t[:, None] * frequencies  # [B, 128]
-    return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
 def axis_sinusoids(n: int, width: int, axis: int) -> Tensor:

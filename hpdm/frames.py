@@ -1,0 +1,141 @@
+"""Known frames: some frames of a clip are given, and the others are predicted to go with them.
+
+Every frame of tokens has a diffusion time of its own. Where it differs from the time of the clip, the network is told
+(:class:`FrameTimes`); where no frame differs, nothing changes. There are two uses:
+
+- A frame is *known*: its time is a small one, so it is shown almost clean. It is not trained. Its little noise stands
+  for the errors that known frames have when they were sampled themselves: conditional latent perturbation of Latent
+  Video Diffusion Models (He et al. 2022, section 3.3).
+- The times of all frames rise from the first to the last: a *rolling* clip (Ruhe et al. 2024), which moves on by one
+  frame as the first one is finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hpdm.objective import Objective
+from hpdm.sinusoids import NOISE_FREQUENCIES, noise_frequencies
+
+EXACTLY_CLEAN = 0.25
+"""Share of the clips with known frames whose known frames have no noise at all."""
+
+
+class FrameTimes(nn.Module):
+    """Tells tokens the diffusion time of their own frame where it differs from that of the clip.
+
+    It starts as zero: a model that gets it behaves as before until it is trained.
+
+    Args:
+        width: of the tokens, D.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(NOISE_FREQUENCIES, width)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Sets the map to zero."""
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, tokens: Tensor, t: Tensor, frame_t: Tensor) -> Tensor:
+        """Tokens ``[B, N, D]``, frame after frame, at times ``t [B]``, their frames' ``[B, F]`` -> ``[B, N, D]``."""
+        told = self.linear(noise_frequencies(frame_t).to(self.linear.weight.dtype))  # [B, F, D]
+        told = told * (frame_t != t[:, None])[..., None]
+        return (tokens.unflatten(1, (frame_t.shape[1], -1)) + told[:, :, None]).flatten(1, 2)
+
+
+class FrameDraws(NamedTuple):
+    """Times of the clips' frames, for B clips on n levels with F frames of tokens each."""
+
+    t: Tensor
+    """Times of the clips, ``[B, n]``: as given, but for rolling clips the time of the last frame."""
+    frame_t: Tensor
+    """Times of the frames, ``[B, n, F]``; that of the clip for frames that are predicted as ever."""
+    predicted: Tensor
+    """Frames whose error is trained, those that are not known: bool ``[B, n, F]``."""
+
+
+def draw_frames(
+    t: Tensor, frames: int, objective: Objective, generator: torch.Generator, finished: Tensor, rolling_levels: int = 1
+) -> FrameDraws:
+    """Draws which frames are known, on each level on its own, since samplers know others on each level.
+
+    Known are, with the shares of ``objective``: the first frames, any number of them but all; the last frames, and any
+    number of the first ones, perhaps none; or nothing. The other clips are rolling.
+
+    Args:
+        t: times of the clips, ``[B, n]``.
+        frames: frames of tokens F, at least 2.
+        objective: gives the shares, and the largest time of known frames.
+        generator: CPU generator.
+        finished: clips on levels that are shown finished, bool ``[B, n]``: no frame of theirs is known or rolling.
+        rolling_levels: the lowest so many levels can be rolling; the others know the first frames in its place.
+    """
+    kind, first, last, before, noise, clean, phase = torch.rand(7, *t.shape, generator=generator)  # [B, n] each
+    shares = (objective.known_first, objective.known_ends, objective.rolling)
+    bounds = [sum(shares[: n + 1]) for n in range(3)]
+    rolls = (kind >= bounds[1]) & (kind < bounds[2]) & ~finished
+    rolls[:, rolling_levels:] = False
+    knows_ends = (kind >= bounds[0]) & (kind < bounds[1])
+    knows_first = (kind < bounds[2]) & ~knows_ends & ~rolls
+    frame = torch.arange(frames)
+    last_known = 1 + _below(last, frames - 1)  # 1 .. F - 1
+    first_known = torch.where(knows_first, 1 + _below(first, frames - 1), _below(before, frames - last_known))
+    known = frame < first_known[..., None]  # [B, n, F]
+    known |= knows_ends[..., None] & (frame >= frames - last_known[..., None])
+    known &= ((knows_first | knows_ends) & ~finished)[..., None]
+    known_t = noise * objective.known_t_max * (clean >= EXACTLY_CLEAN)  # [B, n]
+    ramp = (frame + phase[..., None]) / frames  # [B, n, F]
+    t = torch.where(rolls, ramp[..., -1], t)
+    frame_t = torch.where(known, known_t[..., None], t[..., None])
+    return FrameDraws(t, torch.where(rolls[..., None], ramp, frame_t), ~known)
+
+
+@dataclass(frozen=True)
+class Known:
+    """Frames of one part of B videos that are given to a sampler; it keeps them as they are."""
+
+    video: Tensor
+    """``[B, C, F, h, w]`` in [-1, 1]; frames that are not known may hold anything."""
+    frames: Tensor
+    """Which are known, bool ``[F]`` on the CPU."""
+
+    @classmethod
+    def ends(cls, first: Tensor | None, last: Tensor | None, size: Sequence[int]) -> Known:
+        """The first frames, the last ones, or both: ``[B, C, n, h, w]`` each, of parts of ``size`` (F, h, w)."""
+        given = [part for part in (first, last) if part is not None]
+        video = given[0].new_zeros(*given[0].shape[:2], *size)
+        frames = torch.zeros(size[0], dtype=torch.bool)
+        if first is not None:
+            video[:, :, : first.shape[2]] = first
+            frames[: first.shape[2]] = True
+        if last is not None:
+            video[:, :, size[0] - last.shape[2] :] = last
+            frames[size[0] - last.shape[2] :] = True
+        return cls(video, frames)
+
+
+def _below(share: Tensor, bound: int | Tensor) -> Tensor:
+    """Integers in 0 .. bound - 1 from uniform numbers in [0, 1)."""
+    return torch.minimum((share * bound).long(), torch.as_tensor(bound - 1))
+
+
+def of_pixels(frames: Tensor, per_token: int) -> Tensor:
+    """A value per frame of tokens as one per frame of pixels, ``[..., F] -> [..., 1, F * per_token]``.
+
+    The axis of size 1 stands where videos have their channels.
+    """
+    return frames.repeat_interleave(per_token, dim=-1)[..., None, :]
+
+
+def mean_over_predicted(error: Tensor, predicted: Tensor) -> Tensor:
+    """The mean error of the frames that are predicted, at least one: ``[..., f]`` and bool ``[..., f]`` -> ``[...]``."""
+    return (error * predicted).sum(dim=-1) / predicted.sum(dim=-1)

@@ -1,0 +1,109 @@
+"""Writes a video while the rest of it is still to come: pieces of equal length, joined without encoding them again.
+
+Every piece is an mp4 that plays by itself, and appears whole. What follows the last whole piece is kept by the caller
+(:attr:`VideoPieces.rest`), so that an interrupted video goes on at any frame. The pieces, and so the video, depend on its
+frames alone, not on how they arrived or where it was interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hpdm.files import atomic_path
+from hpdm.video import write_video
+
+PIECE = 64
+"""Frames of a piece. Each begins with a frame that is coded by itself."""
+
+
+class VideoPieces:
+    """One video that is written in pieces.
+
+    Args:
+        folder: of the pieces; made if it is not there.
+        fps: frames per second.
+        done: frames of an interrupted video, of which the whole pieces are in ``folder``.
+        rest: those of them that follow the last whole piece, uint8 ``[3, n, H, W]``.
+
+    Raises:
+        ValueError: another number of frames than the rest should have, or a piece is missing.
+    """
+
+    def __init__(self, folder: Path, fps: float, done: int = 0, rest: Tensor | None = None) -> None:
+        self.folder, self.fps, self.done = folder, fps, done
+        self.rest = torch.empty(3, 0, 0, 0, dtype=torch.uint8) if rest is None else rest
+        """Frames since the last whole piece, uint8 ``[3, n, H, W]``."""
+        if self.rest.shape[1] != done % PIECE:
+            raise ValueError(f"rest: got {self.rest.shape[1]} frames, expected {done % PIECE} of {done}")
+        for number in range(done // PIECE):
+            if not self._path(number).is_file():
+                raise ValueError(f"{self._path(number)} is missing, expected the frames of an interrupted video")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, frames: Tensor) -> None:
+        """Appends frames, uint8 ``[3, n, H, W]``, and writes the pieces that are whole.
+
+        Raises:
+            OSError: a piece cannot be written; those before it stay.
+        """
+        rest = torch.cat((self.rest, frames), dim=1) if self.rest.shape[1] else frames
+        number = self.done // PIECE
+        while rest.shape[1] >= PIECE:
+            write_video(self._path(number), rest[:, :PIECE], self.fps)
+            rest, number = rest[:, PIECE:], number + 1
+        self.rest, self.done = rest.clone(), self.done + frames.shape[1]
+
+    def finish(self, path: Path) -> None:
+        """Joins all pieces to the mp4 ``path``, atomically.
+
+        Raises:
+            OSError: it cannot be written; the pieces stay.
+            ValueError: no frames.
+        """
+        if self.done == 0:
+            raise ValueError("frames: got none, expected at least one")
+        pieces = [self._path(number) for number in range(self.done // PIECE)]
+        if self.rest.shape[1]:
+            pieces.append(self._path(len(pieces)))
+            write_video(pieces[-1], self.rest, self.fps)
+        with atomic_path(path) as temporary:
+            join(pieces, temporary)
+
+    def remove(self) -> None:
+        """Deletes the pieces."""
+        for path in self.folder.glob("*.mp4"):
+            path.unlink()
+        self.folder.rmdir()
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06}.mp4"
+
+
+def join(pieces: list[Path], path: Path) -> None:
+    """Joins mp4 files of :func:`hpdm.video.write_video` with the same size and frame rate, packet by packet.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    import av  # deferred: importing hpdm must not need the codecs
+
+    with av.open(str(path), "w", format="mp4") as out:
+        stream, offset = None, 0
+        for piece in pieces:
+            with av.open(str(piece)) as source:
+                video = source.streams.video[0]
+                if stream is None:
+                    stream = out.add_stream_from_template(video)
+                    stream.time_base = video.time_base
+                end = 0
+                for packet in source.demux(video):
+                    if packet.pts is None or packet.dts is None:
+                        continue  # the empty one at the end
+                    end = max(end, packet.pts + (packet.duration or 0))
+                    packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                    packet.stream = stream
+                    out.mux(packet)
+                offset += end

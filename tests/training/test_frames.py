@@ -1,0 +1,258 @@
+"""Known frames in training: what is drawn, what the network is told, what is trained; and off, nothing of it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from hpdm import HPDM, runs
+from hpdm.commands.train import prepare, train
+from hpdm.frames import EXACTLY_CLEAN, FrameTimes, draw_frames, mean_over_predicted, of_pixels
+from hpdm.objective import Objective
+from hpdm.patch.boxes import extract_patches, sample_boxes
+from hpdm.patch.draws import draw
+from hpdm.patch.objective import denoising_error
+from hpdm.process import add_noise, gamma, network_input
+from hpdm.training.trainer import Trainer
+from tests.small import random_model, small_config
+from tests.small import train_options as options
+
+CONFIG = small_config(patch=(4, 8, 8), tokenizer=(1, 2, 2), known_frames=True)
+BEFORE = CONFIG.replace(known_frames=False)
+FRAMES = {"patch": (4, 8, 8), "resolution": (16, 32, 32), "known_frames": True, "short": "loop"}
+
+
+def with_zero_started(model):
+    """The same model with known frames, whose map is zero."""
+    more = HPDM(model.config.replace(known_frames=True), "torch").eval()
+    more.load_state_dict(model.state_dict(), strict=False)
+    return more
+
+
+def inputs(generator, batch=2):
+    x = torch.randn(batch, 3, 3, *CONFIG.patch, generator=generator)
+    t = torch.rand(batch, 3, generator=generator)
+    return x, sample_boxes(CONFIG, batch, generator), t, torch.randint(6, (batch,), generator=generator)
+
+
+def test_a_model_with_a_new_map_is_the_old_one(generator):
+    old = random_model(BEFORE)
+    new = with_zero_started(old)
+    assert {n for n, _ in new.named_parameters()} - {n for n, _ in old.named_parameters()} == {
+        "frame_times.linear.weight", "frame_times.linear.bias"
+    }  # fmt: skip
+    x, boxes, t, labels = inputs(generator)
+    v = old(x, boxes, t, labels)
+    assert torch.equal(new(x, boxes, t, labels), v)
+    nothing = t[..., None].expand(-1, -1, 4)
+    assert torch.equal(new(x, boxes, t, labels, frame_t=nothing), v)
+    assert torch.equal(new(x, boxes, t, labels, frame_t=torch.rand(2, 3, 4, generator=generator)), v)
+    assert [n for n, p in HPDM(CONFIG).named_parameters() if n.startswith("frame_times") and p.any()] == []
+
+
+def test_without_known_frames_the_draws_are_those_of_before():
+    before, now = (draw(config, 8, torch.Generator().manual_seed(3)) for config in (BEFORE, CONFIG))
+    assert before.frame_t is None
+    assert before.predicted is None
+    for name in ("boxes", "noise", "dropped"):
+        assert torch.equal(getattr(before, name), getattr(now, name)), name
+    rolling = now.frame_t[:, 0].diff(dim=1).min(dim=1).values > 0  # level 0 alone has times of its own then
+    assert torch.equal(before.t[~rolling], now.t[~rolling])
+    assert torch.equal(before.t[:, 1:], now.t[:, 1:])
+
+
+def test_one_level_alone_is_told_the_same(generator):
+    model = random_model(CONFIG)
+    x, boxes, t, labels = inputs(generator)
+    frame_t = torch.where(torch.arange(4) < 2, 0.1, t[..., None])
+    v = model(x, boxes, t, labels, frame_t=frame_t)
+    arguments = (x[:, 0], 0, boxes[:, 0], t[:, 0], None, labels, None, None)
+    torch.testing.assert_close(model.forward_level(*arguments, frame_t=frame_t[:, 0]), v[:, 0])
+    torch.testing.assert_close(model.forward_level_with_latents(*arguments, frame_t[:, 0])[0], v[:, 0])
+    assert (model.forward_level(*arguments) - v[:, 0]).abs().max() > 1e-3
+
+
+def test_only_frames_whose_time_differs_are_told(generator):
+    told = FrameTimes(16)
+    with torch.no_grad():
+        told.linear.weight.normal_(generator=generator)
+        told.linear.bias.fill_(1.0)
+    tokens = torch.randn(2, 4 * 6, 16, generator=generator)
+    t = torch.tensor([0.5, 0.2])
+    frame_t = torch.tensor([[0.0, 0.5, 0.5, 0.5], [0.2, 0.2, 0.1, 0.3]])
+    change = (told(tokens, t, frame_t) - tokens).unflatten(1, (4, 6))
+    differs = frame_t != t[:, None]
+    assert not change[~differs].any()
+    assert (change[differs].abs().amax(-1) > 0).all()
+    # By the formula of the embedding, in float64.
+    wave = torch.exp(torch.arange(128, dtype=torch.float64) * (-math.log(1e4) / 128))
+    angle = 1000 * 0.3 * wave
+    expected = told.linear.weight.double() @ torch.cat((angle.cos(), angle.sin())) + 1
+    torch.testing.assert_close(change[1, 3, 0], expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def runs_of(known):
+    """Known frames at the start and at the end of every row, and whether there are others."""
+    start = known.long().cumprod(dim=-1).sum(dim=-1)
+    end = known.flip(-1).long().cumprod(dim=-1).sum(dim=-1)
+    return start, end, known.sum(dim=-1) != torch.where(known.all(dim=-1), start, start + end)
+
+
+@pytest.mark.parametrize("frames", [2, 4, 7])
+def test_what_is_drawn_has_the_asked_shares(generator, frames):
+    law = Objective(known_first=0.4, known_ends=0.25, rolling=0.15, known_t_max=0.3)
+    n = 20_000
+    t = torch.rand(n, 2, generator=generator)
+    finished = torch.rand(n, 2, generator=generator) < 0.25
+    drawn = draw_frames(t, frames, law, generator, finished)
+    known = ~drawn.predicted
+    start, end, scattered = runs_of(known)
+    assert not scattered.any()
+    assert drawn.predicted.any(dim=-1).all()
+    assert not known[finished].any()
+
+    def close(share, expected):
+        assert share.float().mean().item() == pytest.approx(expected, abs=5 * (0.25 / len(share)) ** 0.5)
+
+    free = ~finished
+    rolling = drawn.frame_t.diff(dim=-1).amin(dim=-1) > 0
+    rolling &= ~known.any(dim=-1)
+    for level, rolls in enumerate((0.15, 0.0)):
+        own = free[:, level]
+        close(rolling[own, level], rolls)
+        close((end[own, level] > 0), 0.25)
+        close(((start > 0) & (end == 0))[own, level], 0.4 + (0.15 - rolls))
+    first_only = start[(end == 0) & (start > 0)]
+    for count in range(1, frames):
+        close(first_only == count, 1 / (frames - 1))
+    last = end[end > 0]
+    for count in range(1, frames):
+        close(last == count, 1 / (frames - 1))
+    # Known frames of a clip share a time up to the largest, a quarter of these times is 0.
+    times = torch.where(known, drawn.frame_t, torch.nan)
+    shown = known.any(dim=-1)
+    of_clip = times.nan_to_num(-1.0).amax(dim=-1)[shown]
+    assert torch.equal(of_clip, times.nan_to_num(2.0).amin(dim=-1)[shown])
+    close(of_clip == 0, EXACTLY_CLEAN)
+    assert 0.29 < of_clip.max() <= 0.3
+    # All other frames have the clip's time, which changes for rolling clips alone.
+    others = drawn.predicted & ~rolling[..., None]
+    assert torch.equal(drawn.frame_t[others], drawn.t[..., None].expand_as(others)[others])
+    assert torch.equal(drawn.t[~rolling], t[~rolling])
+
+
+def test_rolling_times_fill_the_unit_interval_evenly(generator):
+    law = Objective(known_first=0, known_ends=0, rolling=1.0)
+    drawn = draw_frames(torch.rand(4000, 1, generator=generator), 4, law, generator, torch.zeros(4000, 1).bool())
+    steps = drawn.frame_t[:, 0].diff(dim=1)
+    torch.testing.assert_close(steps, torch.full_like(steps, 0.25))
+    assert torch.equal(drawn.t[:, 0], drawn.frame_t[:, 0, -1])
+    assert drawn.predicted.all()
+    quantiles = drawn.frame_t.flatten().sort().values
+    assert (quantiles - torch.linspace(0, 1, len(quantiles))).abs().max() < 0.03
+
+
+def test_the_loss_is_the_mean_over_frames_that_are_predicted(generator):
+    model = random_model(CONFIG)
+    video = torch.randint(256, (3, 3, *CONFIG.resolution), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(6, (3,), generator=generator)
+    law = Objective(known_first=0.5, known_ends=0.3, rolling=0.2)
+    draws = draw(CONFIG, 3, torch.Generator().manual_seed(4), objective=law)
+    assert (~draws.predicted).any()
+    error = denoising_error(model, video, labels, draws)
+    # The noise of a known frame reaches the loss only through what the others see: at s = 0 it does not at all.
+    clean = draws._replace(frame_t=torch.where(draws.predicted, draws.frame_t, 0.0))
+    plain = denoising_error(model, video, labels, clean)
+    shifted = clean.noise + 5 * of_pixels(~draws.predicted, 1)[..., None, None]
+    torch.testing.assert_close(denoising_error(model, video, labels, clean._replace(noise=shifted)), plain)
+    # By hand: every frame noised and scaled by its own time.
+    x = extract_patches(video, draws.boxes, CONFIG, backend="torch")
+    signal = torch.tensor(CONFIG.signal_scales)
+    frames = [
+        (*add_noise(x[:, :, :, f], draws.noise[:, :, :, f], draws.frame_t[..., f], signal), draws.frame_t[..., f])
+        for f in range(4)
+    ]
+    scaled = torch.stack([network_input(noised, t, signal) for noised, _, t in frames], dim=3)
+    target = torch.stack([v for _, v, _ in frames], dim=3)
+    labels = labels.masked_fill(draws.dropped, CONFIG.classes)
+    v = model(scaled, draws.boxes, draws.t, labels, frame_t=draws.frame_t)
+    by_hand = torch.stack(
+        [((v - target)[b, k][:, draws.predicted[b, k]] ** 2).mean() for b, k in itertools.product(range(3), range(3))]
+    )
+    torch.testing.assert_close(error.flatten(), by_hand)
+
+
+def test_a_known_frame_has_the_size_of_its_own_noise(generator):
+    """Scaled by the clip's time instead, a known frame would come up to three times too small."""
+    x = torch.rand(64, 1, 3, 4, 8, 8, generator=generator).sub(0.5).mul(12**0.5 / 2)  # standard deviation 0.5
+    t, s = torch.tensor(0.9), torch.tensor(0.1)
+    times = torch.where(torch.arange(4) < 2, s, t).expand(64, 1, 4)
+    signal = torch.tensor([0.7])[:, None, None]
+    noised, _ = add_noise(x, torch.randn(x.shape, generator=generator), of_pixels(times, 1), signal)
+    size = network_input(noised, of_pixels(times, 1), signal).std(dim=(0, 1, 2, 4, 5))
+    torch.testing.assert_close(size, torch.ones(4), atol=0.03, rtol=0)
+    assert gamma(t) < gamma(s)
+
+
+def test_means_and_values_of_frames():
+    error, predicted = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[False, True, True]])
+    assert mean_over_predicted(error, predicted).tolist() == [4.0]
+    assert of_pixels(torch.tensor([[0.5, 1.0]]), 2).tolist() == [[[0.5, 0.5, 1.0, 1.0]]]
+
+
+def test_training_moves_the_map(clips, tmp_path):
+    train(options(clips, tmp_path / "old", **(FRAMES | {"known_frames": False}), steps=2))
+    train(options(clips, tmp_path / "new", init=tmp_path / "old", **FRAMES, steps=1, batch=6, ema_decay=0.5))
+    old, new = (runs.load(tmp_path / name, weights="model").model for name in ("old", "new"))
+    assert new.config.known_frames
+    assert new.frame_times.linear.weight.any()
+    assert not any("frame_times" in name for name, _ in old.named_parameters())
+    # And a run with known frames resumes as itself alone.
+    train(options(clips, tmp_path / "new", init=tmp_path / "old", **FRAMES, steps=2, batch=6, ema_decay=0.5))
+    with pytest.raises(ValueError, match="known_frames: True -> False"):
+        prepare(options(clips, tmp_path / "new", **(FRAMES | {"known_frames": False}), steps=2, batch=6, ema_decay=0.5))
+    with pytest.raises(ValueError, match="of another config"):
+        train(options(clips, tmp_path / "third", init=tmp_path / "new", **(FRAMES | {"known_frames": False})))
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_the_first_step_from_an_old_run_is_that_of_the_old_model(clips, tmp_path, exported):
+    train(options(clips, tmp_path / "old", **(FRAMES | {"known_frames": False}), steps=1))
+    source = tmp_path / "old"
+    if exported:
+        source = tmp_path / "old.safetensors"
+        runs.export(tmp_path / "old", source, weights="model")
+    nothing = {"known_first": 0.0, "known_ends": 0.0, "rolling": 0.0}
+
+    def start(name, **changes):
+        job = prepare(options(clips, tmp_path / name, init=source, **(FRAMES | nothing | changes)))
+        return Trainer(job, torch.device("cpu")).model
+
+    old, new = start("a", known_frames=False), start("b")
+    weights = dict(old.named_parameters())
+    assert all(torch.equal(p, weights[n]) for n, p in new.named_parameters() if n in weights)
+    assert not any(p.any() for n, p in new.named_parameters() if n not in weights)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"known_first": -0.1}, "known_first, known_ends, rolling: got"),
+        ({"known_first": 0.6, "known_ends": 0.3, "rolling": 0.2}, "add up to at most 1"),
+        ({"known_t_max": 1.5}, "known_t_max: got 1.5, expected a time"),
+    ],
+)
+def test_wrong_shares_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**wrong)
+
+
+def test_patches_of_one_frame_know_none():
+    with pytest.raises(ValueError, match="known_frames: got true for patches of 1 frame of tokens"):
+        small_config(known_frames=True)
+    plain = random_model(BEFORE)
+    with pytest.raises(ValueError, match="frame_t: got a tensor, expected None for a model without known frames"):
+        plain(*inputs(torch.Generator().manual_seed(0)), frame_t=torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="frame_t: got shape"):
+        random_model(CONFIG)(*inputs(torch.Generator().manual_seed(0)), frame_t=torch.zeros(2, 3, 5))
