@@ -238,10 +238,11 @@ class TileNetwork:
 
     def _predict(self, level: int, inputs: NetworkInputs, frame_t: Tensor | None = None) -> Tensor:
         """V ``[R, C, f, h, w]``; ``frame_t [R, F]`` with known frames."""
+        told = {} if frame_t is None else {"frame_t": frame_t}
         if level > 0 or not self.config.self_conditioning:
-            return self.model.forward_level(*inputs, frame_t)
+            return self.model.forward_level(*inputs, **told)
         latents = self._latents_of(len(inputs[0]))
-        v, self._latents = self.model.forward_level_with_latents(*inputs, frame_t, latents)
+        v, self._latents = self.model.forward_level_with_latents(*inputs, latents=latents, **told)
         return v
 
     def _latents_of(self, rows: int) -> Tensor | None:
