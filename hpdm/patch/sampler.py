@@ -172,10 +172,13 @@ class Sampler:
             for tiles in self._denoised_tiles(levels, level, section, shown, x, sigma, called):
                 tile_sums.add(tiles)
             combined = tile_sums.step(base, alpha, beta)
+            exact = None if shown is None else alpha * base[:, :, shown.frames] + beta * shown.clean
             if consistency is not None:
+                if shown is not None:  # what was predicted of known frames must not reach the others
+                    combined[:, :, shown.frames] = exact
                 combined = consistency.correct_(combined, base, alpha, beta)
             if shown is not None:
-                combined[:, :, shown.frames] = alpha * base[:, :, shown.frames] + beta * shown.clean
+                combined[:, :, shown.frames] = exact
             return combined
 
         y = self.solvers[level].solve(update, noise)
