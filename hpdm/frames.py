@@ -6,8 +6,8 @@ Every frame of tokens has a diffusion time of its own. Where it differs from the
 - A frame is *known*: its time is a small one, so it is shown almost clean. It is not trained. Its little noise stands
   for the errors that known frames have when they were sampled themselves: conditional latent perturbation of Latent
   Video Diffusion Models (He et al. 2022, section 3.3).
-- The times of all frames rise from the first to the last: a *rolling* clip (Ruhe et al. 2024), which moves on by one
-  frame as the first one is finished.
+- The times of the frames rise from the first, or the first that is not known, to the last: a *rolling* clip (Ruhe et al.
+  2024), which moves on by one frame as the first one is finished.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def draw_frames(
     """Draws which frames are known, on each level on its own, since samplers know others on each level.
 
     Known are, with the shares of ``objective``: the first frames, any number of them but all; the last frames, and any
-    number of the first ones, perhaps none; or nothing. The other clips are rolling.
+    number of the first ones, perhaps none; or nothing. Rolling clips know any number of the first frames but the last two.
 
     Args:
         t: times of the clips, ``[B, n]``.
@@ -89,14 +89,16 @@ def draw_frames(
     frame = torch.arange(frames)
     last_known = 1 + _below(last, frames - 1)  # 1 .. F - 1
     first_known = torch.where(knows_first, 1 + _below(first, frames - 1), _below(before, frames - last_known))
+    first_known = torch.where(rolls, _below(first, frames - 1), first_known)  # 0 .. F - 2
     known = frame < first_known[..., None]  # [B, n, F]
     known |= knows_ends[..., None] & (frame >= frames - last_known[..., None])
-    known &= ((knows_first | knows_ends) & ~finished)[..., None]
+    known &= ((knows_first | knows_ends | rolls) & ~finished)[..., None]
     known_t = noise * objective.known_t_max * (clean >= EXACTLY_CLEAN)  # [B, n]
-    ramp = (frame + phase[..., None]) / frames  # [B, n, F]
+    rising = frames - first_known[..., None]
+    ramp = (frame - first_known[..., None] + phase[..., None]) / rising  # [B, n, F]
     t = torch.where(rolls, ramp[..., -1], t)
-    frame_t = torch.where(known, known_t[..., None], t[..., None])
-    return FrameDraws(t, torch.where(rolls[..., None], ramp, frame_t), ~known)
+    frame_t = torch.where(rolls[..., None], ramp, t[..., None])
+    return FrameDraws(t, torch.where(known, known_t[..., None], frame_t), ~known)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Objective:
     known_ends: float = 0.2
     """With --known-frames: share whose last frames are known, and any number of the first ones, perhaps none."""
     rolling: float = 0.1
-    """With --known-frames: share on level 0 in which the noise rises from the first frame to the last."""
+    """With --known-frames: share on level 0 in which the noise rises along the frames that are not known."""
     known_t_max: float = 0.476
     """With --known-frames: largest diffusion time of known frames; a quarter of them are exactly clean."""
     cuts: bool = False

@@ -17,7 +17,9 @@ from hpdm.long_video import LongOptions, LongProgress, Segment, State
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 from hpdm.patch.sampler import NOT_TRAINED, Sampler
-from hpdm.patch.storylines import Storyline, storyline
+from hpdm.patch.storylines.autoregressive import Autoregressive
+from hpdm.patch.storylines.joint import Joint
+from hpdm.patch.storylines.rolling import Rolling
 from hpdm.sampling import Progress, SamplerOptions
 from hpdm.windows import Window, Windows
 
@@ -66,7 +68,7 @@ class LongSampler:
         windows = list(self.windows.up_to(frames) if last else self.windows.until(frames))
         self._check(frames, windows, first, last)
         conditions: dict[str, Any] = {"labels": labels, "text": text, "text_mask": text_mask}
-        story = storyline(self.sampler, self.windows, self.long, seeds, conditions)
+        story = self._storyline(seeds, conditions)
         videos: list[Tensor] = []
         if state is not None:
             videos = [state[f"level_{level}"] for level in range(self.config.levels)]
@@ -83,7 +85,14 @@ class LongSampler:
             new = videos[-1][:, :, window.known * self.windows.scale :][:, :, : frames - start]
             yield Segment(window.number, new, self._state(videos, story))
 
-    def _state(self, videos: Sequence[Tensor], story: Storyline) -> State:
+    def _storyline(self, seeds: Sequence[int], conditions: Mapping[str, Any]) -> Autoregressive:
+        """What samples level 0 by the scheme."""
+        if self.long.scheme == "joint":
+            return Joint(self.sampler, self.windows, seeds, conditions, self.long.together)
+        kind = Rolling if self.long.scheme == "rolling" else Autoregressive
+        return kind(self.sampler, self.windows, seeds, conditions)
+
+    def _state(self, videos: Sequence[Tensor], story: Autoregressive) -> State:
         return {f"level_{level}": video for level, video in enumerate(videos)} | story.state()
 
     def _known(
@@ -113,6 +122,8 @@ class LongSampler:
             raise ValueError(
                 f"first: got {first[-1].shape[2]} frames, expected fewer than the {self.windows.whole} of a window"
             )
+        if last and self.long.scheme != "autoregressive":
+            raise ValueError(f"scheme: got {self.long.scheme!r} with a last frame, expected 'autoregressive'")
         if len(windows) > 1 and not self.config.known_frames:
             raise ValueError(
                 f"frames: got {frames}, expected at most {self.windows.whole}, the length of a clip: {NOT_TRAINED}"

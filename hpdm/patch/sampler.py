@@ -129,11 +129,11 @@ class Sampler:
         given = self._check_known(known, len(seeds))
         network = TileNetwork(self.model, self.options, conditions)
         levels = FinishedLevels(network, self.tilings, finished, seeds, window, self._needed(given, len(finished)))
-        last, keeps = self.config.levels - 1, keeps_features(self.config, self.options)
+        last, keeps = len(self.tilings) - 1, keeps_features(self.config, self.options)
         if keeps:
             for level in range(min(len(finished), last)):
                 levels.keep_features(level)
-        for level in range(len(finished), self.config.levels):
+        for level in range(len(finished), len(self.tilings)):
             called = _call_counter(progress, level, self._calls(levels, level, given[level]))
             levels.add(self._sample_level(levels, level, given[level], called))
             if keeps and level < last:
@@ -164,7 +164,7 @@ class Sampler:
         def noise() -> Tensor:
             # Drawn on the CPU, so that every device gets the same noise.
             shape = (self.config.channels, *size)
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(levels.network.device)
+            return torch.stack([self._noise(shape, g) for g in generators]).to(levels.network.device)
 
         consistency = self._consistency(levels, level, frames)
 
@@ -189,6 +189,10 @@ class Sampler:
         unknown = ~section.known
         video[:, :, frames][:, :, unknown] = y[:, :, unknown]
         return video
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Standard normal noise of one video of a level, ``shape`` being (C, F_l, H_l, W_l)."""
+        return torch.randn(shape, generator=generator)
 
     def _denoised_tiles(
         self, levels: FinishedLevels, level: int, section: Section, shown: Shown | None, x: Tensor, sigma: float,
@@ -230,9 +234,9 @@ class Sampler:
 
     def _check_known(self, known: Sequence[Known | None], videos: int) -> list[Known | None]:
         """The known frames of every level, where there are any."""
-        if len(known) > self.config.levels:
-            raise ValueError(f"known: got {len(known)} levels, expected at most {self.config.levels}")
-        given: list[Known | None] = [None] * self.config.levels
+        if len(known) > len(self.tilings):
+            raise ValueError(f"known: got {len(known)} levels, expected at most {len(self.tilings)}")
+        given: list[Known | None] = [None] * len(self.tilings)
         for level, part in enumerate(known):
             if part is None or not bool(part.frames.any()):
                 continue
@@ -301,7 +305,7 @@ class Sampler:
             for sigma in self.solvers[level].prediction_sigmas():
                 rows = rows_of(self._guidance(level, sigma), self._frame_guidance(level, knows))
                 calls += len(tile_sharing.shard(levels.batches(section.tiles, rows)))
-        if level < self.config.levels - 1 and keeps_features(self.config, self.options):
+        if level < len(self.tilings) - 1 and keeps_features(self.config, self.options):
             calls += len(tile_sharing.shard(levels.feature_batches(level)))
         return calls
 

@@ -140,7 +140,7 @@ class TileNetwork:
     ) -> Tensor:  # fmt: skip
         """Predicts the scaled clean tiles y^ of noised ones, with guidance: ``[B, n, C, f, h, w]`` both.
 
-        What it predicts of known frames means nothing.
+        What it predicts of known frames means nothing. Of others whose times differ, in a rolling clip, it does.
 
         Args:
             level: pyramid level.
@@ -156,7 +156,10 @@ class TileNetwork:
             v = _guide(self._predict(level, inputs), guidance)  # [B * n, C, f, h, w]
         else:
             v = self._denoise_knowing(level, tiles, boxes, t, context, guidance, known)
-        y = denoise(tiles.flatten(0, 1), v, torch.full((1,), t, dtype=torch.float32, device=self.device))
+        time = torch.full((1,), t, dtype=torch.float32, device=self.device)
+        if known is not None:
+            time = of_pixels(known.frame_t, self.config.tokenizer[0]).repeat(len(tiles), 1, 1)  # [B * n, 1, f]
+        y = denoise(tiles.flatten(0, 1), v, time)
         if self.options.clip:
             bound = self.config.signal_scale(level)
             y = y.clamp_(-bound, bound)

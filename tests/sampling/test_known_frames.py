@@ -381,3 +381,59 @@ def test_bad_calls_are_named(generator):
         next(sampler.sampler.parts([0], known=wrong))
     with pytest.raises(ValueError, match="scheme: got 'other'"):
         LongOptions(scheme="other")
+
+
+class RollingGaussianProcess(GaussianProcess):
+    """The same where every frame has a time of its own: each frame's v is at its own time."""
+
+    def forward_level(self, x, level, boxes, t, context, labels=None, text=None, text_mask=None, frame_t=None):
+        times = (t[:, None].expand(-1, x.shape[2]) if frame_t is None else frame_t).double()
+        g = per_frame(gamma(times))
+        noised = x.double() * (g * DATA_STD**2 + 1 - g).sqrt()
+        a, c = gamma(times).sqrt(), self.covariance
+        middle = a[:, :, None] * c * a[:, None] + torch.diag_embed(1 - gamma(times) + 1e-12)
+        gain = torch.linalg.solve(middle, a[:, :, None] * c).transpose(1, 2)
+        y = torch.einsum("rfg,rcghw->rcfhw", gain, noised)
+        return ((g.sqrt() * noised - y) / (1 - g).sqrt().clamp(min=1e-6)).float()
+
+
+@pytest.mark.parametrize("scheme", ["joint", "rolling"])
+def test_other_schemes_have_the_statistics_of_the_process(scheme, generator):
+    """Rolling windows are exact but for the length of the memory; averaging windows costs variance where they overlap."""
+    config = small_config(patch=(4, 8, 8), tokenizer=(1, 2, 2), known_frames=True, levels=1, levels_per_block=(1,))
+    model = RollingGaussianProcess(config)
+    options = SamplerOptions(steps=48, solver="2m", known_noise=0.0, churn=0.0, sigma_min=0.002)
+    sampler = LongSampler(model, options, LongOptions(scheme=scheme, together=3))
+    long = torch.cat([s.frames for s in sampler.segments(list(range(24)), 32)], dim=2).double()
+    y = long.permute(2, 0, 1, 3, 4).flatten(1) / model.SIZE  # [frames, samples]
+    variance = y.var(dim=1)
+    lag_1 = (y[1:] * y[:-1]).mean(dim=1) / (y[1:].std(dim=1) * y[:-1].std(dim=1))
+    print(scheme, variance, lag_1)
+    if scheme == "rolling":
+        assert (variance - 1).abs().max() < 0.2
+        assert (lag_1 - model.RHO).abs().max() < 0.12
+    else:
+        assert variance.min() > 0.6
+        assert variance.max() < 1.15
+        assert (lag_1 - model.RHO).abs().max() < 0.15
+
+
+@pytest.mark.parametrize("scheme", ["joint", "rolling"])
+@pytest.mark.parametrize("changes", [{}, {"self_conditioning": 0.5}])
+def test_all_schemes_go_on_and_do_not_depend_on_the_length(scheme, changes, generator):
+    model = random_model(CONFIG.replace(**changes))
+    sampler = LongSampler(model, SamplerOptions(steps=4, solver="2m"), LongOptions(scheme=scheme, together=3))
+    labels = torch.tensor([1])
+    segments = list(sampler.segments([3], 60, labels))
+    long = torch.cat([s.frames for s in segments], dim=2)
+    assert torch.equal(torch.cat([s.frames for s in sampler.segments([3], 33, labels)], dim=2), long[:, :, :33])
+    for done in (1, 2, 4):
+        state = {name: tensor.clone() for name, tensor in segments[done - 1].state.items()}
+        again = list(sampler.segments([3], 60, labels, state=state, done=done))
+        assert torch.equal(torch.cat([s.frames for s in again], dim=2), long[:, :, 16 + (done - 1) * 8 :])
+    first = [torch.rand(1, 3, 2 * 2**n, 8 * 2**n, 8 * 2**n, generator=generator) for n in range(3)]
+    given = torch.cat([s.frames for s in sampler.segments([3], 40, labels, first=first)], dim=2)
+    assert torch.equal(given[:, :, :8], first[-1])
+    assert (given[:, :, 16:40] - long[:, :, 16:40]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=f"scheme: got '{scheme}' with a last frame, expected 'autoregressive'"):
+        next(sampler.segments([3], 40, labels, last=first))

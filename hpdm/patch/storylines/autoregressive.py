@@ -1,4 +1,4 @@
-"""Level 0 of a long video, which the levels above follow: how it goes on from window to window."""
+"""Each window of level 0 knows the last frames of the one before: what all storylines have in common."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from hpdm.frames import Known
-from hpdm.long_video import LongOptions, State
+from hpdm.long_video import State
 from hpdm.patch.sampler import Sampler
 from hpdm.windows import Window, Windows
 
 
-class Storyline:
-    """Level 0 of B long videos, window by window: each one knows the last frames of the one before (autoregressive).
+class Autoregressive:
+    """Level 0 of B long videos, window by window. Others derive from it.
 
     Args:
         sampler: of single windows.
@@ -27,11 +27,16 @@ class Storyline:
         self.sampler, self.windows, self.seeds, self.conditions = sampler, windows, seeds, conditions
 
     def window(self, window: Window, known: Known | None) -> list[Tensor]:
-        """Level 0 of the next window, ``[B, C, f, h, w]``; an empty list: it is sampled as the levels above are."""
+        """Level 0 of the next window, ``[B, C, f, h, w]``; an empty list: it is sampled as the levels above are.
+
+        Args:
+            window: which one.
+            known: the frames of level 0 that it knows; ``None`` for none.
+        """
         return []
 
     def finished(self, window: Window, video: Tensor) -> None:
-        """Takes note of level 0 of a window."""
+        """Takes note of level 0 of a window, ``[B, C, f, h, w]``."""
 
     def state(self) -> State:
         """What the storyline needs to go on, besides the last window."""
@@ -39,10 +44,3 @@ class Storyline:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Goes on from what :meth:`state` returned."""
-
-
-def storyline(
-    sampler: Sampler, windows: Windows, long: LongOptions, seeds: Sequence[int], conditions: Mapping[str, Any]
-) -> Storyline:
-    """The storyline of a scheme."""
-    return Storyline(sampler, windows, seeds, conditions)
