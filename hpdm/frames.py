@@ -64,8 +64,9 @@ class FrameDraws(NamedTuple):
 
 
 def draw_frames(
-    t: Tensor, frames: int, objective: Objective, generator: torch.Generator, finished: Tensor, rolling_levels: int = 1
-) -> FrameDraws:
+    t: Tensor, frames: int, objective: Objective, generator: torch.Generator, finished: Tensor, *,
+    rolling_levels: int = 1, spacing: int = 1,
+) -> FrameDraws:  # fmt: skip
     """Draws which frames are known, on each level on its own, since samplers know others on each level.
 
     Known are, with the shares of ``objective``: the first frames, any number of them but all; the last frames, and any
@@ -77,9 +78,11 @@ def draw_frames(
         objective: gives the shares, and the largest time of known frames.
         generator: CPU generator.
         finished: clips on levels that are shown finished, bool ``[B, n]``: no frame of theirs is known or rolling.
+        spacing: if above 1, half of the clips on the lowest level that would know their last frames know every
+            ``spacing``-th frame in their place, from the first one on.
         rolling_levels: the lowest so many levels can be rolling; the others know the first frames in its place.
     """
-    kind, first, last, before, noise, clean, phase = torch.rand(7, *t.shape, generator=generator)  # [B, n] each
+    kind, first, last, before, noise, clean, phase, apart = torch.rand(8, *t.shape, generator=generator)  # [B, n] each
     shares = (objective.known_first, objective.known_ends, objective.rolling)
     bounds = [sum(shares[: n + 1]) for n in range(3)]
     rolls = (kind >= bounds[1]) & (kind < bounds[2]) & ~finished
@@ -92,6 +95,10 @@ def draw_frames(
     first_known = torch.where(rolls, _below(first, frames - 1), first_known)  # 0 .. F - 2
     known = frame < first_known[..., None]  # [B, n, F]
     known |= knows_ends[..., None] & (frame >= frames - last_known[..., None])
+    if spacing > 1:
+        every = knows_ends & (apart < 0.5)
+        every[:, 1:] = False
+        known = torch.where(every[..., None], frame % spacing == 0, known)
     known &= ((knows_first | knows_ends | rolls) & ~finished)[..., None]
     known_t = noise * objective.known_t_max * (clean >= EXACTLY_CLEAN)  # [B, n]
     rising = frames - first_known[..., None]

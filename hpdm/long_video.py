@@ -10,10 +10,11 @@ from torch import Tensor
 
 from hpdm.checks import check_choice
 
-Scheme = Literal["autoregressive", "joint", "rolling"]
+Scheme = Literal["autoregressive", "joint", "hierarchical", "rolling"]
 """"autoregressive": each window knows the last frames of the one before. "joint": a few overlapping windows at a time
-are sampled together and averaged (Wang et al. 2023), from noise that they share (Qiu et al. 2024). "rolling": one frame
-of level 0 after another, with noise that rises along the window (Ruhe et al. 2024)."""
+are sampled together and averaged (Wang et al. 2023), from noise that they share (Qiu et al. 2024). "hierarchical": first
+frames of level 0 that are far apart, then those between (He et al. 2022). "rolling": one frame of level 0 after another,
+with noise that rises along the window (Ruhe et al. 2024)."""
 
 LongProgress = Callable[[int, int, int, int], None]
 """Called as (window, part, network calls done, network calls in all) after every network call."""
@@ -31,6 +32,8 @@ class LongOptions:
     """How level 0 goes on from window to window."""
     known: int | None = None
     """Frames of level 0 that a window knows of the one before. Default: half of the window."""
+    remember: bool = True
+    """Start the latents of a window from those of the window before, if the run was trained with --memory."""
     together: int = 4
     """Windows that the scheme "joint" samples together."""
 

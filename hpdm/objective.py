@@ -59,6 +59,10 @@ class Objective:
     """With --known-frames: share whose last frames are known, and any number of the first ones, perhaps none."""
     rolling: float = 0.1
     """With --known-frames: share on level 0 in which the noise rises along the frames that are not known."""
+    sparse: float = 0.15
+    """With --spacing: share of the samples whose level 0 shows frames that are far apart; it alone is trained then."""
+    remembered: float = 0.5
+    """With --memory: share of the samples that remember the window before."""
     known_t_max: float = 0.476
     """With --known-frames: largest diffusion time of known frames; a quarter of them are exactly clean."""
     cuts: bool = False
@@ -79,6 +83,9 @@ class Objective:
         for name in ("context_t_max", "known_t_max"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected a time in [0, 1]")
+        for name in ("sparse", "remembered"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a share in [0, 1)")
         shares = (self.known_first, self.known_ends, self.rolling)
         if min(shares) < 0 or sum(shares) > 1:
             raise ValueError(

@@ -267,7 +267,7 @@ def start_from_exported(model: nn.Module, path: Path, may_lack: tuple[str, ...] 
     Args:
         model: whole, not sharded.
         path: the file.
-        may_lack: how names of parameters begin that the file may lack; these are set to zero.
+        may_lack: how names of parameters begin that the file may lack; these stay as they are.
 
     Raises:
         ValueError: a damaged file, or one of a model with other parameters.
@@ -281,16 +281,14 @@ def start_from_exported(model: nn.Module, path: Path, may_lack: tuple[str, ...] 
 
 @torch.no_grad()
 def _fill(model: nn.Module, file: TensorFile, lacking: Collection[str] = ()) -> None:
-    """Fills a model from a file that has its parameters but the ``lacking`` ones, which become zero.
+    """Fills a model from a file that has its parameters but the ``lacking`` ones.
 
     Raises:
         DamagedError: a tensor is damaged, or holds numbers that are not finite.
     """
     parameters = parameters_of(model)
     for name, parameter in parameters.items():
-        if name in lacking:
-            parameter.zero_()
-        else:
+        if name not in lacking:
             parameter.copy_(file.read(name))
     broken = first_not_finite(parameters)
     if broken is not None:

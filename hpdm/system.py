@@ -36,6 +36,12 @@ class Architecture:
     """Share of unconditional samples, for guidance; the preset's (0.1) if not given."""
     self_conditioning: float = 0.0
     """Share of samples whose latents start from those of a first pass (RIN: 0.9); costs a forward pass per step."""
+    spacing: int = 1
+    """With --known-frames, also train level 0 on frames this far apart, a divisor of its patch's frames less one, for
+    the scheme hierarchical; 1 for none. Training clips are longer then."""
+    memory: bool = False
+    """With --known-frames, also train the latents of level 0 to start from those of the window before. Training clips
+    are longer then."""
     known_frames: bool = False
     """Train with known frames too, which `hpdm sample` needs for videos longer than a clip and for those that go on
     from a clip or an image. --init may be a run without."""
@@ -108,8 +114,8 @@ class System(ABC):
     """Configs by the name that ``--preset`` takes."""
     recipes: Mapping[str, Recipe]
     """How each preset is trained."""
-    zero_started: tuple[str, ...] = ()
-    """How names of parameters begin that may be added to a trained model as zeros, which changes nothing."""
+    added: tuple[str, ...] = ()
+    """How names of parameters begin that may be added to a trained model: as they start, they change nothing."""
     published_parameters: Mapping[str, float] = {}
     """Number of parameters of some presets, as published."""
     parameter_parts: Sequence[tuple[str, str]] = (("all", ""),)
@@ -229,6 +235,11 @@ class System(ABC):
             ``[B, C, f, h, w]`` float32 in [-1, 1], on the device of ``video``.
         """
         return video.float() / 127.5 - 1
+
+    def clip_frames(self, config: Any) -> int:
+        """Frames of a training clip, at least those of ``config.resolution``."""
+        frames, _, _ = config.resolution
+        return int(frames)
 
     def configure(self, config: Any, changes: Architecture) -> Any:
         """``config`` with a run's changes; ``ValueError`` for a change that this system does not support."""

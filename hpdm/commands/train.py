@@ -116,7 +116,8 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         options = with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
-        dataset = _open_clips(options, config.resolution, captions=embeddings is not None)
+        size = (system.clip_frames(config), *config.resolution[1:])
+        dataset = _open_clips(options, size, captions=embeddings is not None)
         config = _with_conditioning(config, options.preset, dataset.class_names, embeddings)
         if embeddings is not None:
             _check_embedded(embeddings, dataset)
@@ -184,9 +185,9 @@ def _announce_rate(recipe: Recipe) -> None:
         )  # fmt: skip
 
 
-def _open_clips(options: TrainOptions, resolution: tuple[int, int, int], captions: bool) -> Mixture:
-    """Opens all sets of ``--data``; labels do not matter where there are captions."""
-    frames, height, width = resolution
+def _open_clips(options: TrainOptions, size: tuple[int, int, int], captions: bool) -> Mixture:
+    """Opens all sets of ``--data``, for clips of ``size``; labels do not matter where there are captions."""
+    frames, height, width = size
     roots = [parse_root(root) for root in options.data]
     splits = _splits(options, [part.root for part in roots])
     total = sum(part.weight for part in roots)
@@ -274,7 +275,7 @@ def _start_of(options: TrainOptions, system: System) -> tuple[Callable[[nn.Modul
     exported = published.find(options.init) or options.init
     if not exported.is_file():
         return None, newest_checkpoint(options.init)
-    return lambda model: runs.start_from_exported(model, exported, system.zero_started), None
+    return lambda model: runs.start_from_exported(model, exported, system.added), None
 
 
 def _class_names(config: Any, dataset: Mixture) -> list[str]:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 
-ZERO_STARTED = "frame_times."
-"""How the names of those parameters begin that may be added to a trained model as zeros, which changes nothing."""
+ADDED = ("frame_times.", "memory.", "sparse")
+"""How the names of those parameters begin that may be added to a trained model: as they start, they change nothing."""
 
-_MAY_DIFFER = {"levels", "levels_per_block", "patch", "conditioning_dropout", "detach_context", "known_frames"}
+_MAY_DIFFER = {"levels", "levels_per_block", "patch", "conditioning_dropout", "detach_context", "known_frames", "spacing", "memory"}
 """Fields in which a base may differ: they affect no weights, or only weights that :func:`_start` handles."""
 _MAY_DIFFER_WITH_ONE_LEVEL = _MAY_DIFFER | {
     "ratio", "coordinates", "coordinate_embedding", "input_scale_decay"
@@ -50,6 +50,8 @@ def start_from_base(model: HPDM, base: nn.Module, source: Path) -> None:
     _check_base(base.config, model.config, source)
     weights = dict(base.named_parameters())
     for name, parameter in model.named_parameters():
+        if name.startswith(ADDED) and name not in weights:
+            continue
         parameter.copy_(_start(name, parameter.shape, weights.get(name), source))
 
 
@@ -66,7 +68,7 @@ def _start_without_weight(name: str, shape: torch.Size, source: Path) -> Tensor:
     """The initial value of a parameter that the base lacks: a new fusion, which is the identity on a level's tokens."""
     if name.endswith("fusion.weight"):
         return torch.eye(*shape)
-    if name.endswith(("fusion.bias", "fusion.coordinate_weight")) or name.startswith(ZERO_STARTED):
+    if name.endswith(("fusion.bias", "fusion.coordinate_weight")):
         return torch.zeros(shape)
     raise ValueError(f"base: {source} has no {name}")
 

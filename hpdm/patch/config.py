@@ -63,6 +63,11 @@ class HPDMConfig:
     self-conditioning, there 0.9). Each training step then takes one more forward pass. 0 builds a model without it."""
     known_frames: bool = False
     """Whether some frames of a patch can be given, see :mod:`hpdm.frames`. Not in the paper."""
+    spacing: int = 1
+    """Frames of level 0 from one frame of a sparse storyline to the next, which the network can show on level 0 besides
+    its own clips; a divisor of ``patch[0] - 1``. 1 for none. Not in the paper."""
+    memory: bool = False
+    """Whether latents of level 0 can start from the final ones of the window before. Not in the paper."""
     input_scale: float = 1.0
     """b_0: scale of the clean signal on level 0."""
     input_scale_decay: float = 0.7
@@ -125,6 +130,14 @@ class HPDMConfig:
                 f"known_frames: got true for patches of {self.grid[0]} frame of tokens, expected at least 2: a known "
                 "one and one to predict"
             )
+        if self.spacing < 1 or (self.spacing > 1 and (self.patch[0] - 1) % self.spacing):
+            raise ValueError(f"spacing: got {self.spacing}, expected 1 or a divisor of {self.patch[0] - 1}")
+        if self.spacing > 1 and self.tokenizer[0] > 1:
+            raise ValueError(f"spacing: got {self.spacing} with tokens of {self.tokenizer[0]} frames, expected 1")
+        if (self.spacing > 1 or self.memory) and not self.known_frames:
+            raise ValueError(
+                f"known_frames: got false with spacing={self.spacing} and memory={self.memory}, expected true"
+            )
         lpb = self.levels_per_block
         if not lpb or max(lpb) != self.levels or min(lpb) < 1 or list(lpb) != sorted(lpb):
             raise ValueError(
@@ -181,6 +194,22 @@ class HPDMConfig:
         """Scale of a box on a level, r / R_l."""
         f, h, w = (float(q) ** -level for q in self.ratio)
         return (f, h, w)
+
+    @property
+    def frame_scale(self) -> int:
+        """Frames of the video per frame of level 0."""
+        return self.resolution[0] // self.patch[0]
+
+    @property
+    def past_frames(self) -> int:
+        """Frames of the video from the start of the window before to that of a window, if windows are remembered."""
+        return (self.patch[0] - self.patch[0] // 2) * self.frame_scale if self.memory else 0
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a training clip: more than ``resolution[0]`` with memory or a sparse storyline."""
+        sparse = ((self.patch[0] - 1) * self.spacing + 1) * self.frame_scale if self.spacing > 1 else 0
+        return max(self.resolution[0] + self.past_frames, sparse)
 
     def signal_scale(self, level: int) -> float:
         """b_l = b_0 * q^l."""

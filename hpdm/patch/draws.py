@@ -42,6 +42,12 @@ class Draws(NamedTuple):
     """Clips whose latents start from those of a first pass, bool ``[B]``; ``None`` without self-conditioning."""
     frame_t: Tensor | None = None
     """Times of each frame of tokens, float32 ``[B, n, F]``; ``None`` for a model without known frames."""
+    start: Tensor | None = None
+    """First frame of the clip in a longer one, int64 ``[B]``; ``None`` where clips are not longer."""
+    sparse: Tensor | None = None
+    """Clips whose level 0 shows frames that are far apart, bool ``[B]``; ``None`` for none."""
+    remembers: Tensor | None = None
+    """Clips whose latents of level 0 start from those of the window before, bool ``[B]``; ``None`` for none."""
     predicted: Tensor | None = None
     """Frames of tokens that are not known, whose errors alone count: bool ``[B, n, F]``; ``None`` for all."""
 
@@ -94,12 +100,43 @@ def draw(
     first_pass = draw_first_pass(config, batch, generator)
     frame_t = predicted = None
     if config.known_frames:
-        t, frame_t, predicted = draw_frames(t, config.grid[0], objective, generator, trained == 0)
+        t, frame_t, predicted = draw_frames(t, config.grid[0], objective, generator, trained == 0, spacing=config.spacing)
+    start, sparse, remembers = _draw_of_long_clips(config, batch, objective, generator, stills)
+    if sparse is not None:
+        trained = _without_sparse_context(trained, sparse, objective.sparse)
     weight = trained * loss_weight(objective.weighting, t, signal)
     if objective.cuts:
         weight = weight / _probability_of_levels(config)[:levels]
-    drawn = Draws(boxes, t, noise, weight, signal, dropped, stills, mirrored, first_pass, frame_t, predicted)
+    drawn = Draws(boxes, t, noise, weight, signal, dropped, stills, mirrored, first_pass, frame_t, start, sparse, remembers, predicted)
     return drawn if rows is None else _only_rows(drawn, slice(rows.start, rows.stop))
+
+
+def _draw_of_long_clips(
+    config: HPDMConfig, batch: int, objective: Objective, generator: torch.Generator, stills: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """First frames of the clips in longer ones, which of them are sparse on level 0, and which remember the past.
+
+    Stills are and do neither.
+    """
+    room = config.clip_frames - config.resolution[0] - config.past_frames
+    if config.clip_frames == config.resolution[0]:
+        return None, None, None
+    start = config.past_frames + torch.randint(room + 1, (batch,), generator=generator)
+    sparse = torch.rand(batch, generator=generator) < objective.sparse if config.spacing > 1 else None
+    remembers = torch.rand(batch, generator=generator) < objective.remembered if config.memory else None
+    if sparse is not None and remembers is not None:
+        remembers &= ~sparse
+    if stills is not None:
+        moves = (stills != stills[:, :1]).any(dim=1)
+        sparse = None if sparse is None else sparse & moves
+        remembers = None if remembers is None else remembers & moves
+    return start, sparse, remembers
+
+
+def _without_sparse_context(trained: Tensor, sparse: Tensor, share: float) -> Tensor:
+    """Weights ``[B, n]`` where level 0 of some clips is ``sparse [B]``: above it, the context is wrong there."""
+    others = torch.where(sparse[:, None], 0.0, trained / (1 - share))
+    return torch.where(torch.arange(trained.shape[1]) == 0, trained, others)
 
 
 def _noise_of_rows(rows: range, batch: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -18,6 +18,7 @@ from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 from hpdm.patch.sampler import NOT_TRAINED, Sampler
 from hpdm.patch.storylines.autoregressive import Autoregressive
+from hpdm.patch.storylines.hierarchical import Hierarchical
 from hpdm.patch.storylines.joint import Joint
 from hpdm.patch.storylines.rolling import Rolling
 from hpdm.sampling import Progress, SamplerOptions
@@ -41,6 +42,7 @@ class LongSampler:
         self.sampler = Sampler(model, options)
         self.windows = windows_of(self.config, self.long)
         self.known = self.windows.known
+        self.remembers = self.config.memory and self.long.remember
 
     def count(self, frames: int) -> int:
         return self.windows.count(frames)
@@ -76,8 +78,9 @@ class LongSampler:
         for window in windows[done:]:
             known = self._known(window, videos, first, last if window.number == len(windows) - 1 else ())
             given = story.window(window, known[0]) if levels is None else list(levels(window.number))
+            before = videos[0] if self.remembers and window.number and not given else None
             videos = self.sampler(
-                seeds, **conditions, finished=given, known=known, window=window.number,
+                seeds, **conditions, finished=given, known=known, window=window.number, before=before,
                 progress=_of_window(progress, window.number),
             )  # fmt: skip
             story.finished(window, videos[0])
@@ -89,6 +92,8 @@ class LongSampler:
         """What samples level 0 by the scheme."""
         if self.long.scheme == "joint":
             return Joint(self.sampler, self.windows, seeds, conditions, self.long.together)
+        if self.long.scheme == "hierarchical":
+            return Hierarchical(self.sampler, self.windows, seeds, conditions)
         kind = Rolling if self.long.scheme == "rolling" else Autoregressive
         return kind(self.sampler, self.windows, seeds, conditions)
 
@@ -124,6 +129,8 @@ class LongSampler:
             )
         if last and self.long.scheme != "autoregressive":
             raise ValueError(f"scheme: got {self.long.scheme!r} with a last frame, expected 'autoregressive'")
+        if first and self.long.scheme == "hierarchical":
+            raise ValueError("scheme: got 'hierarchical' with first frames, expected another one")
         if len(windows) > 1 and not self.config.known_frames:
             raise ValueError(
                 f"frames: got {frames}, expected at most {self.windows.whole}, the length of a clip: {NOT_TRAINED}"
@@ -134,11 +141,17 @@ def windows_of(config: HPDMConfig, long: LongOptions) -> Windows:
     """The windows of long videos.
 
     Raises:
-        ValueError: more known frames than a window has.
+        ValueError: more known frames than a window has, or a model without the scheme.
     """
     frames, known = config.patch[0], long.known
     if frames == 1:
         raise ValueError("frames: got a model of patches of one frame, expected at least two")
+    if long.scheme == "hierarchical":
+        if config.spacing == 1:
+            raise ValueError("scheme: got 'hierarchical' for a model that was trained without --spacing, expected another")
+        if known not in (None, 1):
+            raise ValueError(f"known: got {known} with scheme 'hierarchical', expected 1: windows share a frame")
+        known = 1
     scale = config.resolution[0] // frames
     return Windows(frames, max(1, frames // 2) if known is None else known, scale)
 

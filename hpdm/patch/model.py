@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -28,6 +28,19 @@ from hpdm.patch.positions import axis_sinusoids
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels.boxes import relative_box
 from hpdm_kernels.modules import check_backend
+
+
+class Told(NamedTuple):
+    """What the network is told of a level besides its patches and their conditioning."""
+
+    t: Tensor
+    """``[B]``."""
+    frame_t: Tensor | None
+    """``[B, F]``."""
+    sparse: Tensor | None
+    """Bool ``[B]``; on level 0."""
+    memory: Tensor | None
+    """``[B, M, E]``; on level 0."""
 
 
 class HPDM(nn.Module):
@@ -67,6 +80,9 @@ class HPDM(nn.Module):
         self.out_norm = nn.LayerNorm(config.width)
         self.detokenizer = nn.Linear(config.width, config.channels * math.prod(config.tokenizer))
         self.frame_times = FrameTimes(config.width) if config.known_frames else None
+        # Added to the tokens of level 0 where its frames are far apart.
+        self.sparse = nn.Parameter(torch.zeros(config.width)) if config.spacing > 1 else None
+        self.memory = SelfConditioning(config, kernels) if config.memory else None
         self.initialize()
 
     def initialize(self) -> None:
@@ -124,7 +140,7 @@ class HPDM(nn.Module):
     def forward(
         self, x: Tensor, boxes: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,
         text_mask: Tensor | None = None, *, latents: Tensor | None = None, frame_t: Tensor | None = None,
-        return_latents: bool = False,
+        sparse: Tensor | None = None, memory: Tensor | None = None, return_latents: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """Predicts v for one patch of every level, jointly (paper eq. 4).
 
@@ -142,6 +158,10 @@ class HPDM(nn.Module):
                 ``None``, or zeros for a sample, for no earlier pass. No gradient flows into them.
             frame_t: for a model with known frames, diffusion times of each frame of tokens ``[B, L, F]``, for which
                 ``x`` is noised and scaled; ``None``: those of ``t``.
+            sparse: for a model with a sparse storyline, the samples whose frames of level 0 are far apart, bool
+                ``[B]``; ``None``: none.
+            memory: for a model with memory, the final latents of level 0 of the window before, ``[B, M, E]``; ``None``,
+                or zeros for a sample, for none. No gradient flows into them.
             return_latents: also return the final latents of this pass, ``[B, L, M, E]``.
 
         Returns:
@@ -166,9 +186,11 @@ class HPDM(nn.Module):
         if frame_t is not None:
             check_shape("frame_t", frame_t, (batch, levels, cfg.grid[0]))
             tokens = [self._tell_frames(tokens[k], t[:, k], frame_t[:, k]) for k in range(levels)]
+        tokens[0] = self._tell_sparse(tokens[0], sparse)
         z = [
             self._initial_latents(batch, None if latents is None else latents[:, k]) for k in range(levels)
         ]  # L x [B, M, E]
+        z[0] = self._remember(z[0], memory)
         for block in self.rin_blocks:
             n = min(block.levels, levels)
             tokens[:n], z[:n] = self._run_block(
@@ -188,6 +210,8 @@ class HPDM(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         frame_t: Tensor | None = None,
+        sparse: Tensor | None = None,
+        memory: Tensor | None = None,
     ) -> Tensor:
         """Predicts v for patches of one level whose lower levels are finished (paper section 4.4).
 
@@ -199,6 +223,7 @@ class HPDM(nn.Module):
             context: from the finished levels; ``None`` on level 0 and only there.
             labels, text, text_mask: as in :meth:`forward`.
             frame_t: as in :meth:`forward`, ``[B, F]``.
+            sparse, memory: as in :meth:`forward`, on level 0.
 
         Returns:
             v ``[B, C, f, h, w]``.
@@ -207,7 +232,8 @@ class HPDM(nn.Module):
             TypeError, ValueError: as :meth:`forward`, or a context missing where one is needed.
         """
         conditioning = self._condition_level(x, level, t, labels, text, text_mask)
-        tokens, _, _ = self._run_level(x, level, boxes, conditioning, context, t=t, frame_t=frame_t)
+        told = Told(t, frame_t, sparse, memory)
+        tokens, _, _ = self._run_level(x, level, boxes, conditioning, context, told=told)
         return self._detokenize(tokens)
 
     def forward_level_with_latents(
@@ -221,6 +247,8 @@ class HPDM(nn.Module):
         text: Tensor | None = None,
         text_mask: Tensor | None = None,
         frame_t: Tensor | None = None,
+        sparse: Tensor | None = None,
+        memory: Tensor | None = None,
         latents: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward_level` with self-conditioning: also takes the latents of an earlier pass, and returns its own.
@@ -234,7 +262,8 @@ class HPDM(nn.Module):
             TypeError, ValueError: as :meth:`forward_level`.
         """
         conditioning = self._condition_level(x, level, t, labels, text, text_mask)
-        tokens, z, _ = self._run_level(x, level, boxes, conditioning, context, latents, t=t, frame_t=frame_t)
+        told = Told(t, frame_t, sparse, memory)
+        tokens, z, _ = self._run_level(x, level, boxes, conditioning, context, latents, told=told)
         return self._detokenize(tokens), z
 
     def level_features(
@@ -297,7 +326,7 @@ class HPDM(nn.Module):
     def _run_level(
         self, x: Tensor, level: int, boxes: Tensor, conditioning: Conditioning, context: Context | None,
         latents: Tensor | None = None, feature_blocks: Sequence[int] = (), stop: int | None = None,
-        t: Tensor | None = None, frame_t: Tensor | None = None,
+        told: Told | None = None,
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:  # fmt: skip
         """Runs one level through the blocks before ``stop`` (all of them for ``None``).
 
@@ -310,10 +339,13 @@ class HPDM(nn.Module):
         if (context is None) != (level == 0):
             raise ValueError(f"context: got {type(context).__name__} on level {level}, expected None on level 0 alone")
         a = self._tokenize(self._fuse_pixels_of_context(x, boxes, context))  # [B, N, D]
-        if t is not None and frame_t is not None:
-            check_shape("frame_t", frame_t, (batch, self.config.grid[0]))
-            a = self._tell_frames(a, t, frame_t)
         z = self._initial_latents(batch, latents)  # [B, M, E]
+        if told is not None and told.frame_t is not None:
+            check_shape("frame_t", told.frame_t, (batch, self.config.grid[0]))
+            a = self._tell_frames(a, told.t, told.frame_t)
+        if level == 0:
+            a = self._tell_sparse(a, None if told is None else told.sparse)
+            z = self._remember(z, None if told is None else told.memory)
         features: dict[int, Tensor] = {}
         for b, block in enumerate(self.rin_blocks):
             if b in feature_blocks and block.fusion is not None:
@@ -397,6 +429,27 @@ class HPDM(nn.Module):
             raise ValueError("frame_t: got a tensor, expected None for a model without known frames")
         told: Tensor = self.frame_times(tokens, t, frame_t)
         return told
+
+    def _tell_sparse(self, tokens: Tensor, sparse: Tensor | None) -> Tensor:
+        """Tells tokens ``[B, N, D]`` of level 0 which samples, bool ``[B]``, have frames that are far apart."""
+        if sparse is None:
+            return tokens
+        if self.sparse is None:
+            raise ValueError("sparse: got a tensor, expected None for a model without a sparse storyline")
+        check_shape("sparse", sparse, tokens.shape[:1])
+        return tokens + sparse[:, None, None] * self.sparse
+
+    def _remember(self, z: Tensor, memory: Tensor | None) -> Tensor:
+        """Initial latents ``[B, M, E]`` of level 0 from ``z`` and those of the window before."""
+        if self.memory is None:
+            if memory is not None:
+                raise ValueError("memory: got a tensor, expected None for a model without memory")
+            return z
+        if memory is not None:
+            check_shape("memory", memory, z.shape)
+        # Zeros stand for no window before; one row of them is enough.
+        started: Tensor = self.memory(z, z.new_zeros(1, 1, z.shape[2]) if memory is None else memory)
+        return started
 
     def _detokenize(self, a: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` -> v ``[B, C, f, h, w]``."""

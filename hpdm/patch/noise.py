@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Purpose = Literal["sampling", "context", "known"]
-"""Noise from which a level is sampled, noise of a finished level that is the context of those above, or noise of frames
-that are known."""
+Purpose = Literal["sampling", "context", "known", "sparse", "known sparse"]
+"""Noise from which a level is sampled, noise of a finished level that is the context of those above, noise of frames
+that are known, and both for level 0 with frames that are far apart."""
 
-_SPAWN_KEYS: dict[Purpose, tuple[int, ...]] = {"sampling": (), "context": (1,), "known": (2,)}
+_SPAWN_KEYS: dict[Purpose, tuple[int, ...]] = {
+    "sampling": (), "context": (1,), "known": (2,), "sparse": (3,), "known sparse": (4,)
+}  # fmt: skip
 
 
 def level_generator(seed: int, level: int, purpose: Purpose = "sampling", window: int = 0) -> torch.Generator:

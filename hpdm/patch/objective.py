@@ -16,6 +16,7 @@ from hpdm.patch.boxes import at_border, extract_patches, sample_boxes
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.draws import Draws, draw_first_pass
 from hpdm.patch.model import HPDM
+from hpdm.patch.real_levels import level_of_video
 from hpdm.process import add_noise, network_input
 from hpdm.text import MAX_LENGTH
 from hpdm.training.stills import show_frames
@@ -53,18 +54,25 @@ def denoising_error(
         network: called in place of the model, e.g. its DDP wrapper; ``None`` for the model itself.
     """
     config = model.config
-    if draws.stills is not None:
-        video = show_frames(video, draws.stills)
     if draws.mirrored is not None:
         video = mirror(video, draws.mirrored)
-    x = extract_patches(video, draws.boxes, config, backend=model.kernels)  # [B, n, C, f, h, w], n levels
+    clip = video if draws.start is None else _frames_from(video, draws.start, config.resolution[0])
+    if draws.stills is not None:
+        clip = show_frames(clip, draws.stills)
+    x = extract_patches(clip, draws.boxes, config, backend=model.kernels)  # [B, n, C, f, h, w], n levels
+    if draws.sparse is not None:
+        x = _with_sparse_level_0(config, x, video, draws.sparse)
+    past = None
+    if draws.remembers is not None and draws.start is not None:
+        before = _frames_from(video, draws.start - config.past_frames, config.resolution[0])
+        past = level_of_video(config, before, 0)  # [B, C, f, h, w]
     if labels is not None:
         labels = labels.masked_fill(draws.dropped, config.classes)
     if text is not None:
         if text_mask is None:
             text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         text_mask = text_mask & ~draws.dropped[:, None]
-    error = _error_of_v(model, x, draws, (labels, text, text_mask), network) * draws.weight
+    error = _error_of_v(model, x, draws, (labels, text, text_mask), network, past) * draws.weight
     return functional.pad(error, (0, config.levels - error.shape[1]))  # levels that are cut have no error
 
 
@@ -135,10 +143,11 @@ def _error_of_v(
     draws: Draws,
     conditions: tuple[Tensor | None, Tensor | None, Tensor | None],
     network: Callable[..., Tensor] | None = None,
+    past: Tensor | None = None,
 ) -> Tensor:
     """Squared error of v, ``[B, n]``, on clean patches ``x [B, n, C, f, h, w]`` of the lowest n levels.
 
-    ``conditions`` are labels, texts and their mask.
+    ``conditions`` are labels, texts and their mask; ``past [B, C, f, h, w]`` is level 0 of the window before.
     """
     network = model if network is None else network  # a compiled module has no truth value
     per_token = model.config.tokenizer[0]
@@ -146,6 +155,10 @@ def _error_of_v(
     if draws.frame_t is not None:
         times, signal = of_pixels(draws.frame_t, per_token), signal[:, None, None]  # [B, n, 1, f], [n, 1, 1]
         named["frame_t"] = draws.frame_t
+    if draws.sparse is not None:
+        named["sparse"] = draws.sparse
+    if past is not None and draws.remembers is not None:
+        named["memory"] = _latents_of_past(network, past, draws, conditions)
     noised, target = add_noise(x, draws.noise, times, signal)  # [B, n, C, f, h, w] both
     inputs = (network_input(noised, times, signal), draws.boxes, draws.t, *conditions)
     error = (predict(network, draws.first_pass, *inputs, **named) - target).square()
@@ -169,6 +182,33 @@ def predict(network: Callable[..., Any], first_pass: Tensor | None, *inputs: Any
     return v
 
 
+def _frames_from(video: Tensor, start: Tensor, frames: int) -> Tensor:
+    """``frames`` frames of each clip ``[B, C, F, H, W]`` from frame ``start [B]`` on."""
+    return show_frames(video, start[:, None] + torch.arange(frames, device=video.device))
+
+
+def _with_sparse_level_0(config: HPDMConfig, x: Tensor, video: Tensor, sparse: Tensor) -> Tensor:
+    """``x [B, n, C, f, h, w]`` with frames of level 0 that are far apart, from the start of ``video``, where sparse."""
+    frames = ((config.patch[0] - 1) * config.spacing + 1) * config.frame_scale
+    apart = level_of_video(config, video[:, :, :frames], 0)[:, :, :: config.spacing]  # [B, C, f, h, w]
+    level_0 = torch.where(sparse[:, None, None, None, None], apart, x[:, 0])
+    return torch.cat((level_0[:, None], x[:, 1:]), dim=1)
+
+
+@torch.no_grad()
+def _latents_of_past(
+    network: Callable[..., Any], past: Tensor, draws: Draws, conditions: tuple[Tensor | None, Tensor | None, Tensor | None]
+) -> Tensor:
+    """Final latents of level 0 of the finished window before, ``[B, M, E]``; zeros for clips that do not remember it."""
+    t = torch.zeros_like(draws.t[:, :1])
+    boxes = torch.zeros_like(draws.boxes[:, :1])
+    boxes[..., 3:] = 1.0
+    x = network_input(past[:, None] * draws.signal[0], t, draws.signal[:1])
+    _, latents = network(x, boxes, t, *conditions, return_latents=True)
+    kept: Tensor = latents[:, 0] * draws.remembers[:, None, None] if draws.remembers is not None else latents[:, 0]
+    return kept
+
+
 @torch.no_grad()
 def _latents_of_a_first_pass(network: Callable[..., Any], kept: Tensor, *inputs: Any, **named_inputs: Any) -> Tensor:
     """Final latents ``[B, L, M, E]`` of a first pass, for the samples that are ``kept``; zeros for the others."""
@@ -188,6 +228,10 @@ def example_inputs(config: HPDMConfig, batch: int) -> dict[str, Tensor]:
     }
     if config.known_frames:
         inputs["frame_t"] = torch.zeros(batch, config.levels, config.grid[0])
+    if config.spacing > 1:
+        inputs["sparse"] = torch.zeros(batch, dtype=torch.bool)
+    if config.memory:
+        inputs["memory"] = torch.zeros(batch, config.latents, config.latent_width)
     if config.conditioning == "class":
         inputs["labels"] = torch.zeros(batch, dtype=torch.long)
     if config.conditioning == "text":

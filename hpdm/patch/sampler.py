@@ -25,7 +25,7 @@ from hpdm.patch import tile_sharing
 from hpdm.patch.consistency import Consistency
 from hpdm.patch.finished_levels import FinishedLevels, choose_contexts, keeps_features
 from hpdm.patch.model import HPDM
-from hpdm.patch.noise import level_generator, level_noise
+from hpdm.patch.noise import Purpose, level_generator, level_noise
 from hpdm.patch.seams import seam_energy
 from hpdm.patch.section import Section, needed_features, section_of, whole
 from hpdm.patch.tile_network import KnownTiles, TileNetwork, VideoConditions, copies_of, rows_of
@@ -74,11 +74,13 @@ class Sampler:
         on_level: Callable[[int, Tensor], None] | None = None,
         known: Sequence[Known | None] = (),
         window: int = 0,
+        before: Tensor | None = None,
+        sparse: bool = False,
     ) -> list[Tensor]:
         """Samples one video per seed.
 
         Args:
-            seeds, labels, text, text_mask, progress, finished, known, window: as for :meth:`parts`.
+            seeds, labels, text, text_mask, progress, finished, known, window, before, sparse: as for :meth:`parts`.
             on_level: called as (level, videos) after every level that this call samples.
 
         Returns:
@@ -88,7 +90,7 @@ class Sampler:
             ValueError: as :meth:`parts`.
         """
         videos = [video.to(self.model.latents.device) for video in finished]
-        for video in self.parts(seeds, labels, text, text_mask, progress, tuple(videos), known, window):
+        for video in self.parts(seeds, labels, text, text_mask, progress, tuple(videos), known, window, before, sparse):
             videos.append(video)
             if on_level is not None:
                 on_level(len(videos) - 1, video)
@@ -105,6 +107,8 @@ class Sampler:
         finished: Sequence[Tensor] = (),
         known: Sequence[Known | None] = (),
         window: int = 0,
+        before: Tensor | None = None,
+        sparse: bool = False,
     ) -> Iterator[Tensor]:
         """Samples one video per seed and yields the videos of each level, ``[B, C, F_l, H_l, W_l]``, as it is finished.
 
@@ -119,6 +123,8 @@ class Sampler:
             known: for each level the frames that are given, ``None`` for none: they come out as they are. Of tiles
                 without other frames nothing is computed. A level of which all frames are known is not sampled.
             window: number of the window in a longer video: each has random streams of its own.
+            before: level 0 of the window before, ``[B, C, f, h, w]``, for a model with memory.
+            sparse: sample frames of level 0 that are far apart, for a model with a sparse storyline.
 
         Raises:
             ValueError: no seeds, labels out of range, not one text per seed, guidance without conditioning, finished
@@ -128,6 +134,9 @@ class Sampler:
         conditions = VideoConditions(self.config, self.options, len(seeds), labels, text, text_mask, device)
         given = self._check_known(known, len(seeds))
         network = TileNetwork(self.model, self.options, conditions)
+        network.sparse = sparse
+        if before is not None:
+            network.remember(before)
         levels = FinishedLevels(network, self.tilings, finished, seeds, window, self._needed(given, len(finished)))
         last, keeps = len(self.tilings) - 1, keeps_features(self.config, self.options)
         if keeps:
@@ -157,7 +166,8 @@ class Sampler:
             return known.video.to(levels.network.device)
         frames = slice(section.frames.start, section.frames.stop)
         size = (len(section.frames), *self.tilings[level].size[1:])
-        generators = [level_generator(seed, level, window=levels.window) for seed in levels.seeds]
+        purpose: Purpose = "sparse" if levels.network.sparse else "sampling"
+        generators = [level_generator(seed, level, purpose, levels.window) for seed in levels.seeds]
         tile_sums = TileAccumulator(section.origins, self.config.patch, size, backend=self.model.kernels)
         shown = None if known is None else self._show(levels, level, known, section)
 
@@ -172,13 +182,12 @@ class Sampler:
             for tiles in self._denoised_tiles(levels, level, section, shown, x, sigma, called):
                 tile_sums.add(tiles)
             combined = tile_sums.step(base, alpha, beta)
-            exact = None if shown is None else alpha * base[:, :, shown.frames] + beta * shown.clean
+            if shown is not None:  # before, too: what was predicted of known frames must not reach the others
+                shown.put_step_(combined, base, alpha, beta)
             if consistency is not None:
-                if shown is not None:  # what was predicted of known frames must not reach the others
-                    combined[:, :, shown.frames] = exact
                 combined = consistency.correct_(combined, base, alpha, beta)
-            if shown is not None:
-                combined[:, :, shown.frames] = exact
+                if shown is not None:
+                    shown.put_step_(combined, base, alpha, beta)
             return combined
 
         y = self.solvers[level].solve(update, noise)
@@ -275,7 +284,8 @@ class Sampler:
         y = known.video[:, :, section.frames.start : section.frames.stop][:, :, section.known].to(device)
         y = y * self.config.signal_scale(level)
         g = float(gamma(torch.tensor(time, dtype=torch.float64)))
-        noise = level_noise(levels.seeds, level, tuple(y.shape[1:]), "known", levels.window).to(y)
+        purpose: Purpose = "known sparse" if levels.network.sparse else "known"
+        noise = level_noise(levels.seeds, level, tuple(y.shape[1:]), purpose, levels.window).to(y)
         noised = y * g**0.5 + noise * (1 - g) ** 0.5
         frames = section.known.nonzero()[:, 0].to(device)
         return Shown(frames, y, noised, time, section.known_tokens.to(device))
@@ -323,6 +333,10 @@ class Shown(NamedTuple):
     """That time."""
     known_tokens: Tensor
     """Frames of tokens that are known in every tile, bool ``[tiles, F]``."""
+
+    def put_step_(self, combined: Tensor, base: Tensor, alpha: float, beta: float) -> None:
+        """Writes ``alpha * base + beta * y`` of the known frames into ``combined [B, C, F, H, W]``."""
+        combined[:, :, self.frames] = alpha * base[:, :, self.frames] + beta * self.clean
 
     def put_into(self, noised: Tensor) -> Tensor:
         """A copy of the section's ``x~ [B, C, F, H, W]`` with the known frames in place."""

@@ -14,7 +14,7 @@ from hpdm.checks import Triple
 from hpdm.long_video import LongOptions
 from hpdm.objective import Context, Objective
 from hpdm.patch import sampling_cost
-from hpdm.patch.base_model import ZERO_STARTED, start_from_base
+from hpdm.patch.base_model import ADDED, start_from_base
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.draws import Draws, draw
 from hpdm.patch.long_sampler import LongSampler
@@ -34,7 +34,7 @@ class PatchDiffusion(System):
     presets = PRESETS
     recipes = RECIPES
     published_parameters = PUBLISHED_PARAMETERS
-    zero_started = (ZERO_STARTED,)
+    added = ADDED
     parameter_parts = (
         ("context fusion", ".fusion."),
         ("read attention", ".read"),
@@ -133,6 +133,9 @@ class PatchDiffusion(System):
     def real_part(self, config: HPDMConfig, video: Tensor, part: int) -> Tensor:
         return level_of_video(config, video, part)
 
+    def clip_frames(self, config: HPDMConfig) -> int:
+        return config.clip_frames
+
     def configure(self, config: HPDMConfig, changes: Architecture) -> HPDMConfig:
         """The preset's network on a run's pyramid, with the ablations of Table 3 and appendix D.
 
@@ -149,6 +152,8 @@ class PatchDiffusion(System):
             share_blocks=changes.share_blocks,
             self_conditioning=changes.self_conditioning,
             known_frames=changes.known_frames,
+            spacing=changes.spacing,
+            memory=changes.memory,
             conditioning_dropout=config.conditioning_dropout if changes.dropout is None else changes.dropout,
         )
         return config if changes.adaptive else config.without_adaptive_computation()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,7 +89,8 @@ class VideoConditions:
         weights = {"guidance": options.level_guidance(0)}
         if config.levels > 1 and options.later_guidance is not None:
             weights["later_guidance"] = options.later_guidance
-        self._copies = max(copies_of(weight) for weight in weights.values())
+        self.copies = max(copies_of(weight) for weight in weights.values())
+        """2 if any level is guided, else 1."""
         for name, weight in weights.items():
             if copies_of(weight) == 2 and labels is None and text is None:
                 raise ValueError(f"{name}: got {weight} without labels or text, expected 1")
@@ -119,7 +120,7 @@ class VideoConditions:
         return labels, text, mask
 
     def _with_copy(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
-        return torch.stack((conditional, unconditional)[: self._copies])
+        return torch.stack((conditional, unconditional)[: self.copies])
 
 
 class TileNetwork:
@@ -133,6 +134,20 @@ class TileNetwork:
         self.model, self.config, self.options, self.conditions = model, model.config, options, conditions
         self.device = model.latents.device
         self._latents: Tensor | None = None  # [V, M, E]
+        self._memory: Tensor | None = None  # [copies, B, M, E]
+        self.sparse = False
+        """Whether the frames of level 0 are far apart."""
+
+    def remember(self, before: Tensor) -> None:
+        """Starts the latents of level 0 from those of the window before, ``[B, C, f, h, w]`` in [-1, 1].
+
+        Its latents are computed again from its clean frames, as in training, with and without condition.
+        """
+        box = torch.tensor([[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]])
+        copies = self.conditions.copies
+        inputs = self._inputs(0, before[:, None] * self.config.signal_scale(0), box, 0.0, None, copies)
+        _, latents = self.model.forward_level_with_latents(*inputs)
+        self._memory = latents.unflatten(0, (copies, -1))
 
     def denoise(
         self, level: int, tiles: Tensor, boxes: Tensor, t: float, context: Context | None, guidance: float,
@@ -193,7 +208,12 @@ class TileNetwork:
             context,
             *self.conditions.of_tiles(n, [0] * (copies - unconditional) + [1] * unconditional),
         )
-        v = self._predict(level, inputs, self.rows(torch.stack(frame_t)[:, None], n, copies)).chunk(copies)
+        memory = None
+        if self._memory is not None and level == 0:
+            kinds = [self._memory[0], *[torch.zeros_like(self._memory[0])] * unaware]
+            kinds += [self._memory[-1]] * unconditional
+            memory = self.rows(torch.stack(kinds)[:, :, None], n, copies)
+        v = self._predict(level, inputs, self.rows(torch.stack(frame_t)[:, None], n, copies), memory).chunk(copies)
         guided = torch.lerp(v[-1], v[0], guidance) if unconditional else v[0]
         return guided + known.guidance * (v[0] - v[1]) if unaware else guided
 
@@ -239,9 +259,15 @@ class TileNetwork:
             *self.conditions.of_tiles(n, range(copies)),
         )
 
-    def _predict(self, level: int, inputs: NetworkInputs, frame_t: Tensor | None = None) -> Tensor:
-        """V ``[R, C, f, h, w]``; ``frame_t [R, F]`` with known frames."""
-        told = {} if frame_t is None else {"frame_t": frame_t}
+    def _predict(
+        self, level: int, inputs: NetworkInputs, frame_t: Tensor | None = None, memory: Tensor | None = None
+    ) -> Tensor:
+        """V ``[R, C, f, h, w]``; ``frame_t [R, F]`` with known frames, ``memory [R, M, E]`` with memory."""
+        told: dict[str, Any] = {} if frame_t is None else {"frame_t": frame_t}
+        if memory is not None:
+            told["memory"] = memory
+        if self.sparse and level == 0:
+            told["sparse"] = torch.ones(len(inputs[0]), dtype=torch.bool, device=self.device)
         if level > 0 or not self.config.self_conditioning:
             return self.model.forward_level(*inputs, **told)
         latents = self._latents_of(len(inputs[0]))

@@ -247,7 +247,7 @@ def load_initial(path: Path, model: nn.Module, may_lack: tuple[str, ...] = ()) -
     Args:
         path: the checkpoint.
         model: may be sharded.
-        may_lack: how names of parameters begin that the checkpoint may lack; these are set to zero.
+        may_lack: how names of parameters begin that the checkpoint may lack; these stay as they are.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`load_checkpoint`.

@@ -40,10 +40,11 @@ def draw_stills(batch: int, frames: int, share: float, generator: torch.Generato
 
 
 def show_frames(video: Tensor, shown: Tensor) -> Tensor:
-    """The clips with frame ``shown[b, f]`` in place of frame ``f``, of clip b.
+    """Clips that show frame ``shown[b, f]`` of clip b as their frame ``f``, ``[B, C, n, H, W]``.
 
     Args:
         video: ``[B, C, F, H, W]``, any dtype.
-        shown: int64 ``[B, F]``, on the same device.
+        shown: int64 ``[B, n]``, on the same device.
     """
-    return video.gather(2, shown[:, None, :, None, None].expand_as(video))
+    _, channels, _, height, width = video.shape
+    return video.gather(2, shown[:, None, :, None, None].expand(-1, channels, -1, height, width))

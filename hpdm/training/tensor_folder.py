@@ -160,7 +160,7 @@ def load(targets: Mapping[str, Tensor], path: Path, may_lack: tuple[str, ...] = 
     Args:
         targets: by name.
         path: the folder.
-        may_lack: how names begin that the folder may lack; these targets are set to zero.
+        may_lack: how names begin that the folder may lack; these targets stay as they are.
 
     Raises:
         DamagedError: the folder is damaged, or holds numbers that are not finite.
@@ -170,9 +170,6 @@ def load(targets: Mapping[str, Tensor], path: Path, may_lack: tuple[str, ...] = 
     lacking = [name for name in targets if name.startswith(may_lack)] if may_lack else []
     if lacking:
         found = stored(path)
-        for name in lacking:
-            if name not in found:
-                targets[name].zero_()
         targets = {name: target for name, target in targets.items() if name in found or name not in lacking}
     check(targets, path)
     with warnings.catch_warnings():

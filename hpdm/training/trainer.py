@@ -112,7 +112,7 @@ class Trainer:
         )
         with distributed.raise_on_all_ranks():
             if job.init is not None and not checkpoints:
-                load_initial(job.init, self.model, job.system.zero_started)
+                load_initial(job.init, self.model, job.system.added)
         self.ema = EMA(self.model, *laws(recipe.ema, recipe.ema_decay))
         self.step = 0
         self.loss_names: list[str] = []

@@ -13,7 +13,7 @@ from hpdm.objective import Objective
 from hpdm.patch.boxes import extract_patches, sample_boxes
 from hpdm.patch.draws import draw
 from hpdm.patch.objective import denoising_error
-from hpdm.process import add_noise, gamma, network_input
+from hpdm.process import DATA_STD, add_noise, gamma, network_input
 from hpdm.training.trainer import Trainer
 from tests.small import random_model, small_config
 from tests.small import train_options as options
@@ -57,7 +57,7 @@ def test_without_known_frames_the_draws_are_those_of_before():
     assert before.predicted is None
     for name in ("boxes", "noise", "dropped"):
         assert torch.equal(getattr(before, name), getattr(now, name)), name
-    rolling = now.frame_t[:, 0].diff(dim=1).min(dim=1).values > 0  # level 0 alone has times of its own then
+    rolling = rises(now)[:, 0]  # its clips alone have a time of their own then
     assert torch.equal(before.t[~rolling], now.t[~rolling])
     assert torch.equal(before.t[:, 1:], now.t[:, 1:])
 
@@ -99,6 +99,12 @@ def runs_of(known):
     return start, end, known.sum(dim=-1) != torch.where(known.all(dim=-1), start, start + end)
 
 
+def rises(drawn):
+    """Clips of which the times of the frames that are predicted differ."""
+    low = torch.where(drawn.predicted, drawn.frame_t, 2.0).amin(dim=-1)
+    return torch.where(drawn.predicted, drawn.frame_t, -1.0).amax(dim=-1) > low
+
+
 @pytest.mark.parametrize("frames", [2, 4, 7])
 def test_what_is_drawn_has_the_asked_shares(generator, frames):
     law = Objective(known_first=0.4, known_ends=0.25, rolling=0.15, known_t_max=0.3)
@@ -116,14 +122,17 @@ def test_what_is_drawn_has_the_asked_shares(generator, frames):
         assert share.float().mean().item() == pytest.approx(expected, abs=5 * (0.25 / len(share)) ** 0.5)
 
     free = ~finished
-    rolling = drawn.frame_t.diff(dim=-1).amin(dim=-1) > 0
-    rolling &= ~known.any(dim=-1)
+    rolling = rises(drawn)
+    assert (drawn.predicted.sum(dim=-1)[rolling] >= 2).all()
+    shown_first = start[rolling]
+    for count in range(frames - 1):
+        close(shown_first == count, 1 / (frames - 1))
     for level, rolls in enumerate((0.15, 0.0)):
         own = free[:, level]
         close(rolling[own, level], rolls)
         close((end[own, level] > 0), 0.25)
-        close(((start > 0) & (end == 0))[own, level], 0.4 + (0.15 - rolls))
-    first_only = start[(end == 0) & (start > 0)]
+        close(((start > 0) & (end == 0) & ~rolling)[own, level], 0.4 + (0.15 - rolls))
+    first_only = start[(end == 0) & (start > 0) & ~rolling]
     for count in range(1, frames):
         close(first_only == count, 1 / (frames - 1))
     last = end[end > 0]
@@ -145,12 +154,13 @@ def test_what_is_drawn_has_the_asked_shares(generator, frames):
 def test_rolling_times_fill_the_unit_interval_evenly(generator):
     law = Objective(known_first=0, known_ends=0, rolling=1.0)
     drawn = draw_frames(torch.rand(4000, 1, generator=generator), 4, law, generator, torch.zeros(4000, 1).bool())
-    steps = drawn.frame_t[:, 0].diff(dim=1)
-    torch.testing.assert_close(steps, torch.full_like(steps, 0.25))
     assert torch.equal(drawn.t[:, 0], drawn.frame_t[:, 0, -1])
-    assert drawn.predicted.all()
-    quantiles = drawn.frame_t.flatten().sort().values
-    assert (quantiles - torch.linspace(0, 1, len(quantiles))).abs().max() < 0.03
+    for known in range(3):
+        rows = (~drawn.predicted[:, 0]).sum(dim=1) == known
+        rising = drawn.frame_t[rows, 0, known:]
+        torch.testing.assert_close(rising.diff(dim=1), torch.full((len(rising), 3 - known), 1 / (4 - known)))
+        quantiles = rising.flatten().sort().values
+        assert (quantiles - torch.linspace(0, 1, len(quantiles))).abs().max() < 0.05
 
 
 def test_the_loss_is_the_mean_over_frames_that_are_predicted(generator):
@@ -256,3 +266,103 @@ def test_patches_of_one_frame_know_none():
         plain(*inputs(torch.Generator().manual_seed(0)), frame_t=torch.zeros(2, 3, 4))
     with pytest.raises(ValueError, match="frame_t: got shape"):
         random_model(CONFIG)(*inputs(torch.Generator().manual_seed(0)), frame_t=torch.zeros(2, 3, 5))
+
+
+def long_config(**changes):
+    return CONFIG.replace(**({"spacing": 3, "memory": True} | changes))
+
+
+def numbered_frames(frames, videos=2):
+    """Every pixel of frame f of video b is 4 f + b: uint8."""
+    values = 4 * torch.arange(frames)[None, :] + torch.arange(videos)[:, None]
+    return values[:, None, :, None, None].expand(-1, 3, -1, 32, 32).to(torch.uint8).contiguous()
+
+
+def test_longer_clips_show_the_window_the_sparse_frames_and_the_past(monkeypatch):
+    """Seen at the network's input: which frames each part shows, as means over the frames that it covers."""
+    config = long_config()
+    assert (config.frame_scale, config.past_frames, config.clip_frames) == (4, 8, 40)
+    assert (long_config(memory=False).clip_frames, long_config(spacing=1).clip_frames) == (40, 24)
+    seen = []
+
+    def record(x, boxes, t, labels, text, mask, **named):
+        seen.append((x, t, named))
+        latents = torch.full((len(x), x.shape[1], config.latents, config.latent_width), 3.0)
+        return (x, latents) if named.get("return_latents") else x
+
+    model = random_model(config)
+    generator = torch.Generator().manual_seed(5)
+    draws = draw(config, 2, generator, objective=Objective(known_first=0, known_ends=0, rolling=0))
+    clean = {"t": torch.zeros(2, 3), "frame_t": torch.zeros(2, 3, 4), "noise": torch.zeros_like(draws.noise)}
+    start, sparse, remembers = torch.tensor([9, 20]), torch.tensor([False, True]), torch.tensor([True, False])
+    draws = draws._replace(**clean, start=start, sparse=sparse, remembers=remembers)
+    denoising_error(model, numbered_frames(40), torch.tensor([0, 1]), draws, network=record)
+    (past, past_t, _), (x, _, named) = seen
+
+    def frames_of(patch):
+        """Numbers of the frames that a patch shows, from its input ``[C, f, h, w]``."""
+        return ((patch[0, :, 0, 0] * DATA_STD + 1) * 127.5 / 4).tolist()
+
+    # Level 0 shows means over four frames; the second clip is sparse: frames 0-3, 12-15, 24-27, 36-39.
+    assert frames_of(x[0, 0]) == pytest.approx([9 + 1.5 + 4 * i for i in range(4)], abs=0.01)
+    assert frames_of(x[1, 0]) == pytest.approx([0.25 + 1.5 + 12 * i for i in range(4)], abs=0.01)
+    first = round(float(draws.boxes[0, 2, 0]) * 16)
+    assert frames_of(x[0, 2]) == pytest.approx([9 + first + i for i in range(4)], abs=0.01)
+    assert past.shape[1] == 1
+    assert not past_t.any()
+    assert frames_of(past[0, 0]) == pytest.approx([1 + 1.5 + 4 * i for i in range(4)], abs=0.01)
+    assert torch.equal(named["sparse"], sparse)
+    assert named["memory"][0].eq(3.0).all()
+    assert not named["memory"][1].any()
+
+
+def test_sparse_clips_train_level_0_alone_and_the_expectation_stays(generator):
+    law = Objective(known_first=0, known_ends=0, rolling=0, sparse=0.3, remembered=0.4)
+    draws = draw(long_config(), 20_000, generator, objective=law)
+    assert draws.weight[:, 0].eq(1).all()
+    assert not draws.weight[draws.sparse, 1:].any()
+    assert draws.weight.mean(dim=0).tolist() == pytest.approx([1.0] * 3, abs=0.03)
+    assert draws.sparse.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert draws.remembers.float().mean().item() == pytest.approx(0.4 * 0.7, abs=0.02)
+    assert not (draws.remembers & draws.sparse).any()
+    assert sorted(draws.start.unique().tolist()) == list(range(8, 25))
+    stills = draw(long_config(), 400, generator, objective=law, images=0.5)
+    moves = (stills.stills != stills.stills[:, :1]).any(dim=1)
+    assert not (stills.sparse | stills.remembers)[~moves].any()
+    assert (stills.sparse | stills.remembers)[moves].any()
+
+
+def test_new_memory_and_sparse_storylines_change_nothing(generator):
+    old = random_model(CONFIG)
+    torch.manual_seed(1)
+    new = HPDM(long_config(), "torch").eval()
+    new.load_state_dict(old.state_dict(), strict=False)
+    x, boxes, t, labels = inputs(generator)
+    v = old(x, boxes, t, labels)
+    more = {"sparse": torch.tensor([True, False]), "memory": torch.randn(2, 4, 16, generator=generator)}
+    assert torch.equal(new(x, boxes, t, labels), v)
+    assert torch.equal(new(x, boxes, t, labels, **more), v)
+    for p in new.parameters():
+        p.grad = None
+    (new(x, boxes, t, labels, **more) ** 2).sum().backward()
+    learns = {n for n, p in new.named_parameters() if n.startswith(("memory", "sparse")) and p.grad.any()}
+    assert learns == {"sparse", "memory.norm.weight", "memory.norm.bias"}
+    trained = random_model(long_config())
+    plain, told = trained(x, boxes, t, labels), trained(x, boxes, t, labels, **more)
+    assert (plain - told)[:, 0].abs().max() > 1e-3
+    zeros = {"sparse": torch.zeros(2, dtype=torch.bool), "memory": torch.zeros(2, 4, 16)}
+    torch.testing.assert_close(trained(x, boxes, t, labels, **zeros), plain)
+    arguments = (x[:, 0], 0, boxes[:, 0], t[:, 0], None, labels)
+    torch.testing.assert_close(trained.forward_level(*arguments, **more), told[:, 0])
+
+
+def test_training_with_everything(clips, tmp_path):
+    everything = FRAMES | {"spacing": 3, "memory": True}
+    train(options(clips, tmp_path / "old", **(FRAMES | {"known_frames": False}), steps=1))
+    train(options(clips, tmp_path / "new", init=tmp_path / "old", **everything, steps=3, batch=6, ema_decay=0.5))
+    model = runs.load(tmp_path / "new", weights="model").model
+    assert model.memory.norm.weight.any()
+    with pytest.raises(ValueError, match="known_frames: got false with spacing=3 and memory=False, expected true"):
+        CONFIG.replace(known_frames=False, spacing=3)
+    with pytest.raises(ValueError, match="spacing: got 2, expected 1 or a divisor of 3"):
+        CONFIG.replace(spacing=2)

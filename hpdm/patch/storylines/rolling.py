@@ -81,11 +81,12 @@ class Rolling(Autoregressive):
 
     def _network(self) -> TileNetwork:
         """The network, which with self-conditioning begins without latents in each window, so that it can go on."""
-        options, count = self.sampler.options, len(self.seeds)
-        given = [self.conditions.get(name) for name in ("labels", "text", "text_mask")]
-        return TileNetwork(
-            self.sampler.model, options, VideoConditions(self.config, options, count, *given, self.device)
-        )
+        options, given = self.sampler.options, self.conditions
+        conditions = VideoConditions(
+            self.config, options, len(self.seeds), given.get("labels"), given.get("text"), given.get("text_mask"),
+            self.device,
+        )  # fmt: skip
+        return TileNetwork(self.sampler.model, options, conditions)
 
     def _turn(self, network: TileNetwork) -> Tensor:
         """Moves the window on by a frame of tokens; returns the one that is finished, ``[B, C, pf, h, w]``."""
