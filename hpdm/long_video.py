@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from torch import Tensor
 
 from hpdm.checks import check_choice
+from hpdm.windows import Windows
 
 Scheme = Literal["autoregressive", "joint", "hierarchical", "rolling"]
 """"autoregressive": each window knows the last frames of the one before. "joint": a few overlapping windows at a time
@@ -68,6 +69,8 @@ class LongSampler(Protocol):
 
     known: int
     """Frames of the lowest part that a window knows of the one before."""
+    windows: Windows
+    """How windows follow each other."""
 
     def __init__(self, model: Any, options: Any, long: LongOptions) -> None:
         """``model`` is in eval mode, on the device to sample on."""

@@ -11,6 +11,7 @@ from typing import Any
 from hpdm import distributed, runs
 from hpdm.commands.common import warn_of_untrained_context
 from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions
+from hpdm.commands.evaluate_over_time import check_over_time, over_time
 from hpdm.commands.evaluate_videos import distribution, motion
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import find_split_file
@@ -19,6 +20,7 @@ from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.distribution import distribution_lines
 from hpdm.evaluation.levels import levels_of
 from hpdm.evaluation.motion import motion_table, read_synthetic_set
+from hpdm.evaluation.over_time.report import over_time_table, plot_over_time
 from hpdm.files import write_json
 from hpdm.runs import Run
 from hpdm.text import EmbeddingStore
@@ -32,6 +34,8 @@ def run(options: EvaluateOptions) -> int:
             print("\n".join(report_lines(options, result)))
             if options.json is not None:
                 write_json(options.json, result)
+            if options.over_time.plot is not None:
+                plot_over_time(result["over_time"], options.over_time.plot)
     return 0
 
 
@@ -42,6 +46,8 @@ def report_lines(options: EvaluateOptions, result: dict[str, Any]) -> list[str]:
     if "denoising" in options.metrics:
         lines += [f"mean squared error of v, {result['clips']} clips, context {options.context}"]
         lines += [denoising_table(result)]
+    if "over_time" in result:
+        lines += [over_time_table(result["over_time"])]
     for part in result.get("levels", [result]):
         if "level" in part:
             lines.append(f"level {part['level']}, {'x'.join(map(str, part['size']))}")
@@ -67,9 +73,11 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Returns:
         ``step``; with the metric denoising what :func:`hpdm.evaluation.denoising.evaluate_denoising` returns; with
-        motion ``motion``, see :meth:`hpdm.evaluation.motion.MotionScore.result`; with fvd or is ``distribution``, see
-        :meth:`hpdm.evaluation.distribution.DistributionScore.result`. With ``options.level`` these two are in
-        ``levels``, a list of a dictionary per level, with ``level`` and ``size`` (frames, height, width).
+        motion ``motion``, see :meth:`hpdm.evaluation.motion.MotionScore.result`, or along time ``over_time``, see
+        :func:`hpdm.commands.evaluate_over_time.over_time`; with fvd or is ``distribution``, see
+        :meth:`hpdm.evaluation.distribution.DistributionScore.result`. With ``options.level`` ``motion`` and
+        ``distribution`` are in ``levels``, a list of a dictionary per level, with ``level`` and ``size`` (frames,
+        height, width).
 
     Raises:
         FileNotFoundError: no such run, data, split or detector.
@@ -92,7 +100,9 @@ def evaluate_run(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
         result |= _denoising(options, loaded)
     levels = levels_of(loaded.system, loaded.config, options.level)
     parts: list[dict[str, Any]] = [{"level": level.number, "size": list(level.size)} for level in levels]
-    if "motion" in options.metrics:
+    if options.over_time.frames is not None:
+        result["over_time"] = over_time(options, loaded)
+    elif "motion" in options.metrics:
         for part, scores in zip(parts, motion(options, loaded, levels)):
             part["motion"] = scores
     if {"fvd", "is"} & set(options.metrics):
@@ -129,7 +139,9 @@ def check_run(options: EvaluateOptions, loaded: Run) -> None:
         )
     if "motion" in metrics:
         read_synthetic_set(dataset)
-        if kind != "class":
+        if options.over_time.frames is not None:
+            check_over_time(options, loaded)
+        elif kind != "class":
             raise ValueError(f"run: got a run with conditioning {kind!r}, expected 'class' for motion")
     if metrics & OF_VIDEOS and options.generated is None:
         warn_of_untrained_context(loaded, options.sampler)

@@ -10,6 +10,7 @@ import tyro
 
 from hpdm.checks import at_least
 from hpdm.commands.common import Kernels, clips_of_run
+from hpdm.commands.over_time_options import OverTimeOptions
 from hpdm.commands.sampler_choice import sampler_not_given
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split
@@ -47,8 +48,8 @@ class EvaluateOptions:
     """Denoising: noise of the levels below the one that is measured: "clean", none, as when sampling; "same", in the
     same range; "independent", any, as in training."""
     samples: int | None = None
-    """Number of videos to sample. Default: the protocol's for fvd and is, 96 for motion. Motion takes the classes in
-    turn and measures as many real clips."""
+    """Number of videos to sample. Default: the protocol's for fvd and is, 96 for motion, 24 along time. Motion takes
+    the classes in turn and measures as many real clips."""
     generated: Path | None = None
     """Folder of videos that `hpdm sample` wrote, to measure instead of sampling new ones."""
     level: tuple[int, ...] = ()
@@ -60,6 +61,8 @@ class EvaluateOptions:
     protocol: ProtocolName = "paper"
     """fvd, is: number of videos, and how tiles overlap unless --overlap is given. paper: all real and 10,000 sampled
     ones, overlap hw; stylegan-v: 2,048 of each."""
+    over_time: Annotated[OverTimeOptions, tyro.conf.arg(name="")] = field(default_factory=OverTimeOptions)
+    """Motion along long videos."""
     frames: int = 16
     """fvd, is: frames per video; of a sampled video the first ones, and all of a level that has no more."""
     detector: Path | None = None
@@ -101,6 +104,12 @@ class EvaluateOptions:
         for name, value in (("level", self.level), ("given_levels", self.given_levels)):
             if value and not OF_VIDEOS & set(self.metrics):
                 raise ValueError(f"{name}: got {value} without a metric of videos, expected motion, fvd or is")
+        if self.over_time.frames is not None:
+            if "motion" not in self.metrics:
+                raise ValueError(f"over_time: got {self.over_time.frames} without the metric motion, expected it")
+            if self.level or self.given_levels:
+                name = "level" if self.level else "given_levels"
+                raise ValueError(f"{name}: got {getattr(self, name)} with over_time, expected none: videos are whole")
         if len(set(self.level)) < len(self.level):
             raise ValueError(f"level: got {list(self.level)}, expected different ones")
         if self.given_levels and self.generated is not None:

@@ -112,7 +112,7 @@ def _sample(
     options: EvaluateOptions, loaded: Run, levels: Sequence[Level], labels: list[int] | None, count: int
 ) -> tuple[Clips, SeamScore]:
     """Samples videos, with real lower levels where the options want them, and measures their tile borders."""
-    sampler = loaded.system.sampler(loaded.model, _sampler_options(options, loaded))
+    sampler = loaded.system.sampler(loaded.model, sampler_options(options, loaded))
     given = None
     if options.given_levels:
         first = levels_of(loaded.system, loaded.config, range(options.given_levels))
@@ -121,7 +121,8 @@ def _sample(
     return seams.watch(sample_clips(sampler, options.seed, labels, count, options.batch, levels, given)), seams
 
 
-def _sampler_options(options: EvaluateOptions, loaded: Run) -> SamplerOptions:
+def sampler_options(options: EvaluateOptions, loaded: Run) -> SamplerOptions:
+    """How to sample: as the options say, else as the protocol or the run suggests."""
     return choose_sampler(loaded, options.sampler, overlap=PROTOCOLS[options.protocol].overlap)
 
 
@@ -129,7 +130,7 @@ def _origin(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     """Where the generated videos come from: a folder, or how they were sampled."""
     if options.generated is not None:
         return {"generated": str(options.generated)}
-    origin = {"first_seed": options.seed, "sampler": asdict(_sampler_options(options, loaded))}
+    origin = {"first_seed": options.seed, "sampler": asdict(sampler_options(options, loaded))}
     if options.given_levels:
         origin |= {"given_levels": options.given_levels, "given_from": str(options.data), "given_split": options.split}
     return origin

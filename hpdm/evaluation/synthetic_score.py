@@ -37,6 +37,22 @@ SHOWS_TEXTURE = 2 * TEXTURE_PERIODS
 _FASTEST = 0.05  # share of the shorter side per frame: over twice the speed of rendered clips
 
 
+class Coverage(NamedTuple):
+    """The object of every frame, apart from the background. All float64."""
+
+    share: np.ndarray
+    """``[F, H, W]`` in [0, 1]: 1 inside the object, 0 outside."""
+    color: np.ndarray
+    """``[F, 3]``, the object's mean color, 0..255."""
+    contrast: np.ndarray
+    """``[F]``, the distance of that color from the background's in levels of 255, root mean square over channels."""
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Frames that have an object, bool ``[F]``."""
+        return self.contrast >= CONTRAST
+
+
 class Object(NamedTuple):
     """A class's template fitted to every frame of a clip. Pixels: x right, y down, the picture's corner at (0, 0)."""
 
@@ -50,6 +66,7 @@ class Motion(NamedTuple):
 
     residual: float  # pixels, root mean square distance of the positions from it
     velocity: np.ndarray  # float64 [2], (x, y) in pixels per step at the first frame; signs flip at walls
+    position: np.ndarray  # float64 [2], (x, y) in pixels at the first frame
 
     @property
     def speed(self) -> float:
@@ -57,15 +74,11 @@ class Motion(NamedTuple):
         return float(np.hypot(*self.velocity))
 
 
-def coverage(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def coverage(frames: np.ndarray) -> Coverage:
     """Separates the object of every frame from the background.
 
     Args:
         frames: uint8 ``[F, H, W, 3]``.
-
-    Returns:
-        Coverage ``[F, H, W]`` in [0, 1], the object's mean color ``[F, 3]`` and its contrast ``[F]``, the distance of
-        that color from the background's in levels of 255 (root mean square over channels). All float64.
     """
     pixels = frames.astype(np.float64)
     count, height, width = frames.shape[:3]
@@ -90,7 +103,7 @@ def coverage(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         # by a steep, clipped line: the share itself would overlap less with the right template, and more in blurred
         # clips.
         cover[n] = np.clip(4 * share - 1.3, 0, 1).reshape(height, width)
-    return cover, color, contrast
+    return Coverage(cover, color, contrast)
 
 
 def fit_template(cover: np.ndarray, name: str) -> Object:
@@ -144,6 +157,16 @@ def _bounced(
     return bounce(low, 1.0, low, high, start - low + speed * steps)
 
 
+def walls(radius: float, extent: float) -> tuple[float, float]:
+    """The positions along one axis at which an object turns.
+
+    Args:
+        radius: half of its extent in pixels.
+        extent: of the picture along the axis.
+    """
+    return min(radius, extent / 2 - 0.5), max(extent - radius, extent / 2 + 0.5)
+
+
 def fit_motion(position: np.ndarray, steps: np.ndarray, radius: float, size: tuple[int, int]) -> Motion:
     """Fits a straight, bouncing motion to the positions, by grid search and Gauss-Newton steps per axis.
 
@@ -154,10 +177,10 @@ def fit_motion(position: np.ndarray, steps: np.ndarray, radius: float, size: tup
         size: (height, width) of the picture.
     """
     fastest = _FASTEST * min(size)
-    squared, velocity = np.zeros(len(steps)), np.zeros(2)
+    squared, velocity, start = np.zeros(len(steps)), np.zeros(2), np.zeros(2)
     for axis, extent in enumerate((size[1], size[0])):
         measured = position[:, axis]
-        low, high = min(radius, extent / 2 - 0.5), max(extent - radius, extent / 2 + 0.5)
+        low, high = walls(radius, extent)
         starts = np.arange(low, high, 0.5)[:, None, None]
         speeds = np.linspace(-fastest, fastest, 81)[:, None]
         error = ((_bounced(starts, speeds, low, high, steps)[0] - measured) ** 2).sum(axis=-1)
@@ -175,7 +198,8 @@ def fit_motion(position: np.ndarray, steps: np.ndarray, radius: float, size: tup
         moved, sign = _bounced(at[0], at[1], low, high, steps)
         squared += (moved - measured) ** 2
         velocity[axis] = at[1] * sign[0]  # a fitted start beyond a wall is a mirror image, which moves the other way
-    return Motion(float(np.sqrt(squared.mean())), velocity)
+        start[axis] = moved[0]
+    return Motion(float(np.sqrt(squared.mean())), velocity, start)
 
 
 def texture_contrast(frames: np.ndarray, fit: Object, name: str) -> float:
@@ -265,8 +289,12 @@ def score_clip(frames: np.ndarray, name: str, steps: np.ndarray | None = None) -
     frames = as_frames("frames", frames)
     if name not in CLASSES:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(CLASSES)}")
-    cover, colors, contrast = coverage(frames)
-    seen = contrast >= CONTRAST
+    return score_covered(frames, coverage(frames), name, steps)
+
+
+def score_covered(frames: np.ndarray, covered: Coverage, name: str, steps: np.ndarray | None = None) -> ClipScore:
+    """:func:`score_clip` of a clip whose coverage is known; arguments are not checked."""
+    cover, colors, seen = covered.share, covered.color, covered.seen
     position, worst_residual = np.full((len(frames), 2), np.nan), float(min(frames.shape[1:3]))
     if not seen.any():
         worst_color = float(np.sqrt((np.array(CLASSES[name][2]) ** 2).mean()))
@@ -278,7 +306,7 @@ def score_clip(frames: np.ndarray, name: str, steps: np.ndarray | None = None) -
     times = (np.arange(len(frames)) if steps is None else steps)[seen].astype(np.float64)
     motion = fit_motion(own.position, times, radius, frames.shape[1:3])
     color = colors[seen].mean(axis=0)
-    distance = {other: _levels_apart(color, rgb) for other, (_, _, rgb) in CLASSES.items()}
+    distance = {other: levels_apart(color, rgb) for other, (_, _, rgb) in CLASSES.items()}
     return ClipScore(
         found=float(seen.mean()),
         residual=motion.residual if seen.sum() >= 3 else worst_residual,
@@ -293,7 +321,7 @@ def score_clip(frames: np.ndarray, name: str, steps: np.ndarray | None = None) -
     )
 
 
-def _levels_apart(color: np.ndarray, rgb: tuple[int, int, int]) -> float:
+def levels_apart(color: np.ndarray, rgb: tuple[int, int, int]) -> float:
     """Distance of an object's mean color from its class's, in levels of 255, root mean square over channels."""
     # Texture multiplies the class's color by 0.8 on average.
     return float(np.sqrt(((color - 0.8 * np.array(rgb)) ** 2).mean()))
