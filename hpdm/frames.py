@@ -6,8 +6,8 @@ Every frame of tokens has a diffusion time of its own. Where it differs from the
 - A frame is *known*: its time is a small one, so it is shown almost clean. It is not trained. Its little noise stands
   for the errors that known frames have when they were sampled themselves: conditional latent perturbation of Latent
   Video Diffusion Models (He et al. 2022, section 3.3).
-- The times of the frames rise from the first, or the first that is not known, to the last: a *rolling* clip (Ruhe et al.
-  2024), which moves on by one frame as the first one is finished.
+- The times of the frames rise from the first, or the first that is not known, to the last: a *rolling* clip (Ruhe et
+  al. 2024), which moves on by one frame as the first one is finished.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def draw_frames(
     """Draws which frames are known, on each level on its own, since samplers know others on each level.
 
     Known are, with the shares of ``objective``: the first frames, any number of them but all; the last frames, and any
-    number of the first ones, perhaps none; or nothing. Rolling clips know any number of the first frames but the last two.
+    number of the first ones, perhaps none; or nothing. Rolling clips know any number of the first frames, but not the
+    last two.
 
     Args:
         t: times of the clips, ``[B, n]``.
@@ -146,5 +147,5 @@ def of_pixels(frames: Tensor, per_token: int) -> Tensor:
 
 
 def mean_over_predicted(error: Tensor, predicted: Tensor) -> Tensor:
-    """The mean error of the frames that are predicted, at least one: ``[..., f]`` and bool ``[..., f]`` -> ``[...]``."""
+    """The mean error of the frames that are predicted, at least one: ``[..., f]``, bool ``[..., f]`` -> ``[...]``."""
     return (error * predicted).sum(dim=-1) / predicted.sum(dim=-1)

@@ -13,9 +13,9 @@ from hpdm.windows import Windows
 
 Scheme = Literal["autoregressive", "joint", "hierarchical", "rolling"]
 """"autoregressive": each window knows the last frames of the one before. "joint": a few overlapping windows at a time
-are sampled together and averaged (Wang et al. 2023), from noise that they share (Qiu et al. 2024). "hierarchical": first
-frames of level 0 that are far apart, then those between (He et al. 2022). "rolling": one frame of level 0 after another,
-with noise that rises along the window (Ruhe et al. 2024)."""
+are sampled together and averaged (Wang et al. 2023), from noise that they share (Qiu et al. 2024). "hierarchical":
+first frames of level 0 that are far apart, then those between (He et al. 2022). "rolling": one frame of level 0 after
+another, with noise that rises along the window (Ruhe et al. 2024)."""
 
 LongProgress = Callable[[int, int, int, int], None]
 """Called as (window, part, network calls done, network calls in all) after every network call."""

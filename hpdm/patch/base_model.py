@@ -24,7 +24,16 @@ from hpdm.patch.model import HPDM
 ADDED = ("frame_times.", "memory.", "sparse")
 """How the names of those parameters begin that may be added to a trained model: as they start, they change nothing."""
 
-_MAY_DIFFER = {"levels", "levels_per_block", "patch", "conditioning_dropout", "detach_context", "known_frames", "spacing", "memory"}
+_MAY_DIFFER = {
+    "levels",
+    "levels_per_block",
+    "patch",
+    "conditioning_dropout",
+    "detach_context",
+    "known_frames",
+    "spacing",
+    "memory",
+}
 """Fields in which a base may differ: they affect no weights, or only weights that :func:`_start` handles."""
 _MAY_DIFFER_WITH_ONE_LEVEL = _MAY_DIFFER | {
     "ratio", "coordinates", "coordinate_embedding", "input_scale_decay"

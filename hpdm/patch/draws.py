@@ -100,14 +100,31 @@ def draw(
     first_pass = draw_first_pass(config, batch, generator)
     frame_t = predicted = None
     if config.known_frames:
-        t, frame_t, predicted = draw_frames(t, config.grid[0], objective, generator, trained == 0, spacing=config.spacing)
+        t, frame_t, predicted = draw_frames(
+            t, config.grid[0], objective, generator, trained == 0, spacing=config.spacing
+        )
     start, sparse, remembers = _draw_of_long_clips(config, batch, objective, generator, stills)
     if sparse is not None:
         trained = _without_sparse_context(trained, sparse, objective.sparse)
     weight = trained * loss_weight(objective.weighting, t, signal)
     if objective.cuts:
         weight = weight / _probability_of_levels(config)[:levels]
-    drawn = Draws(boxes, t, noise, weight, signal, dropped, stills, mirrored, first_pass, frame_t, start, sparse, remembers, predicted)
+    drawn = Draws(
+        boxes,
+        t,
+        noise,
+        weight,
+        signal,
+        dropped,
+        stills,
+        mirrored,
+        first_pass,
+        frame_t,
+        start,
+        sparse,
+        remembers,
+        predicted,
+    )
     return drawn if rows is None else _only_rows(drawn, slice(rows.start, rows.stop))
 
 

@@ -114,9 +114,7 @@ class LongSampler:
             known.append(None if start is None and end is None else Known.ends(start, end, size))
         return known
 
-    def _check(
-        self, frames: int, windows: Sequence[Window], first: Sequence[Tensor], last: Sequence[Tensor]
-    ) -> None:
+    def _check(self, frames: int, windows: Sequence[Window], first: Sequence[Tensor], last: Sequence[Tensor]) -> None:
         """Raises ValueError as :meth:`segments`."""
         if frames < 1:
             raise ValueError(f"frames: got {frames}, expected at least 1")
@@ -148,7 +146,9 @@ def windows_of(config: HPDMConfig, long: LongOptions) -> Windows:
         raise ValueError("frames: got a model of patches of one frame, expected at least two")
     if long.scheme == "hierarchical":
         if config.spacing == 1:
-            raise ValueError("scheme: got 'hierarchical' for a model that was trained without --spacing, expected another")
+            raise ValueError(
+                "scheme: got 'hierarchical' for a model that was trained without --spacing, expected another"
+            )
         if known not in (None, 1):
             raise ValueError(f"known: got {known} with scheme 'hierarchical', expected 1: windows share a frame")
         known = 1

@@ -22,9 +22,9 @@ from hpdm.frames import FrameTimes
 from hpdm.patch.conditioner import Conditioner, Conditioning
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
+from hpdm.patch.positions import axis_sinusoids
 from hpdm.patch.recompute import Recompute, recomputed
 from hpdm.patch.rin import Modulation, RINBlock, SelfConditioning
-from hpdm.patch.positions import axis_sinusoids
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels.boxes import relative_box
 from hpdm_kernels.modules import check_backend

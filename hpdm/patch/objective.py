@@ -197,9 +197,12 @@ def _with_sparse_level_0(config: HPDMConfig, x: Tensor, video: Tensor, sparse: T
 
 @torch.no_grad()
 def _latents_of_past(
-    network: Callable[..., Any], past: Tensor, draws: Draws, conditions: tuple[Tensor | None, Tensor | None, Tensor | None]
+    network: Callable[..., Any],
+    past: Tensor,
+    draws: Draws,
+    conditions: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Tensor:
-    """Final latents of level 0 of the finished window before, ``[B, M, E]``; zeros for clips that do not remember it."""
+    """Final latents of level 0 of the window before, ``[B, M, E]``; zeros for clips that do not remember it."""
     t = torch.zeros_like(draws.t[:, :1])
     boxes = torch.zeros_like(draws.boxes[:, :1])
     boxes[..., 3:] = 1.0

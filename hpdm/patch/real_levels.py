@@ -38,6 +38,7 @@ def level_of_video(config: HPDMConfig, video: Tensor, level: int) -> Tensor:
         raise ValueError(
             f"video: got size {tuple(video.shape[2:])}, expected a multiple of {growth} frames of {height}x{width}"
         )
-    whole = torch.tensor([[0.0, 0, 0, 1, 1, 1]], dtype=torch.float32, device=video.device).repeat(len(video), 1)
+    whole = torch.zeros(len(video), 6, device=video.device)  # filled on the device, where it does not wait
+    whole[:, 3:] = 1.0
     size = (frames // growth, *config.level_resolution(level)[1:])
     return sample_patches(video, whole, size).div(127.5).sub(1.0)

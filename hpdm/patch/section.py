@@ -45,7 +45,12 @@ def section_of(tiling: Tiling, known: Tensor, per_token: int, multiple: int = 1)
     Raises:
         ValueError: tokens of which some frames are known and some are not.
     """
-    (size, *_), (frames, *_), (stride, *_), (count, high, wide) = tiling.size, tiling.patch, tiling.stride, tiling.counts
+    (size, *_), (frames, *_), (stride, *_), (count, high, wide) = (
+        tiling.size,
+        tiling.patch,
+        tiling.stride,
+        tiling.counts,
+    )
     unknown = (~known).nonzero()[:, 0]
     first = max(0, (int(unknown[0]) - frames) // stride + 1)  # the first tile that reaches beyond the first one
     last = min(count - 1, int(unknown[-1]) // stride)

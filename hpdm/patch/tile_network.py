@@ -114,7 +114,9 @@ class VideoConditions:
         ``copies`` says for each copy whether it is conditional (0) or not (1).
         """
         labels, text, mask = (
-            None if x is None else expand_rows(torch.stack([x[c] for c in copies])[:, :, None], len(copies), self.videos, tiles)
+            None
+            if x is None
+            else expand_rows(torch.stack([x[c] for c in copies])[:, :, None], len(copies), self.videos, tiles)
             for x in (self.labels, self.text, self.text_mask)
         )
         return labels, text, mask
@@ -236,7 +238,9 @@ class TileNetwork:
         """
         if isinstance(t, Tensor):
             time = of_pixels(t, self.config.tokenizer[0])  # [n, 1, f]
-            return network_input(tiles, time.expand(len(tiles), -1, -1, -1), torch.tensor(self.config.signal_scale(level)))
+            return network_input(
+                tiles, time.expand(len(tiles), -1, -1, -1), torch.tensor(self.config.signal_scale(level))
+            )
         time = torch.full((1,), t, dtype=torch.float32, device=self.device)
         signal = torch.full((1,), self.config.signal_scale(level), dtype=torch.float32, device=self.device)
         return network_input(tiles.flatten(0, 1), time, signal).unflatten(0, tiles.shape[:2])

@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 from hpdm import systems
 from hpdm.objective import Objective, on_device
 from hpdm.patch.context import Context
-from hpdm.patch.tile_network import TileNetwork, VideoConditions
+from hpdm.patch.tile_network import KnownTiles, TileNetwork, VideoConditions
 from hpdm.sampling import SamplerOptions
 from hpdm.training.ahead import DrawnAhead
 from tests.small import random_model, small_config
 
 DEVICE = torch.device("meta")
+KNOWN = {"patch": (4, 8, 8), "tokenizer": (1, 2, 2), "known_frames": True}
 OPTIONS = {"objective": Objective(clean_context=0.25, flip=True, low_discrepancy=True), "dropout": 0.1, "images": 0.5}
 
 
@@ -56,7 +57,8 @@ def inputs(config, batch=2):
     """A model on the device, clips with their conditions, and draws."""
     system = systems.get("patch")
     model = random_model(config).to(DEVICE).train()
-    clips = {"video": torch.zeros(batch, 3, *config.resolution, dtype=torch.uint8, device=DEVICE)}
+    size = (config.clip_frames, *config.resolution[1:])
+    clips = {"video": torch.zeros(batch, 3, *size, dtype=torch.uint8, device=DEVICE)}
     if config.conditioning == "class":
         clips["labels"] = torch.zeros(batch, dtype=torch.long, device=DEVICE)
     if config.conditioning == "text":
@@ -74,6 +76,8 @@ def inputs(config, batch=2):
         {"conditioning": "text", "text_width": 8},
         {"self_conditioning": 0.9},
         {"coordinate_embedding": "sinusoidal", "detach_context": True},
+        {**KNOWN, "self_conditioning": 0.9},
+        {**KNOWN, "spacing": 3, "memory": True},
     ],
     ids=str,
 )
@@ -112,6 +116,23 @@ def test_nor_in_a_network_call_of_the_sampler(level, self_conditioning):
     with torch.no_grad(), Meetings() as meetings, Uploads() as uploads:
         for _ in range(2):
             assert network.denoise(level, x, boxes, 0.5, context, 2.0).shape == x.shape
+    assert meetings.found == []
+    assert uploads.found == []
+
+
+def test_nor_in_one_with_known_frames():
+    config = small_config(**KNOWN, spacing=3, memory=True)
+    model = random_model(config).to(DEVICE)
+    options = SamplerOptions(guidance=2.0, frame_guidance=0.5)
+    conditions = VideoConditions(config, options, 2, torch.tensor([1, 4]), None, None, DEVICE)
+    network = TileNetwork(model, options, conditions)
+    x = torch.zeros(2, 1, config.channels, *config.patch, device=DEVICE)
+    boxes = torch.zeros(1, 6, device=DEVICE)
+    known = KnownTiles(x, torch.zeros(1, 4, device=DEVICE), 0.5)
+    with torch.no_grad():
+        network.remember(x[:, 0])
+        with Meetings() as meetings, Uploads() as uploads:
+            assert network.denoise(0, x, boxes, 0.5, None, 2.0, known).shape == x.shape
     assert meetings.found == []
     assert uploads.found == []
 

@@ -156,7 +156,9 @@ class GaussianProcess(HPDM):
         return ((g.sqrt() * noised - y) / (1 - g).sqrt().clamp(min=1e-6)).float()
 
 
-@pytest.mark.parametrize(("known", "noise", "solver"), [(1, 0.0, "2m"), (2, 0.0, "edm"), (2, 0.3, "2m"), (3, 0.1, "heun")])
+@pytest.mark.parametrize(
+    ("known", "noise", "solver"), [(1, 0.0, "2m"), (2, 0.0, "edm"), (2, 0.3, "2m"), (3, 0.1, "heun")]
+)
 def test_long_videos_have_the_statistics_of_the_process(known, noise, solver, generator):
     """With the best denoiser, many windows are one sample of a process that goes on over all borders.
 

@@ -65,9 +65,7 @@ class Hierarchical(Autoregressive):
         known = None
         if self.sparse_windows:
             known = Known.ends(self._sparse[:, :, -self._known :], None, self.size)
-        (video,) = self.level_0(
-            self.seeds, **self.conditions, known=[known], window=self.sparse_windows, sparse=True
-        )
+        (video,) = self.level_0(self.seeds, **self.conditions, known=[known], window=self.sparse_windows, sparse=True)
         new = video if known is None else video[:, :, self._known :]
         # Two windows are enough: a window of consecutive frames begins in the newest one or the one before.
         kept = [self._sparse] if self.sparse_windows else []

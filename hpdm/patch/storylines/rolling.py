@@ -1,13 +1,13 @@
 """Level 0 frame by frame: noise rises along a window that moves on by one frame as the next one is finished.
 
 Rolling diffusion (Ruhe et al. 2024), started from a finished window as in FIFO-Diffusion (Kim et al. 2024). Of the F
-frames of a window the first k are finished, and known. The times of the other M rise: that of the i-th is (i + u) / M. As
-u falls from 1 to 0 all of them get cleaner by 1 / M, and the first one is finished. Then the window moves on, and a frame
-of noise enters at the end. Frames of the first window, which are finished when they enter, are shown as they are, noised
-to the time of their place.
+frames of a window the first k are finished, and known. The times of the other M rise: that of the i-th is (i + u) / M.
+As u falls from 1 to 0 all of them get cleaner by 1 / M, and the first one is finished. Then the window moves on, and a
+frame of noise enters at the end. Frames of the first window, which are finished when they enter, are shown as they are,
+noised to the time of their place.
 
-**Why frames stay known.** Without (k = 0) a frame leaves as it is finished, while the next one still has a noise of 1 / F,
-and what remains undecided of that is then decided without it: with the best denoiser of a Gaussian process whose
+**Why frames stay known.** Without (k = 0) a frame leaves as it is finished, while the next one still has a noise of
+1 / F, and what remains undecided of that is then decided without it: with the best denoiser of a Gaussian process whose
 neighbors have correlation 0.8, they have 0.42 in a rolling window of four frames. With k = 1 they have 0.8.
 """
 
@@ -43,7 +43,9 @@ class Rolling(Autoregressive):
         self.per_token, frames = self.config.tokenizer[0], self.config.grid[0]
         self.known, rest = divmod(windows.known, self.per_token)
         if rest:
-            raise ValueError(f"known: got {windows.known}, expected a multiple of {self.per_token}, the frames of a token")
+            raise ValueError(
+                f"known: got {windows.known}, expected a multiple of {self.per_token}, the frames of a token"
+            )
         self.rolling = frames - self.known
         """Frames of tokens whose noise rises, M."""
         self.steps = max(1, round(sampler.options.level_steps(0) / self.rolling))
@@ -126,7 +128,11 @@ class Rolling(Autoregressive):
         ``times [M]`` are those of all of these.
         """
         first = (self.turns + self.known) * self.per_token
-        y = self._last[:, :, first:] * self.config.signal_scale(0) if self.turns < self.rolling else self._last[:, :, :0]
+        y = (
+            self._last[:, :, first:] * self.config.signal_scale(0)
+            if self.turns < self.rolling
+            else self._last[:, :, :0]
+        )
         g = of_pixels(gamma(times.double()), self.per_token)[..., : y.shape[2], None, None].to(y)  # [1, n, 1, 1]
         noise = level_noise(self.seeds, 0, tuple(self._last.shape[1:]), "known").to(y)
         return g.sqrt() * y + (1 - g).sqrt() * noise[:, :, noise.shape[2] - y.shape[2] :]
