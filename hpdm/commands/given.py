@@ -183,7 +183,9 @@ def given_frames(options: GivenOptions, run: Run, known: int) -> tuple[int, dict
 
 def level_like(parts: Sequence[tuple[int, int, int]], info: VideoInfo) -> int:
     """The number of the largest part, but not the last, that a video has the resolution for; 0 for a smaller one."""
-    fitting = [n for n, (_, height, width) in enumerate(parts[:-1]) if min(info.height / height, info.width / width) >= 1]
+    fitting = [
+        n for n, (_, height, width) in enumerate(parts[:-1]) if min(info.height / height, info.width / width) >= 1
+    ]
     return max(fitting, default=0)
 
 

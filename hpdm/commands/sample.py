@@ -166,9 +166,7 @@ def _sample_long(
     started: float,
 ) -> list[Path]:  # fmt: skip
     """:func:`sample` for videos that are sampled window by window."""
-    videos = LongVideos(
-        loaded, options.sampler, options.long, options.given, options.out, options.fps, options.columns
-    )
+    videos = LongVideos(loaded, options.sampler, options.long, options.given, options.out, options.fps, options.columns)
     if distributed.is_first():
         make_folder("out", options.out)
         print(*videos.notes, videos.plan_line(len(subjects), min(options.batch, len(subjects))), sep="\n", flush=True)

@@ -56,7 +56,9 @@ class LongVideos:
         self.shown = torch.linspace(0, self.frames - 1, columns).round().long().tolist()
         """The frames of the contact sheet."""
 
-    def sample(self, seeds: Sequence[int], subjects: Sequence[Subject], stems: Sequence[str], kept: Unfinished) -> list[Tensor]:
+    def sample(
+        self, seeds: Sequence[int], subjects: Sequence[Subject], stems: Sequence[str], kept: Unfinished
+    ) -> list[Tensor]:
         """Samples a batch of videos and writes them as ``OUT/STEM.mp4``; a collective.
 
         Returns:
@@ -97,7 +99,9 @@ class LongVideos:
     def plan_line(self, videos: int, at_a_time: int) -> str:
         """One line to print before sampling."""
         segments = self.sampler.count(self.frames)
-        steps = "/".join(str(self.options.level_steps(n)) for n in range(len(self.run.system.part_sizes(self.run.config))))
+        steps = "/".join(
+            str(self.options.level_steps(n)) for n in range(len(self.run.system.part_sizes(self.run.config)))
+        )
         return (
             f"{videos} videos of {self.frames} frames, {at_a_time} at a time: {segments} window(s), "
             f"{self.long.scheme}, {self.sampler.known} frame(s) of level 0 known, steps {steps}"

@@ -27,7 +27,7 @@ from hpdm.patch.finished_levels import FinishedLevels, choose_contexts, keeps_fe
 from hpdm.patch.model import HPDM
 from hpdm.patch.noise import Purpose, level_generator, level_noise
 from hpdm.patch.seams import seam_energy
-from hpdm.patch.section import Section, needed_features, section_of, whole
+from hpdm.patch.section import Section, level_section, needed_features
 from hpdm.patch.tile_network import KnownTiles, TileNetwork, VideoConditions, copies_of, rows_of
 from hpdm.patch.tiling import find_ancestors, level_tiling
 from hpdm.process import gamma, time_of_sigma
@@ -262,12 +262,8 @@ class Sampler:
 
     def _section(self, level: int, known: Known | None) -> Section | None:
         """What is sampled of a level; ``None`` for nothing."""
-        if known is None:
-            return whole(self.tilings[level])
-        if bool(known.frames.all()):
-            return None
-        aligned = self.config.ratio[0] if level and self.options.consistency else 1
-        return section_of(self.tilings[level], known.frames, self.config.tokenizer[0], aligned)
+        frames = None if known is None else known.frames
+        return level_section(self.config, self.options, self.tilings[level], level, frames)
 
     def _needed(self, known: Sequence[Known | None], finished: int) -> list[Tensor] | None:
         """The tiles of each level whose features are needed; ``None`` for all."""

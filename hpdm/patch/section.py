@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hpdm.patch.config import HPDMConfig
 from hpdm.patch.tiling import Tiling, lineage
+from hpdm.sampling import SamplerOptions
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,23 @@ def section_of(tiling: Tiling, known: Tensor, per_token: int, multiple: int = 1)
         )
     shifted = origins - torch.tensor([covered.start, 0, 0])
     return Section(tiles, covered, shifted, known[covered.start : covered.stop], shown.all(dim=2))
+
+
+def level_section(
+    config: HPDMConfig, options: SamplerOptions, tiling: Tiling, level: int, known: Tensor | None
+) -> Section | None:
+    """What is sampled of a level whose ``known`` frames (bool ``[F]``, ``None`` for none) are given; ``None``: nothing.
+
+    Raises:
+        ValueError: as :func:`section_of`.
+    """
+    if known is None:
+        return whole(tiling)
+    if bool(known.all()):
+        return None
+    # Blocks of frames that are compared with the level below are covered as a whole.
+    multiple = config.ratio[0] if level and options.consistency else 1
+    return section_of(tiling, known, config.tokenizer[0], multiple)
 
 
 def needed_features(ancestors: Sequence[Sequence[Tensor]], sections: Sequence[Section | None]) -> list[Tensor]:
