@@ -301,6 +301,21 @@ class System(ABC):
             "network_calls": steps, "patches": steps, "flops": None, "cached_blocks": 0, "cache_bytes": 0,
         }]  # fmt: skip
 
+    def long_plan(self, config: Any, options: SamplerOptions, long: LongOptions, frames: int) -> dict[str, Any]:
+        """The cost of sampling one video of ``frames`` frames, as JSON values; ``ValueError`` if this system has none.
+
+        Keys: ``frames``, ``windows``, ``known``, ``first`` and ``next`` (rows of the first window and of one after it,
+        with ``level``, ``tiles``, ``features``, ``patches`` and ``flops``), ``memory_bytes``, ``patches``, ``flops``.
+        """
+        raise ValueError(f"frames: {self.name} models sample clips of their own length, expected none")
+
+    def long_plan_line(
+        self, model: Any, options: SamplerOptions, long: LongOptions, frames: int, videos: int, at_a_time: int,
+        world_size: int = 1,
+    ) -> str:  # fmt: skip
+        """One line to print before sampling long videos: the work, memory and time that it will take."""
+        return f"{videos} video(s) of {frames} frames, {at_a_time} at a time, {long.scheme}"
+
     def plan_line(self, model: Any, options: SamplerOptions, videos: int, at_a_time: int, world_size: int = 1) -> str:
         """One line to print before sampling: the work, memory and time that it will take."""
         return f"{videos} videos, {at_a_time} at a time, {options.steps} steps"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from hpdm import presets, systems
 from hpdm.checks import Triple, at_least
 from hpdm.files import write_json
+from hpdm.long_video import LongOptions
 from hpdm.planning.measure import measured_step
 from hpdm.planning.parameters import parameters_by_part
 from hpdm.planning.report import NOTE, plan_text, table1_text
@@ -33,6 +36,12 @@ class PlanCommand:
     """Patch frames, height, width; the preset's if not given."""
     self_conditioning: float = 0.0
     """As of `hpdm train`: with any share above 0 each step makes a first pass, without gradients."""
+    known_frames: bool = False
+    """As of `hpdm train`."""
+    spacing: int = 1
+    """As of `hpdm train`; --scheme hierarchical needs it."""
+    memory: bool = False
+    """As of `hpdm train`."""
     batch: int = 1
     """Clips per step and device."""
     kernels: Literal["both", "reference", "torch", "triton"] = "both"
@@ -57,6 +66,10 @@ class PlanCommand:
     """With --parallel hsdp: GPUs that share one copy of the weights. Default: 8, those of a node."""
     micro_batches: int = 1
     """With --ranks: micro-batches of --batch clips that a GPU accumulates in a step."""
+    frames: int | None = None
+    """Also plan the sampling of a video of so many frames, window by window."""
+    long: Annotated[LongOptions, tyro.conf.arg(name="")] = field(default_factory=LongOptions)
+    """With --frames: how the video goes on from window to window."""
     json: Path | None = None
     """Also write everything to this file."""
     table1: bool = False
@@ -73,7 +86,10 @@ def run(options: PlanCommand) -> int:
         text = table1_text(options.preset, result)
         notes = [NOTE, "The paper does not say which of its models Table 1 was run on."]
     else:
-        changes = Architecture(options.resolution, options.patch, self_conditioning=options.self_conditioning)
+        changes = Architecture(
+            options.resolution, options.patch, self_conditioning=options.self_conditioning,
+            known_frames=options.known_frames, spacing=options.spacing, memory=options.memory,
+        )  # fmt: skip
         config = config if changes == Architecture() else system.configure(config, changes)
         result = plan(options, system, config)
         text, notes = plan_text(_heading(options.preset, config), result), [NOTE]
@@ -85,7 +101,7 @@ def run(options: PlanCommand) -> int:
 
 def _check(options: PlanCommand, config: Any) -> None:
     """Checks the options before the long work begins; raises ValueError or FileNotFoundError."""
-    at_least(options, 1, "batch", "averages", "ranks", "micro_batches", "shard_ranks")
+    at_least(options, 1, "batch", "averages", "ranks", "micro_batches", "shard_ranks", "frames")
     if options.memory_gb is not None and options.memory_gb <= 0:
         raise ValueError(f"memory-gb: got {options.memory_gb}, expected a positive number")
     if options.ranks > 1:
@@ -99,7 +115,12 @@ def _check(options: PlanCommand, config: Any) -> None:
     if not options.table1:
         return
     allowed = ("preset", "json", "table1")
-    changed = [f.name for f in fields(options) if f.name not in allowed and getattr(options, f.name) != f.default]
+    defaults = PlanCommand()
+    changed = [
+        f.name
+        for f in fields(options)
+        if f.name not in allowed and getattr(options, f.name) != getattr(defaults, f.name)
+    ]
     if changed:
         raise ValueError(f"table1: got {', '.join(changed)} too, expected preset and json alone")
     if not hasattr(config, "with_pyramid"):
@@ -123,7 +144,8 @@ def plan(options: PlanCommand, system: System, config: Any) -> dict[str, Any]:
         ``preset``; ``config``; ``parameters``, by part; ``published_parameters``, ``None`` if no number was published;
         ``training``, for each setting a row with the fields of :class:`~hpdm.planning.training_cost.StepCost` and
         derived numbers; ``sampling``, the rows of :meth:`~hpdm.system.System.sampling_plan`; with several ranks also
-        ``ranks``, for each setting a row with the fields of :class:`~hpdm.planning.several_ranks.RankCost`.
+        ``ranks``, for each setting a row with the fields of :class:`~hpdm.planning.several_ranks.RankCost`; with frames
+        ``long``, see :meth:`~hpdm.system.System.long_plan`.
     """
     costs = [_cost(options, system, config, setting, options.batch) for setting in _settings(options)]
     result = {
@@ -134,6 +156,8 @@ def plan(options: PlanCommand, system: System, config: Any) -> dict[str, Any]:
         "training": [_training(options, system, config, cost) for cost in costs],
         "sampling": system.sampling_plan(config, SamplerOptions()),
     }
+    if options.frames is not None:
+        result["long"] = system.long_plan(config, SamplerOptions(), options.long, options.frames)
     if options.ranks > 1:
         result["ranks"] = [_on_ranks(rank_cost(system, config, cost, _layout(options)), cost) for cost in costs]
     return result

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hpdm.checks import Triple
 from hpdm.long_video import LongOptions
 from hpdm.objective import Context, Objective
-from hpdm.patch import sampling_cost
+from hpdm.patch import long_cost, sampling_cost
 from hpdm.patch.base_model import ADDED, start_from_base
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.draws import Draws, draw
@@ -179,6 +179,15 @@ class PatchDiffusion(System):
 
     def sampling_plan(self, config: HPDMConfig, options: SamplerOptions) -> list[dict[str, Any]]:
         return [asdict(plan) for plan in sampling_cost.sampling_plan(config, options)]
+
+    def long_plan(self, config: HPDMConfig, options: SamplerOptions, long: LongOptions, frames: int) -> dict[str, Any]:
+        return long_cost.long_plan(config, options, long, frames).as_json()
+
+    def long_plan_line(
+        self, model: HPDM, options: SamplerOptions, long: LongOptions, frames: int, videos: int, at_a_time: int,
+        world_size: int = 1,
+    ) -> str:  # fmt: skip
+        return long_cost.long_plan_line(model, options, long, frames, videos, at_a_time, world_size)
 
     def plan_line(self, model: HPDM, options: SamplerOptions, videos: int, at_a_time: int, world_size: int = 1) -> str:
         return sampling_cost.plan_line(model, options, videos, at_a_time, world_size)

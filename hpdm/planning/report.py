@@ -20,7 +20,8 @@ def plan_text(heading: str, plan: dict[str, Any]) -> str:
     """A plan as :func:`hpdm.commands.plan.plan` returns it: parameters, training, sampling."""
     lines = [heading, "", *_parameters(plan["parameters"], plan["published_parameters"])]
     ranks = [*_ranks(plan["ranks"]), ""] if "ranks" in plan else []
-    return "\n".join([*lines, "", *_training(plan["training"]), "", *ranks, *_sampling(plan["sampling"])])
+    long = ["", *_long(plan["long"])] if "long" in plan else []
+    return "\n".join([*lines, "", *_training(plan["training"]), "", *ranks, *_sampling(plan["sampling"]), *long])
 
 
 def _parameters(counts: dict[str, int], published: float | None) -> list[str]:
@@ -123,6 +124,26 @@ def _sampling(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{row['cached_blocks']:>15}{_gb(row['cache_bytes']):>12}"
         )
     return lines
+
+
+def _long(plan: dict[str, Any]) -> list[str]:
+    """A line per level of the first window, and of one after it."""
+    lines = [
+        f"sampling a video of {plan['frames']} frames: {plan['windows']} window(s), each knows {plan['known']} frame(s) "
+        "of level 0",
+        f"  {'window':<9}{'level':<7}{'tiles':>8}{'features':>10}{'patches':>10}{'TFLOP':>10}",
+    ]
+    for name in ("first", "next"):
+        for row in plan[name]:
+            lines.append(
+                f"  {name:<9}{row['level']:<7}{row['tiles']:>8}{row['features']:>10}{row['patches']:>10}"
+                f"{row['flops'] / 1e12:>10.2f}"
+            )
+    return [
+        *lines,
+        f"  in all {plan['patches']} patches, {plan['flops'] / 1e12:.4g} TFLOP; {_gb(plan['memory_bytes'])} GB at any "
+        "length",
+    ]
 
 
 def _gb(count: float) -> str:
