@@ -16,6 +16,9 @@ from hpdm_kernels import bias_gelu, gated_residual, modulated_norm
 
 TOKENS, LATENTS = (1, 4096, 1024), (3, 768, 512)
 DIRECTIONS = ["fwd", "fwd+bwd"]
+# On a CPU the compiled peer adds the rows of a gradient one after the other, in fp32, where PyTorch adds them in pairs:
+# over 4096 rows its error is up to four times as large.
+BUDGETS = {"torch.compile": 8.0}
 
 
 def name(shape):
@@ -59,6 +62,7 @@ def test_modulated_norm(compare, backends, device, generator, shape, direction):
     compare(
         contenders(eager_norm, ours, backends), inputs=inputs, group="modulated_norm after a gated residual",
         shape=name(shape), direction=direction, reference="PyTorch", peers=["torch.compile"],
+        budgets=BUDGETS,
         bytes=passes * inputs[0].nbytes,
     )  # fmt: skip
 
@@ -70,6 +74,7 @@ def test_gated_residual(compare, backends, device, generator, shape, direction):
     compare(
         contenders(eager_residual, lambda b: lambda *t: gated_residual(*t, backend=b), backends), inputs=inputs,
         group="gated_residual", shape=name(shape), direction=direction, reference="PyTorch", peers=["torch.compile"],
+        budgets=BUDGETS,
         bytes=(3 + (3 if direction == "fwd+bwd" else 0)) * inputs[0].nbytes,
     )  # fmt: skip
 
@@ -81,5 +86,6 @@ def test_bias_gelu(compare, backends, device, generator, shape, direction):
     compare(
         contenders(eager_gelu, lambda b: lambda *t: bias_gelu(*t, backend=b), backends), inputs=inputs,
         group="bias_gelu", shape=name(shape), direction=direction, reference="PyTorch", peers=["torch.compile"],
+        budgets=BUDGETS,
         bytes=(2 + (3 if direction == "fwd+bwd" else 0)) * inputs[0].nbytes,
     )  # fmt: skip
