@@ -25,7 +25,7 @@ class VideoPieces:
     """One video that is written in pieces; at most one piece of it is in memory.
 
     Args:
-        folder: of the pieces; made if it is not there.
+        folder: of the pieces; made with the first one if it is not there.
         fps: frames per second.
         done: frames of an interrupted video, of which the whole pieces are in ``folder``.
         rest: those of them that follow the last whole piece, uint8 ``[3, n, H, W]``.
@@ -49,7 +49,6 @@ class VideoPieces:
                 raise FileNotFoundError(
                     f"folder: got no {self._path(number)}, expected frames {first} to {first + PIECE - 1} there"
                 )
-        folder.mkdir(parents=True, exist_ok=True)
 
     @property
     def in_files(self) -> int:
@@ -65,7 +64,7 @@ class VideoPieces:
         rest = torch.cat((self.rest, frames), dim=1) if self.rest.shape[1] else frames
         number = self.done // PIECE
         while rest.shape[1] >= PIECE:
-            write_video(self._path(number), rest[:, :PIECE], self.fps)
+            self._write(number, rest[:, :PIECE])
             rest, number = rest[:, PIECE:], number + 1
         self.rest, self.done = rest.clone(), self.done + frames.shape[1]
 
@@ -81,9 +80,13 @@ class VideoPieces:
         pieces = [(self._path(number), PIECE) for number in range(self.done // PIECE)]
         if self.rest.shape[1]:
             pieces.append((self._path(len(pieces)), self.rest.shape[1]))
-            write_video(pieces[-1][0], self.rest, self.fps)
+            self._write(len(pieces) - 1, self.rest)
         with atomic_path(path) as temporary:
             join(pieces, temporary)
+
+    def _write(self, number: int, frames: Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_video(self._path(number), frames, self.fps)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06}.mp4"
