@@ -93,7 +93,8 @@ class LongFiles:
         return [video.sheet() for video in self.videos]
 
     def _contents(self, state: State) -> dict[str, Tensor]:
-        contents = {f"{_STATE}{name}": tensor.cpu() for name, tensor in state.items()}
+        # Copies, since tensors of a state may share memory, which a file's may not.
+        contents = {f"{_STATE}{name}": tensor.to("cpu", copy=True) for name, tensor in state.items()}
         contents["segments"] = torch.tensor(self.segments)
         contents["frames"] = torch.tensor(self.videos[0].pieces.done)
         for n, video in enumerate(self.videos):

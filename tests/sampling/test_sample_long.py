@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -126,9 +127,14 @@ def interrupt() -> None:
     raise Interrupted
 
 
-def test_interrupted_at_every_segment_it_goes_on_to_the_same_files(fast, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("scheme", ["autoregressive", "joint", "rolling"])
+def test_interrupted_at_every_segment_it_goes_on_to_the_same_files(fast, whole, tmp_path, monkeypatch, capsys, scheme):
     out, real, segments = tmp_path / "out", unfinished.write_state, 6
-    command = options(fast, out, frames=N, known=1, count=2, batch=1)
+    command = options(fast, out, frames=N, known=1, count=2, batch=1, scheme=scheme)
+    if scheme != "autoregressive":
+        whole = tmp_path / "whole"
+        sample(replace(command, out=whole))
+        capsys.readouterr()
     # Before a state is written the segment is lost, after it is not: two interruptions a segment.
     for number in range(segments):
         for after in (False, True):
