@@ -115,7 +115,7 @@ class LongVideos:
         name = f"seeds {seeds[0]} to {seeds[-1]}"
         if files.segments:
             print(f"found {files.segments} finished segment(s) of {name}, going on from there")
-        if self.frames > PIECE:
+        if self.frames > PIECE and files.segments < self.sampler.count(self.frames):
             print(f"{name}: until all is done, the frames so far are in {files.folder}, as mp4 files", flush=True)
 
     def _segments(
