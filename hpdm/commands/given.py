@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-import numpy as np
-import torch
 import tyro
 from torch import Tensor
 
-from hpdm.data.decode import DecodeError, VideoInfo, probe, read_clip
-from hpdm.data.resize import resize_and_crop
-from hpdm.data.suffixes import is_image
-from hpdm.data.windows import Window
+from hpdm.checks import at_least
+from hpdm.commands.source import Source, probe_source
+from hpdm.data.decode import VideoInfo
+from hpdm.data.suffixes import IMAGE_SUFFIXES, is_image, listed
 from hpdm.runs import Run
+
+NOT_TRAINED = "this run was trained without known frames; train it on with --init and --known-frames"
 
 
 @dataclass(frozen=True)
@@ -37,163 +37,170 @@ class GivenOptions:
     animate: Path | None = None
     """Image that every video starts with."""
     from_level: Path | None = None
-    """Video of low resolution, which is brought up through the finer levels; --context-noise hides its faults."""
+    """Video of low resolution, which is brought up through the finer levels; --context-noise hides its faults. One of
+    exactly a level's height and width is that level, frame for frame, as --save-levels writes it. Any other is read as
+    in training, and averaged down to the levels that it has the resolution for."""
 
     def __post_init__(self) -> None:
-        names = {"continue": self.continues, "between": self.between, "animate": self.animate}
-        given = [name for name, value in (names | {"from_level": self.from_level}).items() if value is not None]
+        at_least(self, 1, "frames")
+        given = list(self.files)
         if len(given) > 1:
             raise ValueError(f"{given[0]}: got {' and '.join(given)}, expected one of them")
-        if self.frames is not None and self.frames < 1:
-            raise ValueError(f"frames: got {self.frames}, expected at least 1")
         if self.from_level is not None and self.frames is not None:
             raise ValueError(f"frames: got {self.frames} with from_level, expected none: the video is as long as that")
-        images = [*(self.between or ()), *([] if self.animate is None else [self.animate])]
-        videos = [path for path in (self.continues, self.from_level) if path is not None]
-        for path in images:
-            if not is_image(path):
-                raise ValueError(f"{given[0]}: got {path}, expected an image")
-        for path in videos:
-            if is_image(path):
-                raise ValueError(f"{given[0]}: got {path}, an image, expected a video; --animate takes images")
+        for name, paths in self.files.items():
+            of_images = name in ("between", "animate")
+            for path in paths:
+                if of_images and not is_image(path):
+                    raise ValueError(f"{name}: got {path}, expected an image ({listed(IMAGE_SUFFIXES)})")
+                if not of_images and is_image(path):
+                    raise ValueError(f"{name}: got {path}, an image, expected a video; --animate takes images")
+
+    @property
+    def files(self) -> dict[str, tuple[Path, ...]]:
+        """The files of the user, by the name of the option that gave them."""
+        one_file = {"continue": self.continues, "animate": self.animate, "from_level": self.from_level}
+        files: dict[str, tuple[Path, ...]] = {name: (path,) for name, path in one_file.items() if path is not None}
+        if self.between is not None:
+            files["between"] = self.between
+        return files
 
     @property
     def is_long(self) -> bool:
         """Whether any of these was given, so that videos are sampled window by window."""
-        values = (self.frames, self.continues, self.between, self.animate, self.from_level)
-        return any(value is not None for value in values)
-
-
-class Source:
-    """A video or an image of the user, read as the run's training reads its clips.
-
-    Args:
-        run: gives size, stride and frame rate.
-        path: the file.
-        argument: the option that gave it, for messages.
-
-    Raises:
-        ValueError: it is no video or image.
-    """
-
-    def __init__(self, run: Run, path: Path, argument: str) -> None:
-        self.run, self.path, self.argument = run, path, argument
-        self.stride, self.fps = int(run.training.get("stride", 1)), run.training.get("fps")
-        try:
-            self.info: VideoInfo = probe(path)
-        except (DecodeError, FileNotFoundError) as error:
-            raise ValueError(f"{argument}: {error}") from None
-        self.size: tuple[int, int] = run.config.resolution[1:]
+        return self.frames is not None or bool(self.files)
 
     @property
-    def length(self) -> int:
-        """Frames of the video at the run's frame rate and stride."""
-        most, least = self.info.frames * 64, 1  # at a higher rate than its own, frames repeat
-        while least < most:
-            middle = (least + most + 1) // 2
-            least, most = (middle, most) if self._window(middle).starts(self.info) else (least, middle - 1)
-        return least
+    def names(self) -> str:
+        """The options that were given, for messages."""
+        return " and ".join([*(["frames"] if self.frames is not None else []), *self.files])
 
-    def describe(self) -> str:
-        """What is done with it, to be printed."""
-        info, (height, width) = self.info, self.size
-        rate = f" at {self.fps:g} frames per second" if self.fps else ""
-        step = f", every {self.stride}. frame" if self.stride > 1 else ""
-        return (
-            f"{self.path.name}: {info.frames} frame(s) of {info.height}x{info.width}, read as in training: resized and "
-            f"cropped to {height}x{width}{rate}{step}"
-        )
-
-    def last(self, frames: int) -> Tensor:
-        """Its last frames, uint8 ``[1, 3, frames, H, W]``.
+    def check_not_written(self, outputs: Sequence[Path]) -> None:
+        """Checks that the command does not replace a file that it reads.
 
         Raises:
-            ValueError: it is too short, or cannot be decoded there.
+            ValueError: it would.
         """
-        window = self._window(frames)
-        starts = window.starts(self.info)
-        if not starts:
-            raise ValueError(f"{self.argument}: {self.path}: {window.too_short(self.info)}")
-        return self._read(window.numbers(self.info, starts - 1))
-
-    def part(self, first: int, frames: int) -> Tensor:
-        """Some of its frames, uint8 ``[1, 3, frames, H, W]``; after the end its last frame is repeated."""
-        numbers = self._window(min(first + frames, self.length)).numbers(self.info, 0)[first:]
-        return self._read(numbers + [numbers[-1]] * (frames - len(numbers)))
-
-    def still(self, frames: int) -> Tensor:
-        """Its first frame, repeated: uint8 ``[1, 3, frames, H, W]``."""
-        return self._read([0]).expand(-1, -1, frames, -1, -1)
-
-    def _window(self, frames: int) -> Window:
-        return Window(frames, self.stride, self.fps)
-
-    def _read(self, numbers: Sequence[int]) -> Tensor:
-        def resized(frame: np.ndarray) -> np.ndarray:
-            image = resize_and_crop(torch.from_numpy(frame)[None], self.size, self.info.pixel_aspect)
-            return np.ascontiguousarray(image[0])
-
-        try:
-            frames = read_clip(self.path, numbers, transform=resized).frames
-        except (DecodeError, FileNotFoundError, IndexError) as error:
-            raise ValueError(f"{self.argument}: {error}") from None
-        return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].contiguous()
+        written = {path.resolve() for path in outputs}
+        for name, paths in self.files.items():
+            for path in paths:
+                if path.resolve() in written:
+                    raise ValueError(f"{name}: got {path}, which this command would replace; choose another --out")
 
 
-def given_frames(options: GivenOptions, run: Run, known: int) -> tuple[int, dict[str, Any], list[str]]:
-    """The number of frames of each video, what is given of it, and what to print about it.
+class Given(NamedTuple):
+    """The videos that the options ask for."""
+
+    frames: int
+    """Of each video."""
+    arguments: dict[str, Any]
+    """Of :meth:`hpdm.long_video.LongSampler.segments`, for one video."""
+    notes: list[str]
+    """Lines to print: what is done with the files."""
+
+
+def given_frames(options: GivenOptions, run: Run, known: int) -> Given:
+    """Reads what the user gives.
 
     Args:
         options: of the command.
         run: gives the size of the parts.
         known: frames of the lowest part that a window knows of the one before.
 
-    Returns:
-        Frames, arguments of :meth:`hpdm.long_video.LongSampler.segments` for one video, and lines of text.
-
     Raises:
-        ValueError: a file that cannot be read, or a clip that is too short.
+        ValueError: a file that cannot be read, a clip that is too short, or a run that cannot go on from frames.
     """
     parts = run.system.part_sizes(run.config)
     whole, scale = parts[-1][0], parts[-1][0] // parts[0][0]
     frames = options.frames or whole
-    if options.continues is not None:
-        source = Source(run, options.continues, "continue")
-        clip = source.last(known * scale)
-        text = f"{source.describe()}; the last {known * scale} frames of these are the first of every video"
-        return frames, {"first": _parts_of(run, clip)}, [text]
-    if options.animate is not None:
-        source = Source(run, options.animate, "animate")
-        return frames, {"first": _first_frames(_parts_of(run, source.still(scale)))}, [source.describe()]
-    if options.between is not None:
-        sources = [Source(run, path, "between") for path in options.between]
-        first, last = (_first_frames(_parts_of(run, source.still(scale))) for source in sources)
-        return frames, {"first": first, "last": last}, [source.describe() for source in sources]
     if options.from_level is not None:
-        source = Source(run, options.from_level, "from_level")
-        count = level_like(parts, source.info) + 1
-        text = f"{source.describe()}; it is taken for the levels up to {count - 1}"
+        level = GivenLevel(run, options.from_level, (parts[0][0] - known) * scale)
+        return Given(level.frames, {"levels": level}, [level.note])
+    for name, paths in options.files.items():
+        if not getattr(run.config, "known_frames", False):
+            raise ValueError(f"{name}: got {paths[0]}, expected none: {NOT_TRAINED}")
+    if options.continues is not None:
+        source = Source.of_run(run, options.continues, "continue")
+        note = f"{source.describe()}; the last {known * scale} frames of these are the first of every video"
+        return Given(frames, {"first": _parts_of(run, source.last(known * scale))}, [note])
+    if options.animate is not None:
+        image = _image(run, options.animate, "animate")
+        return Given(frames, {"first": _still(run, image, scale)}, [image.describe()])
+    if options.between is not None:
+        images = [_image(run, path, "between") for path in options.between]
+        first, last = (_still(run, image, scale) for image in images)
+        return Given(frames, {"first": first, "last": last}, [image.describe() for image in images])
+    return Given(frames, {}, [])
 
-        def levels(window: int) -> list[Tensor]:
-            return _parts_of(run, source.part(window * (whole - known * scale), whole))[:count]
 
-        return source.length, {"levels": levels}, [text]
-    return frames, {}, []
+class GivenLevel:
+    """A video of low resolution, as the lowest parts of the windows of a video.
+
+    Args:
+        run: gives the size of the parts.
+        path: the file.
+        stride: frames of the result from the start of a window to that of the next one.
+
+    Raises:
+        ValueError: it cannot be read, or the run has one part only.
+    """
+
+    def __init__(self, run: Run, path: Path, stride: int) -> None:
+        self.run, self.stride = run, stride
+        parts = run.system.part_sizes(run.config)
+        if len(parts) == 1:
+            raise ValueError(f"from_level: got {path} for a run of one level, expected one of several")
+        info = probe_source("from_level", path)
+        self.part = level_like(parts, info)
+        """Number of the part that it is taken for; those below are its averages."""
+        size, whole = parts[self.part], run.config.resolution
+        growth = [of_whole // of_part for of_whole, of_part in zip(whole, size)]
+        if _shown_size(info) == size[1:]:
+            self.source = Source("from_level", info, size[1:])
+            self.note = (
+                f"{path.name}: {info.frames} frame(s) of {info.height}x{info.width}, taken for level {self.part} frame "
+                f"for frame: each stands for {growth[0]} frame(s) of the video"
+            )
+        else:
+            growth[0] = 1
+            self.source = Source.of_run(run, path, "from_level", size[1:])
+            self.note = f"{self.source.describe()}; taken for level {self.part}"
+        self.repeats = growth
+        """Frames, rows and columns of the result for each that is read."""
+        self.frames = self.source.length * self.repeats[0]
+        """Frames of the result."""
+
+    def __call__(self, window: int) -> list[Tensor]:
+        """The given parts of a window, ``[1, C, f, h, w]`` in [-1, 1]; after the end the last frame is repeated."""
+        growth = self.repeats[0]
+        clip = self.source.part(window * self.stride // growth, self.run.config.resolution[0] // growth)
+        for axis, repeats in enumerate(self.repeats, start=2):
+            clip = clip.repeat_interleave(repeats, dim=axis)  # what the parts are averages of, without a loss
+        return _parts_of(self.run, clip)[: self.part + 1]
 
 
 def level_like(parts: Sequence[tuple[int, int, int]], info: VideoInfo) -> int:
     """The number of the largest part, but not the last, that a video has the resolution for; 0 for a smaller one."""
-    fitting = [
-        n for n, (_, height, width) in enumerate(parts[:-1]) if min(info.height / height, info.width / width) >= 1
-    ]
+    shown = _shown_size(info)
+    fitting = [n for n, (_, height, width) in enumerate(parts[:-1]) if shown[0] >= height and shown[1] >= width]
     return max(fitting, default=0)
 
 
+def _shown_size(info: VideoInfo) -> tuple[int, int]:
+    """Height and width of a video as a player shows it."""
+    return info.height, round(info.width * info.pixel_aspect)
+
+
 def _parts_of(run: Run, clip: Tensor) -> list[Tensor]:
-    """All parts of a clip, uint8 ``[1, 3, F, H, W]``."""
+    """All parts of a clip, uint8 ``[1, 3, F, H, W]``: ``[1, 3, f, h, w]`` in [-1, 1] each."""
     return [run.system.real_part(run.config, clip, part) for part in range(len(run.system.part_sizes(run.config)))]
 
 
-def _first_frames(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The first frame of each part: a still image says nothing of the others."""
-    return [part[:, :, :1] for part in parts]
+def _image(run: Run, path: Path, argument: str) -> Source:
+    """An image as the run's training reads it, which is one frame whatever the rate."""
+    return Source(argument, probe_source(argument, path), run.config.resolution[1:])
+
+
+def _still(run: Run, image: Source, scale: int) -> list[Tensor]:
+    """The first frame of each part of an image: it says nothing of the others."""
+    return [part[:, :, :1] for part in _parts_of(run, image.first().expand(-1, -1, scale, -1, -1))]

@@ -5,6 +5,7 @@ Under ``torchrun`` the ranks share the work, and rank 0 writes the files.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from hpdm.video import to_uint8, write_contact_sheet, write_video
 OVERLAPS = ("none", "w", "h", "hw", "f", "fw", "fh", "fhw")
 """The strategies of the paper's Table 4."""
 
+SHEET = "contact_sheet.png"
 SHEET_WIDTH = 128
 """Narrower videos are enlarged on the contact sheet."""
 
@@ -95,14 +97,23 @@ class SampleOptions:
     def __post_init__(self) -> None:
         at_least(self, 1, "count", "batch", "columns")
         at_least(self, 0, "seed")
-        for name in ("compare_overlap", "save_levels"):
-            if self.given.is_long and getattr(self, name):
-                raise ValueError(f"{name}: got true with the options of long videos, expected false")
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"fps: got {self.fps}, expected > 0")
+        self._check_length()
         with_prompts = bool(self.prompts) or self.prompts_file is not None
         sources = [name for name in ("encoder", "embeddings") if getattr(self, name) is not None]
         if len(sources) != with_prompts:
             got = f"{'prompts' if with_prompts else 'no prompts'} with {' and '.join(sources) or 'neither'}"
             raise ValueError(f"prompts: got {got}, expected prompts with one of --encoder and --embeddings")
+
+    def _check_length(self) -> None:
+        """Raises ValueError for options that do not go with videos of this length."""
+        for name in ("compare_overlap", "save_levels"):
+            if self.given.is_long and getattr(self, name):
+                raise ValueError(f"{name}: got true with {self.given.names}, expected false")
+        for name, value in vars(self.long).items():
+            if not self.given.is_long and value != getattr(LongOptions(), name):
+                raise ValueError(f"{name}: got {value} for videos of a clip's length, expected it with --frames")
 
 
 def run(options: SampleOptions) -> int:
@@ -135,7 +146,7 @@ def sample(options: SampleOptions) -> list[Path]:
         check_outputs(options.out, [f"{stem}_overlap_fhw_level99.mp4" for stem in stems])
         outputs = _Outputs(options, loaded, real_clips(options, loaded, subjects))
         if options.given.is_long:
-            return _sample_long(options, loaded, subjects, stems, outputs, started)
+            return _sample_long(options, loaded, subjects, outputs, started)
         strategies = OVERLAPS if options.compare_overlap else (options.sampler.overlap,)
         samplers = {
             overlap: loaded.system.sampler(loaded.model, replace(options.sampler, overlap=overlap))
@@ -157,15 +168,16 @@ def sample(options: SampleOptions) -> list[Path]:
                 return []
             outputs.finish(labeled=bool(conditions(subjects)))
             kept.remove()
-    print(f"{len(outputs.paths)} videos and contact_sheet.png in {options.out}, {time.perf_counter() - started:.1f} s")
+    print(f"{len(outputs.paths)} videos and {SHEET} in {options.out}, {time.perf_counter() - started:.1f} s")
     return outputs.paths
 
 
 def _sample_long(
-    options: SampleOptions, loaded: Run, subjects: Sequence[Subject], stems: Sequence[str], outputs: _Outputs,
-    started: float,
-) -> list[Path]:  # fmt: skip
+    options: SampleOptions, loaded: Run, subjects: Sequence[Subject], outputs: _Outputs, started: float
+) -> list[Path]:
     """:func:`sample` for videos that are sampled window by window."""
+    paths = [options.out / f"{_stem(subject, options.seed + n)}.mp4" for n, subject in enumerate(subjects)]
+    options.given.check_not_written([*paths, options.out / SHEET])
     videos = LongVideos(loaded, options.sampler, options.long, options.given, options.out, options.fps, options.columns)
     if distributed.is_first():
         make_folder("out", options.out)
@@ -174,8 +186,8 @@ def _sample_long(
         for first in range(0, len(subjects), options.batch):
             batch = slice(first, first + options.batch)
             seeds = range(options.seed + first, options.seed + first + len(subjects[batch]))
-            sheets = videos.sample(seeds, subjects[batch], stems[batch], kept)
-            outputs.add_long(seeds, subjects[batch], stems[batch], sheets)
+            sheets = videos.sample(seeds, subjects[batch], paths[batch], kept)
+            outputs.add_long(first, subjects[batch], paths[batch], sheets)
         if not distributed.is_first():
             return []
         outputs.finish(labeled=bool(conditions(subjects)))
@@ -317,15 +329,21 @@ class _Outputs:
                 self.seams.setdefault(overlap, []).append(samplers[overlap].seams(videos[-1][row]))
 
     def add_long(
-        self, seeds: Sequence[int], subjects: Sequence[Subject], stems: Sequence[str], sheets: Sequence[Tensor]
+        self, first: int, subjects: Sequence[Subject], paths: Sequence[Path], sheets: Sequence[Tensor]
     ) -> None:
-        """Takes note of a batch of long videos that are written, and of their frames for the contact sheet."""
-        first = seeds[0] - self.options.seed
-        for row, (subject, stem, frames) in enumerate(zip(subjects, stems, sheets)):
+        """Takes note of a batch of long videos that are written, and of their frames for the contact sheet.
+
+        Args:
+            first: number of the batch's first video, of all videos.
+            subjects: of the batch.
+            paths: of its files.
+            sheets: uint8 ``[3, columns, H, W]`` each.
+        """
+        for row, (subject, path, frames) in enumerate(zip(subjects, paths, sheets)):
             if self.real:
                 self.sheet.append(self.real[first + row])
                 self.captions.append(f"{subject.caption}, real")
-            self.paths.append(self.options.out / f"{stem}.mp4")
+            self.paths.append(path)
             self.sheet.append(frames)
             self.captions.append(subject.caption + self._note(""))
 
@@ -348,7 +366,7 @@ class _Outputs:
         """Writes the contact sheet."""
         options = self.options
         write_contact_sheet(
-            options.out / "contact_sheet.png",
+            options.out / SHEET,
             self.sheet,
             columns=options.columns,
             labels=self.captions if labeled or self.real or options.compare_overlap else None,

@@ -1,37 +1,39 @@
 """``hpdm sample`` with frames of any number or given by the user: videos are written while they are sampled.
 
 A video is finished segment by segment. After each, ``OUT/.unfinished`` holds what the rest depends on, and the frames
-so far as mp4 files of their own, which play. The same command, called again after an interruption, goes on with the next
-segment. Under its name a video appears whole.
+so far as mp4 files of their own, which play (:mod:`hpdm.commands.long_files`). The same command, called again after an
+interruption, goes on with the next segment. Under its name a video appears whole.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from hpdm import distributed
-from hpdm.commands import unfinished
-from hpdm.commands.given import GivenOptions, given_frames
+from hpdm.commands.given import NOT_TRAINED, GivenOptions, given_frames
+from hpdm.commands.long_files import LongFiles
 from hpdm.commands.subjects import Subject, conditions
 from hpdm.commands.unfinished import Unfinished
 from hpdm.integrity import hash_of_file, hash_of_tensor
-from hpdm.long_video import LongOptions, LongSampler, Segment
+from hpdm.long_video import LongOptions, LongSampler, Segment, State
 from hpdm.runs import Run
 from hpdm.sampling import SamplerOptions
-from hpdm.video import to_uint8
-from hpdm.video_pieces import VideoPieces
+from hpdm.video_pieces import PIECE
 
 
 class LongVideos:
     """Samples the videos of one call of the command, a batch at a time, and writes them.
+
+    Memory does not grow with the length of the videos, but for the index of an mp4 file while its pieces are joined,
+    about 100 bytes a frame.
 
     Args:
         run: the trained model.
@@ -50,16 +52,19 @@ class LongVideos:
         self, run: Run, options: SamplerOptions, long: LongOptions, given: GivenOptions, out: Path, fps: float,
         columns: int,
     ) -> None:  # fmt: skip
-        self.run, self.options, self.long, self.given, self.out, self.fps = run, options, long, given, out, fps
+        self.run, self.options, self.long, self.given = run, options, long, given
+        self.out, self.fps, self.columns = out, fps, columns
         self.sampler: LongSampler = run.system.long_sampler(run.model, options, long)
         self.frames, self.arguments, self.notes = given_frames(given, run, self.sampler.known)
-        self.shown = torch.linspace(0, self.frames - 1, columns).round().long().tolist()
-        """The frames of the contact sheet."""
+        if self.sampler.count(self.frames) > 1 and not getattr(run.config, "known_frames", False):
+            clip = run.config.resolution[0]
+            option = next(iter(given.files), "frames")
+            raise ValueError(f"{option}: got {self.frames} frames, expected at most {clip}, a clip: {NOT_TRAINED}")
 
     def sample(
-        self, seeds: Sequence[int], subjects: Sequence[Subject], stems: Sequence[str], kept: Unfinished
+        self, seeds: Sequence[int], subjects: Sequence[Subject], paths: Sequence[Path], kept: Unfinished
     ) -> list[Tensor]:
-        """Samples a batch of videos and writes them as ``OUT/STEM.mp4``; a collective.
+        """Samples a batch of videos and writes them to ``paths``; a collective.
 
         Returns:
             On rank 0 the frames of each video for the contact sheet, uint8 ``[3, columns, H, W]``; else nothing.
@@ -68,135 +73,99 @@ class LongVideos:
             FloatingPointError: a video holds numbers that are not finite.
             LockedError: another command samples the same videos.
             OSError: a file cannot be written; what was written stays, and the same command goes on from there.
+            ValueError: what an interrupted command left is damaged.
         """
-        first, path, found = distributed.is_first(), Path(), dict[str, Tensor]()
+        files: LongFiles | None = None  # on rank 0
         with distributed.raise_on_all_ranks():
-            if first:
+            if distributed.is_first():
                 path = kept.open(self._identity(seeds, subjects))
-                found = unfinished.read_state(path)
-        found = distributed.broadcast(found)
-        files: list[_File] = []
-        with distributed.raise_on_all_ranks():
-            if first:
-                files = [_File(path.with_suffix(""), n, self.fps, found, self.shown) for n in range(len(seeds))]
-        segments = self._segments(seeds, subjects, found)
-        done = int(found["segments"]) if found else 0
-        if done and first:
-            print(f"found {done} finished segment(s) of seeds {seeds[0]} to {seeds[-1]}, going on from there")
-        for segment in segments:
+                files = LongFiles(path, len(seeds), self.frames, self.fps, self.columns)
+                self._announce(seeds, files)
+        done, state = distributed.broadcast((0, {}) if files is None else (files.segments, files.state))
+        for segment in self._segments(seeds, subjects, done, state):
             if not segment.frames.isfinite().all():
                 raise FloatingPointError(
-                    f"segment {segment.number} holds numbers that are not finite; lower --guidance or take other weights"
+                    f"segment {segment.number} holds numbers that are not finite; lower --guidance or take other "
+                    "weights"
                 )
             with distributed.raise_on_all_ranks():
-                if first:
-                    self._keep(path, files, segment)
+                if files is not None:
+                    files.keep(segment)
         with distributed.raise_on_all_ranks():
-            for file, stem in zip(files, stems):
-                file.pieces.finish(self.out / f"{stem}.mp4")
-        return [file.sheet() for file in files]
+            if files is not None:
+                files.finish(paths)
+        return [] if files is None else files.sheet()
 
     def plan_line(self, videos: int, at_a_time: int) -> str:
-        """One line to print before sampling."""
-        segments = self.sampler.count(self.frames)
-        steps = "/".join(
-            str(self.options.level_steps(n)) for n in range(len(self.run.system.part_sizes(self.run.config)))
-        )
+        """One line to print before sampling.
+
+        Args:
+            videos: number of videos.
+            at_a_time: of a batch.
+        """
+        parts = len(self.run.system.part_sizes(self.run.config))
+        steps = "/".join(str(self.options.level_steps(part)) for part in range(parts))
         return (
-            f"{videos} videos of {self.frames} frames, {at_a_time} at a time: {segments} window(s), "
-            f"{self.long.scheme}, {self.sampler.known} frame(s) of level 0 known, steps {steps}"
+            f"{videos} video(s) of {self.frames} frames, {at_a_time} at a time: {self.sampler.count(self.frames)} "
+            f"window(s), {self.long.scheme}, {self.sampler.known} frame(s) of level 0 known, steps {steps}"
         )
 
-    def _segments(self, seeds: Sequence[int], subjects: Sequence[Subject], found: Mapping[str, Tensor]) -> Any:
-        videos = len(seeds)
-        given = dict(self.arguments)
-        for name in ("first", "last"):
-            if name in given:
-                given[name] = [part.expand(videos, -1, -1, -1, -1) for part in given[name]]
-        if "levels" in given:
-            of_one = given["levels"]
-            given["levels"] = lambda window: [part.expand(videos, -1, -1, -1, -1) for part in of_one(window)]
-        state = {name[6:]: tensor for name, tensor in found.items() if name.startswith("state_")}
-        return _with_bar(
-            self.sampler, seeds, self.frames, **conditions(subjects), **given,
-            state={name: tensor.to(self.run.device) for name, tensor in state.items()} or None,
-            done=int(found["segments"]) if found else 0,
-        )  # fmt: skip
+    def _announce(self, seeds: Sequence[int], files: LongFiles) -> None:
+        """Prints what was found of a batch, and where its frames are meanwhile."""
+        name = f"seeds {seeds[0]} to {seeds[-1]}"
+        if files.segments:
+            print(f"found {files.segments} finished segment(s) of {name}, going on from there")
+        if self.frames > PIECE and files.segments < self.sampler.count(self.frames):
+            print(f"{name}: until all is done, the frames so far are in {files.folder}, as mp4 files", flush=True)
 
-    def _keep(self, path: Path, files: Sequence[_File], segment: Segment) -> None:
-        """Writes the frames of a segment, then what the rest depends on."""
-        state = {f"state_{name}": tensor.cpu() for name, tensor in segment.state.items()}
-        state["segments"] = torch.tensor(segment.number + 1)
-        try:
-            for file, frames in zip(files, segment.frames):
-                file.add(to_uint8(frames))
-                state |= file.state()
-            unfinished.write_state(path, state)
-        except OSError as error:
-            number = files[0].pieces.done
-            raise OSError(
-                f"{error}; {number} of {self.frames} frames are in {path.with_suffix('')}, as files that play, and the "
-                "same command goes on from there"
-            ) from error
+    def _segments(
+        self, seeds: Sequence[int], subjects: Sequence[Subject], done: int, state: State
+    ) -> Iterator[Segment]:
+        """The segments that are not done, with a bar on rank 0 that counts all."""
+        total = self.sampler.count(self.frames)
+        hidden = not distributed.is_first()
+        with tqdm(total=total, initial=done, unit="segment", dynamic_ncols=True, disable=hidden) as bar:
+
+            def progress(window: int, part: int, calls: int, of_part: int) -> None:
+                bar.set_postfix_str(f"level {part}: {calls}/{of_part}", refresh=calls % 8 == 0)
+
+            for segment in self.sampler.segments(
+                seeds, self.frames, **conditions(subjects), **_of_batch(self.arguments, len(seeds)), done=done,
+                state={name: t.to(self.run.device) for name, t in state.items()} or None, progress=progress,
+            ):  # fmt: skip
+                yield segment
+                bar.update()
 
     def _identity(self, seeds: Sequence[int], subjects: Sequence[Subject]) -> dict[str, Any]:
-        """All that the videos depend on."""
+        """All that the files of a batch depend on."""
         # The tile batch and the place of the cache change a video by rounding at most.
         choices = asdict(replace(self.options, tile_batch=1, cache="gpu")) | asdict(self.long)
-        paths = [*(self.given.between or ()), self.given.continues, self.given.animate, self.given.from_level]
         return {
             "weights": self.run.digest, "seeds": list(seeds), "subjects": [s.caption for s in subjects],
             "text": [None if s.text is None else hash_of_tensor(s.text.cpu()) for s in subjects],
-            "frames": self.frames, "fps": self.fps, "shown": self.shown,
-            "given": [None if p is None else hash_of_file(p) for p in paths], **choices,
+            "frames": self.frames, "fps": self.fps, "columns": self.columns, "given": self._given,
+            "read": [self.run.training.get("stride"), self.run.training.get("fps")], **choices,
         }  # fmt: skip
 
-
-class _File:
-    """One video that is written: its pieces, and its frames for the contact sheet."""
-
-    def __init__(
-        self, folder: Path, number: int, fps: float, found: Mapping[str, Tensor], shown: Sequence[int]
-    ) -> None:
-        self.number, self.wanted = number, shown
-        done = int(found["frames"]) if found else 0
-        self.pieces = VideoPieces(folder / f"{number:03}", fps, done, found.get(f"rest_{number}"))
-        self.shown: list[Tensor] = list(found[f"shown_{number}"].unbind(1)) if found else []
-
-    def add(self, frames: Tensor) -> None:
-        """Appends frames, uint8 ``[3, n, H, W]``."""
-        first = self.pieces.done
-        self.shown += [frames[:, n - first] for n in self.wanted if first <= n < first + frames.shape[1]]
-        self.pieces.add(frames)
-
-    def state(self) -> dict[str, Tensor]:
-        """What to go on with, besides the pieces."""
-        return {
-            "frames": torch.tensor(self.pieces.done),
-            f"rest_{self.number}": self.pieces.rest,
-            f"shown_{self.number}": self.sheet(),
-        }
-
-    def sheet(self) -> Tensor:
-        """The frames for the contact sheet so far, uint8 ``[3, n, H, W]``."""
-        _, _, height, width = self.pieces.rest.shape
-        return torch.stack(self.shown, dim=1) if self.shown else torch.empty(3, 0, height, width, dtype=torch.uint8)
+    @cached_property
+    def _given(self) -> dict[str, list[str]]:
+        """Hashes of the files of the user, by option."""
+        return {name: [hash_of_file(path) for path in paths] for name, paths in self.given.files.items()}
 
 
-def _with_bar(sampler: LongSampler, seeds: Sequence[int], frames: int, done: int, **arguments: Any) -> Any:
-    """The segments, with a bar on rank 0 that counts them."""
-    total = sampler.count(frames)
-    with tqdm(total=total, initial=done, unit="segment", dynamic_ncols=True, disable=not distributed.is_first()) as bar:
+def _of_batch(arguments: dict[str, Any], videos: int) -> dict[str, Any]:
+    """Arguments of the sampler for one video, as those for so many equal ones."""
 
-        def progress(window: int, part: int, calls: int, total: int) -> None:
-            bar.set_postfix_str(f"level {part}: {calls}/{total}", refresh=calls % 8 == 0)
+    def of_batch(parts: Sequence[Tensor]) -> list[Tensor]:
+        return [part.expand(videos, -1, -1, -1, -1) for part in parts]
 
-        for segment in sampler.segments(seeds, frames, **arguments, done=done, progress=progress):
-            yield segment
-            bar.update()
+    given: dict[str, Any] = {name: of_batch(parts) for name, parts in arguments.items() if name != "levels"}
+    if "levels" in arguments:
+        given["levels"] = lambda window: of_batch(arguments["levels"](window))
+    return given
 
 
 def report(videos: Sequence[Path], frames: int, started: float) -> str:
-    """The last line of the command."""
+    """The last line of the command; ``started`` is of :func:`time.perf_counter`."""
     seconds = time.perf_counter() - started
-    return f"{len(videos)} videos of {frames} frames in {videos[0].parent}, {seconds:.1f} s"
+    return f"{len(videos)} video(s) of {frames} frames and contact_sheet.png in {videos[0].parent}, {seconds:.1f} s"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,6 @@ from hpdm.files import atomic_path, delete_leftovers
 from hpdm.integrity import hash_of_json
 from hpdm.lock import FolderLock
 from hpdm.tensor_file import TensorFile, write_tensors
-
-_DAMAGED = "out: the finished part of an interrupted run is damaged, delete it"
 
 FOLDER = ".unfinished"
 """Folder of the finished parts, in the folder of the videos."""
@@ -74,13 +72,12 @@ def read(path: Path) -> list[Tensor]:
     """
     parts = read_state(path)
     names = [str(n) for n in range(len(parts))]
-    if set(names) != set(parts):
-        raise ValueError(f"{_DAMAGED}: {path}: got tensors {sorted(parts)[:3]}, expected {names[:3]}")
+    check_names(path, parts, names)
     return [parts[name] for name in names]
 
 
 def write(path: Path, parts: list[Tensor]) -> None:
-    """Writes the videos of the finished parts, atomically."""
+    """Writes the videos of the finished parts, as :func:`write_state`."""
     write_state(path, {str(n): videos for n, videos in enumerate(parts)})
 
 
@@ -101,11 +98,32 @@ def read_state(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{path}: got NaN or infinity, expected finite videos")
             return state
     except ValueError as error:
-        raise ValueError(f"{_DAMAGED}: {error}") from None
+        raise ValueError(damaged(path, error)) from None
 
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes what an interrupted command goes on from, atomically."""
+    """Writes what an interrupted command goes on from, atomically.
+
+    Raises:
+        OSError: it cannot be written; the one before stays.
+    """
     path.parent.mkdir(exist_ok=True)
     with atomic_path(path) as temporary:
         write_tensors(temporary, state, {}, hashed=True)
+
+
+def check_names(path: Path, found: Iterable[str], expected: Iterable[str]) -> None:
+    """Checks that a file holds the tensors that were written.
+
+    Raises:
+        ValueError: others.
+    """
+    if set(found) != set(expected):
+        got, wanted = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+        raise ValueError(damaged(path, f"got {got[:3]} too many, and lacks {wanted[:3]}"))
+
+
+def damaged(path: Path, reason: object) -> str:
+    """The message of an error: what an interrupted command left in ``path`` and beside it cannot be used."""
+    place = "" if str(path) in str(reason) else f"{path}: "
+    return f"out: the finished part of an interrupted run is damaged, delete it: {place}{reason}"

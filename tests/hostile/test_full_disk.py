@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -29,6 +28,7 @@ from hpdm.patch.system import PatchDiffusion
 from hpdm.runs import RunConfig
 from hpdm.text import EmbeddingInfo, EmbeddingStore
 from hpdm.video import write_contact_sheet, write_video
+from tests.disks import small_disk
 from tests.hostile.runner import CRASHED, run, tree
 from tests.hostile.soak import everything, seed
 from tests.small import random_model, save_as_run, small_config
@@ -83,6 +83,8 @@ def good(clips, tmp_path_factory) -> Iterator[Path]:
     model = random_model(small_config(classes=2).with_pyramid((2, 8, 8), (4, 16, 16)))
     save_as_run(model, root / "run", ["RedDisc", "GreenSquare"], about)
     runs.export(root / "run", root / "good.safetensors")
+    one_level = {"conditioning": "none", "levels": 1, "levels_per_block": (1,), "known_frames": True}
+    save_as_run(random_model(small_config(patch=(4, 8, 8), tokenizer=(1, 2, 2), **one_level)), root / "long", [], about)
     (root / "clips").symlink_to(clips)
     return root
 
@@ -96,6 +98,10 @@ COMMANDS = {
     "sample": lambda good, out: [
         "sample", "--run", good / "run", "--out", out / "videos", "--count", "2", "--batch", "1", "--steps", "1",
         "--overlap", "none", "--device", "cpu",
+    ],
+    "sample long": lambda good, out: [
+        "sample", "--run", good / "long", "--out", out / "videos", "--count", "2", "--batch", "1", "--steps", "1",
+        "--frames", "70", "--known", "1", "--device", "cpu",
     ],
     "shard": lambda good, out: ["data", "shard", good / "clips", out / "shards", "--clips-per-shard", "4"],
     "shard anew": lambda good, out: ["data", "shard", good / "clips", out / "shards", "--resize", "16"],
@@ -164,33 +170,24 @@ def check_run(run_folder: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of its own in memory, of which a part is taken by a file ``fill``."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("needs the right to mount a file system")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+def disk(tmp_path) -> Iterator[Path]:
+    """A file system of its own, of which a part is taken by a file ``fill``."""
+    with small_disk(tmp_path / "disk", 64) as place:
+        yield place
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in ("plan", "evaluate")])
-def test_a_disk_without_room(name, good, small_disk, tmp_path):
-    ended = run(COMMANDS[name](good, small_disk), tmp_path / "work", without_plan)
+def test_a_disk_without_room(name, good, disk, tmp_path):
+    ended = run(COMMANDS[name](good, disk), tmp_path / "work", without_plan)
     assert ended.status == 0
-    whole = contents(small_disk)
-    needed = sum((small_disk / path).stat().st_size for path in whole)
-    for path in sorted(small_disk.rglob("*"), reverse=True):
+    whole = contents(disk)
+    needed = sum((disk / path).stat().st_size for path in whole)
+    for path in sorted(disk.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     for share in [n / 40 for n in range(39)] if everything() else (0.6,):
         room = -(-int(share * needed) // 4096) * 4096
-        (small_disk / "fill").write_bytes(bytes((64 << 20) - room))
-        ended = run(COMMANDS[name](good, small_disk), tmp_path / "work", without_plan)
+        (disk / "fill").write_bytes(bytes((64 << 20) - room))
+        ended = run(COMMANDS[name](good, disk), tmp_path / "work", without_plan)
         print(share, room, ended)
         assert ended.status in ((0, 1) if share > 0.9 else (1,))
         if ended.status == 1:
@@ -198,11 +195,11 @@ def test_a_disk_without_room(name, good, small_disk, tmp_path):
             (line,) = ended.error_lines
             assert line.startswith("hpdm: error: ")
             assert "No space left on device" in line
-        left = contents(small_disk)
+        left = contents(disk)
         assert not [path for path in left if "/." in f"/{path}" and not path.startswith("videos/.unfinished/")], left
-        if name == "train" and (small_disk / "run").exists():
-            check_run(small_disk / "run")
-        for path in sorted(small_disk.rglob("*"), reverse=True):
+        if name == "train" and (disk / "run").exists():
+            check_run(disk / "run")
+        for path in sorted(disk.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
 
 

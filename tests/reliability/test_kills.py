@@ -89,9 +89,10 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_curve(commands, 
         shutil.rmtree(run)
 
 
-def test_a_sampling_killed_at_any_call_gives_the_same_videos(commands, trained, tmp_path):
+@pytest.mark.parametrize("length", [(), ("--frames", 6)], ids=["clip", "frames"])
+def test_a_sampling_killed_at_any_call_gives_the_same_videos(commands, trained, tmp_path, length):
     def sample(point, report, out="killed", **options):
-        words = ["sample", "--run", trained, "--out", tmp_path / out, "--count", 1, "--steps", 2, *SMALL]
+        words = ["sample", "--run", trained, "--out", tmp_path / out, "--count", 1, "--steps", 2, *SMALL, *length]
         return commands.run(*words, before=(count_calls, (tmp_path / out, point, "", report)), **options)
 
     assert sample(-1, "", "whole").status() == 0
