@@ -103,11 +103,8 @@ class LongVideos:
             videos: number of videos.
             at_a_time: of a batch.
         """
-        parts = len(self.run.system.part_sizes(self.run.config))
-        steps = "/".join(str(self.options.level_steps(part)) for part in range(parts))
-        return (
-            f"{videos} video(s) of {self.frames} frames, {at_a_time} at a time: {self.sampler.count(self.frames)} "
-            f"window(s), {self.long.scheme}, {self.sampler.known} frame(s) of level 0 known, steps {steps}"
+        return self.run.system.long_plan_line(
+            self.run.model, self.options, self.long, self.frames, videos, at_a_time, distributed.world_size()
         )
 
     def _announce(self, seeds: Sequence[int], files: LongFiles) -> None:

@@ -129,8 +129,8 @@ def _sampling(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _long(plan: dict[str, Any]) -> list[str]:
     """A line per level of the first window, and of one after it."""
     lines = [
-        f"sampling a video of {plan['frames']} frames: {plan['windows']} window(s), each knows {plan['known']} frame(s) "
-        "of level 0",
+        f"sampling a video of {plan['frames']} frames: {plan['windows']} window(s), each knows {plan['known']} "
+        "frame(s) of level 0",
         f"  {'window':<9}{'level':<7}{'tiles':>8}{'features':>10}{'patches':>10}{'TFLOP':>10}",
     ]
     for name in ("first", "next"):
