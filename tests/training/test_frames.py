@@ -1,7 +1,9 @@
 """Known frames in training: what is drawn, what the network is told, what is trained; and off, nothing of it."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from hpdm.patch.draws import draw
 from hpdm.patch.objective import denoising_error
 from hpdm.process import DATA_STD, add_noise, gamma, network_input
 from hpdm.training.trainer import Trainer
+from tests.processes import run_ranks
 from tests.small import random_model, small_config
 from tests.small import train_options as options
 
@@ -366,3 +369,30 @@ def test_training_with_everything(clips, tmp_path):
         CONFIG.replace(known_frames=False, spacing=3)
     with pytest.raises(ValueError, match="spacing: got 2, expected 1 or a divisor of 3"):
         CONFIG.replace(spacing=2)
+
+
+def test_rows_are_the_same_whichever_are_drawn_together():
+    law = Objective(clean_context=0.5, flip=True)
+
+    def drawn(rows):
+        generator = torch.Generator().manual_seed(3)
+        return draw(long_config(), 8, generator, objective=law, images=0.5, rows=rows)
+
+    whole, parts = drawn(range(8)), [drawn(range(first, first + 2)) for first in range(0, 8, 2)]
+    for name in ("t", "frame_t", "predicted", "start", "sparse", "remembers", "weight"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+
+
+def train_as_a_rank(clips, out, parallel):
+    everything = FRAMES | {"spacing": 3, "memory": True, "self_conditioning": 0.5, "remembered": 0.9}
+    train(options(Path(clips), Path(out), **everything, batch=4, steps=3, device="cpu", parallel=parallel))
+
+
+def test_a_run_does_not_depend_on_the_processes(clips, tmp_path):
+    def losses(name):
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+
+    train_as_a_rank(clips, tmp_path / "one", "ddp")
+    for parallel in ("ddp", "fsdp"):
+        run_ranks(train_as_a_rank, 2, clips, tmp_path / parallel, parallel)
+        assert losses(parallel) == pytest.approx(losses("one"), rel=1e-4)
