@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hpdm.frames import Known
@@ -47,6 +48,7 @@ class LongSampler:
     def count(self, frames: int) -> int:
         return self.windows.count(frames)
 
+    @torch.no_grad()
     def segments(
         self,
         seeds: Sequence[int],

@@ -425,7 +425,9 @@ def test_all_schemes_go_on_and_do_not_depend_on_the_length(scheme, changes, gene
     model = random_model(CONFIG.replace(**changes, spacing=3))
     sampler = LongSampler(model, SamplerOptions(steps=4, solver="2m"), LongOptions(scheme=scheme, together=3))
     labels = torch.tensor([1])
+    assert any(parameter.requires_grad for parameter in model.parameters())
     segments = list(sampler.segments([3], 60, labels))
+    assert not any(tensor.requires_grad for segment in segments for tensor in segment.state.values())
     long = torch.cat([s.frames for s in segments], dim=2)
     assert torch.equal(torch.cat([s.frames for s in sampler.segments([3], 33, labels)], dim=2), long[:, :, :33])
     for done in (1, 2, 4):
