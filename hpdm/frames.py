@@ -27,29 +27,60 @@ EXACTLY_CLEAN = 0.25
 
 
 class FrameTimes(nn.Module):
-    """Tells tokens the diffusion time of their own frame where it differs from that of the clip.
+    """Tells tokens the diffusion time of their own frame where it differs from that of the clip, and what is known.
 
-    It starts as zero: a model that gets it behaves as before until it is trained.
+    A frame gets the embedding of its time; the other frames get the pixels of the nearest known one at their own place,
+    as image-to-video models do with their image (Blattmann et al. 2023), so that what stands still need not go through
+    the whole network. Where several times differ, as in a rolling clip, the cleanest frames are the known ones.
+
+    Both maps start as zero: a model that gets them behaves as before until it is trained.
 
     Args:
         width: of the tokens, D.
+        pixels: numbers of a token, P.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, pixels: int) -> None:
         super().__init__()
         self.linear = nn.Linear(NOISE_FREQUENCIES, width)
+        self.nearest = nn.Linear(pixels, width, bias=False)
         self.initialize()
 
     def initialize(self) -> None:
-        """Sets the map to zero."""
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        """Sets both maps to zero."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(self, tokens: Tensor, t: Tensor, frame_t: Tensor) -> Tensor:
-        """Tokens ``[B, N, D]``, frame after frame, at times ``t [B]``, their frames' ``[B, F]`` -> ``[B, N, D]``."""
+    def forward(self, tokens: Tensor, t: Tensor, frame_t: Tensor, pixels: Tensor) -> Tensor:
+        """Tells B patches of one level.
+
+        Args:
+            tokens: ``[B, N, D]``, frame after frame.
+            t: times of the patches, ``[B]``.
+            frame_t: times of their frames, ``[B, F]``.
+            pixels: what the tokens are made of, ``[B, F, N / F, P]``.
+
+        Returns:
+            ``[B, N, D]``.
+        """
         told = self.linear(noise_frequencies(frame_t).to(self.linear.weight.dtype))  # [B, F, D]
-        told = told * (frame_t != t[:, None])[..., None]
-        return (tokens.unflatten(1, (frame_t.shape[1], -1)) + told[:, :, None]).flatten(1, 2)
+        differs = frame_t != t[:, None]  # [B, F]
+        told = told * differs[..., None]
+        known = differs & (frame_t == torch.where(differs, frame_t, torch.inf).amin(dim=1, keepdim=True))
+        index, exists = nearest_known(known)
+        shown = self.nearest(pixels.gather(1, index[:, :, None, None].expand_as(pixels)))  # [B, F, N / F, D]
+        shown = shown * (exists & ~known)[..., None, None]
+        return (tokens.unflatten(1, (frame_t.shape[1], -1)) + (told[:, :, None] + shown)).flatten(1, 2)
+
+
+def nearest_known(known: Tensor) -> tuple[Tensor, Tensor]:
+    """For each frame the number of the nearest known one, of two the earlier, and whether there is one.
+
+    ``known`` bool ``[B, F]`` -> int64 and bool, ``[B, F]`` both.
+    """
+    frame = torch.arange(known.shape[1], device=known.device)
+    distance = (frame[:, None] - frame).abs() + torch.where(known, 0, 2 * known.shape[1])[:, None]  # [B, F, F]
+    return distance.argmin(dim=2), known.any(dim=1, keepdim=True).expand_as(known)
 
 
 class FrameDraws(NamedTuple):

@@ -79,7 +79,8 @@ class HPDM(nn.Module):
             self.blocks.append(RINBlock(config, n, kernels, self.recompute, first))
         self.out_norm = nn.LayerNorm(config.width)
         self.detokenizer = nn.Linear(config.width, config.channels * math.prod(config.tokenizer))
-        self.frame_times = FrameTimes(config.width) if config.known_frames else None
+        pixels = config.channels * math.prod(config.tokenizer)
+        self.frame_times = FrameTimes(config.width, pixels) if config.known_frames else None
         # Added to the tokens of level 0 where its frames are far apart.
         self.sparse = nn.Parameter(torch.zeros(config.width)) if config.spacing > 1 else None
         self.memory = SelfConditioning(config, kernels) if config.memory else None
@@ -185,7 +186,7 @@ class HPDM(nn.Module):
         tokens = [self._maybe_recomputed(self._tokenize, patch) for patch in patches]  # L x [B, N, D]
         if frame_t is not None:
             check_shape("frame_t", frame_t, (batch, levels, cfg.grid[0]))
-            tokens = [self._tell_frames(tokens[k], t[:, k], frame_t[:, k]) for k in range(levels)]
+            tokens = [self._tell_frames(tokens[k], t[:, k], frame_t[:, k], x[:, k]) for k in range(levels)]
         tokens[0] = self._tell_sparse(tokens[0], sparse)
         z = [
             self._initial_latents(batch, None if latents is None else latents[:, k]) for k in range(levels)
@@ -342,7 +343,7 @@ class HPDM(nn.Module):
         z = self._initial_latents(batch, latents)  # [B, M, E]
         if told is not None and told.frame_t is not None:
             check_shape("frame_t", told.frame_t, (batch, self.config.grid[0]))
-            a = self._tell_frames(a, told.t, told.frame_t)
+            a = self._tell_frames(a, told.t, told.frame_t, x)
         if level == 0:
             a = self._tell_sparse(a, None if told is None else told.sparse)
             z = self._remember(z, None if told is None else told.memory)
@@ -417,18 +418,21 @@ class HPDM(nn.Module):
 
     def _tokenize(self, patch: Tensor) -> Tensor:
         """Patches ``[B, C, f, h, w]`` -> tokens with positions ``[B, N, D]``."""
-        pf, ph, pw = self.config.tokenizer
-        pixels = rearrange(patch, "b c (f pf) (h ph) (w pw) -> b f h w (c pf ph pw)", pf=pf, ph=ph, pw=pw)
-        # pixels: [B, F, H, W, C * pf * ph * pw]
+        pixels = self._pixels_of_tokens(patch)  # [B, F, H, W, C * pf * ph * pw]
         position = self.position_f + self.position_h + self.position_w  # [F, H, W, D]
         return (self.tokenizer_norm(self.tokenizer(pixels)) + position).flatten(1, 3)  # [B, N, D]
 
-    def _tell_frames(self, tokens: Tensor, t: Tensor, frame_t: Tensor) -> Tensor:
-        """Tells tokens ``[B, N, D]`` of one level at times ``t [B]`` those of their frames, ``[B, F]``."""
+    def _tell_frames(self, tokens: Tensor, t: Tensor, frame_t: Tensor, x: Tensor) -> Tensor:
+        """Tells tokens ``[B, N, D]`` of patches ``x`` at times ``t [B]`` those of their frames, ``[B, F]``."""
         if self.frame_times is None:
             raise ValueError("frame_t: got a tensor, expected None for a model without known frames")
-        told: Tensor = self.frame_times(tokens, t, frame_t)
+        told: Tensor = self.frame_times(tokens, t, frame_t, self._pixels_of_tokens(x).flatten(2, 3))
         return told
+
+    def _pixels_of_tokens(self, patch: Tensor) -> Tensor:
+        """Patches ``[B, C, f, h, w]`` -> what each token is made of, ``[B, F, H, W, C * pf * ph * pw]``."""
+        pf, ph, pw = self.config.tokenizer
+        return rearrange(patch, "b c (f pf) (h ph) (w pw) -> b f h w (c pf ph pw)", pf=pf, ph=ph, pw=pw)
 
     def _tell_sparse(self, tokens: Tensor, sparse: Tensor | None) -> Tensor:
         """Tells tokens ``[B, N, D]`` of level 0 which samples, bool ``[B]``, have frames that are far apart."""

@@ -43,7 +43,7 @@ def test_a_model_with_a_new_map_is_the_old_one(generator):
     old = random_model(BEFORE)
     new = with_zero_started(old)
     assert {n for n, _ in new.named_parameters()} - {n for n, _ in old.named_parameters()} == {
-        "frame_times.linear.weight", "frame_times.linear.bias"
+        "frame_times.linear.weight", "frame_times.linear.bias", "frame_times.nearest.weight"
     }  # fmt: skip
     x, boxes, t, labels = inputs(generator)
     v = old(x, boxes, t, labels)
@@ -77,14 +77,15 @@ def test_one_level_alone_is_told_the_same(generator):
 
 
 def test_only_frames_whose_time_differs_are_told(generator):
-    told = FrameTimes(16)
+    told = FrameTimes(16, 12)
+    pixels = torch.randn(2, 4, 6, 12, generator=generator)
     with torch.no_grad():
         told.linear.weight.normal_(generator=generator)
         told.linear.bias.fill_(1.0)
     tokens = torch.randn(2, 4 * 6, 16, generator=generator)
     t = torch.tensor([0.5, 0.2])
     frame_t = torch.tensor([[0.0, 0.5, 0.5, 0.5], [0.2, 0.2, 0.1, 0.3]])
-    change = (told(tokens, t, frame_t) - tokens).unflatten(1, (4, 6))
+    change = (told(tokens, t, frame_t, pixels) - tokens).unflatten(1, (4, 6))
     differs = frame_t != t[:, None]
     assert not change[~differs].any()
     assert (change[differs].abs().amax(-1) > 0).all()
@@ -93,6 +94,29 @@ def test_only_frames_whose_time_differs_are_told(generator):
     angle = 1000 * 0.3 * wave
     expected = told.linear.weight.double() @ torch.cat((angle.cos(), angle.sin())) + 1
     torch.testing.assert_close(change[1, 3, 0], expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_frames_see_the_nearest_known_one(generator):
+    told = FrameTimes(16, 12)
+    with torch.no_grad():
+        told.nearest.weight.normal_(generator=generator)
+    pixels, tokens = torch.randn(5, 4, 6, 12, generator=generator), torch.zeros(5, 24, 16)
+    t = torch.full((5,), 0.5)
+    frame_t = torch.tensor(
+        [
+            [0.1, 0.1, 0.5, 0.5],  # the first are known
+            [0.1, 0.5, 0.5, 0.1],  # both ends
+            [0.5, 0.5, 0.5, 0.5],  # nothing
+            [0.6, 0.5, 0.5, 0.5],  # known, with more noise than the others
+            [0.0, 0.2, 0.35, 0.5],  # rolling: the cleanest one
+        ]
+    )
+    change = told(tokens, t, frame_t, pixels).unflatten(1, (4, 6))
+    sees = [[None, None, 1, 1], [None, 0, 3, None], [None] * 4, [None, 0, 0, 0], [None, 0, 0, 0]]
+    for b, f in itertools.product(range(5), range(4)):
+        frame = sees[b][f]
+        expected = torch.zeros(6, 16) if frame is None else pixels[b, frame] @ told.nearest.weight.T
+        torch.testing.assert_close(change[b, f], expected)
 
 
 def runs_of(known):
