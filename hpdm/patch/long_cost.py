@@ -58,7 +58,7 @@ class LongPlan:
     first: list[WindowPlan]
     """The first window, level by level."""
     next: list[WindowPlan]
-    """Each window after it. Of schemes that sample level 0 otherwise, the mean."""
+    """Each window after it; none if there is one alone. Of schemes that sample level 0 otherwise, the mean."""
     memory_bytes: int
     """Memory on the device, for videos of any length."""
 
@@ -88,6 +88,9 @@ def long_plan(config: HPDMConfig, options: SamplerOptions, long: LongOptions, fr
         _level_plan(config, options, p.level, p.tiles, p.tiles if p.level < config.levels - 1 else 0, False)
         for p in sampling_plan(config, options)
     ]
+    if windows.count(frames) == 1:
+        memory = sampling_memory(config, options, videos).device_bytes
+        return LongPlan(frames, 1, windows.known, first, [], memory)
     sections = _sections(config, options, windows.known)
     tilings = [level_tiling(config, options, level) for level in range(config.levels)]
     needed = needed_features(find_ancestors(tilings), sections)

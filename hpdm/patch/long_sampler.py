@@ -18,10 +18,10 @@ from hpdm.long_video import LongOptions, LongProgress, Segment, State
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 from hpdm.patch.sampler import NOT_TRAINED, Sampler
-from hpdm.patch.storylines.autoregressive import Autoregressive
-from hpdm.patch.storylines.hierarchical import Hierarchical
-from hpdm.patch.storylines.joint import Joint
-from hpdm.patch.storylines.rolling import Rolling
+from hpdm.patch.storyline import Autoregressive
+from hpdm.patch.storyline_hierarchical import Hierarchical
+from hpdm.patch.storyline_joint import Joint
+from hpdm.patch.storyline_rolling import Rolling
 from hpdm.sampling import Progress, SamplerOptions
 from hpdm.windows import Window, Windows
 
@@ -154,8 +154,12 @@ def windows_of(config: HPDMConfig, long: LongOptions) -> Windows:
         if known not in (None, 1):
             raise ValueError(f"known: got {known} with scheme 'hierarchical', expected 1: windows share a frame")
         known = 1
-    scale = config.resolution[0] // frames
-    return Windows(frames, max(1, frames // 2) if known is None else known, scale)
+    per_token, scale = config.tokenizer[0], config.resolution[0] // frames
+    if known is None:
+        known = max(1, frames // 2 // per_token * per_token)
+    elif known % per_token:
+        raise ValueError(f"known: got {known}, expected a multiple of {per_token}, the frames of a token")
+    return Windows(frames, known, scale)
 
 
 def _of_window(progress: LongProgress | None, window: int) -> Progress | None:

@@ -104,10 +104,10 @@ def test_sampling_carries_latents_on_level_0():
     model, seen = random_model(CONFIG), []
     with_latents, without = model.forward_level_with_latents, model.forward_level
 
-    def spy(x, level, *rest):
-        v, latents = with_latents(x, level, *rest)
-        seen.append((level, rest[-1], latents))
-        return v, latents
+    def spy(x, level, *rest, latents):
+        v, final = with_latents(x, level, *rest, latents=latents)
+        seen.append((level, latents, final))
+        return v, final
 
     def spy_without(x, level, *rest):
         seen.append((level, None, None))

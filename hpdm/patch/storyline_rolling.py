@@ -24,28 +24,21 @@ from hpdm.frames import Known, of_pixels
 from hpdm.long_video import State
 from hpdm.patch.noise import level_generator, level_noise
 from hpdm.patch.sampler import Sampler
-from hpdm.patch.storylines.autoregressive import Autoregressive
+from hpdm.patch.storyline import Autoregressive
 from hpdm.patch.tile_network import KnownTiles, TileNetwork, VideoConditions
 from hpdm.process import T_MAX, gamma
 from hpdm.windows import Window, Windows
 
 
 class Rolling(Autoregressive):
-    """A rolling window; see :class:`hpdm.patch.storylines.autoregressive.Autoregressive`. The first is sampled whole.
-
-    Raises:
-        ValueError: known frames that are no whole tokens.
-    """
+    """A rolling window; see :class:`hpdm.patch.storyline.Autoregressive`. The first is sampled whole."""
 
     def __init__(self, sampler: Sampler, windows: Windows, seeds: Sequence[int], conditions: Mapping[str, Any]) -> None:
         super().__init__(sampler, windows, seeds, conditions)
         self.config, self.device = sampler.config, sampler.model.latents.device
         self.per_token, frames = self.config.tokenizer[0], self.config.grid[0]
-        self.known, rest = divmod(windows.known, self.per_token)
-        if rest:
-            raise ValueError(
-                f"known: got {windows.known}, expected a multiple of {self.per_token}, the frames of a token"
-            )
+        self.known = windows.known // self.per_token
+        """Frames of tokens that are known."""
         self.rolling = frames - self.known
         """Frames of tokens whose noise rises, M."""
         self.steps = max(1, round(sampler.options.level_steps(0) / self.rolling))

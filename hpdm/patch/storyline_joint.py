@@ -17,13 +17,13 @@ from torch import Tensor
 from hpdm.frames import Known
 from hpdm.long_video import State
 from hpdm.patch.sampler import Sampler
-from hpdm.patch.storylines.autoregressive import Autoregressive
+from hpdm.patch.storyline import Autoregressive
 from hpdm.patch.tiling import Tiling
 from hpdm.windows import Window, Windows
 
 
 class Joint(Autoregressive):
-    """Groups of windows; see :class:`hpdm.patch.storylines.autoregressive.Autoregressive`.
+    """Groups of windows; see :class:`hpdm.patch.storyline.Autoregressive`.
 
     Args:
         together: windows of a group.

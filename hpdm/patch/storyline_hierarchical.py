@@ -16,12 +16,12 @@ from torch import Tensor
 from hpdm.frames import Known
 from hpdm.long_video import State
 from hpdm.patch.sampler import Sampler
-from hpdm.patch.storylines.autoregressive import Autoregressive
+from hpdm.patch.storyline import Autoregressive
 from hpdm.windows import Window, Windows
 
 
 class Hierarchical(Autoregressive):
-    """Sparse frames first; see :class:`hpdm.patch.storylines.autoregressive.Autoregressive`."""
+    """Sparse frames first; see :class:`hpdm.patch.storyline.Autoregressive`."""
 
     def __init__(self, sampler: Sampler, windows: Windows, seeds: Sequence[int], conditions: Mapping[str, Any]) -> None:
         super().__init__(sampler, windows, seeds, conditions)
