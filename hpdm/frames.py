@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from hpdm.objective import Objective
 from hpdm.sinusoids import NOISE_FREQUENCIES, noise_frequencies
 
+NOT_TRAINED = "the model was trained without known frames; train it on with --init and --known-frames"
+"""For messages about a model that should know frames."""
+
 EXACTLY_CLEAN = 0.25
 """Share of the clips with known frames whose known frames have no noise at all."""
 
@@ -52,7 +55,7 @@ class FrameTimes(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, t: Tensor, frame_t: Tensor, pixels: Tensor) -> Tensor:
-        """Tells B patches of one level.
+        """Tells B patches of one level; all tensors are floating point.
 
         Args:
             tokens: ``[B, N, D]``, frame after frame.
@@ -148,6 +151,11 @@ class Known:
     """``[B, C, F, h, w]`` in [-1, 1]; frames that are not known may hold anything."""
     frames: Tensor
     """Which are known, bool ``[F]`` on the CPU."""
+
+    @property
+    def all(self) -> bool:
+        """Whether all frames are known, so that there is nothing to sample."""
+        return bool(self.frames.all())
 
     @classmethod
     def ends(cls, first: Tensor | None, last: Tensor | None, size: Sequence[int]) -> Known:

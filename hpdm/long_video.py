@@ -67,16 +67,19 @@ class LongSampler(Protocol):
     A collective: under ``torch.distributed`` every rank makes the same call and gets the same videos.
     """
 
-    known: int
-    """Frames of the lowest part that a window knows of the one before."""
     windows: Windows
-    """How windows follow each other."""
+    """How windows follow each other; a segment is what is new of one."""
 
     def __init__(self, model: Any, options: Any, long: LongOptions) -> None:
         """``model`` is in eval mode, on the device to sample on."""
 
-    def count(self, frames: int) -> int:
-        """Segments of a video of so many frames."""
+    def check(self, frames: int, first: Sequence[Tensor] = (), last: Sequence[Tensor] = ()) -> None:
+        """Checks the arguments of :meth:`segments`, which have the same names.
+
+        Raises:
+            ValueError: no frames, or fewer than are given; frames that the scheme cannot start from or end with; or
+                more than one window for a model without known frames.
+        """
         ...
 
     def segments(
@@ -108,5 +111,8 @@ class LongSampler(Protocol):
             state: of an interrupted call with the same arguments, after ``done`` segments.
             done: segments that are not yielded again.
             progress: called after every network call.
+
+        Raises:
+            ValueError: as :meth:`check`.
         """
         ...

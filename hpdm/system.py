@@ -36,15 +36,15 @@ class Architecture:
     """Share of unconditional samples, for guidance; the preset's (0.1) if not given."""
     self_conditioning: float = 0.0
     """Share of samples whose latents start from those of a first pass (RIN: 0.9); costs a forward pass per step."""
+    known_frames: bool = False
+    """Train with known frames too, which `hpdm sample` needs for videos longer than a clip and for those that go on
+    from a clip or an image. --init may be a run without."""
     spacing: int = 1
     """With --known-frames, also train level 0 on frames this far apart, a divisor of its patch's frames less one, for
     the scheme hierarchical; 1 for none. Training clips are longer then."""
     memory: bool = False
     """With --known-frames, also train the latents of level 0 to start from those of the window before. Training clips
     are longer then."""
-    known_frames: bool = False
-    """Train with known frames too, which `hpdm sample` needs for videos longer than a clip and for those that go on
-    from a clip or an image. --init may be a run without."""
     fusion: Literal["deep", "shallow"] = "deep"
     """Table 3: "shallow" conditions on the RGB of the previous level only."""
     detach_context: bool = False

@@ -74,15 +74,19 @@ class Windows:
         Raises:
             ValueError: a number of frames at which no window can end.
         """
+        self.check_end(frames)
+        last = frames // self.scale - self.window
+        for window in self.until(frames):
+            moved = max(0, window.start - last)
+            yield window._replace(start=window.start - moved, known=window.known + moved)
+
+    def check_end(self, frames: int) -> None:
+        """Checks that a window can end where a video of so many frames does; raises ValueError as :meth:`up_to`."""
         if frames < self.whole or frames % self.scale:
             raise ValueError(
                 f"frames: got {frames}, expected at least {self.whole}, and a multiple of {self.scale}, where the last "
                 "frame is given"
             )
-        last = frames // self.scale - self.window
-        for window in self.until(frames):
-            moved = max(0, window.start - last)
-            yield window._replace(start=window.start - moved, known=window.known + moved)
 
     def borders(self, frames: int) -> list[int]:
         """The frames of a video with which a window begins to be new, but for the first."""

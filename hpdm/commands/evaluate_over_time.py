@@ -78,8 +78,9 @@ def check_over_time(options: EvaluateOptions, loaded: Run) -> None:
 
 
 def _frames(options: EvaluateOptions) -> int:
-    """The length of the videos."""
-    assert options.over_time.frames is not None  # for the type checker: nothing here is called without it
+    """The length of the videos; ``ValueError`` if it was not asked for."""
+    if options.over_time.frames is None:
+        raise ValueError("over_time: got none, expected a number of frames")
     return options.over_time.frames
 
 

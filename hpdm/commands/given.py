@@ -14,9 +14,8 @@ from hpdm.checks import at_least
 from hpdm.commands.source import Source, probe_source
 from hpdm.data.decode import VideoInfo
 from hpdm.data.suffixes import IMAGE_SUFFIXES, is_image, listed
+from hpdm.frames import NOT_TRAINED
 from hpdm.runs import Run
-
-NOT_TRAINED = "this run was trained without known frames; train it on with --init and --known-frames"
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hpdm import distributed
-from hpdm.commands.given import NOT_TRAINED, GivenOptions, given_frames
+from hpdm.commands.given import GivenOptions, given_frames
 from hpdm.commands.long_files import LongFiles
 from hpdm.commands.subjects import Subject, conditions
 from hpdm.commands.unfinished import Unfinished
+from hpdm.frames import NOT_TRAINED
 from hpdm.integrity import hash_of_file, hash_of_tensor
 from hpdm.long_video import LongOptions, LongSampler, Segment, State
 from hpdm.runs import Run
@@ -55,11 +56,12 @@ class LongVideos:
         self.run, self.options, self.long, self.given = run, options, long, given
         self.out, self.fps, self.columns = out, fps, columns
         self.sampler: LongSampler = run.system.long_sampler(run.model, options, long)
-        self.frames, self.arguments, self.notes = given_frames(given, run, self.sampler.known)
-        if self.sampler.count(self.frames) > 1 and not getattr(run.config, "known_frames", False):
+        self.frames, self.arguments, self.notes = given_frames(given, run, self.sampler.windows.known)
+        if self.sampler.windows.count(self.frames) > 1 and not getattr(run.config, "known_frames", False):
             clip = run.config.resolution[0]
             option = next(iter(given.files), "frames")
             raise ValueError(f"{option}: got {self.frames} frames, expected at most {clip}, a clip: {NOT_TRAINED}")
+        self.sampler.check(self.frames, self.arguments.get("first", ()), self.arguments.get("last", ()))
 
     def sample(
         self, seeds: Sequence[int], subjects: Sequence[Subject], paths: Sequence[Path], kept: Unfinished
@@ -112,14 +114,14 @@ class LongVideos:
         name = f"seeds {seeds[0]} to {seeds[-1]}"
         if files.segments:
             print(f"found {files.segments} finished segment(s) of {name}, going on from there")
-        if self.frames > PIECE and files.segments < self.sampler.count(self.frames):
+        if self.frames > PIECE and files.segments < self.sampler.windows.count(self.frames):
             print(f"{name}: until all is done, the frames so far are in {files.folder}, as mp4 files", flush=True)
 
     def _segments(
         self, seeds: Sequence[int], subjects: Sequence[Subject], done: int, state: State
     ) -> Iterator[Segment]:
         """The segments that are not done, with a bar on rank 0 that counts all."""
-        total = self.sampler.count(self.frames)
+        total = self.sampler.windows.count(self.frames)
         hidden = not distributed.is_first()
         with tqdm(total=total, initial=done, unit="segment", dynamic_ncols=True, disable=hidden) as bar:
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpdm.data.decode import DecodeError, StalledError, VideoInfo, probe, read_clip
-from hpdm.data.resize import resize_and_crop
+from hpdm.data.resize import resizing
 from hpdm.data.windows import Window
 from hpdm.runs import Run
 
@@ -113,12 +113,8 @@ class Source:
         return Window(frames, self.stride, self.fps)
 
     def _read(self, numbers: Sequence[int]) -> Tensor:
-        def resized(frame: np.ndarray) -> np.ndarray:
-            image = resize_and_crop(torch.from_numpy(frame)[None], self.size, self.info.pixel_aspect)
-            return np.ascontiguousarray(image[0])
-
         try:
-            frames = read_clip(self.path, numbers, transform=resized).frames
+            frames = read_clip(self.path, numbers, transform=resizing(self.size, self.info.pixel_aspect)).frames
         except (DecodeError, StalledError, FileNotFoundError, IndexError) as error:
             raise ValueError(f"{self.argument}: {error}") from None
         return torch.from_numpy(frames).permute(3, 0, 1, 2)[None].contiguous()

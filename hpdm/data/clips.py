@@ -26,7 +26,7 @@ from hpdm.data.finding import find_clips as find_clips
 from hpdm.data.finding import survey
 from hpdm.data.layout import Split
 from hpdm.data.order import ClipKey
-from hpdm.data.resize import resize_and_crop
+from hpdm.data.resize import resizing
 from hpdm.data.suffixes import is_image
 from hpdm.data.windows import Window
 
@@ -294,13 +294,8 @@ class VideoDataset(Dataset[ClipItem]):
 
     def _decode(self, index: int, numbers: Sequence[int]) -> tuple[Tensor, str]:
         """Frames of a clip at the output size, uint8 ``[F, H, W, 3]``, and their decoder."""
-        aspect = self._infos[index].pixel_aspect
-
-        def resized(frame: np.ndarray) -> np.ndarray:
-            return np.ascontiguousarray(resize_and_crop(torch.from_numpy(frame)[None], self.size, aspect)[0])
-
-        source = self.files[index].source
-        clip = read_clip(source, numbers, decoder=self.decoder, timeout=self.timeout, transform=resized)
+        source, transform = self.files[index].source, resizing(self.size, self._infos[index].pixel_aspect)
+        clip = read_clip(source, numbers, decoder=self.decoder, timeout=self.timeout, transform=transform)
         if clip.doubt and clip.doubt not in self._doubts and _is_first_reader():
             self._doubts.add(clip.doubt)
             log.info("%s: PyAV reads clips with %s; the first is %s", self.root, clip.doubt, source)

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
-import torch
 
 from hpdm.data.decode import TIMEOUT_S, DecodeError, Source, VideoInfo, probe, read_clip
-from hpdm.data.resize import resize_and_crop
+from hpdm.data.resize import resizing
 
 KEYFRAME_EVERY = 16
 _X264 = {
@@ -88,11 +87,7 @@ def _clock(info: VideoInfo) -> tuple[Fraction, list[int]]:
 
 def _frames(source: Source, info: VideoInfo, size: tuple[int, int], timeout: float) -> Iterator[np.ndarray]:
     """All frames at their new size, uint8 ``[height, width, 3]``, read in pieces that fit in memory."""
-
-    def resized(frame: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(resize_and_crop(torch.from_numpy(frame)[None], size, info.pixel_aspect)[0])
-
     piece = max(KEYFRAME_EVERY, _PIECE_BYTES // (3 * size[0] * size[1]))
     for first in range(0, info.frames, piece):
         numbers = range(first, min(first + piece, info.frames))
-        yield from read_clip(source, numbers, timeout=timeout, transform=resized).frames
+        yield from read_clip(source, numbers, timeout=timeout, transform=resizing(size, info.pixel_aspect)).frames

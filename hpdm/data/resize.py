@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,3 +31,12 @@ def resize_and_crop(frames: Tensor, size: tuple[int, int], pixel_aspect: float =
         frames = planes.permute(0, 2, 3, 1)  # [F, *target, C]
     top, left = (target[0] - size[0]) // 2, (target[1] - size[1]) // 2
     return frames[:, top : top + size[0], left : left + size[1]]
+
+
+def resizing(size: tuple[int, int], pixel_aspect: float = 1.0) -> Callable[[np.ndarray], np.ndarray]:
+    """:func:`resize_and_crop` for the frames of a decoder one by one, uint8 ``[H, W, 3]`` -> ``[height, width, 3]``."""
+
+    def resized(frame: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(resize_and_crop(torch.from_numpy(frame)[None], size, pixel_aspect)[0])
+
+    return resized

@@ -25,15 +25,8 @@ ADDED = ("frame_times.", "memory.", "sparse")
 """How the names of those parameters begin that may be added to a trained model: as they start, they change nothing."""
 
 _MAY_DIFFER = {
-    "levels",
-    "levels_per_block",
-    "patch",
-    "conditioning_dropout",
-    "detach_context",
-    "known_frames",
-    "spacing",
-    "memory",
-}
+    "levels", "levels_per_block", "patch", "conditioning_dropout", "detach_context", "known_frames", "spacing", "memory"
+}  # fmt: skip
 """Fields in which a base may differ: they affect no weights, or only weights that :func:`_start` handles."""
 _MAY_DIFFER_WITH_ONE_LEVEL = _MAY_DIFFER | {
     "ratio", "coordinates", "coordinate_embedding", "input_scale_decay"

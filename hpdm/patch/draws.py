@@ -110,21 +110,9 @@ def draw(
     if objective.cuts:
         weight = weight / _probability_of_levels(config)[:levels]
     drawn = Draws(
-        boxes,
-        t,
-        noise,
-        weight,
-        signal,
-        dropped,
-        stills,
-        mirrored,
-        first_pass,
-        frame_t,
-        start,
-        sparse,
-        remembers,
+        boxes, t, noise, weight, signal, dropped, stills, mirrored, first_pass, frame_t, start, sparse, remembers,
         predicted,
-    )
+    )  # fmt: skip
     return drawn if rows is None else _only_rows(drawn, slice(rows.start, rows.stop))
 
 
@@ -133,11 +121,11 @@ def _draw_of_long_clips(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """First frames of the clips in longer ones, which of them are sparse on level 0, and which remember the past.
 
-    Stills are and do neither.
+    A still is not sparse, and remembers nothing.
     """
-    room = config.clip_frames - config.resolution[0] - config.past_frames
     if config.clip_frames == config.resolution[0]:
         return None, None, None
+    room = config.clip_frames - config.resolution[0] - config.past_frames
     start = config.past_frames + torch.randint(room + 1, (batch,), generator=generator)
     sparse = torch.rand(batch, generator=generator) < objective.sparse if config.spacing > 1 else None
     remembers = torch.rand(batch, generator=generator) < objective.remembered if config.memory else None

@@ -22,6 +22,7 @@ from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
 from hpdm.patch.context_cache import ContextCache, Finished, allocate
 from hpdm.patch.noise import level_noise
+from hpdm.patch.section import Section, needed_features
 from hpdm.patch.tile_network import TileNetwork, feature_copies, tiles_per_call
 from hpdm.patch.tiling import Tiling, find_ancestors, lineage
 from hpdm.process import gamma
@@ -38,7 +39,8 @@ class FinishedLevels:
         videos: videos of the levels that are finished already, ``[B, C, F_l, H_l, W_l]`` each.
         seeds: B seeds, for the noise of the context.
         window: number of the window of the video, for its random stream.
-        needed: for each level the tiles whose features the levels above need, ascending; ``None`` for all.
+        sections: what is sampled of each level, ``None`` for nothing: features are computed of the tiles that these
+            need; ``None`` for all.
 
     Raises:
         ValueError: videos that do not have the sizes of the first levels.
@@ -46,13 +48,16 @@ class FinishedLevels:
 
     def __init__(
         self, network: TileNetwork, tilings: Sequence[Tiling], videos: Sequence[Tensor], seeds: Sequence[int],
-        window: int = 0, needed: Sequence[Tensor] | None = None,
+        window: int = 0, sections: Sequence[Section | None] | None = None,
     ) -> None:  # fmt: skip
         self.network, self.tilings, self.seeds, self.window = network, tilings, seeds, window
-        self.needed = [torch.arange(tiling.tiles) for tiling in tilings] if needed is None else needed
         self.copies = feature_copies(network.options)
         """Guidance copies of the features."""
         self.ancestors = find_ancestors(tilings)
+        self.needed = [torch.arange(tiling.tiles) for tiling in tilings]
+        """The tiles of each level whose features are computed, ascending."""
+        if sections is not None:
+            self.needed = needed_features(self.ancestors, sections)
         count, channels = network.conditions.videos, network.config.channels
         expected = [(count, channels, *tiling.size) for tiling in tilings]
         got = [tuple(video.shape) for video in videos]

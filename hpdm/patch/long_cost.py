@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -85,63 +85,61 @@ def long_plan(config: HPDMConfig, options: SamplerOptions, long: LongOptions, fr
     """
     windows = windows_of(config, long)
     first = [
-        _level_plan(config, options, p.level, p.tiles, p.tiles if p.level < config.levels - 1 else 0, False)
+        _window_plan(
+            config, options, p.level, p.tiles, p.tiles if p.level < config.levels - 1 else 0,
+            p.tiles * sum(prediction_copies(config, options, p.level)),
+        )
         for p in sampling_plan(config, options)
-    ]
+    ]  # fmt: skip
     if windows.count(frames) == 1:
         memory = sampling_memory(config, options, videos).device_bytes
         return LongPlan(frames, 1, windows.known, first, [], memory)
     sections = _sections(config, options, windows.known)
     tilings = [level_tiling(config, options, level) for level in range(config.levels)]
     needed = needed_features(find_ancestors(tilings), sections)
-    following = [
-        _level_plan(config, options, level, len(section.tiles), len(needed[level]), True)
-        for level, section in enumerate(sections)
-    ]
-    following[0] = _level_0(config, options, long, following[0])
+    following = []
+    for level, section in enumerate(sections):
+        tiles = len(section.tiles)
+        rows = sum(prediction_copies(config, options, level))
+        denoised = tiles * rows if level else _denoised_of_level_0(config, options, long)
+        following.append(_window_plan(config, options, level, tiles, len(needed[level]), denoised))
     memory = _memory(config, options, sections, needed, videos)
     return LongPlan(frames, windows.count(frames), windows.known, first, following, memory)
 
 
 def _sections(config: HPDMConfig, options: SamplerOptions, known: int) -> list[Section]:
     """What is sampled of each level where the first ``known`` frames of level 0 are known."""
-    sections = []
-    for level in range(config.levels):
-        frames = torch.arange(config.level_resolution(level)[0]) < known * config.ratio[0] ** level
-        section = level_section(config, options, level_tiling(config, options, level), level, frames)
-        assert section is not None  # for the type checker: some frames are not known
-        sections.append(section)
-    return sections
+    return [
+        level_section(
+            config, options, level_tiling(config, options, level), level,
+            torch.arange(config.level_resolution(level)[0]) < known * config.ratio[0] ** level,
+        )
+        for level in range(config.levels)
+    ]  # fmt: skip
 
 
-def _level_plan(
-    config: HPDMConfig, options: SamplerOptions, level: int, tiles: int, features: int, knows: bool
+def _window_plan(
+    config: HPDMConfig, options: SamplerOptions, level: int, tiles: int, features: int, denoised: int
 ) -> WindowPlan:
-    """Work on so many tiles of a level."""
-    rows = prediction_copies(config, options, level)
-    predicted = tiles * (sum(rows) + len(rows) * (knows and level == 0 and options.frame_guidance > 0))
+    """The work of a level in which so many patches are denoised."""
     kept = features * feature_copies(options) if keeps_features(config, options) else 0
-    flops = predicted * patch_flops(config, level) + (kept * feature_flops(config, level) if kept else 0)
-    return WindowPlan(level, tiles, features, predicted + kept, flops)
+    flops = denoised * patch_flops(config, level) + (kept * feature_flops(config, level) if kept else 0)
+    return WindowPlan(level, tiles, features, denoised + kept, flops)
 
 
-def _level_0(config: HPDMConfig, options: SamplerOptions, long: LongOptions, plan: WindowPlan) -> WindowPlan:
-    """Level 0 of a window by the scheme, on average."""
+def _denoised_of_level_0(config: HPDMConfig, options: SamplerOptions, long: LongOptions) -> int:
+    """Patches of level 0 that are denoised in a window after the first, on average."""
     rows = prediction_copies(config, options, 0)
-    predicted = float(plan.patches - plan.features * feature_copies(options))
+    guided = sum(rows) + len(rows) * (options.frame_guidance > 0)  # a row more for guidance by known frames
     if long.scheme == "joint":  # the same for each of a group's windows; the first group knows nothing
-        predicted = sum(rows) + len(rows) * (options.frame_guidance > 0)
-    elif long.scheme == "rolling":
-        known = windows_of(config, long).known // config.tokenizer[0]
-        rising = config.grid[0] - known
-        predicted = rising * max(1, round(options.level_steps(0) / rising)) * max(rows)
-    elif long.scheme == "hierarchical":
-        new = config.patch[0] - max(1, config.patch[0] // 2)  # sparse frames of a window of these
-        predicted += sum(rows) * (config.patch[0] - 1) / config.spacing / new
-    elif config.memory and long.remember:
-        predicted += max(rows)
-    more = round(predicted) - (plan.patches - plan.features * feature_copies(options))
-    return replace(plan, patches=plan.patches + more, flops=plan.flops + more * patch_flops(config, 0))
+        return guided
+    if long.scheme == "rolling":
+        rising = config.grid[0] - windows_of(config, long).known // config.tokenizer[0]
+        return rising * max(1, round(options.level_steps(0) / rising)) * max(rows)
+    if long.scheme == "hierarchical":
+        new = config.patch[0] - max(1, config.patch[0] // 2)  # sparse frames that a window of these adds
+        return guided + round(sum(rows) * (config.patch[0] - 1) / config.spacing / new)
+    return guided + (max(rows) if config.memory and long.remember else 0)
 
 
 def _memory(

@@ -7,17 +7,18 @@ video, so known frames have the context of the window that they are known in, as
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hpdm.frames import Known
+from hpdm.frames import NOT_TRAINED, Known
 from hpdm.long_video import LongOptions, LongProgress, Segment, State
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
-from hpdm.patch.sampler import NOT_TRAINED, Sampler
+from hpdm.patch.sampler import Sampler
 from hpdm.patch.storyline import Autoregressive
 from hpdm.patch.storyline_hierarchical import Hierarchical
 from hpdm.patch.storyline_joint import Joint
@@ -42,11 +43,29 @@ class LongSampler:
         self.model, self.config, self.long = model, model.config, long or LongOptions()
         self.sampler = Sampler(model, options)
         self.windows = windows_of(self.config, self.long)
-        self.known = self.windows.known
         self.remembers = self.config.memory and self.long.remember
 
-    def count(self, frames: int) -> int:
-        return self.windows.count(frames)
+    def check(self, frames: int, first: Sequence[Tensor] = (), last: Sequence[Tensor] = ()) -> None:
+        """As :meth:`hpdm.long_video.LongSampler.check`."""
+        if frames < 1:
+            raise ValueError(f"frames: got {frames}, expected at least 1")
+        given = sum(part[-1].shape[2] for part in (first, last) if part)
+        if given and frames <= given:
+            raise ValueError(f"frames: got {frames}, expected more than the {given} that are given")
+        if first and first[-1].shape[2] >= self.windows.whole:
+            raise ValueError(
+                f"first: got {first[-1].shape[2]} frames, expected fewer than the {self.windows.whole} of a window"
+            )
+        if last and self.long.scheme != "autoregressive":
+            raise ValueError(f"scheme: got {self.long.scheme!r} with a last frame, expected 'autoregressive'")
+        if last:
+            self.windows.check_end(frames)
+        if first and self.long.scheme == "hierarchical":
+            raise ValueError("scheme: got 'hierarchical' with first frames, expected another one")
+        if self.windows.count(frames) > 1 and not self.config.known_frames:
+            raise ValueError(
+                f"frames: got {frames}, expected at most {self.windows.whole}, the length of a clip: {NOT_TRAINED}"
+            )
 
     @torch.no_grad()
     def segments(
@@ -67,18 +86,18 @@ class LongSampler:
         """As :meth:`hpdm.long_video.LongSampler.segments`; parts are levels, from level 0 up.
 
         Raises:
-            ValueError: no frames, fewer than are given, or more than one window for a model without known frames.
+            ValueError: as :meth:`check`.
         """
-        windows = list(self.windows.up_to(frames) if last else self.windows.until(frames))
-        self._check(frames, windows, first, last)
+        self.check(frames, first, last)
+        windows, count = self.windows.up_to(frames) if last else self.windows.until(frames), self.windows.count(frames)
         conditions: dict[str, Any] = {"labels": labels, "text": text, "text_mask": text_mask}
         story = self._storyline(seeds, conditions)
         videos: list[Tensor] = []
         if state is not None:
             videos = [state[f"level_{level}"] for level in range(self.config.levels)]
             story.restore(state)
-        for window in windows[done:]:
-            known = self._known(window, videos, first, last if window.number == len(windows) - 1 else ())
+        for window in itertools.islice(windows, done, None):
+            known = self._known(window, videos, first, last if window.number == count - 1 else ())
             given = story.window(window, known[0]) if levels is None else list(levels(window.number))
             before = videos[0] if self.remembers and window.number and not given else None
             videos = self.sampler(
@@ -115,26 +134,6 @@ class LongSampler:
             end = last[level] if last else None
             known.append(None if start is None and end is None else Known.ends(start, end, size))
         return known
-
-    def _check(self, frames: int, windows: Sequence[Window], first: Sequence[Tensor], last: Sequence[Tensor]) -> None:
-        """Raises ValueError as :meth:`segments`."""
-        if frames < 1:
-            raise ValueError(f"frames: got {frames}, expected at least 1")
-        given = sum(part[-1].shape[2] for part in (first, last) if part)
-        if given and frames <= given:
-            raise ValueError(f"frames: got {frames}, expected more than the {given} that are given")
-        if first and first[-1].shape[2] >= self.windows.whole:
-            raise ValueError(
-                f"first: got {first[-1].shape[2]} frames, expected fewer than the {self.windows.whole} of a window"
-            )
-        if last and self.long.scheme != "autoregressive":
-            raise ValueError(f"scheme: got {self.long.scheme!r} with a last frame, expected 'autoregressive'")
-        if first and self.long.scheme == "hierarchical":
-            raise ValueError("scheme: got 'hierarchical' with first frames, expected another one")
-        if len(windows) > 1 and not self.config.known_frames:
-            raise ValueError(
-                f"frames: got {frames}, expected at most {self.windows.whole}, the length of a clip: {NOT_TRAINED}"
-            )
 
 
 def windows_of(config: HPDMConfig, long: LongOptions) -> Windows:

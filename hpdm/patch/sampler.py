@@ -20,24 +20,22 @@ import torch
 from torch import Tensor
 
 from hpdm import distributed
-from hpdm.frames import Known
+from hpdm.frames import NOT_TRAINED, Known
 from hpdm.patch import tile_sharing
 from hpdm.patch.consistency import Consistency
 from hpdm.patch.finished_levels import FinishedLevels, choose_contexts, keeps_features
 from hpdm.patch.model import HPDM
 from hpdm.patch.noise import Purpose, level_generator, level_noise
 from hpdm.patch.seams import seam_energy
-from hpdm.patch.section import Section, level_section, needed_features
+from hpdm.patch.section import Section, level_section, whole
 from hpdm.patch.tile_network import KnownTiles, TileNetwork, VideoConditions, copies_of, rows_of
-from hpdm.patch.tiling import find_ancestors, level_tiling
+from hpdm.patch.tiling import level_tiling
 from hpdm.process import gamma, time_of_sigma
 from hpdm.sampling import Progress, SamplerOptions
 from hpdm.solvers import Solver
 from hpdm_kernels import TileAccumulator, extract_tiles
 
 logger = logging.getLogger(__name__)
-
-NOT_TRAINED = "this model was trained without known frames; train it on with --init and --known-frames"
 
 HEUN_STEPS = 16
 """With fewer steps of the spacing "edm", Heun's method exaggerates detail by more than 15 % (docs/sampling.md)."""
@@ -137,14 +135,21 @@ class Sampler:
         network.sparse = sparse
         if before is not None:
             network.remember(before)
-        levels = FinishedLevels(network, self.tilings, finished, seeds, window, self._needed(given, len(finished)))
+        # Without known frames the features of all tiles are kept.
+        sections = [None if n < len(finished) else self._section(n, part) for n, part in enumerate(given)]
+        needed = None if all(part is None for part in given) else sections
+        levels = FinishedLevels(network, self.tilings, finished, seeds, window, needed)
         last, keeps = len(self.tilings) - 1, keeps_features(self.config, self.options)
         if keeps:
             for level in range(min(len(finished), last)):
                 levels.keep_features(level)
         for level in range(len(finished), len(self.tilings)):
-            called = _call_counter(progress, level, self._calls(levels, level, given[level]))
-            levels.add(self._sample_level(levels, level, given[level], called))
+            section, part = sections[level], given[level]
+            called = _call_counter(progress, level, self._calls(levels, level, section))
+            if section is not None:
+                levels.add(self._sample_level(levels, level, section, part, called))
+            elif part is not None:
+                levels.add(part.video.to(device))
             if keeps and level < last:
                 levels.keep_features(level, called)
             yield levels.videos[level]
@@ -157,13 +162,9 @@ class Sampler:
         return seam_energy(video, self.tilings[-1])
 
     def _sample_level(
-        self, levels: FinishedLevels, level: int, known: Known | None, called: Callable[[], None]
+        self, levels: FinishedLevels, level: int, section: Section, known: Known | None, called: Callable[[], None]
     ) -> Tensor:
         """The videos of a level whose lower levels are finished, ``[B, C, F_l, H_l, W_l]``."""
-        section = self._section(level, known)
-        if section is None:
-            assert known is not None  # for the type checker: only known frames leave nothing to sample
-            return known.video.to(levels.network.device)
         frames = slice(section.frames.start, section.frames.stop)
         size = (len(section.frames), *self.tilings[level].size[1:])
         purpose: Purpose = "sparse" if levels.network.sparse else "sampling"
@@ -255,22 +256,16 @@ class Sampler:
                     f"known: got videos of {tuple(part.video.shape)} on level {level}, expected {expected}, and "
                     f"{expected[2]} frames"
                 )
-            if not self.config.known_frames and not bool(part.frames.all()):
+            if not self.config.known_frames and not part.all:
                 raise ValueError(f"known: got some frames of level {level}, expected none: {NOT_TRAINED}")
             given[level] = part
         return given
 
     def _section(self, level: int, known: Known | None) -> Section | None:
         """What is sampled of a level; ``None`` for nothing."""
-        frames = None if known is None else known.frames
-        return level_section(self.config, self.options, self.tilings[level], level, frames)
-
-    def _needed(self, known: Sequence[Known | None], finished: int) -> list[Tensor] | None:
-        """The tiles of each level whose features are needed; ``None`` for all."""
-        if all(part is None for part in known):
-            return None
-        sections = [None if n < finished else self._section(n, part) for n, part in enumerate(known)]
-        return needed_features(find_ancestors(self.tilings), sections)
+        if known is None:
+            return whole(self.tilings[level])
+        return None if known.all else level_section(self.config, self.options, self.tilings[level], level, known.frames)
 
     def _show(self, levels: FinishedLevels, level: int, known: Known, section: Section) -> Shown | None:
         """The known frames of a section as the network sees them; ``None`` if all its frames are unknown."""
@@ -303,11 +298,11 @@ class Sampler:
         """The weight of guidance by known frames on a level, if there are any."""
         return self.options.frame_guidance if level == 0 and knows else 0.0
 
-    def _calls(self, levels: FinishedLevels, level: int, known: Known | None) -> int:
+    def _calls(self, levels: FinishedLevels, level: int, section: Section | None) -> int:
         """Network calls that this rank makes for a level, including those that compute its features."""
-        section, calls = self._section(level, known), 0
+        calls = 0
         if section is not None:
-            knows = known is not None and bool(section.known.any())
+            knows = bool(section.known.any())
             for sigma in self.solvers[level].prediction_sigmas():
                 rows = rows_of(self._guidance(level, sigma), self._frame_guidance(level, knows))
                 calls += len(tile_sharing.shard(levels.batches(section.tiles, rows)))

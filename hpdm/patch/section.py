@@ -72,18 +72,12 @@ def section_of(tiling: Tiling, known: Tensor, per_token: int, multiple: int = 1)
     return Section(tiles, covered, shifted, known[covered.start : covered.stop], shown.all(dim=2))
 
 
-def level_section(
-    config: HPDMConfig, options: SamplerOptions, tiling: Tiling, level: int, known: Tensor | None
-) -> Section | None:
-    """What is sampled of a level whose ``known`` frames (bool ``[F]``, ``None`` for none) are given; ``None``: nothing.
+def level_section(config: HPDMConfig, options: SamplerOptions, tiling: Tiling, level: int, known: Tensor) -> Section:
+    """What is sampled of a level whose ``known`` frames (bool ``[F]``, not all) are given.
 
     Raises:
         ValueError: as :func:`section_of`.
     """
-    if known is None:
-        return whole(tiling)
-    if bool(known.all()):
-        return None
     # Blocks of frames that are compared with the level below are covered as a whole.
     multiple = config.ratio[0] if level and options.consistency else 1
     return section_of(tiling, known, config.tokenizer[0], multiple)

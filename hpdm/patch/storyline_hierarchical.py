@@ -7,6 +7,7 @@ consecutive frames then knows the sparse ones among its own, the first and the l
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ class Hierarchical(Autoregressive):
 
     def __init__(self, sampler: Sampler, windows: Windows, seeds: Sequence[int], conditions: Mapping[str, Any]) -> None:
         super().__init__(sampler, windows, seeds, conditions)
-        self.level_0 = Sampler(sampler.model, sampler.options)
-        self.level_0.tilings = self.level_0.tilings[:1]
+        self.level_0 = copy.copy(sampler)
+        self.level_0.tilings = sampler.tilings[:1]
         self.spacing, self.size = sampler.config.spacing, tuple(sampler.config.patch)
         self.sparse_windows = 0
         """Windows of sparse frames that are sampled."""

@@ -120,12 +120,9 @@ class Rolling(Autoregressive):
 
         ``times [M]`` are those of all of these.
         """
-        first = (self.turns + self.known) * self.per_token
-        y = (
-            self._last[:, :, first:] * self.config.signal_scale(0)
-            if self.turns < self.rolling
-            else self._last[:, :, :0]
-        )
+        if self.turns >= self.rolling:
+            return self._last[:, :, :0]
+        y = self._last[:, :, (self.turns + self.known) * self.per_token :] * self.config.signal_scale(0)
         g = of_pixels(gamma(times.double()), self.per_token)[..., : y.shape[2], None, None].to(y)  # [1, n, 1, 1]
         noise = level_noise(self.seeds, 0, tuple(self._last.shape[1:]), "known").to(y)
         return g.sqrt() * y + (1 - g).sqrt() * noise[:, :, noise.shape[2] - y.shape[2] :]

@@ -1,9 +1,9 @@
 """``hpdm sample`` with frames of the user: clips to go on from, images at the ends, videos of low resolution."""
 
-import subprocess
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -203,7 +203,7 @@ def test_one_window_needs_no_known_frames(run, tmp_path):
     assert near(averaged(got, (4, 4, 4)), frames_of(tmp_path / "level.mp4"))
     write_video(tmp_path / "long.mp4", moving(5, 8, 8))
     with pytest.raises(
-        ValueError, match=r"^from_level: got 20 frames, expected at most 16, a clip: this run was trained"
+        ValueError, match=r"^from_level: got 20 frames, expected at most 16, a clip: the model was trained"
     ):
         sample(options(without, tmp_path / "out", from_level=tmp_path / "long.mp4"))
 
@@ -273,12 +273,19 @@ def bad(tmp_path_factory, image):
     (folder / "folder.png").mkdir()
     (folder / "folder.mp4").mkdir()
     (folder / "image.mp4").write_bytes(good.read_bytes())
-    command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "sine=duration=1", folder / "sound.mp4"]
-    try:
-        subprocess.run(command, check=True)
-    except FileNotFoundError:
-        (folder / "sound.mp4").write_bytes(b"")
+    write_sound(folder / "sound.mp4")
     return folder
+
+
+def write_sound(path):
+    """Half a second of silence, as an mp4 without a picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        for start in range(0, 8000, 1000):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1000), dtype=np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 16000, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 BAD = {
@@ -341,7 +348,7 @@ def test_a_run_without_known_frames_says_what_to_do(failed, bad, tmp_path):
     without = long_run(tmp_path / "without", known_frames=False)
     for words in (("--continue", "good.mp4"), ("--animate", "good.png"), ("--between", "good.png", "good.png")):
         assert failed(*words, run=without) == (
-            f"hpdm: error: {words[0][2:]}: got {bad / words[1]}, expected none: this run was trained without known "
+            f"hpdm: error: {words[0][2:]}: got {bad / words[1]}, expected none: the model was trained without known "
             "frames; train it on with --init and --known-frames"
         )
 

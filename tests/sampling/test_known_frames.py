@@ -377,9 +377,9 @@ def test_bad_calls_are_named(generator):
     with pytest.raises(ValueError, match="first: got 16 frames, expected fewer than the 16 of a window"):
         next(sampler.segments([0], 30, first=truth(16, generator, videos=1)))
     plain = LongSampler(random_model(CONFIG.replace(known_frames=False)), SamplerOptions(steps=2, solver="2m"))
-    with pytest.raises(ValueError, match="frames: got 17, expected at most 16, the length of a clip: this model was"):
+    with pytest.raises(ValueError, match="frames: got 17, expected at most 16, the length of a clip: the model was"):
         next(plain.segments([0], 17))
-    with pytest.raises(ValueError, match="known: got some frames of level 0, expected none: this model was trained"):
+    with pytest.raises(ValueError, match="known: got some frames of level 0, expected none: the model was trained"):
         next(plain.segments([0], 16, first=first))
     assert next(plain.segments([0], 9)).frames.shape[2] == 9
     wrong = [Known.ends(torch.zeros(1, 3, 1, 4, 4), None, (4, 4, 4))]

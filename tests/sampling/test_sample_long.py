@@ -354,7 +354,7 @@ def test_lengths_that_a_run_cannot_sample_are_named(run, tmp_path):
     without = long_run(tmp_path / "without", known_frames=False)
     with pytest.raises(
         ValueError,
-        match=r"^frames: got 17 frames, expected at most 16, a clip: this run was trained without known frames; train "
+        match=r"^frames: got 17 frames, expected at most 16, a clip: the model was trained without known frames; train "
         r"it on with --init and --known-frames$",
     ):
         sample(options(without, tmp_path / "out", frames=17))

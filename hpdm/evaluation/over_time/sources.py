@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.data.decode import VideoInfo, probe, read_clip
-from hpdm.data.resize import resize_and_crop
+from hpdm.data.resize import resizing
 from hpdm.long_video import LongSampler
 from hpdm.video import to_uint8
 
@@ -130,13 +129,8 @@ def check_real(dataset: VideoDataset, indices: Sequence[int]) -> None:
 
 def _read(dataset: VideoDataset, info: VideoInfo, index: int, numbers: Sequence[int]) -> Tensor:
     """Frames of a clip at the set's size, uint8 ``[3, n, H, W]``."""
-
-    def resized(frame: np.ndarray) -> np.ndarray:
-        image = resize_and_crop(torch.from_numpy(frame)[None], dataset.size, info.pixel_aspect)
-        return np.ascontiguousarray(image[0])
-
-    source = dataset.files[index].source
-    clip = read_clip(source, numbers, decoder=dataset.decoder, timeout=dataset.timeout, transform=resized)
+    source, transform = dataset.files[index].source, resizing(dataset.size, info.pixel_aspect)
+    clip = read_clip(source, numbers, decoder=dataset.decoder, timeout=dataset.timeout, transform=transform)
     return torch.from_numpy(clip.frames).permute(3, 0, 1, 2)
 
 
