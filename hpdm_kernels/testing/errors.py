@@ -36,6 +36,7 @@ def _measure(
     factor: float,
     ulps: float | None,
     rms_factor: float | None = None,
+    terms: Tensor | None = None,
 ) -> tuple[float, str | None]:
     """The error of ``actual`` as a multiple of its budget, and a description of the problem, or ``None``.
 
@@ -45,7 +46,7 @@ def _measure(
         return float("inf"), f"{name}: got shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     if actual.dtype != plain.dtype:
         return float("inf"), f"{name}: got dtype {actual.dtype}, expected {plain.dtype}"
-    scale = oracle.abs().max().item() if oracle.numel() else 0.0
+    scale = max(t.abs().max().item() if t.numel() else 0.0 for t in (oracle, oracle if terms is None else terms))
     if ulps is None:
         ulps = 64.0 if actual.dtype is torch.float64 else 4.0
     slack = ulps * torch.finfo(actual.dtype).eps * scale
@@ -56,7 +57,7 @@ def _measure(
         budget, error = multiple * measure(plain, oracle) + slack, measure(actual, oracle)
         share = error / budget if budget else (0.0 if error == 0.0 else float("inf"))
         if not error <= budget and problem is None:
-            problem = f"{name}: {kind} {error:.3e} exceeds the budget {budget:.3e} (largest value {scale:.3e})"
+            problem = f"{name}: {kind} {error:.3e} exceeds the budget {budget:.3e} (scale {scale:.3e})"
         worst = max(worst, share)
     return worst, problem
 
@@ -126,6 +127,7 @@ def compare_op(
     ulps: float | None = None,
     rms_factor: float | None = None,
     repeat: bool = False,
+    products: bool = False,
     names: Sequence[str] = (),
     plain: ValueAndGrads = value_and_grads,
 ) -> Comparison:
@@ -142,6 +144,8 @@ def compare_op(
         factor, ulps: see :func:`assert_within_budget`.
         rms_factor: allowed multiple of the root mean square of the plain implementation's errors; ``None``: any.
         repeat: run ``ours`` a second time, which must give the same bits.
+        products: the op sums products of its inputs, and ``ulps`` are relative to the sums of their absolute values;
+            for results of so few elements that all of them may be what cancelling leaves.
         names: names of the inputs, for messages; by default their indices.
         plain: computes the plain results from ``(formula, inputs, grad)``; for products in an arithmetic that PyTorch
             has no setting for.
@@ -151,22 +155,29 @@ def compare_op(
             grad = torch.randn_like(formula(*inputs))
     wide = [t.detach().double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
     oracle, oracle_grads = value_and_grads(formula, wide, grad.double())
+    terms, terms_grads = oracle, oracle_grads
+    if products:
+        sizes = [t.abs() if isinstance(t, Tensor) and t.is_floating_point() else t for t in wide]
+        terms, terms_grads = value_and_grads(formula, sizes, grad.double().abs())
     expected, expected_grads = plain(formula, inputs, grad)
     with poisoned_allocations():
         actual, actual_grads = value_and_grads(ours, inputs, grad)
         second, second_grads = value_and_grads(ours, inputs, grad) if repeat else (actual, actual_grads)
     labels = ["output", *(f"gradient of {names[i] if names else f'input {i}'}" for i in range(len(inputs)))]
-    results = ((actual, actual_grads), (expected, expected_grads), (oracle, oracle_grads), (second, second_grads))
+    results = (
+        (actual, actual_grads), (expected, expected_grads), (oracle, oracle_grads), (second, second_grads),
+        (terms, terms_grads),
+    )  # fmt: skip
     problems: list[str] = []
     worst, same_bits = 0.0, True
     for label, *row in zip(labels, *([out, *grads] for out, grads in results), strict=True):
-        ours_value, plain_value, true_value, repeated = row
+        ours_value, plain_value, true_value, repeated, term = row
         if (ours_value is None) != (true_value is None):
             has = "no gradient, expected one" if ours_value is None else "a gradient, expected none"
             worst, problems = float("inf"), [*problems, f"{label}: got {has}"]
         if ours_value is None or plain_value is None or true_value is None or repeated is None:
             continue
-        share, problem = _measure(label, ours_value, plain_value, true_value, factor, ulps, rms_factor)
+        share, problem = _measure(label, ours_value, plain_value, true_value, factor, ulps, rms_factor, term)
         worst = max(worst, share)
         problems += [problem] if problem else []
         if not torch.equal(ours_value, repeated):
@@ -184,6 +195,7 @@ def check_op(
     factor: float = 2.0,
     ulps: float | None = None,
     repeat: bool = False,
+    products: bool = False,
     names: Sequence[str] = (),
 ) -> float:
     """Fails if :func:`compare_op`, which documents the arguments, reports a problem.
@@ -191,7 +203,9 @@ def check_op(
     Returns:
         The largest error as a share of its budget, 0 to 1.
     """
-    comparison = compare_op(ours, formula, inputs, grad, factor=factor, ulps=ulps, repeat=repeat, names=names)
+    comparison = compare_op(
+        ours, formula, inputs, grad, factor=factor, ulps=ulps, repeat=repeat, products=products, names=names
+    )
     if comparison.problem:
         raise AssertionError(comparison.problem)
     return comparison.share

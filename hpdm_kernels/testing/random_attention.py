@@ -46,9 +46,13 @@ def _terms(
     }  # fmt: skip
 
 
-def _largest(terms: dict[str, Tensor], scores: float) -> list[float]:
-    """The largest of each kind of ``terms``, grown with the scores: their rounding changes the weights by a factor."""
-    return [t.max().item() * (1 + scores / 10) for t in terms.values()]
+def _largest(terms: dict[str, Tensor], scores: float, width: int) -> list[float]:
+    """The largest of each kind of ``terms``, grown with the scores: their rounding changes the weights by a factor.
+
+    A score sums ``width`` products. In an expanded view these are all equal, and so are the errors of adding them up:
+    they grow with the width instead of cancelling.
+    """
+    return [t.max().item() * (1 + scores / 10 * (1 + width / 32)) for t in terms.values()]
 
 
 def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
@@ -66,7 +70,7 @@ def cross_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     def sizes(wide: Arguments, grads: Sequence[Tensor]) -> list[float]:
         q, k, v = wide["q"], wide["k"], wide["v"]
         scores, terms = _terms(q, k, v, k.abs(), v.abs(), grads[0], wide)
-        return _largest(terms, scores)
+        return _largest(terms, scores, q.shape[-1])
 
     return Case(hpdm_kernels.cross_attention, formulas.cross_attention, arguments, ("q", "k", "v"), 6.0, 32.0, sizes)
 
@@ -87,7 +91,7 @@ def packed_attention(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
         q, k, v = (wide["q"], *parts) if apart else parts
         scores, terms = _terms(q, k, v, k.abs(), v.abs(), grads[0], wide)
         terms["packed"] = torch.stack([terms.pop(name) for name in ("kv" if apart else "qkv")])
-        return _largest(terms, scores)
+        return _largest(terms, scores, q.shape[-1])
 
     names = ("q", "packed")
     return Case(hpdm_kernels.packed_attention, formulas.packed_attention, arguments, names, 6.0, 32.0, sizes)
@@ -123,7 +127,7 @@ def read_tokens(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
         parts = of_tokens.split(lengths, dim=1)
         terms |= {f"tokens {i}": part for i, part in enumerate(parts)}
         terms["weight"] = of_kv.flatten(0, 1).t() @ rows.abs().flatten(0, 1)
-        return _largest(terms, scores)
+        return _largest(terms, scores, q.shape[-1])
 
     names = ("q", "tokens", "weight_kv")
     arguments["recompute"] = draw.choose((None, True, True, False))
