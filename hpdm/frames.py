@@ -1,7 +1,8 @@
 """Known frames: some frames of a clip are given, and the others are predicted to go with them.
 
 Every frame of tokens has a diffusion time of its own. Where it differs from the time of the clip, the network is told
-(:class:`FrameTimes`); where no frame differs, nothing changes. There are two uses:
+(:class:`FrameTimes`), and may copy from known frames (:class:`FrameCopies`); where no frame differs, nothing changes.
+There are two uses:
 
 - A frame is *known*: its time is a small one, so it is shown almost clean. It is not trained. Its little noise stands
   for the errors that known frames have when they were sampled themselves: conditional latent perturbation of Latent
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.objective import Objective
+from hpdm.process import DATA_STD, gamma, noised_std
 from hpdm.sinusoids import NOISE_FREQUENCIES, noise_frequencies
 
 NOT_TRAINED = "the model was trained without known frames; train it on with --init and --known-frames"
@@ -34,7 +36,7 @@ class FrameTimes(nn.Module):
 
     A frame gets the embedding of its time; the other frames get the pixels of the nearest known one at their own place,
     as image-to-video models do with their image (Blattmann et al. 2023), so that what stands still need not go through
-    the whole network. Where several times differ, as in a rolling clip, the cleanest frames are the known ones.
+    the whole network.
 
     Both maps start as zero: a model that gets them behaves as before until it is trained.
 
@@ -67,13 +69,77 @@ class FrameTimes(nn.Module):
             ``[B, N, D]``.
         """
         told = self.linear(noise_frequencies(frame_t).to(self.linear.weight.dtype))  # [B, F, D]
-        differs = frame_t != t[:, None]  # [B, F]
-        told = told * differs[..., None]
-        known = differs & (frame_t == torch.where(differs, frame_t, torch.inf).amin(dim=1, keepdim=True))
-        index, exists = nearest_known(known)
-        shown = self.nearest(pixels.gather(1, index[:, :, None, None].expand_as(pixels)))  # [B, F, N / F, D]
-        shown = shown * (exists & ~known)[..., None, None]
+        told = told * (frame_t != t[:, None])[..., None]
+        index, sees = seen_frames(t, frame_t)
+        shown = self.nearest(_frames_at(pixels, index)) * sees[..., None, None]  # [B, F, N / F, D]
         return (tokens.unflatten(1, (frame_t.shape[1], -1)) + (told[:, :, None] + shown)).flatten(1, 2)
+
+
+class FrameCopies(nn.Module):
+    """Lets what stands still be copied from the nearest known frame: a share of the predicted clean video is taken from
+    there, at the same place.
+
+    The network predicts the share of every number, ``a``. The clean frame that its v means, ``y^``, becomes ``y^ + a (1
+    - g) (y' - y^)``, where ``y'`` is the nearest known frame. The factor ``1 - g`` leaves frames alone that show nearly
+    everything themselves. Masks of what to copy are as old as video prediction (Finn et al. 2016); without them the
+    small error of a still background in one window is what the next window goes on from, and they add up.
+
+    The map starts as zero, so a model that gets it behaves as before until it is trained.
+
+    Args:
+        width: of the tokens, D.
+        pixels: numbers of a token, P.
+    """
+
+    def __init__(self, width: int, pixels: int) -> None:
+        super().__init__()
+        self.share = nn.Linear(width, pixels)
+        self.initialize()
+
+    def initialize(self) -> None:
+        """Sets the map to zero: nothing is copied."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, v: Tensor, tokens: Tensor, x: Tensor, t: Tensor, frame_t: Tensor, signal: float) -> Tensor:
+        """Corrects v of B patches of one level, of which N tokens make F frames; all tensors are floating point.
+
+        Args:
+            v: as the network predicts it, ``[B, F, N / F, P]``.
+            tokens: what v was made of, ``[B, F, N / F, D]``.
+            x: the network's input, ``[B, F, N / F, P]``.
+            t: times of the patches, ``[B]``.
+            frame_t: times of their frames, ``[B, F]``.
+            signal: scale b of the level's signal.
+
+        Returns:
+            ``[B, F, N / F, P]``.
+        """
+        index, sees = seen_frames(t, frame_t)
+        g, std = gamma(frame_t)[..., None, None], noised_std(frame_t, signal)[..., None, None]  # [B, F, 1, 1]
+        noised = x * std
+        predicted = g.sqrt() * noised - (1 - g).sqrt() * v
+        # Of a known frame with noise the best linear guess, pixel by pixel.
+        known = noised * g.sqrt() * (signal * DATA_STD / std) ** 2
+        missing = _frames_at(known, index) - predicted
+        return v - self.share(tokens) * missing * ((1 - g).sqrt() * sees[..., None, None])
+
+
+def seen_frames(t: Tensor, frame_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Which known frame every frame is shown, and which frames are shown one, int64 and bool ``[B, F]``.
+
+    Known are the frames whose time differs from that of the patch, ``t [B]``; where several times differ, as in a
+    rolling clip, the cleanest of them. Known frames are shown none.
+    """
+    differs = frame_t != t[:, None]  # [B, F]
+    known = differs & (frame_t == torch.where(differs, frame_t, torch.inf).amin(dim=1, keepdim=True))
+    index, exists = nearest_known(known)
+    return index, exists & ~known
+
+
+def _frames_at(values: Tensor, index: Tensor) -> Tensor:
+    """Frames ``index [B, F]`` of ``[B, F, ...]``."""
+    return values.gather(1, index.reshape(*index.shape, *(1,) * (values.ndim - 2)).expand_as(values))
 
 
 def nearest_known(known: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,9 +61,13 @@ def network_input(noised: Tensor, t: Tensor, signal: Tensor) -> Tensor:
         t: times, one per patch, ``[...]``.
         signal: signal scale ``b``, broadcastable to ``t``.
     """
-    g = gamma(t)  # [...]
-    std = (g * (signal * DATA_STD) ** 2 + 1 - g).sqrt()
-    return noised / _expand_to(std, noised)
+    return noised / _expand_to(noised_std(t, signal), noised)
+
+
+def noised_std(t: Tensor, signal: Tensor | float) -> Tensor:
+    """Standard deviation of ``x~`` at times ``t [...]``; ``signal`` is the scale ``b``, broadcastable to ``t``."""
+    g = gamma(t)
+    return (g * (signal * DATA_STD) ** 2 + 1 - g).sqrt()
 
 
 def sampling_times(steps: int) -> list[float]:

@@ -355,7 +355,8 @@ class _Outputs:
         write_video(self.paths[-1], frames, fps=self.options.fps)
         if self.options.save_levels:
             for level, video in enumerate(parts[:-1]):
-                write_video(self.options.out / f"{stem}_level{level}.mp4", to_uint8(video), fps=self.options.fps)
+                fps = self.options.fps * video.shape[1] / frames.shape[1]  # so that it lasts as long as the video
+                write_video(self.options.out / f"{stem}_level{level}.mp4", to_uint8(video), fps=fps)
 
     def _note(self, overlap: str) -> str:
         if self.options.compare_overlap:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.model import HPDM
 
-ADDED = ("frame_times.", "memory.", "sparse")
+ADDED = ("frame_times.", "frame_copies.", "memory.", "sparse")
 """How the names of those parameters begin that may be added to a trained model: as they start, they change nothing."""
 
 _MAY_DIFFER = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, cast
 
 import torch
@@ -18,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hpdm.checks import check_choice, check_shape
-from hpdm.frames import FrameTimes
+from hpdm.frames import FrameCopies, FrameTimes
 from hpdm.patch.conditioner import Conditioner, Conditioning
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
@@ -81,6 +82,7 @@ class HPDM(nn.Module):
         self.detokenizer = nn.Linear(config.width, config.channels * math.prod(config.tokenizer))
         pixels = config.channels * math.prod(config.tokenizer)
         self.frame_times = FrameTimes(config.width, pixels) if config.known_frames else None
+        self.frame_copies = FrameCopies(config.width, pixels) if config.known_frames else None
         # Added to the tokens of level 0 where its frames are far apart.
         self.sparse = nn.Parameter(torch.zeros(config.width)) if config.spacing > 1 else None
         self.memory = SelfConditioning(config, kernels) if config.memory else None
@@ -104,8 +106,9 @@ class HPDM(nn.Module):
         for modulation in modulations:
             nn.init.zeros_(modulation.linear.weight)
         nn.init.zeros_(self.detokenizer.weight)
-        if self.frame_times is not None:
-            self.frame_times.initialize()
+        for added in (self.frame_times, self.frame_copies):
+            if added is not None:
+                added.initialize()
         nn.init.normal_(self.latents, std=0.02)
         width = self.config.width
         with torch.no_grad():
@@ -186,7 +189,7 @@ class HPDM(nn.Module):
         tokens = [self._maybe_recomputed(self._tokenize, patch) for patch in patches]  # L x [B, N, D]
         if frame_t is not None:
             check_shape("frame_t", frame_t, (batch, levels, cfg.grid[0]))
-            tokens = [self._tell_frames(tokens[k], t[:, k], frame_t[:, k], x[:, k]) for k in range(levels)]
+            tokens = [self._tell_frames(a, t[:, k], frame_t[:, k], x[:, k]) for k, a in enumerate(tokens)]
         tokens[0] = self._tell_sparse(tokens[0], sparse)
         z = [
             self._initial_latents(batch, None if latents is None else latents[:, k]) for k in range(levels)
@@ -197,7 +200,12 @@ class HPDM(nn.Module):
             tokens[:n], z[:n] = self._run_block(
                 block, tokens[:n], z[:n], level_boxes[:n], *conditioning.first(n * batch)
             )  # n x [B, N, D], n x [B, M, E]
-        v = torch.stack([self._maybe_recomputed(self._detokenize, a) for a in tokens], dim=1)  # [B, L, C, f, h, w]
+        frame_times = [None] * levels if frame_t is None else frame_t.unbind(1)  # L x [B, F]
+        predicted = [
+            self._maybe_recomputed(partial(self._predict, x=x[:, k], level=k, t=t[:, k], frame_t=frame_times[k]), a)
+            for k, a in enumerate(tokens)
+        ]
+        v = torch.stack(predicted, dim=1)  # [B, L, C, f, h, w]
         return (v, torch.stack(z, dim=1)) if return_latents else v
 
     def forward_level(
@@ -235,7 +243,7 @@ class HPDM(nn.Module):
         conditioning = self._condition_level(x, level, t, labels, text, text_mask)
         told = Told(t, frame_t, sparse, memory)
         tokens, _, _ = self._run_level(x, level, boxes, conditioning, context, told=told)
-        return self._detokenize(tokens)
+        return self._predict(tokens, x, level, t, frame_t)
 
     def forward_level_with_latents(
         self,
@@ -265,7 +273,7 @@ class HPDM(nn.Module):
         conditioning = self._condition_level(x, level, t, labels, text, text_mask)
         told = Told(t, frame_t, sparse, memory)
         tokens, z, _ = self._run_level(x, level, boxes, conditioning, context, latents, told=told)
-        return self._detokenize(tokens), z
+        return self._predict(tokens, x, level, t, frame_t), z
 
     def level_features(
         self,
@@ -455,13 +463,17 @@ class HPDM(nn.Module):
         started: Tensor = self.memory(z, z.new_zeros(1, 1, z.shape[2]) if memory is None else memory)
         return started
 
-    def _detokenize(self, a: Tensor) -> Tensor:
-        """Tokens ``[B, N, D]`` -> v ``[B, C, f, h, w]``."""
+    def _predict(self, a: Tensor, x: Tensor, level: int, t: Tensor, frame_t: Tensor | None) -> Tensor:
+        """The v of patches ``x [B, C, f, h, w]`` of one level, of their shape, from their last tokens ``[B, N, D]``."""
         (f, h, w), (pf, ph, pw) = self.config.grid, self.config.tokenizer
-        return rearrange(
-            self.detokenizer(self.out_norm(a)), "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)",
-            f=f, h=h, w=w, pf=pf, ph=ph, pw=pw,
-        )  # fmt: skip
+        a = self.out_norm(a)
+        v = self.detokenizer(a)  # [B, N, C * pf * ph * pw]
+        if frame_t is not None and self.frame_copies is not None:
+            pixels = self._pixels_of_tokens(x).flatten(2, 3)  # [B, F, H * W, C * pf * ph * pw]
+            scale = self.config.signal_scales[level]
+            v, a = (part.unflatten(1, (f, -1)) for part in (v, a))
+            v = self.frame_copies(v, a, pixels, t, frame_t, scale).flatten(1, 2)
+        return rearrange(v, "b (f h w) (c pf ph pw) -> b c (f pf) (h ph) (w pw)", f=f, h=h, w=w, pf=pf, ph=ph, pw=pw)
 
     def _initial_latents(self, batch: int, previous: Tensor | None) -> Tensor:
         """Initial latents of one level ``[B, M, E]``; ``previous [B, M, E]`` are those of an earlier pass, if any."""

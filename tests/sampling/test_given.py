@@ -55,6 +55,12 @@ def image(tmp_path_factory):
     return write
 
 
+def seconds(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return stream.frames / stream.average_rate
+
+
 def gray(video):
     """With less contrast, so that pixels stay in range whatever detail a random model adds."""
     return video // 3 + 85
@@ -157,6 +163,7 @@ def test_the_levels_that_the_command_writes_are_kept(run, tmp_path, level, capsy
     path = tmp_path / "pyramid" / f"video_seed0_level{level}.mp4"
     given = frames_of(path)
     assert given.shape == ((4, 8, 8, 3), (8, 16, 16, 3))[level]
+    assert seconds(path) == seconds(tmp_path / "pyramid" / "video_seed0.mp4")
     capsys.readouterr()
     got = sampled(run, tmp_path / "out", from_level=path, consistency=1.0, seed=7)
     assert got.shape == (16, 32, 32, 3)

@@ -10,7 +10,7 @@ import torch
 
 from hpdm import HPDM, runs
 from hpdm.commands.train import prepare, train
-from hpdm.frames import EXACTLY_CLEAN, FrameTimes, draw_frames, mean_over_predicted, of_pixels
+from hpdm.frames import EXACTLY_CLEAN, FrameCopies, FrameTimes, draw_frames, mean_over_predicted, of_pixels
 from hpdm.objective import Objective
 from hpdm.patch.boxes import extract_patches, sample_boxes
 from hpdm.patch.draws import draw
@@ -43,7 +43,8 @@ def test_a_model_with_a_new_map_is_the_old_one(generator):
     old = random_model(BEFORE)
     new = with_zero_started(old)
     assert {n for n, _ in new.named_parameters()} - {n for n, _ in old.named_parameters()} == {
-        "frame_times.linear.weight", "frame_times.linear.bias", "frame_times.nearest.weight"
+        "frame_times.linear.weight", "frame_times.linear.bias", "frame_times.nearest.weight",
+        "frame_copies.share.weight", "frame_copies.share.bias",
     }  # fmt: skip
     x, boxes, t, labels = inputs(generator)
     v = old(x, boxes, t, labels)
@@ -51,7 +52,7 @@ def test_a_model_with_a_new_map_is_the_old_one(generator):
     nothing = t[..., None].expand(-1, -1, 4)
     assert torch.equal(new(x, boxes, t, labels, frame_t=nothing), v)
     assert torch.equal(new(x, boxes, t, labels, frame_t=torch.rand(2, 3, 4, generator=generator)), v)
-    assert [n for n, p in HPDM(CONFIG).named_parameters() if n.startswith("frame_times") and p.any()] == []
+    assert [n for n, p in HPDM(CONFIG).named_parameters() if n.startswith("frame_") and p.any()] == []
 
 
 def test_without_known_frames_the_draws_are_those_of_before():
@@ -117,6 +118,44 @@ def test_frames_see_the_nearest_known_one(generator):
         frame = sees[b][f]
         expected = torch.zeros(6, 16) if frame is None else pixels[b, frame] @ told.nearest.weight.T
         torch.testing.assert_close(change[b, f], expected)
+
+
+def test_what_is_copied_is_the_nearest_known_frame(generator):
+    """By the definition, in clean pixels: whatever v says, a whole share at full noise is the known frame itself."""
+    copies, signal = FrameCopies(16, 12).double(), 0.7
+    clean, noise, v = (torch.randn(3, 4, 6, 12, generator=generator, dtype=torch.float64) for _ in range(3))
+    tokens = torch.randn(3, 4, 6, 16, generator=generator, dtype=torch.float64)
+    t = torch.tensor([0.7, 0.4, 0.999999], dtype=torch.float64)
+    frame_t = torch.stack([torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.2, 1.0, 1.0, 0.2]), torch.zeros(4)])
+    frame_t[2, 1:] = 1.0
+    frame_t = torch.where(frame_t == 1.0, t[:, None], frame_t.double())
+    g = gamma(frame_t)[..., None, None]
+    noised = g.sqrt() * signal * clean + (1 - g).sqrt() * noise
+    std = (g * (signal * DATA_STD) ** 2 + 1 - g).sqrt()
+    assert torch.equal(copies(v, tokens, noised / std, t, frame_t, signal), v)
+    with torch.no_grad():
+        copies.share.weight.normal_(std=0.2, generator=generator)
+        copies.share.bias.fill_(1.0)
+    share = copies.share(tokens)
+    got = copies(v, tokens, noised / std, t, frame_t, signal)
+    sees = [[None, None, 1, 1], [None, 0, 3, None], [None, 0, 0, 0]]
+    for b, f in itertools.product(range(3), range(4)):
+        frame = sees[b][f]
+        if frame is None:
+            assert torch.equal(got[b, f], v[b, f])
+            continue
+        before, after = (g[b, f].sqrt() * noised[b, f] - (1 - g[b, f]).sqrt() * part[b, f] for part in (v, got))
+        known = signal * clean[b, frame]
+        if b == 1:  # with noise: the mean of the posterior of a normal pixel
+            variance, kept = (signal * DATA_STD) ** 2, g[b, frame]
+            known = noised[b, frame] * kept.sqrt() * variance / (kept * variance + 1 - kept)
+        expected = before + share[b, f] * (1 - g[b, f]) * (known - before)
+        torch.testing.assert_close(after, expected)
+    with torch.no_grad():
+        copies.share.weight.zero_()
+    copied = copies(v, tokens, noised / std, t, frame_t, signal)[2, 3]
+    shown = g[2, 3].sqrt() * noised[2, 3] - (1 - g[2, 3]).sqrt() * copied
+    torch.testing.assert_close(shown, signal * clean[2, 0], atol=1e-4, rtol=0)
 
 
 def runs_of(known):
@@ -244,7 +283,8 @@ def test_training_moves_the_map(clips, tmp_path):
     old, new = (runs.load(tmp_path / name, weights="model").model for name in ("old", "new"))
     assert new.config.known_frames
     assert new.frame_times.linear.weight.any()
-    assert not any("frame_times" in name for name, _ in old.named_parameters())
+    assert new.frame_copies.share.weight.any()
+    assert not any("frame_" in name for name, _ in old.named_parameters())
     # And a run with known frames resumes as itself alone.
     train(options(clips, tmp_path / "new", init=tmp_path / "old", **FRAMES, steps=2, batch=6, ema_decay=0.5))
     with pytest.raises(ValueError, match="known_frames: True -> False"):
