@@ -31,6 +31,10 @@ EXACTLY_CLEAN = 0.25
 """Share of the clips with known frames whose known frames have no noise at all."""
 
 
+SIMILAR = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+"""Distances of pixels in [-1, 1] at which two tokens count as similar, more or less: about 4 to 32 levels of 255."""
+
+
 class FrameTimes(nn.Module):
     """Tells tokens the diffusion time of their own frame where it differs from that of the clip, and what is known.
 
@@ -79,10 +83,13 @@ class FrameCopies(nn.Module):
     """Lets what stands still be copied from the nearest known frame: a share of the predicted clean video is taken from
     there, at the same place.
 
-    The network predicts the share of every number, ``a``. The clean frame that its v means, ``y^``, becomes ``y^ + a (1
-    - g) (y' - y^)``, where ``y'`` is the nearest known frame. The factor ``1 - g`` leaves frames alone that show nearly
-    everything themselves. Masks of what to copy are as old as video prediction (Finn et al. 2016); without them the
-    small error of a still background in one window is what the next window goes on from, and they add up.
+    The clean frame that the network's v means, ``y^``, becomes ``y^ + a (1 - g) (y' - y^)``, where ``y'`` is the
+    nearest known frame. The factor ``1 - g`` leaves frames alone that show nearly everything themselves. The share
+    ``a`` of every number is a linear map of its token, and of how similar the token's part of ``y^`` is to that of
+    ``y'`` already.
+
+    Masks of what to copy are as old as video prediction (Finn et al. 2016). Without them the small error of a still
+    background in one window is what the next window goes on from, and they add up.
 
     The map starts as zero, so a model that gets it behaves as before until it is trained.
 
@@ -93,7 +100,7 @@ class FrameCopies(nn.Module):
 
     def __init__(self, width: int, pixels: int) -> None:
         super().__init__()
-        self.share = nn.Linear(width, pixels)
+        self.share = nn.Linear(width + len(SIMILAR), pixels)
         self.initialize()
 
     def initialize(self) -> None:
@@ -122,7 +129,10 @@ class FrameCopies(nn.Module):
         # Of a known frame with noise the best linear guess, pixel by pixel.
         known = noised * g.sqrt() * (signal * DATA_STD / std) ** 2
         missing = _frames_at(known, index) - predicted
-        return v - self.share(tokens) * missing * ((1 - g).sqrt() * sees[..., None, None])
+        distance = missing.detach().square().mean(dim=-1, keepdim=True).sqrt() / signal  # [B, F, N / F, 1]
+        similar = torch.cat([(-(distance / scale).square()).exp() for scale in SIMILAR], dim=-1).to(tokens.dtype)
+        share = self.share(torch.cat((tokens, similar), dim=-1))
+        return v - share * missing * ((1 - g).sqrt() * sees[..., None, None])
 
 
 def seen_frames(t: Tensor, frame_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -123,7 +123,7 @@ def test_frames_see_the_nearest_known_one(generator):
 def test_what_is_copied_is_the_nearest_known_frame(generator):
     """By the definition, in clean pixels: whatever v says, a whole share at full noise is the known frame itself."""
     copies, signal = FrameCopies(16, 12).double(), 0.7
-    clean, noise, v = (torch.randn(3, 4, 6, 12, generator=generator, dtype=torch.float64) for _ in range(3))
+    clean, noise, v = (torch.randn(3, 4, 6, 12, generator=generator, dtype=torch.float64) / 5 for _ in range(3))
     tokens = torch.randn(3, 4, 6, 16, generator=generator, dtype=torch.float64)
     t = torch.tensor([0.7, 0.4, 0.999999], dtype=torch.float64)
     frame_t = torch.stack([torch.tensor([0.0, 0.0, 1.0, 1.0]), torch.tensor([0.2, 1.0, 1.0, 0.2]), torch.zeros(4)])
@@ -136,7 +136,6 @@ def test_what_is_copied_is_the_nearest_known_frame(generator):
     with torch.no_grad():
         copies.share.weight.normal_(std=0.2, generator=generator)
         copies.share.bias.fill_(1.0)
-    share = copies.share(tokens)
     got = copies(v, tokens, noised / std, t, frame_t, signal)
     sees = [[None, None, 1, 1], [None, 0, 3, None], [None, 0, 0, 0]]
     for b, f in itertools.product(range(3), range(4)):
@@ -149,7 +148,10 @@ def test_what_is_copied_is_the_nearest_known_frame(generator):
         if b == 1:  # with noise: the mean of the posterior of a normal pixel
             variance, kept = (signal * DATA_STD) ** 2, g[b, frame]
             known = noised[b, frame] * kept.sqrt() * variance / (kept * variance + 1 - kept)
-        expected = before + share[b, f] * (1 - g[b, f]) * (known - before)
+        distance = ((known - before) / signal).square().mean(dim=-1).sqrt()  # [6]
+        similar = torch.stack([torch.exp(-((distance * n) ** 2)) for n in (32, 16, 8, 4)], dim=-1)
+        share = torch.cat((tokens[b, f], similar), dim=-1) @ copies.share.weight.T + 1
+        expected = before + share * (1 - g[b, f]) * (known - before)
         torch.testing.assert_close(after, expected)
     with torch.no_grad():
         copies.share.weight.zero_()
