@@ -32,7 +32,7 @@ def test_a_training_killed_at_any_call_of_a_save_goes_on(commands, training, tra
     assert any("os.rename" in call for call in calls)
     assert len(calls) > 20
     random = generator("save")
-    for point in sorted(random.sample(range(len(calls)), times(5, len(calls)))):
+    for point in sorted(random.sample(range(len(calls)), times(3, len(calls)))):
         killed = save(point, "", 8)
         assert killed.status() == -signal.SIGKILL, killed.output()
         check_checkpoints(run, trained, at_least=4)
@@ -104,7 +104,7 @@ def test_a_sampling_killed_at_any_call_gives_the_same_videos(commands, trained, 
 
     calls = points_of(killed, tmp_path)
     random = generator("sample")
-    for point in sorted(random.sample(range(len(calls)), times(3, len(calls)))):
+    for point in sorted(random.sample(range(len(calls)), times(2, len(calls)))):
         process = killed(point, "")
         assert process.status() == -signal.SIGKILL, process.output()
         for path in (tmp_path / "killed").glob("[!.]*"):
@@ -161,7 +161,7 @@ def test_packing_killed_at_any_call_is_complete_or_starts_again(commands, clips,
     assert whole.status() == 0, whole.output()
     calls = points_of(killed, tmp_path)
     random = generator("shard")
-    for point in sorted(random.sample(range(len(calls)), min(len(calls), times(4, 10**6)))):
+    for point in sorted(random.sample(range(len(calls)), min(len(calls), times(3, 10**6)))):
         process = killed(point, "")
         assert process.status() == -signal.SIGKILL, process.output()
         if (tmp_path / "killed").exists():  # killed after the renaming: it is complete

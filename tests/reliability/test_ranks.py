@@ -97,7 +97,7 @@ def test_ranks_end_with_their_launcher_and_save(training, tmp_path):
 def test_signals_to_one_process_or_all_save_and_end_within_ten_seconds(commands, training, tmp_path):
     """Once or twice, whatever is logged how often, with or without processes that read clips."""
     random = generator("signals")
-    for number in range(times(4, 100)):
+    for number in range(times(3, 100)):
         run, world_size = tmp_path / f"run{number}", random.choice((1, 2))
         kind = random.choice((signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1))
         log_every, workers = random.choice((1, 2000)), random.choice((0, 1))

@@ -181,9 +181,10 @@ FOUR_LEVELS = {"patch": (2, 4, 4), "ratio": (1, 2, 2), "levels": 4, "levels_per_
 def test_cache_modes_agree(changes):
     """Features in device and in host memory give the same bits; recomputed, the same up to rounding."""
     model = random_model(small_config(**{"ratio": (1, 2, 2)} | changes))
+    overlap = "none" if model.config.levels == 4 else "hw"  # 225 tiles on the last of four levels would take long
 
     def run(cache):
-        options = SamplerOptions(steps=3, overlap="hw", tile_batch=6, guidance=1.5, cache=cache)
+        options = SamplerOptions(steps=3, overlap=overlap, tile_batch=6, guidance=1.5, cache=cache)
         return Sampler(model, options)([1, 2], torch.tensor([0, 1]))
 
     on_device, on_host, computed = run("gpu"), run("cpu"), run("off")
