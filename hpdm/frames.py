@@ -83,10 +83,10 @@ class FrameCopies(nn.Module):
     """Lets what stands still be copied from the nearest known frame: a share of the predicted clean video is taken from
     there, at the same place.
 
-    The clean frame that the network's v means, ``y^``, becomes ``y^ + a (1 - g) (y' - y^)``, where ``y'`` is the
-    nearest known frame. The factor ``1 - g`` leaves frames alone that show nearly everything themselves. The share
-    ``a`` of every number is a linear map of its token, and of how similar the token's part of ``y^`` is to that of
-    ``y'`` already.
+    The network's ``v`` becomes ``v - a (y' - y^)``, where ``y^`` is the clean frame that v means and ``y'`` the nearest
+    known frame. So ``y^`` becomes ``y^ + a sqrt(1-g) (y' - y^)``: frames are left alone that show nearly everything
+    themselves. The share ``a`` of every number is a linear map of its token, and of how similar the token's part of
+    ``y^`` is to that of ``y'`` already.
 
     Masks of what to copy are as old as video prediction (Finn et al. 2016). Without them the small error of a still
     background in one window is what the next window goes on from, and they add up.
@@ -132,7 +132,7 @@ class FrameCopies(nn.Module):
         distance = missing.detach().square().mean(dim=-1, keepdim=True).sqrt() / signal  # [B, F, N / F, 1]
         similar = torch.cat([(-(distance / scale).square()).exp() for scale in SIMILAR], dim=-1).to(tokens.dtype)
         share = self.share(torch.cat((tokens, similar), dim=-1))
-        return v - share * missing * ((1 - g).sqrt() * sees[..., None, None])
+        return v - share * missing * sees[..., None, None]
 
 
 def seen_frames(t: Tensor, frame_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,7 @@ def test_what_is_copied_is_the_nearest_known_frame(generator):
         distance = ((known - before) / signal).square().mean(dim=-1).sqrt()  # [6]
         similar = torch.stack([torch.exp(-((distance * n) ** 2)) for n in (32, 16, 8, 4)], dim=-1)
         share = torch.cat((tokens[b, f], similar), dim=-1) @ copies.share.weight.T + 1
-        expected = before + share * (1 - g[b, f]) * (known - before)
+        expected = before + share * (1 - g[b, f]).sqrt() * (known - before)
         torch.testing.assert_close(after, expected)
     with torch.no_grad():
         copies.share.weight.zero_()
