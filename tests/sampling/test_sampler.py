@@ -158,7 +158,8 @@ def test_guidance_of_one_is_none_and_zero_is_unconditional():
         return Sampler(model, options)([3], torch.tensor([label]))[0]
 
     null = model.config.classes
-    torch.testing.assert_close(run(0.0, 1), run(1.0, null), rtol=0, atol=1e-5)
+    # One call of the network has twice the rows of the other, so its sums are rounded in another order.
+    torch.testing.assert_close(run(0.0, 1), run(1.0, null), rtol=0, atol=5e-5)
     assert not torch.allclose(run(3.0, 1), run(1.0, 1), atol=1e-4)
 
 
