@@ -89,7 +89,12 @@ def denoise(
         known: known frames; ``None`` for none.
         frame_guidance: w of ``(1 + w) y - w y'``, where ``y'`` is predicted without known frames (LVDM eq. 9); 0 is
             none.
+
+    Raises:
+        ValueError: guidance without labels and text.
     """
+    if guidance != 1.0 and conditions.labels is None and conditions.text is None:
+        raise ValueError(f"guidance: got {guidance} without labels or text, expected 1")
     batch, frames = len(noised), noised.shape[2]
     unconditional, unaware = guidance != 1.0, known is not None and frame_guidance != 0.0
     same = torch.full((batch, frames), t, dtype=noised.dtype, device=noised.device)  # times of frames
