@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from hpdm.checks import check_choice
-from hpdm.process import COSINE, SIGMA_MAX, Schedule, edm_sigmas, sampling_times
+from hpdm.process import COSINE, Schedule, edm_sigmas, sampling_times
 
 Method = Literal["euler", "heun", "2m"]
 """``"euler"``: first order; without churn this is DDIM, with eta = 1 DDPM. ``"heun"``: second order with two
@@ -175,7 +175,7 @@ class Solver:
         return (math.sqrt(next_sigma**2 - added**2) if added else next_sigma), added
 
     def _raised(self, sigma: float) -> float:
-        """The noise level after churn: ``sigma (1 + gamma)`` of Algorithm 2, at most :data:`SIGMA_MAX`."""
+        """The noise level after churn: ``sigma (1 + gamma)`` of Algorithm 2, at most that of the start."""
         if self.churn == 0 or not self.churn_range[0] <= sigma <= self.churn_range[1]:
             return sigma
-        return min(sigma * (1 + min(self.churn / self.steps, math.sqrt(2) - 1)), SIGMA_MAX)
+        return min(sigma * (1 + min(self.churn / self.steps, math.sqrt(2) - 1)), self.sigmas[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.latent.unet_blocks import EPS, zero_started
+from hpdm_kernels.boxes import coordinate_dtype
 
 
 def relative_positions(table: Tensor, frames: int) -> Tensor:
@@ -41,10 +42,11 @@ def relative_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Te
         ``[R, T, d]``.
     """
     frames, width = q.shape[1:]
-    q = q * width**-0.5
+    scale = width**-0.5
     # A frame has the same embeddings in all sequences, so they are multiplied as T matrices, those of a frame at once.
     of_keys = torch.bmm(q.transpose(0, 1), relative_positions(keys, frames).transpose(1, 2)).transpose(0, 1)
-    weights = torch.baddbmm(of_keys, q, k.transpose(1, 2)).softmax(dim=-1)  # [R, T, T]
+    scores = torch.baddbmm(of_keys, q, k.transpose(1, 2), beta=scale, alpha=scale)  # [R, T, T]
+    weights = scores.softmax(dim=-1)
     of_values = torch.bmm(weights.transpose(0, 1), relative_positions(values, frames)).transpose(0, 1)
     return torch.baddbmm(of_values, weights, v)
 
@@ -53,8 +55,9 @@ class PositionNorm(nn.GroupNorm):
     """Group normalization of each position's frames: statistics over time and the channels of a group."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, N, C] -> [B, T, N, C]``."""
-        groups = x.unflatten(-1, (self.num_groups, -1))  # [B, T, N, G, c]
+        """``[B, T, N, C] -> [B, T, N, C]``, fp32 or wider."""
+        # As group normalization does under automatic mixed precision.
+        groups = x.to(coordinate_dtype(x.dtype)).unflatten(-1, (self.num_groups, -1))  # [B, T, N, G, c]
         variance, mean = torch.var_mean(groups, dim=(1, 4), correction=0, keepdim=True)  # [B, 1, N, G, 1]
         scale = (variance + self.eps).rsqrt() * self.weight.unflatten(0, (self.num_groups, -1))  # [B, 1, N, G, c]
         shift = self.bias.unflatten(0, (self.num_groups, -1)) - mean * scale
@@ -86,11 +89,10 @@ class TemporalAttention(nn.Module):
         """``[B, T, H, W, C] -> [B, T, H, W, C]``."""
         batch, frames, height, width, channels = x.shape
         qkv = self.qkv(self.norm(x.flatten(2, 3)))  # [B, T, N, 3 C]
-        # One copy, which puts the frames of a position next to each other; there is none between the products.
+        # One copy of each, which puts the frames of a position next to each other, and none between the products.
         q, k, v = (
-            qkv.reshape(batch, frames, height * width, 3, self.heads, -1)
-            .permute(3, 0, 2, 4, 1, 5)
-            .reshape(3, batch * height * width * self.heads, frames, channels // self.heads)
+            part.unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1, 4).reshape(-1, frames, channels // self.heads)
+            for part in qkv.chunk(3, dim=-1)
         )  # [R, T, d] each, R = B * N * heads
         tables = self.keys.to(q.dtype), self.values.to(q.dtype)
         attended = relative_attention(q, k, v, *tables).reshape(batch, height * width, self.heads, frames, -1)

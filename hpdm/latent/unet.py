@@ -18,7 +18,15 @@ from torch import Tensor, nn
 
 from hpdm.checks import check_choice, check_shape
 from hpdm.latent.temporal_attention import TemporalAttention
-from hpdm.latent.unet_blocks import FrameConv, ResidualBlock, SpatialAttention, TextAttention, VideoNorm, zero_started
+from hpdm.latent.unet_blocks import (
+    FrameConv,
+    ResidualBlock,
+    SpatialAttention,
+    TextAttention,
+    VideoNorm,
+    doubled,
+    zero_started,
+)  # fmt: skip
 from hpdm.latent.unet_conditioner import Conditioner, Conditioning, KnownMask, KnownTimes
 from hpdm.latent.unet_config import UNetConfig
 from hpdm.recompute import Recompute, recomputed, recomputed_but_products
@@ -139,6 +147,15 @@ class FactorizedUNet(nn.Module):
         """The modules to compile one by one where the whole network cannot be, as with FSDP."""
         return [module for module in self.modules() if isinstance(module, Block)]
 
+    def sharded_modules(self) -> list[tuple[nn.Module, bool]]:
+        """The modules that FSDP shards on their own, in the order of their calls.
+
+        The flag says whether to reshard a module's weights after its forward: not those of the last one, whose backward
+        pass comes next.
+        """
+        blocks = self.compiled_modules()
+        return [(block, block is not blocks[-1]) for block in blocks]
+
     def _run_levels(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         """Down, through the middle and up: ``[B, T, H, W, D] -> [B, T, H, W, D']``."""
         skips = [x]
@@ -155,7 +172,7 @@ class FactorizedUNet(nn.Module):
             for block in level.blocks:
                 x = self._run_block(block, torch.cat((x, skips.pop()), dim=-1), conditioning)
             if level.resample is not None:
-                x = level.resample(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+                x = level.resample(doubled(x))
         return x
 
     def _run_block(self, block: nn.Module, x: Tensor, conditioning: Conditioning) -> Tensor:

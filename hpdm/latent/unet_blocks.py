@@ -45,6 +45,12 @@ class FrameConv(nn.Conv2d):
         return out.contiguous().unflatten(0, x.shape[:2])
 
 
+def doubled(x: Tensor) -> Tensor:
+    """Each position four times: ``[B, T, H, W, C] -> [B, T, 2 H, 2 W, C]``."""
+    images = F.interpolate(x.flatten(0, 1).permute(0, 3, 1, 2), scale_factor=2, mode="nearest")
+    return images.permute(0, 2, 3, 1).contiguous().unflatten(0, x.shape[:2])
+
+
 class VideoNorm(nn.GroupNorm):
     """Group normalization with statistics of the whole clip, or of each frame.
 
@@ -112,9 +118,10 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, H, W, C] -> [B, T, H, W, C]``."""
-        batch, frames = x.shape[:2]
-        qkv = self.qkv(self.norm(x)).reshape(batch * frames, -1, 3, self.heads, x.shape[-1] // self.heads)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # [B T, heads, N, d] each
+        qkv = self.qkv(self.norm(x)).flatten(0, 1).flatten(1, 2)  # [B T, N, 3 C]
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1)
+        )  # [B T, heads, N, d] each
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return x + self.out(attended.reshape(x.shape))
 
@@ -149,6 +156,8 @@ class TextAttention(nn.Module):
             ``[B, T, H, W, C]``.
         """
         q = self.q(self.norm(x)).flatten(1, 3).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, T N, d]
-        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, S, d] each
+        k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.kv(text).chunk(2, dim=-1)
+        )  # [B, heads, S, d] each
         attended = F.scaled_dot_product_attention(q, k, v, None if mask is None else mask[:, None, None])
         return x + self.out(attended.transpose(1, 2).reshape(x.shape))

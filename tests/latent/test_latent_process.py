@@ -9,6 +9,7 @@ import torch
 from hpdm import process
 from hpdm.objective import Objective, draw_noise, loss_weight
 from hpdm.process import COSINE, SCHEDULES, Betas, clean_of, mixture, noise_of, prediction_target, v_of
+from hpdm.sampling import SamplerOptions
 from hpdm.solvers import Solver, noise_levels
 
 LINEAR = SCHEDULES["linear"]
@@ -268,6 +269,15 @@ def test_eta_0_is_the_first_order_solver(name, spacing, generator):
 def test_bad_etas_are_named(arguments, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         Solver((3.0, 2.0, 1.0, 0.0), **arguments)
+
+
+def test_options_name_the_solver_of_a_schedule():
+    options = SamplerOptions(steps=50, solver="ddpm", spacing="time")
+    assert options.level_solver(0, schedule=LINEAR) == Solver(
+        noise_levels("time", 50, 0.01, 7.0, LINEAR), "euler", eta=1.0, churn_range=options.churn_range
+    )
+    assert SamplerOptions(churn=30.0).level_solver(0, schedule=LINEAR)._raised(LINEAR.sigma_max) == LINEAR.sigma_max
+    assert SamplerOptions(solver="ddim").level_solver(0).eta == 0
 
 
 def test_perturbed_frames_have_the_same_noise_on_every_schedule():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpdm.latent.unet import FactorizedUNet
 from hpdm.latent.unet_config import UNetConfig
@@ -28,6 +29,34 @@ def test_presets_have_the_published_sizes(name, millions):
     count = sum(p.numel() for p in model.parameters())
     assert count == pytest.approx(millions * 1e6, rel=1e-3)
     assert name not in PUBLISHED_PARAMETERS or count == pytest.approx(PUBLISHED_PARAMETERS[name], rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "billions"), [("lvdm_ucf", 317.3), ("lvdm_released", 362.0)])
+def test_a_forward_pass_takes_the_work_that_is_known(name, billions):
+    """Products and convolutions for one clip of 4x32x32 latents, in GFLOP."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        FactorizedUNet(UNETS[name]())(torch.empty(1, 4, 4, 32, 32), torch.empty(1))
+    assert counter.get_total_flops() / 1e9 == pytest.approx(billions, rel=1e-3)
+
+
+def test_bf16_is_near(generator):
+    """Under automatic mixed precision."""
+    config = unet_config(conditioning="class", known="times")
+    model = trained_unet(config)
+    x, t = inputs(config, generator)
+    frame_t = torch.where(torch.tensor([True, False, False, False]), 0.1, t[:, None])
+    wanted = model(x, t, torch.tensor([1, 2]), frame_t=frame_t)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x, t, torch.tensor([1, 2]), frame_t=frame_t)
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+
+
+def test_shards_are_the_blocks_in_order():
+    model = FactorizedUNet(unet_config())
+    names = {module: name for name, module in model.named_modules()}
+    found = [(names[module], flag) for module, flag in model.sharded_modules()]
+    assert [name.split(".")[0] for name, _ in found] == ["down"] * 2 + ["middle"] * 2 + ["up"] * 4
+    assert [flag for _, flag in found] == [True] * 7 + [False]
 
 
 def test_a_new_network_predicts_nothing_and_learns_everywhere(generator):
