@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpdm.checks import check_choice
-from hpdm.process import gamma
+from hpdm.process import COSINE, Prediction, Schedule
 
 Times = Literal["uniform", "logit-normal"]
 """"logit-normal" favors the middle, where shapes are decided (Esser et al. 2024, section 3.1, mean 0, variance 1)."""
@@ -121,22 +121,41 @@ def draw_times(
     return first + (last - first) * share
 
 
-def loss_weight(weighting: Weighting, t: Tensor, signal: Tensor) -> Tensor:
-    """Weight of the squared error of v, of the shape of ``t``.
+def loss_weight(
+    weighting: Weighting, t: Tensor, signal: Tensor, schedule: Schedule = COSINE, prediction: Prediction = "v"
+) -> Tensor:
+    """Weight of the squared error of what the network predicts, of the shape of ``t``.
 
     min-SNR weights the squared error of the clean video ``x`` by ``min(SNR, 5)``, where ``SNR = b^2 g / (1 - g)``.
     The error of x is that of v times ``(1 - g) / b^2``, so the weight of v is ``min(g, 5 (1 - g) / b^2)``; for b = 1 it
-    is ``min(SNR, 5) / (SNR + 1)`` (Hang et al. 2023, section 3.4).
+    is ``min(SNR, 5) / (SNR + 1)`` (Hang et al. 2023, section 3.4). The error of v is that of the noise over g.
 
     Args:
         weighting: which weight.
         t: diffusion times.
         signal: scale b of the clean signal (:mod:`hpdm.process`), broadcastable to ``t``.
+        schedule: noise schedule of the times.
+        prediction: what the network predicts.
     """
     if weighting == "none":
         return torch.ones_like(t)
-    g = gamma(t)
-    return torch.minimum(g, SNR_CAP * (1 - g) / signal.square())
+    g = schedule.gamma(t)
+    weight = torch.minimum(g, SNR_CAP * (1 - g) / signal.square())
+    return weight if prediction == "v" else weight / g
+
+
+def draw_noise(batch: int, shape: tuple[int, ...], generator: torch.Generator, rows: range | None = None) -> Tensor:
+    """Standard normal noise of B samples, float32 ``[B, *shape]`` on the CPU, or of some ``rows`` of them.
+
+    Rows have seeds of their own, since noise takes long to draw: other numbers than those of all at once.
+    """
+    if rows is None:
+        return torch.randn(batch, *shape, generator=generator)
+    seeds = torch.randint(2**32, (batch,), generator=generator).tolist()
+    noise = torch.empty(len(rows), *shape)
+    for row, out in zip(rows, noise):
+        torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row]), out=out)
+    return noise
 
 
 def draw_mirrored(batch: int, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from torch import Tensor
 
 from hpdm.checks import at_least, check_choice
+from hpdm.process import COSINE, Schedule
 from hpdm.solvers import FEWEST_STEPS, Method, Solver, Spacing, noise_levels
 
 AXES = "fhw"
@@ -18,11 +19,12 @@ AXES = "fhw"
 Progress = Callable[[int, int, int], None]
 """Called as (part, network calls done, network calls in all) after every network call on that part."""
 
-SolverName = Literal["edm", "heun", "ddim", "2m"]
+SolverName = Literal["edm", "heun", "ddim", "ddpm", "2m"]
 """``"edm"``: second order with churn, two predictions per step. ``"heun"``: the same without churn. ``"ddim"``: first
-order, without churn. ``"2m"``: DPM-Solver++(2M), second order with one prediction per step, without churn."""
+order, without churn. ``"ddpm"``: the same with all of the noise of the reverse chain (eta = 1). ``"2m"``:
+DPM-Solver++(2M), second order with one prediction per step, without churn."""
 
-METHODS: dict[SolverName, Method] = {"edm": "heun", "heun": "heun", "ddim": "euler", "2m": "2m"}
+METHODS: dict[SolverName, Method] = {"edm": "heun", "heun": "heun", "ddim": "euler", "ddpm": "euler", "2m": "2m"}
 
 CacheMode = Literal["gpu", "cpu", "off"]
 """Where features of finished levels are cached: on the model's device, in host memory, or not at all."""
@@ -117,11 +119,15 @@ class SamplerOptions:
         """Steps on a level, at least as many as its solver needs."""
         return max(FEWEST_STEPS[METHODS[self._solver_name(level)]], round(self.steps * self.steps_decay**level))
 
-    def level_solver(self, level: int, signal: float = 1.0) -> Solver:
-        """The solver of a level whose clean signal is scaled by ``signal``, b_l of :mod:`hpdm.process`."""
+    def level_solver(self, level: int, signal: float = 1.0, schedule: Schedule = COSINE) -> Solver:
+        """The solver of a level whose clean signal is scaled by ``signal``, b_l of :mod:`hpdm.process`.
+
+        ``schedule`` is that of the model.
+        """
         name = self._solver_name(level)
-        sigmas = noise_levels(self.spacing, self.level_steps(level), self.sigma_min * signal, self.rho)
-        return Solver(sigmas, METHODS[name], self.churn if name == "edm" else 0.0, self.churn_range)
+        sigmas = noise_levels(self.spacing, self.level_steps(level), self.sigma_min * signal, self.rho, schedule)
+        churn, eta = (self.churn if name == "edm" else 0.0), (1.0 if name == "ddpm" else 0.0)
+        return Solver(sigmas, METHODS[name], churn, self.churn_range, eta)
 
     def level_guidance(self, level: int) -> float:
         """The guidance weight of a level, where guidance acts."""

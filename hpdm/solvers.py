@@ -1,7 +1,7 @@
-"""The solvers of all samplers: DDIM, Heun's method with and without churn, and the multistep method DPM-Solver++(2M).
+"""The solvers of all samplers: DDIM and DDPM, Heun's method with and without churn, and DPM-Solver++(2M).
 
 They work in EDM's variable ``x = y + sigma e`` (Karras et al. 2022), where ``y`` is the scaled clean video: ``x`` is
-the noised video ``x~`` of :mod:`hpdm.process` divided by ``sqrt(g)``, and ``sigma = sqrt((1-g) / g) = tan(pi t / 2)``.
+the noised video ``x~`` of :mod:`hpdm.process` divided by ``sqrt(g)``, and ``sigma = sqrt((1-g) / g)``.
 In this variable every step is a linear combination of videos and denoised predictions ``y^``, and its part with a new
 prediction is ``alpha * base + beta * y^``, which a sampler can compute in one pass.
 """
@@ -17,11 +17,11 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from hpdm.checks import check_choice
-from hpdm.process import SIGMA_MAX, edm_sigmas, sampling_times
+from hpdm.process import COSINE, Schedule, edm_sigmas, sampling_times
 
 Method = Literal["euler", "heun", "2m"]
-"""``"euler"``: first order; without churn this is DDIM. ``"heun"``: second order with two predictions per step.
-``"2m"``: second order with one prediction per step, which uses that of the step before."""
+"""``"euler"``: first order; without churn this is DDIM, with eta = 1 DDPM. ``"heun"``: second order with two
+predictions per step. ``"2m"``: second order with one prediction per step, which uses that of the step before."""
 
 Spacing = Literal["edm", "time"]
 """``"edm"``: evenly spaced in a power of sigma, :func:`hpdm.process.edm_sigmas`. ``"time"``: evenly spaced in t."""
@@ -30,7 +30,9 @@ FEWEST_STEPS: dict[Method, int] = {"euler": 1, "heun": 1, "2m": 2}
 """A method with memory needs a step before. With one step, Heun's method is Euler's."""
 
 
-def noise_levels(spacing: Spacing, steps: int, sigma_min: float, rho: float) -> tuple[float, ...]:
+def noise_levels(
+    spacing: Spacing, steps: int, sigma_min: float, rho: float, schedule: Schedule = COSINE
+) -> tuple[float, ...]:
     """``steps + 1`` noise levels down to 0.
 
     Args:
@@ -38,13 +40,15 @@ def noise_levels(spacing: Spacing, steps: int, sigma_min: float, rho: float) -> 
         steps: number of steps.
         sigma_min: the last noise level before 0, for ``"edm"``.
         rho: exponent, for ``"edm"``.
+        schedule: noise of the first step, and the time of ``"time"``. As many steps as a chain of betas has are its
+            own.
 
     Raises:
         ValueError: unknown spacing, or numbers out of range as in :func:`hpdm.process.edm_sigmas`.
     """
     if check_choice("spacing", spacing, Spacing) == "time":
-        return tuple(math.tan(math.pi / 2 * t) for t in sampling_times(steps))
-    return tuple(edm_sigmas(steps, sigma_min, rho))
+        return tuple(schedule.sigma(t) for t in sampling_times(steps, schedule.t_max))
+    return tuple(edm_sigmas(steps, sigma_min, rho, schedule.sigma_max))
 
 
 class Update(Protocol):
@@ -60,8 +64,8 @@ class Solver:
     """Noise levels, the method that steps from each to the next, and the stochasticity (churn).
 
     Raises:
-        ValueError: an unknown method, too few steps for it, noise levels that do not fall to 0, or churn with a method
-            that has none.
+        ValueError: an unknown method, too few steps for it, noise levels that do not fall to 0, churn with a method
+            that has none, or ``eta`` out of range or with another method than Euler's without churn.
     """
 
     sigmas: tuple[float, ...]
@@ -71,6 +75,9 @@ class Solver:
     """EDM's S_churn; 0 is deterministic."""
     churn_range: tuple[float, float] = (0.05, 50.0)
     """Noise levels sigma between which churn acts, EDM's S_tmin and S_tmax."""
+    eta: float = 0.0
+    """Share of the noise of a step of the reverse chain that Euler's method takes out more and adds anew (Song et al.
+    2021, eq. 16): 0 is DDIM; 1 is DDPM, with the posterior variance of Ho et al. 2020."""
 
     def __post_init__(self) -> None:
         fewest = FEWEST_STEPS[check_choice("method", self.method, Method)]
@@ -80,6 +87,10 @@ class Solver:
             raise ValueError(f"sigmas: got {self.sigmas}, expected falling noise levels that end with 0")
         if self.churn and self.method == "2m":
             raise ValueError(f"churn: got {self.churn}, expected 0 for solver '2m', which is deterministic")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta: got {self.eta}, expected a share in [0, 1]")
+        if self.eta and (self.method != "euler" or self.churn):
+            raise ValueError(f"eta: got {self.eta}, expected 0 for solver {self.method!r} with churn {self.churn}")
 
     @property
     def steps(self) -> int:
@@ -105,7 +116,7 @@ class Solver:
 
         Args:
             update: predicts ``y^`` and combines it; it returns a new tensor.
-            noise: draws standard normal noise of the shape of the video, for the start and for churn.
+            noise: draws standard normal noise of the shape of the video, for the start, for churn and for ``eta``.
         """
         return self._solve_multistep(update, noise) if self.method == "2m" else self._solve_single_step(update, noise)
 
@@ -140,8 +151,12 @@ class Solver:
             raised = self._raised(sigma)
             if raised > sigma:  # churn: add noise up to a higher noise level
                 x = x + math.sqrt(raised**2 - sigma**2) * noise()
-            # Euler: x' = x + (s' - s) * (x - y) / s = (s' / s) x + (1 - s' / s) y
-            x_next = update(x, raised, x, next_sigma / raised, 1 - next_sigma / raised)
+            # Euler: x' = x + (s' - s) * (x - y) / s = (s' / s) x + (1 - s' / s) y, to a lower noise level if noise is
+            # added then.
+            lowered, added = self._ancestral(raised, next_sigma)
+            x_next = update(x, raised, x, lowered / raised, 1 - lowered / raised)
+            if added:
+                x_next.add_(noise(), alpha=added)
             if self.method == "heun" and next_sigma > 0:
                 # Heun: x + (s' - s) / 2 * ((x - y) / s + (x' - y') / s'), where (x - y) / s = (x' - x) / (s' - s), so
                 # it is (x + x') / 2 + h (x' - y') with h = (s' - s) / (2 s').
@@ -150,8 +165,17 @@ class Solver:
             x = x_next
         return x
 
+    def _ancestral(self, sigma: float, next_sigma: float) -> tuple[float, float]:
+        """Where a step from ``sigma`` to ``next_sigma`` goes, and how much noise it adds then.
+
+        With eta = 1 the added variance is that of ``q(x' | x, y)``, which is ``s'^2 (s^2 - s'^2) / s^2`` in EDM's
+        variable (Ho et al. 2020, eq. 7); its mean is on the line from ``x`` to ``y``.
+        """
+        added = self.eta * next_sigma * math.sqrt(1 - (next_sigma / sigma) ** 2) if self.eta else 0.0
+        return (math.sqrt(next_sigma**2 - added**2) if added else next_sigma), added
+
     def _raised(self, sigma: float) -> float:
-        """The noise level after churn: ``sigma (1 + gamma)`` of Algorithm 2, at most :data:`SIGMA_MAX`."""
+        """The noise level after churn: ``sigma (1 + gamma)`` of Algorithm 2, at most that of the start."""
         if self.churn == 0 or not self.churn_range[0] <= sigma <= self.churn_range[1]:
             return sigma
-        return min(sigma * (1 + min(self.churn / self.steps, math.sqrt(2) - 1)), SIGMA_MAX)
+        return min(sigma * (1 + min(self.churn / self.steps, math.sqrt(2) - 1)), self.sigmas[0])

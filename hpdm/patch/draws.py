@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hpdm.frames import draw_frames
-from hpdm.objective import Objective, draw_mirrored, draw_times, loss_weight
+from hpdm.objective import Objective, draw_mirrored, draw_noise, draw_times, loss_weight
 from hpdm.patch.boxes import sample_boxes
 from hpdm.patch.config import HPDMConfig
 from hpdm.training.stills import draw_stills
@@ -88,10 +88,7 @@ def draw(
     boxes = sample_boxes(config, batch, generator, objective.boxes or "uniform")[:, :levels]
     t = draw_times((batch, levels), times, generator, objective)
     shape = (levels, config.channels, *config.patch)
-    if rows is None:
-        noise = torch.randn(batch, *shape, generator=generator)
-    else:
-        noise = _noise_of_rows(rows, batch, shape, generator)
+    noise = draw_noise(batch, shape, generator, rows)
     dropped = torch.rand(batch, generator=generator) < dropout
     trained = torch.ones(t.shape)
     if objective.clean_context:
@@ -142,15 +139,6 @@ def _without_sparse_context(trained: Tensor, sparse: Tensor, share: float) -> Te
     """Weights ``[B, n]`` where level 0 of some clips is ``sparse [B]``: above it, the context is wrong there."""
     others = torch.where(sparse[:, None], 0.0, trained / (1 - share))
     return torch.where(torch.arange(trained.shape[1]) == 0, trained, others)
-
-
-def _noise_of_rows(rows: range, batch: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Noise ``[len(rows), *shape]`` of some rows of a batch: of each from a seed of its own, as noise takes long."""
-    seeds = torch.randint(2**32, (batch,), generator=generator).tolist()
-    noise = torch.empty(len(rows), *shape)
-    for row, out in zip(rows, noise):
-        torch.randn(shape, generator=torch.Generator().manual_seed(seeds[row]), out=out)
-    return noise
 
 
 def _only_rows(draws: Draws, rows: slice) -> Draws:

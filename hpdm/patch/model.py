@@ -24,8 +24,8 @@ from hpdm.patch.conditioner import Conditioner, Conditioning
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
 from hpdm.patch.positions import axis_sinusoids
-from hpdm.patch.recompute import Recompute, recomputed
 from hpdm.patch.rin import Modulation, RINBlock, SelfConditioning
+from hpdm.recompute import Recompute, recomputed
 from hpdm_kernels import footprint_size, sample_patches
 from hpdm_kernels.boxes import relative_box
 from hpdm_kernels.modules import check_backend
@@ -52,7 +52,7 @@ class HPDM(nn.Module):
         kernels: backend of every op, ``"auto" | "reference" | "torch" | "triton"``. It changes neither the parameters
             nor the ``state_dict``, and the results only by rounding.
         recompute: what the backward pass computes again instead of keeping it, ``"none" | "selective" | "block"``, see
-            :data:`hpdm.patch.recompute.Recompute`. It trades time for memory; the results change only by rounding.
+            :data:`hpdm.recompute.Recompute`. It trades time for memory; the results change only by rounding.
 
     Raises:
         ValueError: unknown backend or recompute setting.

@@ -9,7 +9,7 @@ no MLP after the read, no output projection in the read (its values are already 
 self-attention that follows mixes the heads), a token MLP of ratio 2 after the write, six adaLN modulations per latent
 layer and three on the token MLP.
 
-Its backward pass can compute most activations again, see :mod:`hpdm.patch.recompute`.
+Its backward pass can compute most activations again, see :mod:`hpdm.recompute`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.patch.config import HPDMConfig
-from hpdm.patch.recompute import Recompute, recomputed, recomputed_but_products
 from hpdm.patch.sinusoidal_fusion import SinusoidalFusion
+from hpdm.recompute import Recompute, recomputed, recomputed_but_products
 from hpdm_kernels import gated_residual, modulated_norm
 from hpdm_kernels.modules import MLP, ContextFusion, CrossAttention, SelfAttention
 
@@ -99,7 +99,7 @@ class RINBlock(nn.Module):
         config: sizes.
         levels: the block serves levels ``0 .. levels - 1``; a block of level 0 alone has no fusion weights.
         kernels: backend of the ops.
-        recompute: what the backward pass computes again; see :data:`hpdm.patch.recompute.Recompute`.
+        recompute: what the backward pass computes again; see :data:`hpdm.recompute.Recompute`.
         shared: another block, which computes everything after the fusion in place of this one (appendix D.4); this one
             then has no parameters but those of its fusion. ``None`` for a block with weights of its own.
     """

@@ -172,14 +172,14 @@ def test_the_multistep_method_is_of_second_order():
     assert all(3.5 < a / b < 4.6 for a, b in pairwise(errors))
 
 
-@pytest.mark.parametrize("name", ["edm", "heun", "ddim", "2m"])
+@pytest.mark.parametrize("name", ["edm", "heun", "ddim", "ddpm", "2m"])
 def test_predictions_are_counted_before_they_are_made(name):
     solver = SamplerOptions(steps=9, solver=name, churn=30.0).level_solver(0)
     x = torch.randn(4, dtype=torch.float64)
     before = x.clone()
     _, seen = solve(solver, lambda x, sigma: x / (1 + sigma**2), x)
     assert seen == solver.prediction_sigmas()
-    assert len(seen) == solver.predictions == {"edm": 17, "heun": 17, "ddim": 9, "2m": 9}[name]
+    assert len(seen) == solver.predictions == {"edm": 17, "heun": 17, "ddim": 9, "ddpm": 9, "2m": 9}[name]
     assert torch.equal(x, before)
 
 
@@ -201,7 +201,7 @@ def test_edm_spacing_is_equation_5():
         ({"rho": 0.0}, "rho: got 0.0, expected a finite number other than 0"),
         ({"sigma_min": 0.0}, "sigma_min: got 0.0, expected a noise level between 0 and 127.3"),
         ({"solver": "2m", "steps": 1}, "steps: got 1, expected at least 2 for solver '2m'"),
-        ({"later_solver": "unipc"}, "later_solver: got 'unipc', expected one of 'edm', 'heun', 'ddim', '2m'"),
+        ({"later_solver": "unipc"}, "later_solver: got 'unipc', expected one of 'edm', 'heun', 'ddim', 'ddpm', '2m'"),
         ({"guidance_interval": (2.0, 1.0)}, r"guidance_interval: got \(2.0, 1.0\), expected 0 <= lowest < highest"),
         ({"context_noise": 1.0}, r"context_noise: got 1.0, expected a time in \[0, 1\)"),
     ],

@@ -2,7 +2,8 @@
 
 Most of what a block keeps for its backward pass costs little to make again: normalized and modulated rows, what follows
 a GELU, and the results of products whose rows get wider, such as the hidden layers of MLPs: they take the most memory
-for their work. :func:`recomputed_but_products` computes these again and keeps the other products and attention.
+for their work. :func:`recomputed_but_products` computes these again and keeps the other products, convolutions and
+attention.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def recomputed(fn: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def recomputed_but_products(fn: Callable[..., Any], *inputs: Any) -> Any:
-    """:func:`recomputed`, but for attention and for products ``[R, K] @ [K, N]`` with ``N <= K``, which are kept."""
+    """:func:`recomputed`, but attention, convolutions and products ``[R, K] @ [K, N]`` with ``N <= K`` are kept."""
     if not torch.is_grad_enabled():
         return fn(*inputs)
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
@@ -50,5 +51,5 @@ def _policy(_: object, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         inner, columns = args[-1].shape
         keep = columns <= inner
     else:
-        keep = "attention" in op.name()
+        keep = op is torch.ops.aten.convolution.default or "attention" in op.name()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
