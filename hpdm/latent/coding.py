@@ -15,7 +15,6 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hpdm.checks import Triple
@@ -55,9 +54,7 @@ def encode(model: VideoAutoencoder, video: Tensor, chunk: int | None = CHUNK) ->
     return torch.cat(list(_encode(model, [video], chunk)), dim=2)
 
 
-def decode(
-    model: VideoAutoencoder, latents: Tensor, size: Triple | None = None, chunk: int | None = CHUNK
-) -> Tensor:
+def decode(model: VideoAutoencoder, latents: Tensor, size: Triple | None = None, chunk: int | None = CHUNK) -> Tensor:
     """Videos of normalized latents.
 
     Args:

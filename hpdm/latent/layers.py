@@ -144,7 +144,7 @@ def recomputed(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def to_channels(x: Tensor, block: Sequence[int]) -> Tensor:
-    """Blocks of positions as channels: ``[B, C, F f, H h, W w]`` to ``[B, C f h w, F, H, W]`` for ``block`` (f, h, w)."""
+    """Blocks (f, h, w) of positions as channels: ``[B, C, F f, H h, W w]`` to ``[B, C f h w, F, H, W]``."""
     f, h, w = block
     b, c, frames, height, width = x.shape
     split = x.reshape(b, c, frames // f, f, height // h, h, width // w, w)
