@@ -279,11 +279,15 @@ class System(ABC):
         Raises:
             ValueError: this system has no autoencoder, or it cannot code in chunks.
         """
-        raise ValueError(f"run: got one of {self.name}, which encodes no videos, expected one of an autoencoder")
+        raise ValueError(
+            f"run: got one of the system {self.name!r}, which encodes no videos, expected one of an autoencoder"
+        )
 
     def compression(self, config: Any) -> Triple:
         """Pixels per latent along each axis; ``ValueError`` if this system has no autoencoder."""
-        raise ValueError(f"run: got one of {self.name}, which encodes no videos, expected one of an autoencoder")
+        raise ValueError(
+            f"run: got one of the system {self.name!r}, which encodes no videos, expected one of an autoencoder"
+        )
 
     @abstractmethod
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:

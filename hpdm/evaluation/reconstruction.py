@@ -1,8 +1,8 @@
 """How well an autoencoder reconstructs clips, beside what its grid of latents could hold without a network.
 
 PSNR is that of a clip, ``10 log10(2^2 / mean squared error)`` of pixels in [-1, 1], averaged over clips. For it
-reconstructions are clamped to [-1, 1] and not rounded. The baseline averages blocks of pixels, as many as a latent stands for, and
-interpolates between the averages (trilinear): a grid of the same size with one number per color.
+reconstructions are clamped to [-1, 1] and not rounded. The baseline averages blocks of pixels, as many as a latent
+stands for, and interpolates between the averages (trilinear): a grid of the same size with one number per color.
 """
 
 from __future__ import annotations

@@ -71,10 +71,21 @@ class RepeatTransposedConv(nn.ConvTranspose3d):
     """A transposed convolution whose input's edges are repeated; the output is ``n * stride``.
 
     The input is padded as that of a convolution with the same kernel and stride, and ``kernel - 1`` positions are cut
-    off at both ends of the result (TATS' ``SamePadConvTranspose3d``).
+    off at both ends of the result (TATS' ``SamePadConvTranspose3d``). This gives ``n * stride`` for any kernel with
+    stride 1, and for kernel 4 with stride 2.
+
+    Args:
+        inputs, outputs: channels.
+        kernel: on every axis.
+        stride: per axis.
+
+    Raises:
+        ValueError: a stride for which the output has another size.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: Triple) -> None:
+        if any(s * (kernel - s - 1) != kernel - 2 for s in stride):
+            raise ValueError(f"stride: got {stride} with kernel {kernel}, expected 1, or 2 with kernel 4")
         super().__init__(inputs, outputs, kernel, stride, padding=kernel - 1)
         self.kernel, self.strides = kernel, stride
 

@@ -40,10 +40,10 @@ def draw(
     if config.crop is not None:
         room = [n - c + 1 for n, c in zip(config.resolution, config.crop)]
         corner = torch.stack([torch.randint(r, (batch,), generator=generator) for r in room], dim=1)
-    drawn = AutoencoderDraws(stills, mirrored, corner)
+    drawn = stills, mirrored, corner
     if rows is None:
-        return drawn
-    return drawn._make(None if t is None else t[rows.start : rows.stop] for t in drawn)
+        return AutoencoderDraws(*drawn)
+    return AutoencoderDraws(*(None if t is None else t[rows.start : rows.stop] for t in drawn))
 
 
 def shown_clips(config: AutoencoderConfig, video: Tensor, draws: AutoencoderDraws) -> Tensor:

@@ -77,7 +77,7 @@ def checked_file(path: Path) -> str:
     """The hash of a file that can be read and called; raises as :class:`PerceptualNetwork`."""
     network = PerceptualNetwork(path)
     with torch.no_grad():
-        network(torch.zeros(1, 3, 1, 64, 64), torch.zeros(1, 3, 1, 64, 64))
+        network(torch.zeros(1, 3, 2, 64, 64), torch.zeros(1, 3, 2, 64, 64))
     return hash_of_file(path)
 
 

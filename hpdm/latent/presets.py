@@ -24,7 +24,7 @@ def lvdm_ae_tiny() -> AutoencoderConfig:
 PRESETS: dict[str, Callable[[], AutoencoderConfig]] = {f.__name__: f for f in (lvdm_ae, lvdm_ae_tiny)}
 
 RECIPES: dict[str, Recipe] = {
-    # The released code has a rate of 3.6e-5 for Adam and, on each of its GPUs, two batches of one clip per step; it says
+    # The released code has Adam with a rate of 3.6e-5 and, on each GPU, two batches of one clip per step; it says
     # neither how many GPUs nor how many steps. It averages no weights.
     "lvdm_ae": Recipe(
         steps=100_000, batch=16, optimizer="adamw", lr=3.6e-5, warmup=0, schedule="constant", weight_decay=0.0
