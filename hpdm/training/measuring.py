@@ -71,11 +71,15 @@ class Measuring:
             return False
         if distributed.is_first():
             logger.info("measuring the model on %d training clips", min(MOST_CLIPS, len(self.clips)))
-        found = {}
-        for number, context in with_weights.items():
-            with context as whole:
-                self.system.measure(whole, self._batches(device))
-                found[number] = {name: b.clone() for name, b in buffers_of(whole).items()}
+        found: dict[int | None, dict[str, Tensor]] = {}
+        try:
+            for number, context in with_weights.items():
+                with context as whole:
+                    self.system.measure(whole, self._batches(device))
+                    found[number] = {name: b.clone() for name, b in buffers_of(whole).items()}
+        finally:
+            # All or nothing: a signal may end this, and the model itself was measured first.
+            self.forget(model, ema)
         for number, values in found.items():
             for name, b in (buffers_of(model) if number is None else ema.buffers[number]).items():
                 b.copy_(values[name])

@@ -16,6 +16,7 @@ from hpdm.commands.reconstruction_options import ReconstructionOptions
 from hpdm.commands.train import train
 from hpdm.data.clips import VideoDataset
 from hpdm.latent import coding
+from hpdm.latent.autoencoder_system import Autoencoding
 from hpdm.training.checkpoint import list_checkpoints, newest_checkpoint
 from tests.latent.small_autoencoder import train_options as options
 from tests.processes import run_ranks
@@ -151,10 +152,30 @@ def test_a_run_that_is_given_fewer_steps_is_measured_where_it_is(clips, tmp_path
     assert all(torch.equal(found[name], t) for name, t in weights.items() if not name.startswith("latent_"))
 
 
+def test_an_interrupted_measurement_is_made_again_as_a_whole(clips, tmp_path, monkeypatch):
+    """Interrupted after the last weights and before their average."""
+    real, calls = Autoencoding.measure, []
+
+    def measure(self, model, batches):
+        calls.append(model)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(self, model, batches)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Autoencoding, "measure", measure)
+        with pytest.raises(KeyboardInterrupt):
+            train(options(clips, tmp_path / "run"))
+    assert newest_checkpoint(tmp_path / "run").name == "step-00000003"
+    train(options(clips, tmp_path / "run"))
+    assert all((tensors(tmp_path / "run", part)["latent_std"] > 0).all() for part in ("model", "ema"))
+
+
 def train_on_ranks(data, out):
     """Replicated, and sharded with sheets, which need the whole weights on a rank."""
     train(options(Path(data), Path(out) / "ddp", steps=3, batch=4))
-    train(options(Path(data), Path(out) / "fsdp", steps=3, batch=4, parallel="fsdp", sample_every=3))
+    for _ in range(2):  # the second time it reads the checkpoint
+        train(options(Path(data), Path(out) / "fsdp", steps=3, batch=4, parallel="fsdp", sample_every=3))
 
 
 def test_two_processes_train_and_measure_as_one(clips, tmp_path):
