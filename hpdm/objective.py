@@ -5,6 +5,7 @@ A kind of model uses the settings that apply to it; :mod:`hpdm.system` hands the
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,6 +71,18 @@ class Objective:
     draws: DrawnBy | None = None
     """What a sample shows is drawn for its place in the "step", whatever the number of processes and the size of
     micro-batches, or for that in its "micro-batch". Default: step, or what the run had that is resumed."""
+
+    def check_only(self, *names: str) -> None:
+        """Checks that no other settings than ``names`` are changed, for systems that do not have all.
+
+        Raises:
+            ValueError: a field that is none of ``names`` is not its default.
+        """
+        for f in dataclasses.fields(self):
+            if f.name not in names and getattr(self, f.name) != f.default:
+                raise ValueError(
+                    f"{f.name}: got {getattr(self, f.name)}, expected {f.default}: this preset's model has no choice"
+                )
 
     def __post_init__(self) -> None:
         check_choice("times", self.times, Times)

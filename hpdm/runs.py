@@ -34,10 +34,10 @@ from hpdm.training.checkpoint import (
     list_checkpoints,
     load_parameters,
     newest_checkpoint,
-    parameters_of,
     verify,
 )
 from hpdm.training.ema import folder_of_weights
+from hpdm.training.stored import weights_of
 from hpdm.training.tensor_folder import first_not_finite
 
 logger = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def export(run: Path, out: Path, weights: str = "ema", precision: FilePrecision 
     loaded = load(run, weights=weights)
     run_config = RunConfig(loaded.system, loaded.config, loaded.classes, loaded.training)
     folder = folder_of_weights(weights, _widths(loaded.training))
-    write_weights(out, parameters_of(loaded.model), run_config, loaded.step, folder, DTYPES[precision])
+    write_weights(out, weights_of(loaded.model), run_config, loaded.step, folder, DTYPES[precision])
     return loaded.step
 
 
@@ -240,7 +240,7 @@ def write_weights(
 
     Args:
         out: the file, ending in ``.safetensors``.
-        tensors: the weights by the names of the model's parameters, on the CPU.
+        tensors: the weights by the names of the model's parameters and persistent buffers, on the CPU.
         run_config: what else the file holds.
         step: number of training steps of the weights.
         weights: what they are, ``"ema"`` or ``"model"``.
@@ -273,7 +273,7 @@ def start_from_exported(model: nn.Module, path: Path, may_lack: tuple[str, ...] 
         ValueError: a damaged file, or one of a model with other parameters.
     """
     with TensorFile(path) as file:
-        parameters = parameters_of(model)
+        parameters = weights_of(model)
         lacking = {name for name in parameters if may_lack and name.startswith(may_lack) and name not in file.shapes}
         file.check({name: (tuple(p.shape), p.dtype) for name, p in parameters.items() if name not in lacking})
         _fill(model, file, lacking)
@@ -286,7 +286,7 @@ def _fill(model: nn.Module, file: TensorFile, lacking: Collection[str] = ()) -> 
     Raises:
         DamagedError: a tensor is damaged, or holds numbers that are not finite.
     """
-    parameters = parameters_of(model)
+    parameters = weights_of(model)
     for name, parameter in parameters.items():
         if name not in lacking:
             parameter.copy_(file.read(name))
@@ -307,7 +307,7 @@ def _load_exported(path: Path, kernels: str, device: torch.device | str, weights
         run_config = _from_json(header, path)
         if header["weights"] != folder_of_weights(weights, _widths(run_config.training)):
             raise ValueError(f"weights: got {weights!r}, expected {header['weights']!r}, which is what {path} holds")
-        file.check({name: (tuple(p.shape), p.dtype) for name, p in _without_memory(run_config).named_parameters()})
+        file.check({name: (tuple(t.shape), t.dtype) for name, t in weights_of(_without_memory(run_config)).items()})
         model = run_config.system.build(run_config.config, kernels)
         _fill(model, file)
         weights_hash = hash_of_file(path) if file.hashes is None else hash_of_json(file.hashes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -57,6 +57,20 @@ class Architecture:
     """Appendix D.2: "sinusoidal" gives the fusion sines and cosines of the coordinates in their place."""
     share_blocks: bool = False
     """Appendix D.4: all blocks share one set of weights."""
+    norm: Literal["frame", "clip"] | None = None
+    """Autoencoder: normalization over each "frame", with which long videos are coded exactly in pieces, or over the
+    "clip", as published. Default: frame."""
+    crop: Triple | None = None
+    """Autoencoder: frames, height, width of the random crops to train on; whole clips if not given."""
+    loss: Literal["l2", "l1"] | None = None
+    """Autoencoder: error of pixels, squared (LVDM's paper) or absolute (its code). Default: l2."""
+    perceptual: Path | None = None
+    """Autoencoder: TorchScript file of a perceptual distance such as LPIPS, see docs/latent.md. Without one the error
+    of differences between neighboring pixels takes its place."""
+    perceptual_weight: float | None = None
+    """Autoencoder: weight of --perceptual. Default: 1."""
+    edge_weight: float | None = None
+    """Autoencoder: weight of the error of differences between neighboring pixels. Default: 0.1."""
 
     def check_only(self, *names: str) -> None:
         """Checks that a run changes no other fields than ``names``, for systems that do not support all.
@@ -110,6 +124,9 @@ class System(ABC):
 
     name: ClassVar[str]
     """Name of the system in a run's ``config.json``."""
+    generates: ClassVar[bool] = True
+    """Whether it samples videos from noise, so that its errors depend on a diffusion time. Else it encodes and decodes
+    given videos, see :meth:`reconstruct`."""
     presets: Mapping[str, Callable[[], Any]]
     """Configs by the name that ``--preset`` takes."""
     recipes: Mapping[str, Recipe]
@@ -122,6 +139,9 @@ class System(ABC):
     """Parts of the model for ``hpdm plan``, as (title, text): a parameter belongs to the first part whose text its name
     contains. The last text is empty."""
 
+    objective_settings: tuple[str, ...] | None = None
+    """The fields of :class:`~hpdm.objective.Objective` that apply; ``None`` for all."""
+
     @abstractmethod
     def config_from_dict(self, values: dict[str, Any]) -> Any:
         """The inverse of :meth:`Config.to_dict`; ``ValueError`` for fields that this version does not know."""
@@ -132,6 +152,35 @@ class System(ABC):
 
         In training it is called with the keyword arguments that :meth:`example_inputs` returns.
         """
+
+    def check_objective(self, objective: Objective) -> None:
+        """Raises ValueError for settings of ``objective`` that this system does not have."""
+        if self.objective_settings is not None:
+            objective.check_only(*self.objective_settings)
+
+    def condition(self, config: Any, classes: int, text_width: int | None) -> Any:
+        """``config`` conditioned on what the data has: text, else classes, else nothing.
+
+        Args:
+            config: the model's.
+            classes: number of classes of the clips; 0 for clips without.
+            text_width: width of the embeddings of their captions; ``None`` for clips without.
+
+        Raises:
+            ValueError: a model with text and no embeddings, or embeddings that it cannot take.
+        """
+        if config.conditioning == "text":
+            if text_width is None:
+                raise ValueError(
+                    "embeddings: got none, expected a folder that `hpdm data embed` wrote, since the model is "
+                    "conditioned on text"
+                )
+            if text_width != config.text_width:
+                raise ValueError(f"embeddings: got width {text_width}, expected {config.text_width} as of the model")
+            return config
+        if text_width is not None:
+            return config.replace(conditioning="text", text_width=text_width)
+        return config.replace(conditioning="class" if classes else "none", classes=max(1, classes))
 
     @abstractmethod
     def draw(
@@ -200,6 +249,45 @@ class System(ABC):
         video = batch["video"]
         draws = self.draw(model.config, len(video), generator, times=times)
         return self.losses(model, batch, on_device(draws, video.device)), {}
+
+    def is_measured(self, model: Any) -> bool:
+        """Whether all is known that :meth:`measure` measures; here there is nothing."""
+        return True
+
+    def measure(self, model: Any, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Measures, at the end of training, what is stored with the weights, and sets the model's persistent buffers.
+
+        A collective. It is called for the last weights and for each of their averages.
+
+        Args:
+            model: in eval mode and whole on this rank.
+            batches: this rank's training clips, as of :meth:`losses`; they are read once.
+        """
+        raise NotImplementedError(f"{self.name} models have nothing to measure, see is_measured")
+
+    def reconstruct(self, model: Any, video: Tensor, chunk: int | None = None) -> Tensor:
+        """Videos, encoded and decoded by a model with an autoencoder.
+
+        Args:
+            model: of this system, in eval mode.
+            video: uint8 ``[B, C, F, H, W]`` of any size, on the model's device.
+            chunk: latents along time that are coded at once; ``None`` for all.
+
+        Returns:
+            float32 of the same shape in [-1, 1].
+
+        Raises:
+            ValueError: this system has no autoencoder, or it cannot code in chunks.
+        """
+        raise ValueError(
+            f"run: got one of the system {self.name!r}, which encodes no videos, expected one of an autoencoder"
+        )
+
+    def compression(self, config: Any) -> Triple:
+        """Pixels per latent along each axis; ``ValueError`` if this system has no autoencoder."""
+        raise ValueError(
+            f"run: got one of the system {self.name!r}, which encodes no videos, expected one of an autoencoder"
+        )
 
     @abstractmethod
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from hpdm.latent.autoencoder_system import Autoencoding
 from hpdm.patch.system import PatchDiffusion
 from hpdm.system import System
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (PatchDiffusion(),)}
+SYSTEMS: dict[str, System] = {system.name: system for system in (PatchDiffusion(), Autoencoding())}
 
 
 def get(name: str) -> System:

@@ -21,6 +21,7 @@ from hpdm.evaluation.distribution import distribution_lines
 from hpdm.evaluation.levels import levels_of
 from hpdm.evaluation.motion import motion_table, read_synthetic_set
 from hpdm.evaluation.over_time.report import over_time_table, plot_over_time
+from hpdm.evaluation.reconstruction import evaluate_reconstruction, reconstruction_table
 from hpdm.files import write_json
 from hpdm.runs import Run
 from hpdm.text import EmbeddingStore
@@ -46,6 +47,10 @@ def report_lines(options: EvaluateOptions, result: dict[str, Any]) -> list[str]:
     if "denoising" in options.metrics:
         lines += [f"mean squared error of v, {result['clips']} clips, context {options.context}"]
         lines += [denoising_table(result)]
+    if "reconstruction" in result:
+        part = result["reconstruction"]
+        coded = "whole" if part["chunk"] is None else f"in chunks of {part['chunk']} latents"
+        lines += [f"{part['clips']} clips of {part['frames']} frames, coded {coded}", reconstruction_table(part)]
     if "over_time" in result:
         lines += [over_time_table(result["over_time"])]
     for part in result.get("levels", [result]):
@@ -75,7 +80,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         ``step``; with the metric denoising what :func:`hpdm.evaluation.denoising.evaluate_denoising` returns; with
         motion ``motion``, see :meth:`hpdm.evaluation.motion.MotionScore.result`, or along time ``over_time``, see
         :func:`hpdm.commands.evaluate_over_time.over_time`; with fvd or is ``distribution``, see
-        :meth:`hpdm.evaluation.distribution.DistributionScore.result`. With ``options.level`` ``motion`` and
+        :meth:`hpdm.evaluation.distribution.DistributionScore.result`; with reconstruction ``reconstruction``, see
+        :func:`hpdm.evaluation.reconstruction.evaluate_reconstruction`. With ``options.level`` ``motion`` and
         ``distribution`` are in ``levels``, a list of a dictionary per level, with ``level`` and ``size`` (frames,
         height, width).
 
@@ -98,6 +104,11 @@ def evaluate_run(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     result: dict[str, Any] = {"step": loaded.step}
     if "denoising" in options.metrics:
         result |= _denoising(options, loaded)
+    if "reconstruction" in options.metrics:
+        result["reconstruction"] = evaluate_reconstruction(
+            loaded, _clips_to_reconstruct(options, loaded), clips=options.clips, batch=options.batch,
+            chunk=options.reconstruction.chunk,
+        )  # fmt: skip
     levels = levels_of(loaded.system, loaded.config, options.level)
     parts: list[dict[str, Any]] = [{"level": level.number, "size": list(level.size)} for level in levels]
     if options.over_time.frames is not None:
@@ -116,6 +127,12 @@ def evaluate_run(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
 def check_run(options: EvaluateOptions, loaded: Run) -> None:
     """Checks run, data and detectors before the long work begins; raises as :func:`evaluate`. It needs no weights."""
     kind, metrics, frames = loaded.config.conditioning, set(options.metrics), loaded.config.resolution[0]
+    if not loaded.system.generates and metrics != {"reconstruction"}:
+        others = ", ".join(metric for metric in options.metrics if metric != "reconstruction")
+        raise ValueError(f"metrics: got {others} for a run of an autoencoder, expected reconstruction alone")
+    if "reconstruction" in metrics:
+        loaded.system.compression(loaded.config)
+        _clips_to_reconstruct(options, loaded)
     dataset = options.open_clips(loaded)
     if "denoising" in metrics and (kind == "text") != (options.embeddings is not None):
         expected = "the folder that `hpdm data embed` wrote" if kind == "text" else "none"
@@ -157,6 +174,12 @@ def _has_split(dataset: VideoDataset) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def _clips_to_reconstruct(options: EvaluateOptions, loaded: Run) -> VideoDataset:
+    """The clips of the metric reconstruction, of the run's length or another one."""
+    frames = options.reconstruction.clip_frames
+    return options.open_clips(loaded, **({} if frames is None else {"frames": frames}))
 
 
 def _denoising(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import tyro
 from hpdm.checks import at_least
 from hpdm.commands.common import Kernels, clips_of_run
 from hpdm.commands.over_time_options import OverTimeOptions
+from hpdm.commands.reconstruction_options import ReconstructionOptions
 from hpdm.commands.sampler_choice import sampler_not_given
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split
@@ -19,7 +20,7 @@ from hpdm.objective import Context
 from hpdm.runs import Run
 from hpdm.sampling import SamplerOptions
 
-Metric = Literal["denoising", "motion", "fvd", "is"]
+Metric = Literal["denoising", "motion", "fvd", "is", "reconstruction"]
 
 OF_VIDEOS: set[Metric] = {"motion", "fvd", "is"}
 """The metrics of sampled videos."""
@@ -35,11 +36,12 @@ class EvaluateOptions:
     """Folder of videos."""
     metrics: tuple[Metric, ...] = ("denoising",)
     """denoising: error of v per level and noise level. motion: motion, shape, color and texture of sampled clips of
-    the synthetic set, next to real ones. fvd, is: Frechet video distance and Inception score of samples."""
+    the synthetic set, next to real ones. fvd, is: Frechet video distance and Inception score of samples.
+    reconstruction: PSNR of clips that an autoencoder has encoded and decoded, next to that of averages over blocks."""
     split: Split | None = None
     """Use UCF-101's official split; fvd requires it where there is one (published: train)."""
     clips: int = 64
-    """Denoising: number of clips, evenly spread over the set."""
+    """Denoising, reconstruction: number of clips, evenly spread over the set."""
     embeddings: Path | None = None
     """Denoising of a run with text: folder of the captions' embeddings, written by `hpdm data embed`."""
     bins: int = 4
@@ -63,6 +65,10 @@ class EvaluateOptions:
     ones, overlap hw; stylegan-v: 2,048 of each."""
     over_time: Annotated[OverTimeOptions, tyro.conf.arg(name="")] = field(default_factory=OverTimeOptions)
     """Motion along long videos."""
+    reconstruction: Annotated[ReconstructionOptions, tyro.conf.arg(name="")] = field(
+        default_factory=ReconstructionOptions
+    )
+    """Reconstruction by an autoencoder."""
     frames: int = 16
     """fvd, is: frames per video; of a sampled video the first ones, and all of a level that has no more."""
     detector: Path | None = None
@@ -110,6 +116,10 @@ class EvaluateOptions:
             if self.level or self.given_levels:
                 name = "level" if self.level else "given_levels"
                 raise ValueError(f"{name}: got {getattr(self, name)} with over_time, expected none: videos are whole")
+        if "reconstruction" not in self.metrics:
+            for name, value in vars(self.reconstruction).items():
+                if value is not None:
+                    raise ValueError(f"{name}: got {value} without the metric reconstruction, expected it")
         if len(set(self.level)) < len(self.level):
             raise ValueError(f"level: got {list(self.level)}, expected different ones")
         if self.given_levels and self.generated is not None:

@@ -29,7 +29,7 @@ class PlanCommand:
     """Predict parameters, memory and work of a model, without a GPU."""
 
     preset: str = "hpdm_m"
-    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny."""
+    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k, tiny, lvdm_ae or lvdm_ae_tiny."""
     resolution: Triple | None = None
     """Target frames, height, width; the preset's if not given."""
     patch: Triple | None = None

@@ -138,6 +138,11 @@ def sample(options: SampleOptions) -> list[Path]:
     check_not_a_file("out", options.out)
     with distributed.process_group(distributed.pick_device(options.device)) as device:
         loaded = runs.load(options.run_folder, kernels=options.kernels, device=device, weights=options.weights)
+        if not loaded.system.generates:
+            raise ValueError(
+                f"run: got {options.run_folder}, an autoencoder, which encodes and decodes videos, expected a run that "
+                "samples them; `hpdm evaluate --metrics reconstruction` measures this one"
+            )
         options = replace(options, sampler=choose_sampler(loaded, options.sampler))
         warn_of_untrained_context(loaded, options.sampler)
         subjects = find_subjects(options, loaded, device)

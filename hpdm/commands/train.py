@@ -113,12 +113,15 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         check_schedule(recipe)
         _check_cuts(options, recipe)
         sharded_over = shard_size(recipe.parallel, distributed.world_size(), recipe.shard_ranks)
+        _check_sheets(options, system)
+        system.check_objective(options.objective)
         options = with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = system.configure(presets.get(options.preset), options.architecture)
         size = (system.clip_frames(config), *config.resolution[1:])
         dataset = _open_clips(options, size, captions=embeddings is not None)
-        config = _with_conditioning(config, options.preset, dataset.class_names, embeddings)
+        width = None if embeddings is None else embeddings.info.width
+        config = system.condition(config, len(dataset.class_names), width)
         if embeddings is not None:
             _check_embedded(embeddings, dataset)
     distributed.assert_same_on_all_ranks("shard_ranks", sharded_over)
@@ -166,6 +169,19 @@ def _check_cuts(options: TrainOptions, recipe: Recipe) -> None:
             f"cuts: got true with parallel={recipe.parallel!r} on several processes, expected parallel='ddp': "
             "processes that train different levels gather the weights in different orders"
         )
+
+
+def _check_sheets(options: TrainOptions, system: System) -> None:
+    """Raises ValueError for options about samples of a system that does not sample."""
+    if system.generates:
+        return
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}
+    for name, value, expected in (
+        ("sample_steps", options.sample_steps, defaults["sample_steps"]),
+        ("sample_prompts", options.steering.sample_prompts, ()),
+    ):
+        if value != expected:
+            raise ValueError(f"{name}: got {value}, expected none: {options.preset} samples no videos")
 
 
 def _describe(clips: Mixture) -> None:
@@ -226,28 +242,6 @@ def _splits(options: TrainOptions, roots: Sequence[Path]) -> list[Split | None]:
         if distributed.is_first():
             logger.info("%s: used whole, as no %slist01.txt names clips of it", root, split)
     return splits
-
-
-def _with_conditioning(config: Any, preset: str, class_names: list[str], embeddings: EmbeddingStore | None) -> Any:
-    """``config`` conditioned on what the data has: text where there are embeddings, else classes, else nothing.
-
-    Raises:
-        ValueError: a preset with text and no embeddings, or with text of another width.
-    """
-    if config.conditioning == "text":
-        if embeddings is None:
-            raise ValueError(
-                f"embeddings: got none, expected a folder that `hpdm data embed` wrote, since {preset} is conditioned "
-                "on text"
-            )
-        if embeddings.info.width != config.text_width:
-            raise ValueError(
-                f"embeddings: got width {embeddings.info.width}, expected {config.text_width} for {preset}"
-            )
-        return config
-    if embeddings is not None:
-        return config.replace(conditioning="text", text_width=embeddings.info.width)
-    return config.replace(conditioning="class" if class_names else "none", classes=max(1, len(class_names)))
 
 
 def _check_embedded(embeddings: EmbeddingStore, dataset: Mixture) -> None:

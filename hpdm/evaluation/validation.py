@@ -42,17 +42,19 @@ class Validation:
 
         Returns:
             For each loss ``validation_{loss}_t0`` to ``_t3``, from clean to noise, and their mean,
-            ``validation_{loss}``.
+            ``validation_{loss}``; of a model without diffusion times this mean alone.
         """
         run = Run(model, self.config, self.clips.class_names, {}, 0, self.system)
         result = evaluate_denoising(
-            run, self.clips, clips=self.count, bins=QUARTERS, batch=BATCH, seed=SEED, embeddings=self.embeddings,
-            progress=False,
+            run, self.clips, clips=self.count, bins=QUARTERS if self.system.generates else 1, batch=BATCH, seed=SEED,
+            embeddings=self.embeddings, progress=False,
         )  # fmt: skip
         row: dict[str, float] = {}
         for name, errors in zip(result["losses"], result["error"]):
             known = [error for error in errors if error is not None]
             if len(known) == len(errors):
                 row[f"validation_{name}"] = sum(errors) / len(errors)
+            if len(errors) == 1:
+                continue
             row |= {f"validation_{name}_t{n}": error for n, error in enumerate(errors) if error is not None}
         return row

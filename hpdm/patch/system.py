@@ -140,8 +140,12 @@ class PatchDiffusion(System):
         """The preset's network on a run's pyramid, with the ablations of Table 3 and appendix D.
 
         Raises:
-            ValueError: a resolution that is no pyramid of the patch.
+            ValueError: a resolution that is no pyramid of the patch, or an option of another kind of model.
         """
+        changes.check_only(
+            "resolution", "patch", "dropout", "self_conditioning", "known_frames", "spacing", "memory", "fusion",
+            "detach_context", "adaptive", "coordinates", "coordinate_embedding", "share_blocks",
+        )  # fmt: skip
         if changes.resolution is not None or changes.patch is not None:
             config = config.with_pyramid(changes.patch or config.patch, changes.resolution or config.resolution)
         config = config.replace(

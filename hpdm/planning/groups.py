@@ -18,9 +18,11 @@ _BY_PART = (
 """A group whose operations have one of these texts in their names; the first that fits counts."""
 _BY_NAME = (
     (PRODUCTS, {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "linear", "matmul"}),
+    (PRODUCTS, {"convolution", "convolution_backward"}),
     # Scale, shift, gate and residual sum, and their gradients, which the last sums over tokens.
     (NORMS, {"mul", "mul_", "add", "add_", "addcmul", "addcmul_", "sum"}),
     (COPIES, {"cat", "stack", "clone", "copy_", "_to_copy", "expand_copy", "repeat", "constant_pad_nd"}),
+    (COPIES, {"replication_pad3d", "replication_pad3d_backward"}),
 )
 
 

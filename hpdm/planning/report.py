@@ -10,18 +10,19 @@ from hpdm.planning.training_cost import CATEGORIES
 
 NOTE = (
     "Predicted from one training step on fake tensors. Left out: what PyTorch's operations allocate inside, the\n"
-    "allocator's rounding, the CUDA context, the input video. FLOPs are those of products and attention; moved counts\n"
-    "every operation's inputs and results once. A first pass of self-conditioning is counted, and with kernels triton\n"
-    "the workspaces that they allocate on an H100."
+    "allocator's rounding, the CUDA context, the input video. FLOPs are those of products, convolutions and\n"
+    "attention; moved counts every operation's inputs and results once. A first pass of self-conditioning is counted,\n"
+    "and with kernels triton the workspaces that they allocate on an H100."
 )
 
 
 def plan_text(heading: str, plan: dict[str, Any]) -> str:
     """A plan as :func:`hpdm.commands.plan.plan` returns it: parameters, training, sampling."""
     lines = [heading, "", *_parameters(plan["parameters"], plan["published_parameters"])]
-    ranks = [*_ranks(plan["ranks"]), ""] if "ranks" in plan else []
+    ranks = ["", *_ranks(plan["ranks"])] if "ranks" in plan else []
+    sampling = ["", *_sampling(plan["sampling"])] if plan["sampling"] else []
     long = ["", *_long(plan["long"])] if "long" in plan else []
-    return "\n".join([*lines, "", *_training(plan["training"]), "", *ranks, *_sampling(plan["sampling"]), *long])
+    return "\n".join([*lines, "", *_training(plan["training"]), *ranks, *sampling, *long])
 
 
 def _parameters(counts: dict[str, int], published: float | None) -> list[str]:
@@ -32,7 +33,7 @@ def _parameters(counts: dict[str, int], published: float | None) -> list[str]:
         f"  {'total':<44}{total / 1e6:>10.2f}",
     ]
     if published:
-        lines.append(f"  {'published (Table 8)':<44}{published / 1e6:>10.0f}   deviation {total / published - 1:+.1%}")
+        lines.append(f"  {'published':<44}{published / 1e6:>10.0f}   deviation {total / published - 1:+.1%}")
     return lines
 
 

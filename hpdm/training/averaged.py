@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from hpdm.training.ema import EMA
@@ -14,25 +14,31 @@ from hpdm.training.sharded import shards
 
 
 @contextmanager
-def averaged_weights(model: nn.Module, ema: EMA) -> Iterator[None]:
-    """Within the block the model, in eval mode, has the averaged weights; after it, its own again, bit for bit.
+def averaged_weights(model: nn.Module, ema: EMA, number: int = 0) -> Iterator[None]:
+    """Within the block the model, in eval mode, has an average's weights; after it, its own again, bit for bit.
 
     Weights and average change places tensor by tensor, which takes the memory of the largest tensor and not that of a
     second model. Sharded tensors are exchanged shard by shard, so every rank enters the block, and calls the model as
     often as the others. Neither the optimizer nor ``ema`` may be used within the block.
+
+    Args:
+        model: whose weights are averaged.
+        ema: their averages.
+        number: of the average, 0 for the first.
     """
     training = model.training
-    _exchange(model, ema)
+    average = ema.shadows[number]
+    _exchange(model, average)
     model.eval()
     try:
         yield
     finally:
-        _exchange(model, ema)
+        _exchange(model, average)
         model.train(training)
 
 
 @torch.no_grad()
-def _exchange(model: nn.Module, ema: EMA) -> None:
+def _exchange(model: nn.Module, averages: Mapping[str, Tensor]) -> None:
     """Exchanges the contents of parameters and average."""
     # A forward pass without a backward leaves some modules with whole weights, which would outlive the exchange.
     for module in model.modules():
@@ -40,7 +46,7 @@ def _exchange(model: nn.Module, ema: EMA) -> None:
             module.reshard()
     names, parameters = zip(*model.named_parameters())
     # In place: optimizer, DDP and FSDP hold on to the parameters' storages.
-    for weight, average in zip(shards(parameters), shards(ema.shadow[name] for name in names)):
+    for weight, average in zip(shards(parameters), shards(averages[name] for name in names)):
         before = weight.clone()
         weight.copy_(average)
         average.copy_(before)

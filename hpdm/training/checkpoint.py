@@ -31,6 +31,7 @@ from hpdm.json_file import Range, checked, read_json
 from hpdm.training import manifest, tensor_folder
 from hpdm.training.ema import EMA
 from hpdm.training.manifest import Manifest
+from hpdm.training.stored import weights_of
 from hpdm.training.tensor_folder import Piece, pieces
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def contents_of(model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) ->
     optimizer_state = {
         f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
     }
-    parts = {"model": parameters_of(model), **ema.folders, "optimizer": optimizer_state}
+    parts = {"model": weights_of(model), **ema.folders, "optimizer": optimizer_state}
     return Contents({part: pieces(tensors) for part, tensors in parts.items()}, {"ema_updates": ema.updates})
 
 
@@ -253,7 +254,7 @@ def load_initial(path: Path, model: nn.Module, may_lack: tuple[str, ...] = ()) -
         FileNotFoundError, ValueError: as :func:`load_checkpoint`.
     """
     verify(path, ["model"])
-    tensor_folder.load(parameters_of(model), path / "model", may_lack)
+    tensor_folder.load(weights_of(model), path / "model", may_lack)
 
 
 def load_parameters(model: nn.Module, path: Path) -> None:
@@ -262,7 +263,7 @@ def load_parameters(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the folder is damaged, or of a model with other parameters.
     """
-    tensor_folder.load(parameters_of(model), path)
+    tensor_folder.load(weights_of(model), path)
 
 
 def check_parameters(model: nn.Module, path: Path) -> None:
@@ -271,7 +272,7 @@ def check_parameters(model: nn.Module, path: Path) -> None:
     Raises:
         ValueError: the folder is damaged, or of a model with other parameters.
     """
-    tensor_folder.check(parameters_of(model), path)
+    tensor_folder.check(weights_of(model), path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -320,11 +321,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by name, without gradients."""
-    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:

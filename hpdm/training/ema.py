@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.training.sharded import shards
+from hpdm.training.stored import buffers_of
 
 N = TypeVar("N", float, Tensor)
 WIDEST = 1 / math.sqrt(12)
@@ -150,7 +151,7 @@ class EMA:
     Shard the model, and load the weights that it starts from, before making its averages: they start as its weights.
 
     Args:
-        model: whose parameters are averaged.
+        model: whose parameters are averaged. Its persistent buffers are not: each average has its own, ``buffers``.
         *averages: the law of each: one :class:`ConstantDecay`, or one or more :class:`PowerLaw`. A run is sampled from
             the first unless told otherwise.
 
@@ -164,6 +165,7 @@ class EMA:
             raise TypeError(f"averages: got {averages}, expected one ConstantDecay, or one or more PowerLaw")
         self.averages = averages
         self.shadows = [{name: p.detach().clone() for name, p in model.named_parameters()} for _ in averages]
+        self.buffers = [{name: b.clone() for name, b in buffers_of(model).items()} for _ in averages]
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         # On the device, where it is decided whether an update counts; fp64, for the laws.
         self._updates = torch.zeros((), dtype=torch.float64, device=next(model.parameters()).device)
@@ -184,9 +186,10 @@ class EMA:
 
     @property
     def folders(self) -> dict[str, dict[str, Tensor]]:
-        """All averages, by the folder of a checkpoint that holds them."""
+        """All averages and what was measured of them, by the folder of a checkpoint that holds them."""
         widths = [law.width for law in self.averages if isinstance(law, PowerLaw)]
-        return dict(zip(folder_names(widths), self.shadows))
+        stored = (shadow | buffers for shadow, buffers in zip(self.shadows, self.buffers))
+        return dict(zip(folder_names(widths), stored))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -39,7 +39,7 @@ class TrainOptions:
     base: Path | None = None
     """Run of the same network with fewer levels, trained at low resolution, to start from."""
     preset: str = "tiny"
-    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny."""
+    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny; the autoencoders lvdm_ae or lvdm_ae_tiny."""
     recipe: Annotated[RecipeChanges, tyro.conf.arg(name="")] = field(default_factory=RecipeChanges)
     """How to train."""
     architecture: Annotated[Architecture, tyro.conf.arg(name="")] = field(default_factory=Architecture)
@@ -88,7 +88,8 @@ class TrainOptions:
     """Steps between rows of the log, which are means over these steps."""
     save_every: int = 500
     sample_every: int = 0
-    """Steps between sheets of samples of the averaged weights in RUN/samples; 0 for none."""
+    """Steps between sheets of the averaged weights in RUN/samples; 0 for none. They show samples, or of an autoencoder
+    clips and their reconstructions."""
     sample_steps: int = 32
     """Sampling steps on level 0 for the grids."""
     profile: int = 0

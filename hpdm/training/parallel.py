@@ -81,8 +81,9 @@ def parallelize(
         return model
     if not sharded:
         return DistributedDataParallel(
-            model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True
-        )
+            model, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # set after training alone, alike on all ranks
+        )  # fmt: skip
     shard(system, model, _mesh(device, world_size, shard_size(how, world_size, shard_ranks)))
     return model
 

@@ -78,7 +78,7 @@ class Saver:
         """
         self.wait()
         contents = contents_of(self.model, self.ema, self.optimizer) if checkpoint else None
-        self._check_finite({"ema": pieces(self.ema.shadow)} if contents is None else contents.parts)
+        self._check_finite({"ema": pieces(self.ema.folders["ema"])} if contents is None else contents.parts)
         averaged = self._gathered_average() if snapshot and self.sharded else {}
         if self.sharded or distributed.is_first():
             self._start(step, contents, averaged, snapshot and distributed.is_first())
@@ -121,13 +121,13 @@ class Saver:
         parts = {} if contents is None else contents.parts
         flat = {f"{part}/{name}": piece.tensor for part, own in parts.items() for name, piece in own.items()}
         if snapshot and not averaged:
-            flat |= {f"ema/{name}": t for name, t in self.ema.shadow.items()}
+            flat |= {f"ema/{name}": t for name, t in self.ema.folders["ema"].items()}
         copied = self._copy.copy(flat)
         copies = {
             part: {name: piece._replace(tensor=copied[f"{part}/{name}"]) for name, piece in own.items()}
             for part, own in parts.items()
         }
-        whole = averaged or {name: copied[f"ema/{name}"] for name in self.ema.shadow if snapshot}
+        whole = averaged or {name: copied[f"ema/{name}"] for name in self.ema.folders["ema"] if snapshot}
 
         def write() -> None:
             self._copy.wait()
@@ -141,7 +141,7 @@ class Saver:
     def _gathered_average(self) -> dict[str, Tensor]:
         """The averaged weights, gathered one tensor after another; empty but on rank 0. A collective."""
         whole = {}
-        for name, shard in self.ema.shadow.items():
+        for name, shard in self.ema.folders["ema"].items():
             t = full_tensor(shard)
             if distributed.is_first():
                 whole[name] = t.cpu()

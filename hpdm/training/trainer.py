@@ -34,10 +34,12 @@ from hpdm.training.ema import EMA, laws
 from hpdm.training.inputs import Inputs
 from hpdm.training.log import Reports
 from hpdm.training.means import Means
+from hpdm.training.measuring import Measuring
 from hpdm.training.optim import make_optimizer, zero_matrices
 from hpdm.training.options import TrainOptions
 from hpdm.training.parallel import full_tensor, parallelize
 from hpdm.training.profiling import profiled
+from hpdm.training.reconstructions import ReconstructionSheet
 from hpdm.training.samples import SampleGrid
 from hpdm.training.saving import Saver, WriteSnapshot
 from hpdm.training.schedule import rate_of_step
@@ -100,6 +102,7 @@ class Trainer:
         torch.manual_seed(options.seed)
         built = job.system.build(job.config, options.kernels, options.recompute)
         zero_started = zero_matrices(built) if recipe.lamb_floor == "xavier" else ()  # reads all matrices
+        self.measuring = Measuring(job.system, job.config, job.dataset, job.embeddings, job.micro_batch, built)
         self.model = built.to(device)
         checkpoints = list_checkpoints(options.out)  # the newest is good, see prepare
         with distributed.raise_on_all_ranks():
@@ -119,19 +122,23 @@ class Trainer:
         with distributed.raise_on_all_ranks():
             if checkpoints:
                 self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer, verified=True)
+        if self.step < recipe.steps:
+            self.measuring.forget(self.model, self.ema)
         self.saved, self.snapshot = self.step, 0
         self.means, self.stop = Means(), Stop()
         self.skips, self.flags = Skips(min(options.max_skipped, max(1, recipe.steps - self.step))), Delayed()
         self.stopping = 0
         """Number of the signal by which the ranks have agreed to stop; 0 for none."""
         steering = options.steering
-        self.grid = None
+        self.grid: SampleGrid | ReconstructionSheet | None = None
         with distributed.raise_on_all_ranks():
-            if options.sample_every:
+            if options.sample_every and job.system.generates:
                 self.grid = SampleGrid(
                     job.system, job.config, job.dataset, job.embeddings, steering.sample_prompts, options.sample_steps,
                     options.preset,
                 )  # fmt: skip
+            elif options.sample_every:
+                self.grid = ReconstructionSheet(job.system, job.dataset)
         self.saver = Saver(options.out, self.model, self.ema, self.optimizer, steering.keep, job.write_snapshot)
         self.batches = MicroBatches(job.dataset, recipe.batch, job.micro_batch, options.seed, self.step)
         self.draws = DrawnAhead(self.draw)
@@ -155,6 +162,8 @@ class Trainer:
             reports, self.stop, profiled(options.profile, options.out / "profile") as profile_step, self.saver,
             closing(clips), self.draws,
         ):  # fmt: skip
+            if self.step == last:
+                self._complete_measurements(reports)
             self._complete_snapshots()
             self.waiting = reports.waiting
             while self.step < last:
@@ -194,6 +203,9 @@ class Trainer:
         if self.job.validate is not None and (self._is_due(steering.validate_every) or at_end):
             with self._pausing(reports):
                 self.validate(self.job.validate, reports)
+        if at_end:
+            with self._pausing(reports):
+                self.measure()
         snapshot = self._is_due(steering.snapshot_every) or (at_end and steering.snapshot_every > 0)
         self.save(checkpoint=checkpoint, snapshot=snapshot)
         if self.grid is not None and self._is_due(options.sample_every):
@@ -245,6 +257,14 @@ class Trainer:
             logger.warning("saved step %d before ending with an error", self.step)
         except (OSError, FloatingPointError) as error:
             logger.error("step %d could not be saved: %s", self.step, error)
+
+    def _complete_measurements(self, reports: Reports) -> None:
+        """Measures a model whose last step is done: it was stopped before that, or this step was not to be the last."""
+        with self._pausing(reports):
+            measured = self.measure()
+        if measured:
+            self.saved = self.step - 1  # the checkpoint of this step is written again
+            self.save(checkpoint=True)
 
     def _complete_snapshots(self) -> None:
         """Writes the snapshot of the step that is resumed from, if the run stopped between checkpoint and snapshot."""
@@ -362,17 +382,38 @@ class Trainer:
         mean = {"validation": sum(trained) / len(trained)} if trained else {}
         reports.write_row({"step": self.step, **mean, **errors})
 
-    def sample_grid(self, grid: SampleGrid) -> Path:
-        """Writes a contact sheet of samples of the moving average and returns its path. A collective."""
+    def sample_grid(self, grid: SampleGrid | ReconstructionSheet) -> Path:
+        """Writes a contact sheet of the moving average and returns its path. A collective."""
         path = self.options.out / "samples" / f"step-{self.step:08d}.png"
-        if not self.saver.sharded:
-            with averaged_weights(self.model, self.ema):
-                grid.write(self.model, self.step, path)
-            return path
-        # The sampler calls parts of the model by themselves, for which sharded weights are not gathered.
-        whole = self.job.system.build(self.job.config, self.options.kernels).to(self.device).eval()
-        with torch.no_grad():
-            for name, p in whole.named_parameters():
-                p.copy_(full_tensor(self.ema.shadow[name]))
-        grid.write(whole, self.step, path)
+        with self._whole_model(0) as model:
+            grid.write(model, self.step, path)
         return path
+
+    def measure(self) -> bool:
+        """Measures what is stored with the weights, unless it is measured; returns whether it was not. A collective."""
+        weights = (None, *range(len(self.ema.shadows)))
+        models = {number: self._whole_model(number) for number in weights}
+        return self.measuring.measure(self.model, self.ema, models, self.device)
+
+    @contextmanager
+    def _whole_model(self, average: int | None) -> Iterator[nn.Module]:
+        """The model in eval mode, whole on this rank, with the weights of an average, or with ``None`` its own.
+
+        A collective. Evaluation calls parts of a model by themselves, for which sharded weights are not gathered.
+        """
+        if self.saver.sharded:
+            whole = self.job.system.build(self.job.config, self.options.kernels).to(self.device).eval()
+            weights = dict(self.model.named_parameters()) if average is None else self.ema.shadows[average]
+            with torch.no_grad():
+                for name, p in whole.named_parameters():
+                    p.copy_(full_tensor(weights[name]))
+            yield whole
+        elif average is not None:
+            with averaged_weights(self.model, self.ema, average):
+                yield self.model
+        else:
+            self.model.eval()
+            try:
+                yield self.model
+            finally:
+                self.model.train()
