@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpdm import cli, runs
+from hpdm import cli, distributed, runs
 from hpdm.commands.evaluate import evaluate
 from hpdm.commands.evaluate_options import EvaluateOptions
 from hpdm.commands.reconstruction_options import ReconstructionOptions
@@ -173,9 +173,10 @@ def test_an_interrupted_measurement_is_made_again_as_a_whole(clips, tmp_path, mo
 
 def train_on_ranks(data, out):
     """Replicated, and sharded with sheets, which need the whole weights on a rank."""
-    train(options(Path(data), Path(out) / "ddp", steps=3, batch=4))
-    for _ in range(2):  # the second time it reads the checkpoint
-        train(options(Path(data), Path(out) / "fsdp", steps=3, batch=4, parallel="fsdp", sample_every=3))
+    with distributed.process_group(torch.device("cpu")):
+        train(options(Path(data), Path(out) / "ddp", steps=3, batch=4))
+        for _ in range(2):  # the second time it reads the checkpoint
+            train(options(Path(data), Path(out) / "fsdp", steps=3, batch=4, parallel="fsdp", sample_every=3))
 
 
 def test_two_processes_train_and_measure_as_one(clips, tmp_path):
