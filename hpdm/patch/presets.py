@@ -90,6 +90,6 @@ RECIPES: dict[str, Recipe] = {
 }
 
 SAMPLING: dict[str, dict[str, Any]] = {
-    "tiny": {"steps": 32, "guidance": 2.0, "later_guidance": 1.0, "consistency": 1.0},
+    "tiny": {"steps": 32, "guidance": 2.0, "later_guidance": 1.0, "consistency": 1.0, "known_noise": 0.0},
 }
 """How runs of a preset are sampled unless told otherwise; fields of :class:`hpdm.sampling.SamplerOptions`."""
