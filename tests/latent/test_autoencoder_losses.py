@@ -6,10 +6,12 @@ from torch import nn
 
 from hpdm.evaluation.reconstruction import chunk_borders, pooled
 from hpdm.integrity import hash_of_file
+from hpdm.latent.autoencoder_system import Autoencoding
 from hpdm.latent.losses import AutoencoderDraws, crop, draw, psnr, reconstruction_losses, shown_clips
 from hpdm.latent.perceptual import PerceptualNetwork, checked_file, perceptual_network
 from hpdm.latent.statistics import measure_latents
 from hpdm.objective import Objective
+from hpdm.system import Architecture
 from tests.latent.small_autoencoder import random_autoencoder, small_config
 
 
@@ -160,3 +162,12 @@ def test_frames_on_both_sides_of_a_border_are_at_it():
     assert chunk_borders(9, 4, 1).nonzero()[:, 0].tolist() == [3, 4, 7, 8]
     assert not chunk_borders(12, 4, None).any()
     assert not chunk_borders(8, 4, 2).any()
+
+
+def test_a_run_keeps_the_file_and_its_hash(file):
+    system = Autoencoding()
+    config = system.configure(small_config(), Architecture(perceptual=file, perceptual_weight=0.5))
+    assert (config.perceptual_file, config.perceptual_sha256) == (str(file), hash_of_file(file))
+    assert config.perceptual_weight == 0.5
+    with pytest.raises(ValueError, match=r"edge_weight: got 0.1 with perceptual, expected none"):
+        system.configure(small_config(), Architecture(perceptual=file, edge_weight=0.1))
