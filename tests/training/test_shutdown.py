@@ -11,10 +11,15 @@ from hpdm.training.shutdown import SIGNALS, Interrupted, Stop
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that the module sees, in a list of one number; the handlers of before are put back."""
+    """Seconds that the module sees, in a list of one number; the handlers of before are put back.
+
+    The test begins with those of a new process: a training that ran in this one leaves its own behind.
+    """
     now = [100.0]
     monkeypatch.setattr(shutdown.time, "monotonic", lambda: now[0])
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield now
     for number, handler in before.items():
         signal.signal(number, handler)
