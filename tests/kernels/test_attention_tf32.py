@@ -1,5 +1,7 @@
 """Attention in one TF32 pass: every operand of every product is rounded to TF32, and nothing else is."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,9 +59,11 @@ def formula(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, key_mask: Tensor | No
 def test_every_operand_is_rounded(shape, masked, generator, device):
     """The results are five times nearer to the formula with rounded operands than that is to the exact one.
 
-    Not nearer, since errors of fp32 decide how some weights are rounded. Truncated operands, or one operand as it is,
-    miss it. After several blocks of keys the output, which the gradients of queries and keys depend on, is less near:
-    the weights of a block are rounded relative to the largest score so far.
+    Not nearer, since errors of fp32 decide how some weights are rounded. Where few weights are, one that is rounded the
+    other way counts as much as a fault, so the tenth of the elements that are furthest off is left out: truncated
+    operands, or one operand as it is, show in all of them. After several blocks of keys the output, which the gradients
+    of queries and keys depend on, is less near: the weights of a block are rounded relative to the largest score so
+    far.
     """
     q, k, v, grad = make(shape, generator, device)
     key_mask = None
@@ -74,7 +78,8 @@ def test_every_operand_is_rounded(shape, masked, generator, device):
         cost = (with_rounding - without).square().mean().sqrt().item()
         assert cost > 0
         share = 0.6 if shape[3] > SMALLEST_BLOCK else 0.2
-        error = (x - with_rounding).square().mean().sqrt().item()
+        off = (x - with_rounding).abs().flatten().sort().values
+        error = off[: math.ceil(0.9 * len(off))].square().mean().sqrt().item()
         assert error < share * cost, f"{name}: {error / cost:.2f}"
 
 
