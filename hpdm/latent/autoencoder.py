@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from hpdm.checks import check_choice
 from hpdm.latent.config import DECODER_BLOCKS, ENCODER_BLOCKS, KERNEL, AutoencoderConfig
 from hpdm.latent.layers import (
-    Recompute,
     RepeatConv,
     RepeatTransposedConv,
     Stage,
@@ -21,6 +20,7 @@ from hpdm.latent.layers import (
     to_channels,
     to_positions,
 )
+from hpdm.recompute import Recompute
 
 LOGVAR_RANGE = (-30.0, 20.0)
 """The log variance is clamped to this, as in the released code."""

@@ -7,19 +7,14 @@ are faster so, and the frames of a clip are a view as images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hpdm.checks import Triple
+from hpdm.recompute import recomputed
 
-Recompute = Literal["none", "selective", "block"]
-"""What the backward pass computes again: nothing; normalization, activation and padding ("selective"); or all that is
-inside of a residual block ("block")."""
 GROUPS = 32
 EPS = 1e-6
 
@@ -113,7 +108,11 @@ class VideoNorm(nn.GroupNorm):
 
 
 class ResidualBlock(nn.Module):
-    """Twice normalization, SiLU and a 3x3x3 convolution, added to the input."""
+    """Twice normalization, SiLU and a 3x3x3 convolution, added to the input.
+
+    The backward pass computes again normalization, activation and padding (``recompute="selective"``), or all that is
+    inside of the block (``"block"``).
+    """
 
     def __init__(self, channels: int, per_frame: bool, recompute: str = "none") -> None:
         super().__init__()
@@ -144,14 +143,6 @@ def normalized_conv(norm: nn.Module, conv: RepeatConv, x: Tensor, recompute: str
         return conv.prepared(F.silu(norm(x)))
 
     return conv.convolved(recomputed(prepared, x) if recompute == "selective" else prepared(x))
-
-
-def recomputed(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``fn(x)``, keeping only ``x`` and calling ``fn`` again in the backward pass."""
-    if not torch.is_grad_enabled():
-        return fn(x)
-    out: Tensor = checkpoint(fn, x, use_reentrant=False, preserve_rng_state=False)
-    return out
 
 
 def to_channels(x: Tensor, block: Sequence[int]) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hpdm.checks import check_choice, check_shape
+from hpdm.conditioning import without_dropped
 from hpdm.frames import draw_frames, mean_over_predicted
 from hpdm.latent.unet_config import UNetConfig
 from hpdm.objective import Objective, draw_mirrored, draw_noise, draw_times, loss_weight
@@ -140,12 +141,7 @@ def latent_error(
     """
     check_choice("loss", loss, Loss)
     check_shape("latents", latents, tuple(draws.noise.shape))
-    if labels is not None:
-        labels = labels.masked_fill(draws.dropped, config.classes)
-    if text is not None:
-        if text_mask is None:
-            text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        text_mask = text_mask & ~draws.dropped[:, None]
+    labels, text_mask = without_dropped(labels, text, text_mask, draws.dropped, config.classes)
     g = draws.gamma[:, None, :, None, None]  # [B, 1, T, 1, 1]
     noised = mixture(latents, draws.noise, g)
     target = prediction_target(config.prediction, latents, draws.noise, g)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpdm.checks import check_shape
+from hpdm.conditioning import check_conditioning, without_padding
 from hpdm.frames import FrameTimes
 from hpdm.latent.unet_blocks import FrameConv, zero_started
 from hpdm.latent.unet_config import UNetConfig
@@ -58,7 +58,7 @@ class Conditioner(nn.Module):
             ValueError: wrong shapes, or conditioning of another kind than the config's.
         """
         batch = len(times)
-        self._check(batch, labels, text, text_mask)
+        check_conditioning(self.config, batch, labels, text, text_mask)
         c = self.time(noise_frequencies(times).to(cast(nn.Linear, self.time[0]).weight.dtype))  # [B, T, c]
         if told is not None:
             c = c + told[:, None]
@@ -75,27 +75,7 @@ class Conditioner(nn.Module):
             return self.no_text.expand(batch, 1, -1), None
         if mask is None:
             return text, None
-        first = torch.arange(mask.shape[1], device=mask.device) == 0
-        visible = mask | (first & ~mask.any(dim=1, keepdim=True))  # [B, S]
-        return torch.where(mask[..., None], text, self.no_text), visible
-
-    def _check(self, batch: int, labels: Tensor | None, text: Tensor | None, text_mask: Tensor | None) -> None:
-        """Checks the conditioning; raises as :meth:`forward`."""
-        kind = self.config.conditioning
-        for name, tensor, its_kind in (("labels", labels, "class"), ("text", text, "text")):
-            if tensor is not None and kind != its_kind:
-                raise ValueError(f"{name}: got a tensor, expected None for conditioning={kind!r}")
-        if labels is not None:
-            check_shape("labels", labels, (batch,))
-        if text is not None:
-            length = max(1, text.shape[1]) if text.ndim > 1 else 1
-            check_shape("text", text, (batch, length, self.config.text_width))
-        if text_mask is not None:
-            if text is None:
-                raise ValueError("text_mask: got a tensor, expected None where text is None")
-            check_shape("text_mask", text_mask, tuple(text.shape[:2]))
-            if text_mask.dtype is not torch.bool:
-                raise TypeError(f"text_mask: got dtype {text_mask.dtype}, expected torch.bool")
+        return without_padding(text, mask, self.no_text)
 
 
 class KnownMask(nn.Module):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hpdm.checks import check_shape
+from hpdm.conditioning import check_conditioning, without_padding
 from hpdm.patch.config import HPDMConfig
 from hpdm.sinusoids import NOISE_FREQUENCIES, noise_frequencies
 
@@ -69,7 +69,7 @@ class Conditioner(nn.Module):
             ValueError: wrong shapes, or conditioning of another kind than the config's.
         """
         count, batch = t.shape
-        self._check(batch, labels, text, text_mask)
+        check_conditioning(self.config, batch, labels, text, text_mask)
         row_levels = levels.repeat_interleave(batch)  # [n * B]
         frequencies = noise_frequencies(t.flatten()).to(self.level.weight.dtype)  # [n * B, 256]
         c = self.noise(frequencies) + self.level(row_levels)  # [n * B, c]
@@ -96,31 +96,10 @@ class Conditioner(nn.Module):
         tokens = self.text(text)  # [B, S, D]
         if mask is None:
             return tokens, None
-        # Padding is replaced by the "no text" token; in a sample without text the first of these may be read.
-        first = torch.arange(mask.shape[1], device=mask.device) == 0
-        visible = mask | (first & ~mask.any(dim=1, keepdim=True))  # [B, S]
-        return torch.where(mask[..., None], tokens, self.no_text), visible
+        return without_padding(tokens, mask, self.no_text)
 
     def _pool_text(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Projected mean of the text tokens that may be read, ``[B, S, D] -> [B, c]``."""
         if mask is None:
             return self.pooled(tokens.mean(dim=1))
         return self.pooled((tokens * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True))
-
-    def _check(self, batch: int, labels: Tensor | None, text: Tensor | None, text_mask: Tensor | None) -> None:
-        """Checks the conditioning; raises as :meth:`forward`."""
-        kind = self.config.conditioning
-        for name, tensor, its_kind in (("labels", labels, "class"), ("text", text, "text")):
-            if tensor is not None and kind != its_kind:
-                raise ValueError(f"{name}: got a tensor, expected None for conditioning={kind!r}")
-        if labels is not None:
-            check_shape("labels", labels, (batch,))
-        if text is not None:
-            length = max(1, text.shape[1]) if text.ndim > 1 else 1
-            check_shape("text", text, (batch, length, self.config.text_width))
-        if text_mask is not None:
-            if text is None:
-                raise ValueError("text_mask: got a tensor, expected None where text is None")
-            check_shape("text_mask", text_mask, tuple(text.shape[:2]))
-            if text_mask.dtype is not torch.bool:
-                raise TypeError(f"text_mask: got dtype {text_mask.dtype}, expected torch.bool")

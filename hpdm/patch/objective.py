@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hpdm.checks import check_choice
+from hpdm.conditioning import without_dropped
 from hpdm.frames import mean_over_predicted, of_pixels
 from hpdm.objective import Context, draw_times, mirror, on_device
 from hpdm.patch.boxes import at_border, extract_patches, sample_boxes
@@ -66,12 +67,7 @@ def denoising_error(
     if draws.remembers is not None and draws.start is not None:
         before = _frames_from(video, draws.start - config.past_frames, config.resolution[0])
         past = level_of_video(config, before, 0)  # [B, C, f, h, w]
-    if labels is not None:
-        labels = labels.masked_fill(draws.dropped, config.classes)
-    if text is not None:
-        if text_mask is None:
-            text_mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        text_mask = text_mask & ~draws.dropped[:, None]
+    labels, text_mask = without_dropped(labels, text, text_mask, draws.dropped, config.classes)
     error = _error_of_v(model, x, draws, (labels, text, text_mask), network, past) * draws.weight
     return functional.pad(error, (0, config.levels - error.shape[1]))  # levels that are cut have no error
 
