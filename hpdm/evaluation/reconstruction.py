@@ -17,12 +17,9 @@ from tqdm import tqdm
 from hpdm import distributed
 from hpdm.checks import Triple
 from hpdm.data.clips import VideoDataset
+from hpdm.psnr import psnr
 from hpdm.runs import Run
 from hpdm.training.batches import collate
-
-RANGE = 2.0
-"""Of pixels in [-1, 1]."""
-_SMALLEST_ERROR = 1e-12
 
 
 @torch.no_grad()
@@ -97,7 +94,7 @@ def _psnr(error: Tensor) -> float | None:
     """Mean PSNR of clips whose frames have the mean squared errors ``[B, F]``; ``None`` without frames."""
     if not error.shape[1]:
         return None
-    return float(10 * torch.log10(RANGE**2 / error.mean(1).clamp(min=_SMALLEST_ERROR)).mean())
+    return float(psnr(error.mean(1)).mean())
 
 
 def reconstruction_table(result: dict[str, Any]) -> str:

@@ -12,12 +12,13 @@ from hpdm.checks import Triple
 from hpdm.latent import coding
 from hpdm.latent.autoencoder import VideoAutoencoder
 from hpdm.latent.config import AutoencoderConfig
-from hpdm.latent.losses import AutoencoderDraws, draw, psnr, reconstruction_losses, shown_clips
+from hpdm.latent.losses import AutoencoderDraws, draw, reconstruction_losses, shown_clips
 from hpdm.latent.perceptual import checked_file
 from hpdm.latent.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES
 from hpdm.latent.statistics import measure_latents
 from hpdm.long_video import LongOptions
 from hpdm.objective import Context, Objective
+from hpdm.psnr import psnr
 from hpdm.sampling import Sampler, SamplerOptions
 from hpdm.system import Architecture, System
 from hpdm_kernels.modules import check_backend

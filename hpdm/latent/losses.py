@@ -100,8 +100,3 @@ def reconstruction_losses(config: AutoencoderConfig, out: Tensor, x: Tensor) -> 
         edges = error.diff(dim=3).abs().mean(axes) + error.diff(dim=4).abs().mean(axes)
         losses["edges"] = config.edge_weight * edges
     return losses
-
-
-def psnr(error: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of mean squared errors of pixels in [-1, 1], whose range is 2; any shape."""
-    return 10 * torch.log10(4 / error.clamp(min=1e-12))

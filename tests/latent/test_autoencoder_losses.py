@@ -7,10 +7,11 @@ from torch import nn
 from hpdm.evaluation.reconstruction import chunk_borders, pooled
 from hpdm.integrity import hash_of_file
 from hpdm.latent.autoencoder_system import Autoencoding
-from hpdm.latent.losses import AutoencoderDraws, crop, draw, psnr, reconstruction_losses, shown_clips
+from hpdm.latent.losses import AutoencoderDraws, crop, draw, reconstruction_losses, shown_clips
 from hpdm.latent.perceptual import PerceptualNetwork, checked_file, perceptual_network
 from hpdm.latent.statistics import measure_latents
 from hpdm.objective import Objective
+from hpdm.psnr import psnr
 from hpdm.system import Architecture
 from tests.latent.small_autoencoder import random_autoencoder, small_config
 
