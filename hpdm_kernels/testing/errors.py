@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 
+def largest(t: Tensor) -> float:
+    """Largest absolute value, 0 of no elements."""
+    return t.abs().max().item() if t.numel() else 0.0
+
+
 def max_error(actual: Tensor, oracle: Tensor) -> float:
     """Largest absolute difference, measured in fp64; infinite if ``actual`` has a NaN where the oracle has none."""
     difference = (actual.double() - oracle.double()).abs()
@@ -36,7 +41,7 @@ def _measure(
     factor: float,
     ulps: float | None,
     rms_factor: float | None = None,
-    terms: Tensor | None = None,
+    size: float = 0.0,
 ) -> tuple[float, str | None]:
     """The error of ``actual`` as a multiple of its budget, and a description of the problem, or ``None``.
 
@@ -46,7 +51,7 @@ def _measure(
         return float("inf"), f"{name}: got shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
     if actual.dtype != plain.dtype:
         return float("inf"), f"{name}: got dtype {actual.dtype}, expected {plain.dtype}"
-    scale = max(t.abs().max().item() if t.numel() else 0.0 for t in (oracle, oracle if terms is None else terms))
+    scale = max(size, largest(oracle))
     if ulps is None:
         ulps = 64.0 if actual.dtype is torch.float64 else 4.0
     slack = ulps * torch.finfo(actual.dtype).eps * scale
@@ -63,7 +68,14 @@ def _measure(
 
 
 def assert_within_budget(
-    name: str, actual: Tensor, plain: Tensor, oracle: Tensor, *, factor: float = 2.0, ulps: float | None = None
+    name: str,
+    actual: Tensor,
+    plain: Tensor,
+    oracle: Tensor,
+    *,
+    factor: float = 2.0,
+    ulps: float | None = None,
+    size: float = 0.0,
 ) -> float:
     """Fails unless the error of ``actual`` is at most ``factor`` times that of ``plain``, both against ``oracle``.
 
@@ -76,11 +88,13 @@ def assert_within_budget(
         ulps: added to the budget, in units in the last place of the oracle's largest value, because the plain
             implementation's error may happen to be zero. Default 4; 64 in fp64, where the plain implementation equals
             the oracle, so that this is the whole budget.
+        size: largest sum of absolute terms of the result; ``ulps`` count relative to it where it exceeds the oracle,
+            whose few elements may all be what cancelling leaves.
 
     Returns:
         The error as a share of the budget, 0 to 1.
     """
-    share, problem = _measure(name, actual, plain, oracle, factor, ulps)
+    share, problem = _measure(name, actual, plain, oracle, factor, ulps, size=size)
     if problem:
         raise AssertionError(problem)
     return share
@@ -177,7 +191,7 @@ def compare_op(
             worst, problems = float("inf"), [*problems, f"{label}: got {has}"]
         if ours_value is None or plain_value is None or true_value is None or repeated is None:
             continue
-        share, problem = _measure(label, ours_value, plain_value, true_value, factor, ulps, rms_factor, term)
+        share, problem = _measure(label, ours_value, plain_value, true_value, factor, ulps, rms_factor, largest(term))
         worst = max(worst, share)
         problems += [problem] if problem else []
         if not torch.equal(ours_value, repeated):

@@ -68,7 +68,7 @@ def _case(op: str, draw: Draw, dtype: torch.dtype) -> Case:
 
     def sizes(given: Arguments, grads: Sequence[Tensor]) -> list[float]:
         own = dict(given)
-        return _sizes(op, _whole(own, own.pop("average", None)) | fixed)
+        return list(steps.sizes(op, _whole(own, own.pop("average", None)) | fixed).values())
 
     # In fp64 the oracle errs as much as the result.
     return Case(run, formula, arguments, (), 16.0, sizes=sizes)
@@ -77,24 +77,3 @@ def _case(op: str, draw: Draw, dtype: torch.dtype) -> Case:
 def _whole(given: Arguments, average: Any) -> Arguments:
     lists = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
     return lists | {"averages": [] if average is None else [list(average)]}
-
-
-def _sizes(op: str, arguments: Arguments) -> list[float]:
-    """Largest sums of absolute terms of all results: where signs cancel, a step errs by more than its own digits."""
-    positive = steps.copied(arguments, Tensor.abs)
-    # Minus times minus: the step is added to the weights, not subtracted.
-    positive["lr"] = -arguments["lr"]
-    terms = steps.by_formula("lamb_step", positive | {"least_norms": None}, torch.float64)
-    true = steps.by_formula("lamb_step", arguments, torch.float64)
-    lost = (terms["updates"] / true["updates"].clamp(min=1e-30)).clamp(min=1.0)
-    sizes = {name: t.abs().max().item() for name, t in steps.by_formula(op, positive, torch.float64).items()}
-    if op == "adamw_step":
-        return list(sizes.values())
-    sizes |= {"updates": terms["updates"].max().item(), "trust": (true["trust"] * lost).max().item()}
-    for i, p in enumerate(arguments["params"]):
-        # The longest entry of a step is at most as long as the step.
-        moved = arguments["lr"] * (true["trust"] * lost * terms["updates"])[i].item()
-        sizes[f"params[{i}]"] = p.abs().max().item() + moved
-        for k, average in enumerate(arguments["averages"]):
-            sizes[f"averages[{k}][{i}]"] = average[i].abs().max().item() + sizes[f"params[{i}]"]
-    return list(sizes.values())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hpdm_kernels
 from hpdm_kernels.testing.case import Arguments
-from hpdm_kernels.testing.errors import assert_within_budget, poisoned_allocations
+from hpdm_kernels.testing.errors import assert_within_budget, largest, poisoned_allocations
 
 OPS: dict[str, Callable[..., Any]] = {"adamw_step": hpdm_kernels.adamw_step, "lamb_step": hpdm_kernels.lamb_step}
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
@@ -109,6 +109,32 @@ def by_formula(op: str, arguments: Arguments, dtype: torch.dtype) -> dict[str, T
     return results(own, torch.stack(norms, dim=1).unbind() if op == "lamb_step" else None)
 
 
+def sizes(op: str, arguments: Arguments) -> dict[str, float]:
+    """Largest sum of absolute terms of each result: where terms cancel, a step errs by more than its own digits."""
+    positive = copied(arguments, Tensor.abs)
+    # Minus times minus: the step is added to the weights, not subtracted.
+    positive["lr"] = -arguments["lr"]
+    sums = {name: largest(t) for name, t in by_formula(op, positive, torch.float64).items()}
+    scale = 1.0 if arguments.get("grad_scale") is None else abs(float(arguments["grad_scale"]))
+    for i, (mean, grad) in enumerate(zip(positive["exp_avgs"], positive["grads"])):
+        # Of mean + (1 - beta1) (grad - mean), which the old mean may outweigh.
+        sums[f"exp_avgs[{i}]"] = largest(mean.double() + scale * grad.double())
+    if op == "adamw_step":
+        return sums
+    terms = by_formula(op, positive | {"least_norms": None}, torch.float64)
+    true = by_formula(op, arguments, torch.float64)
+    # By how much the terms of a tensor's step outweigh it; so much more may the ratio err that it is rescaled by.
+    lost = (terms["updates"] / true["updates"].clamp(min=1e-30)).clamp(min=1.0)
+    sums |= {"updates": largest(terms["updates"]), "trust": largest(true["trust"] * lost)}
+    for i, p in enumerate(positive["params"]):
+        # The longest entry of a step is at most as long as the step.
+        moved = arguments["lr"] * (true["trust"] * lost * terms["updates"])[i].item()
+        sums[f"params[{i}]"] = largest(p) + moved
+        for k, average in enumerate(positive["averages"]):
+            sums[f"averages[{k}][{i}]"] = largest(average[i]) + sums[f"params[{i}]"]
+    return sums
+
+
 def check_step(op: str, arguments: Arguments, backend: str, ulps: float = 8.0) -> dict[str, Tensor]:
     """Fails unless every result errs at most twice as much as the plain formula, and ``ulps``; returns the results."""
     dtype = arguments["params"][0].dtype
@@ -116,20 +142,9 @@ def check_step(op: str, arguments: Arguments, backend: str, ulps: float = 8.0) -
     plain, oracle = by_formula(op, arguments, dtype), by_formula(op, arguments, torch.float64)
     if got.keys() != oracle.keys():
         raise AssertionError(f"{op}: got {sorted(got)}, expected {sorted(oracle)}")
-    lost = cancellation(arguments) if op == "lamb_step" else 1.0
+    terms = sizes(op, arguments)
     for name, value in got.items():
-        if value.numel():
-            expected = plain[name].to(value.dtype)
-            allowed = lost * (ulps if dtype is torch.float32 else 64.0)
-            assert_within_budget(name, value, expected, oracle[name], ulps=allowed)
+        expected = plain[name].to(value.dtype)
+        allowed = ulps if dtype is torch.float32 else 64.0
+        assert_within_budget(name, value, expected, oracle[name], ulps=allowed, size=terms[name])
     return got
-
-
-def cancellation(arguments: Arguments) -> float:
-    """By how much the terms of a step of LAMB outweigh it in the tensor where they cancel most, at least 1.
-
-    So many times more than its own digits a step may err, and with it the ratio that it is rescaled by.
-    """
-    terms = by_formula("lamb_step", copied(arguments, Tensor.abs) | {"least_norms": None}, torch.float64)["updates"]
-    true = by_formula("lamb_step", arguments, torch.float64)["updates"]
-    return max(1.0, (terms / true.clamp(min=1e-30)).max().item()) if true.numel() else 1.0
