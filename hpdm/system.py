@@ -63,7 +63,8 @@ class Architecture:
     crop: Triple | None = None
     """Autoencoder: frames, height, width of the random crops to train on; whole clips if not given."""
     loss: Literal["l2", "l1"] | None = None
-    """Autoencoder: error of pixels, squared (LVDM's paper) or absolute (its code). Default: l2."""
+    """Autoencoder: error of pixels, squared (LVDM's paper) or absolute (its code). Latent diffusion: error of what the
+    network predicts. Default: the preset's."""
     perceptual: Path | None = None
     """Autoencoder: TorchScript file of a perceptual distance such as LPIPS, see docs/latent.md. Without one the error
     of differences between neighboring pixels takes its place."""
@@ -127,6 +128,8 @@ class System(ABC):
     generates: ClassVar[bool] = True
     """Whether it samples videos from noise, so that its errors depend on a diffusion time. Else it encodes and decodes
     given videos, see :meth:`reconstruct`."""
+    needs_autoencoder: ClassVar[bool] = False
+    """Whether its models contain the weights of an autoencoder, a run of its own, which `--autoencoder` names."""
     presets: Mapping[str, Callable[[], Any]]
     """Configs by the name that ``--preset`` takes."""
     recipes: Mapping[str, Recipe]
@@ -181,6 +184,27 @@ class System(ABC):
         if text_width is not None:
             return config.replace(conditioning="text", text_width=text_width)
         return config.replace(conditioning="class" if classes else "none", classes=max(1, classes))
+
+    def with_autoencoder(self, config: Any, autoencoder: Any, weights: str) -> Any:
+        """``config`` with a given autoencoder.
+
+        Args:
+            config: the model's.
+            autoencoder: config of the autoencoder.
+            weights: a hash of its weights.
+
+        Raises:
+            ValueError: an autoencoder that does not fit, or a system without.
+        """
+        raise ValueError(f"autoencoder: got one, expected none: {self.name} models have none")
+
+    def autoencoder_of(self, config: Any) -> tuple[Any, str]:
+        """What :meth:`with_autoencoder` put into ``config``."""
+        raise NotImplementedError(f"{self.name} models have no autoencoder")
+
+    def set_autoencoder(self, model: Any, autoencoder: nn.Module) -> None:
+        """Copies the weights of an autoencoder into ``model``, whose config names it."""
+        raise NotImplementedError(f"{self.name} models have no autoencoder")
 
     @abstractmethod
     def draw(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from hpdm.latent.autoencoder_system import Autoencoding
+from hpdm.latent.system import LatentVideoDiffusion
 from hpdm.patch.system import PatchDiffusion
 from hpdm.system import System
 
-SYSTEMS: dict[str, System] = {system.name: system for system in (PatchDiffusion(), Autoencoding())}
+SYSTEMS: dict[str, System] = {
+    system.name: system for system in (PatchDiffusion(), Autoencoding(), LatentVideoDiffusion())
+}
 
 
 def get(name: str) -> System:

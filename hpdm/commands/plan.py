@@ -29,7 +29,8 @@ class PlanCommand:
     """Predict parameters, memory and work of a model, without a GPU."""
 
     preset: str = "hpdm_m"
-    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k, tiny, lvdm_ae or lvdm_ae_tiny."""
+    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny; lvdm_ae or lvdm_ae_tiny; lvdm_ucf, lvdm_released,
+    lvdm_predict, lvdm_interpolate or lvdm_tiny."""
     resolution: Triple | None = None
     """Target frames, height, width; the preset's if not given."""
     patch: Triple | None = None

@@ -14,6 +14,7 @@ from torch import nn
 
 from hpdm import distributed, presets, published, runs, systems
 from hpdm.commands import provenance
+from hpdm.commands.autoencoder import autoencoder_of
 from hpdm.commands.resume import check_resumable, history, recipe_of, with_options_of_run
 from hpdm.commands.steering import choose_micro_batch, open_validation, snapshot_writer
 from hpdm.data.clips import VideoDataset
@@ -117,7 +118,11 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         system.check_objective(options.objective)
         options = with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
-        config = system.configure(presets.get(options.preset), options.architecture)
+        config = presets.get(options.preset)
+        autoencoder = autoencoder_of(options, system)
+        config = system.configure(
+            config if autoencoder is None else autoencoder.put_into(system, config), options.architecture
+        )
         size = (system.clip_frames(config), *config.resolution[1:])
         dataset = _open_clips(options, size, captions=embeddings is not None)
         width = None if embeddings is None else embeddings.info.width
@@ -137,6 +142,8 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
     with distributed.raise_on_all_ranks():
         checkpoints = list_checkpoints(options.out)
         start, init = _start_of(options, system) if not checkpoints else (None, None)
+        if autoencoder is not None and start is None and init is None and not checkpoints:
+            start = autoencoder.start_of(system)
         job = Job(options, recipe, system, config, dataset, embeddings, inputs, micro_batch, start, init, validate)
         if checkpoints:
             micro_batch = check_resumable(job, class_names)

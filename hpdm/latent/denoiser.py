@@ -128,23 +128,29 @@ def sample(
     solver: Solver,
     noise: Callable[[], Tensor],
     conditions: Conditions,
-    guidance: float = 1.0,
+    guidance: float | Callable[[float], float] = 1.0,
     known: KnownLatents | None = None,
     frame_guidance: float = 0.0,
+    called: Callable[[], None] | None = None,
 ) -> Tensor:
     """Samples one clip of latents per row of the noise, ``[B, z, T, h, w]``; known frames come out as they are.
 
     Args:
-        network, config, conditions, guidance, known, frame_guidance: as of :func:`denoise`.
+        network, config, conditions, known, frame_guidance: as of :func:`denoise`.
         solver: its noise levels are of the network's schedule (:func:`hpdm.solvers.noise_levels`).
         noise: draws standard normal noise ``[B, z, T, h, w]`` on the network's device.
+        guidance: as of :func:`denoise`, or what gives it for a noise level sigma.
+        called: called after every network call.
     """
     schedule = SCHEDULES[config.schedule]
 
     def update(x: Tensor, sigma: float, base: Tensor, alpha: float, beta: float) -> Tensor:
         t = float(schedule.time_of_sigma(torch.tensor(sigma, dtype=torch.float64)))
         noised = x / math.hypot(1.0, sigma)
-        y = denoise(network, config, noised, t, conditions, guidance, known, frame_guidance)
+        weight = guidance(sigma) if callable(guidance) else guidance
+        y = denoise(network, config, noised, t, conditions, weight, known, frame_guidance)
+        if called is not None:
+            called()
         return alpha * base + beta * y
 
     y = solver.solve(update, noise)

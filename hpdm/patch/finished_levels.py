@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hpdm.noise import level_noise
 from hpdm.patch import tile_sharing
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
 from hpdm.patch.context_cache import ContextCache, Finished, allocate
-from hpdm.patch.noise import level_noise
 from hpdm.patch.section import Section, needed_features
 from hpdm.patch.tile_network import TileNetwork, feature_copies, tiles_per_call
 from hpdm.patch.tiling import Tiling, find_ancestors, lineage

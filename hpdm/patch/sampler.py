@@ -21,11 +21,11 @@ from torch import Tensor
 
 from hpdm import distributed
 from hpdm.frames import NOT_TRAINED, Known
+from hpdm.noise import Purpose, level_generator, level_noise
 from hpdm.patch import tile_sharing
 from hpdm.patch.consistency import Consistency
 from hpdm.patch.finished_levels import FinishedLevels, choose_contexts, keeps_features
 from hpdm.patch.model import HPDM
-from hpdm.patch.noise import Purpose, level_generator, level_noise
 from hpdm.patch.seams import seam_energy
 from hpdm.patch.section import Section, level_section, whole
 from hpdm.patch.tile_network import KnownTiles, TileNetwork, VideoConditions, copies_of, rows_of

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hpdm.frames import Known, of_pixels
 from hpdm.long_video import State
-from hpdm.patch.noise import level_generator, level_noise
+from hpdm.noise import level_generator, level_noise
 from hpdm.patch.sampler import Sampler
 from hpdm.patch.storyline import Autoregressive
 from hpdm.patch.tile_network import KnownTiles, TileNetwork, VideoConditions

@@ -41,7 +41,9 @@ class Measuring:
         built: nn.Module,
     ) -> None:  # fmt: skip
         self.system, self.config, self.clips, self.embeddings, self.batch = system, config, clips, embeddings, batch
-        self.initial = {name: b.detach().clone() for name, b in buffers_of(built).items()}
+        # Of a model without anything to measure, buffers are something else.
+        measured = {} if system.is_measured(built) else buffers_of(built)
+        self.initial = {name: b.detach().clone() for name, b in measured.items()}
 
     @torch.no_grad()
     def forget(self, model: nn.Module, ema: EMA) -> None:

@@ -39,7 +39,11 @@ class TrainOptions:
     base: Path | None = None
     """Run of the same network with fewer levels, trained at low resolution, to start from."""
     preset: str = "tiny"
-    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny; the autoencoders lvdm_ae or lvdm_ae_tiny."""
+    """hpdm_s, hpdm_m, hpdm_l, hpdm_t2v, hpdm_t2v_1k or tiny; the autoencoders lvdm_ae or lvdm_ae_tiny; latent diffusion
+    with lvdm_ucf, lvdm_released, lvdm_predict, lvdm_interpolate or lvdm_tiny."""
+    autoencoder: Path | None = None
+    """Required for latent diffusion: run of the autoencoder on whose latents it works, or a file that `hpdm export`
+    wrote of one. The new run contains it."""
     recipe: Annotated[RecipeChanges, tyro.conf.arg(name="")] = field(default_factory=RecipeChanges)
     """How to train."""
     architecture: Annotated[Architecture, tyro.conf.arg(name="")] = field(default_factory=Architecture)

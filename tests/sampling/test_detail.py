@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpdm import HPDM
-from hpdm.patch.noise import level_noise
+from hpdm.noise import level_noise
 from hpdm.patch.sampler import Sampler
 from hpdm.process import DATA_STD, gamma
 from hpdm.sampling import SamplerOptions
