@@ -1,4 +1,4 @@
-"""Hierarchical Patch Diffusion Models for video (CVPR 2024), on the fused kernels of :mod:`hpdm_kernels`.
+"""Hierarchical Patch Diffusion Models for video (CVPR 2024), and latent ones, on the kernels of :mod:`hpdm_kernels`.
 
 ``import hpdm`` is cheap: each name is loaded when it is first used.
 """
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpdm import presets
+    from hpdm.latent.autoencoder import VideoAutoencoder
+    from hpdm.latent.latent_model import LVDM
     from hpdm.patch.boxes import sample_boxes
     from hpdm.patch.config import HPDMConfig
     from hpdm.patch.model import HPDM
@@ -18,13 +20,26 @@ if TYPE_CHECKING:
     from hpdm.sampling import SamplerOptions
 
 __version__ = "0.1.0"
-__all__ = ["HPDM", "HPDMConfig", "Sampler", "SamplerOptions", "__version__", "load", "presets", "sample_boxes"]
+__all__ = [
+    "HPDM",
+    "LVDM",
+    "HPDMConfig",
+    "Sampler",
+    "SamplerOptions",
+    "VideoAutoencoder",
+    "__version__",
+    "load",
+    "presets",
+    "sample_boxes",
+]
 
 _MODULES = {
     "HPDM": "hpdm.patch.model",
     "HPDMConfig": "hpdm.patch.config",
+    "LVDM": "hpdm.latent.latent_model",
     "Sampler": "hpdm.patch.sampler",
     "SamplerOptions": "hpdm.sampling",
+    "VideoAutoencoder": "hpdm.latent.autoencoder",
     "load": "hpdm.runs",
     "sample_boxes": "hpdm.patch.boxes",
 }

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from hpdm import systems
+from hpdm.latent.latent_presets import lvdm_interpolate, lvdm_predict, lvdm_released, lvdm_tiny, lvdm_ucf
 from hpdm.latent.presets import lvdm_ae, lvdm_ae_tiny
 from hpdm.patch.presets import hpdm_l, hpdm_m, hpdm_s, hpdm_t2v, hpdm_t2v_1k, tiny
 from hpdm.recipe import Recipe
 
 __all__ = [
-    "get", "hpdm_l", "hpdm_m", "hpdm_s", "hpdm_t2v", "hpdm_t2v_1k", "lvdm_ae", "lvdm_ae_tiny", "published_parameters",
-    "recipe", "tiny",
+    "get", "hpdm_l", "hpdm_m", "hpdm_s", "hpdm_t2v", "hpdm_t2v_1k", "lvdm_ae", "lvdm_ae_tiny", "lvdm_interpolate",
+    "lvdm_predict", "lvdm_released", "lvdm_tiny", "lvdm_ucf", "published_parameters", "recipe", "tiny",
 ]  # fmt: skip
 
 

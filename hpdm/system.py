@@ -274,6 +274,10 @@ class System(ABC):
         draws = self.draw(model.config, len(video), generator, times=times)
         return self.losses(model, batch, on_device(draws, video.device)), {}
 
+    def error_name(self, config: Any) -> str:
+        """What :meth:`errors` are, for tables."""
+        return "mean squared error of v"
+
     def is_measured(self, model: Any) -> bool:
         """Whether all is known that :meth:`measure` measures; here there is nothing."""
         return True

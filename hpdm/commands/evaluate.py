@@ -45,7 +45,7 @@ def report_lines(options: EvaluateOptions, result: dict[str, Any]) -> list[str]:
     split = options.split or "none"
     lines = [f"step {result['step']} of {options.run_folder} ({options.weights}), {options.data}, split {split}"]
     if "denoising" in options.metrics:
-        lines += [f"mean squared error of v, {result['clips']} clips, context {options.context}"]
+        lines += [f"{result['measured']}, {result['clips']} clips, context {options.context}"]
         lines += [denoising_table(result)]
     if "reconstruction" in result:
         part = result["reconstruction"]

@@ -51,9 +51,9 @@ def evaluate_denoising(
         progress: show a progress bar.
 
     Returns:
-        ``clips``, their number; ``context`` and ``context_noise``; ``times``, the ranges; ``losses``, their names;
-        ``error[loss][range]``; and ``parts``, by name, with the ``patches`` of a part in all ranges together and its
-        ``error[range]``, ``None`` where there is no such patch. The same on all ranks.
+        ``measured``, what the errors are; ``clips``, their number; ``context`` and ``context_noise``; ``times``, the
+        ranges; ``losses``, their names; ``error[loss][range]``; and ``parts``, by name, with the ``patches`` of a part
+        in all ranges together and its ``error[range]``, ``None`` where there is no such patch. The same on all ranks.
 
     Raises:
         ValueError: ``context_noise`` outside of 0..1, or with a context that is not clean.
@@ -92,8 +92,9 @@ def evaluate_denoising(
         if row >= losses
     }
     return {
-        "clips": count, "context": context, "context_noise": context_noise, "times": times, "losses": names[:losses],
-        "error": error[:losses], "parts": measured,
+        "measured": run.system.error_name(run.config), "clips": count, "context": context,
+        "context_noise": context_noise, "times": times, "losses": names[:losses], "error": error[:losses],
+        "parts": measured,
     }  # fmt: skip
 
 

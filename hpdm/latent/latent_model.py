@@ -14,7 +14,7 @@ from hpdm.latent.latent_config import LatentConfig
 from hpdm.latent.unet import FactorizedUNet
 
 
-class LatentDiffusion(nn.Module):
+class LVDM(nn.Module):
     """A U-Net together with the autoencoder of its latents, so that a run or a file of it is all that sampling needs.
 
     The autoencoder's weights are buffers: they are stored and not trained.

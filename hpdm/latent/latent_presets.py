@@ -6,24 +6,42 @@ A preset's autoencoder has no weights: a run takes those of ``hpdm train --autoe
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from hpdm.latent.latent_config import LatentConfig
 from hpdm.latent.presets import lvdm_ae, lvdm_ae_tiny
-from hpdm.latent.unet_presets import PUBLISHED_PARAMETERS, UNETS
+from hpdm.latent.unet_presets import UNETS
 from hpdm.recipe import Recipe
 
-__all__ = ["LATENT_PRESETS", "LATENT_RECIPES", "LATENT_SAMPLING", "PUBLISHED_PARAMETERS"]
+
+def lvdm_ucf() -> LatentConfig:
+    """LVDM for clips of 16x256x256, as large as the paper says."""
+    return LatentConfig(UNETS["lvdm_ucf"](), lvdm_ae())
 
 
-def _config(name: str) -> LatentConfig:
-    released = name not in ("lvdm_ucf", "lvdm_tiny")
-    autoencoder = lvdm_ae_tiny() if name == "lvdm_tiny" else lvdm_ae()
-    return LatentConfig(UNETS[name](), autoencoder, loss="l1" if released else "l2")
+def lvdm_released() -> LatentConfig:
+    """The network of the released configs, and their loss."""
+    return LatentConfig(UNETS["lvdm_released"](), lvdm_ae(), loss="l1")
 
 
-LATENT_PRESETS: dict[str, Callable[[], LatentConfig]] = {name: partial(_config, name) for name in UNETS}
+def lvdm_predict() -> LatentConfig:
+    """The released network that predicts frames after known ones."""
+    return LatentConfig(UNETS["lvdm_predict"](), lvdm_ae(), loss="l1")
+
+
+def lvdm_interpolate() -> LatentConfig:
+    """The released network that predicts what lies between two known latent frames."""
+    return LatentConfig(UNETS["lvdm_interpolate"](), lvdm_ae(), loss="l1")
+
+
+def lvdm_tiny() -> LatentConfig:
+    """A model of 16x64x64 clips that learns on a CPU core, on the latents of ``lvdm_ae_tiny``."""
+    return LatentConfig(UNETS["lvdm_tiny"](), lvdm_ae_tiny())
+
+
+LATENT_PRESETS: dict[str, Callable[[], LatentConfig]] = {
+    f.__name__: f for f in (lvdm_ucf, lvdm_released, lvdm_predict, lvdm_interpolate, lvdm_tiny)
+}
 
 # The released configs have AdamW with a constant rate, no schedule, and an average with the decay 0.9999. Neither they
 # nor the paper say how many steps; epochs and the size of UCF-101 give about 100,000. The batch of 128 is inferred: two
@@ -37,7 +55,8 @@ LATENT_RECIPES: dict[str, Recipe] = {
 }
 
 LATENT_SAMPLING: dict[str, dict[str, Any]] = {
-    # Three latents between two known ones; of the authors' scripts: DDIM, 50 steps.
-    "lvdm_tiny": {"steps": 32, "solver": "2m", "known_noise": 0.1},
+    # The released scripts take 50 steps of DDIM with eta 1.
+    **{key: {"steps": 50, "solver": "ddpm", "spacing": "time"} for key in UNETS},
+    "lvdm_tiny": {"steps": 32, "solver": "2m"},
 }
 """How runs of a preset are sampled unless told otherwise; fields of :class:`hpdm.sampling.SamplerOptions`."""

@@ -12,7 +12,7 @@ from hpdm import distributed
 from hpdm.checks import check_shape
 from hpdm.latent import coding
 from hpdm.latent.denoiser import Conditions, KnownLatents, sample
-from hpdm.latent.latent_model import LatentDiffusion
+from hpdm.latent.latent_model import LVDM
 from hpdm.noise import level_generator
 from hpdm.process import SCHEDULES
 from hpdm.sampling import Progress, SamplerOptions
@@ -37,7 +37,7 @@ class LatentSampler:
         ValueError: an option of another kind of model.
     """
 
-    def __init__(self, model: LatentDiffusion, options: SamplerOptions | None = None) -> None:
+    def __init__(self, model: LVDM, options: SamplerOptions | None = None) -> None:
         self.model, self.config = model, model.config
         self.options = options or SamplerOptions()
         check_options(self.options)

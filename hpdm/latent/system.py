@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from hpdm.checks import Triple
 from hpdm.latent import coding, latent_cost
 from hpdm.latent.latent_config import LatentConfig
-from hpdm.latent.latent_model import LatentDiffusion
-from hpdm.latent.latent_presets import LATENT_PRESETS, LATENT_RECIPES, LATENT_SAMPLING, PUBLISHED_PARAMETERS
+from hpdm.latent.latent_model import LVDM
+from hpdm.latent.latent_presets import LATENT_PRESETS, LATENT_RECIPES, LATENT_SAMPLING
 from hpdm.latent.objective import Draws, draw, example_inputs, latent_error
 from hpdm.latent.sampler import LatentSampler
+from hpdm.latent.unet_presets import PUBLISHED_PARAMETERS
 from hpdm.objective import Context, Objective, mirror, on_device
 from hpdm.sampling import SamplerOptions
 from hpdm.system import Architecture, System
@@ -48,9 +49,9 @@ class LatentVideoDiffusion(System):
     def config_from_dict(self, values: dict[str, Any]) -> LatentConfig:
         return LatentConfig.from_dict(values)
 
-    def build(self, config: LatentConfig, kernels: str = "auto", recompute: str = "none") -> LatentDiffusion:
+    def build(self, config: LatentConfig, kernels: str = "auto", recompute: str = "none") -> LVDM:
         check_backend(kernels)
-        return LatentDiffusion(config, recompute)
+        return LVDM(config, recompute)
 
     def configure(self, config: LatentConfig, changes: Architecture) -> LatentConfig:
         """``config`` for clips of another size, with known frames, another loss, or another share without conditioning.
@@ -84,7 +85,7 @@ class LatentVideoDiffusion(System):
     def autoencoder_of(self, config: LatentConfig) -> tuple[Any, str]:
         return config.autoencoder, config.autoencoder_hash
 
-    def set_autoencoder(self, model: LatentDiffusion, autoencoder: nn.Module) -> None:
+    def set_autoencoder(self, model: LVDM, autoencoder: nn.Module) -> None:
         model.set_autoencoder(autoencoder)
 
     def draw(
@@ -106,7 +107,7 @@ class LatentVideoDiffusion(System):
 
     def losses(
         self,
-        model: LatentDiffusion,
+        model: LVDM,
         batch: Mapping[str, Tensor],
         draws: Draws,
         network: Callable[..., Any] | None = None,
@@ -126,7 +127,7 @@ class LatentVideoDiffusion(System):
 
     def errors(
         self,
-        model: LatentDiffusion,
+        model: LVDM,
         batch: Mapping[str, Tensor],
         generator: torch.Generator,
         *,
@@ -139,23 +140,27 @@ class LatentVideoDiffusion(System):
         draws = self.draw(model.config, len(video), generator, times=times, objective=NOTHING_KNOWN)
         return self.losses(model, batch, on_device(draws, video.device)), {}
 
-    def reconstruct(self, model: LatentDiffusion, video: Tensor, chunk: int | None = None) -> Tensor:
+    def error_name(self, config: LatentConfig) -> str:
+        kind = "squared" if config.loss == "l2" else "absolute"
+        return f"mean {kind} error of {config.unet.prediction} of the latents"
+
+    def reconstruct(self, model: LVDM, video: Tensor, chunk: int | None = None) -> Tensor:
         return coding.reconstruct(model.autoencoder, video, chunk)
 
     def compression(self, config: LatentConfig) -> Triple:
         return config.autoencoder.factors
 
-    def sampler(self, model: LatentDiffusion, options: SamplerOptions) -> LatentSampler:
+    def sampler(self, model: LVDM, options: SamplerOptions) -> LatentSampler:
         return LatentSampler(model, options)
 
     def sampler_defaults(self, config: LatentConfig, preset: str | None = None) -> Mapping[str, Any]:
         """The preset's; and no tiles."""
         return {"overlap": "none", **LATENT_SAMPLING.get(preset or "", {})}
 
-    def sharded_modules(self, model: LatentDiffusion) -> Sequence[tuple[nn.Module, bool]]:
+    def sharded_modules(self, model: LVDM) -> Sequence[tuple[nn.Module, bool]]:
         return model.unet.sharded_modules()
 
-    def compiled_modules(self, model: LatentDiffusion) -> Sequence[nn.Module]:
+    def compiled_modules(self, model: LVDM) -> Sequence[nn.Module]:
         return model.unet.compiled_modules()
 
     def example_inputs(self, config: LatentConfig, batch: int) -> dict[str, Tensor]:
@@ -165,7 +170,5 @@ class LatentVideoDiffusion(System):
         """Two rows: sampling latents, and decoding them."""
         return latent_cost.sampling_plan(config, options)
 
-    def plan_line(
-        self, model: LatentDiffusion, options: SamplerOptions, videos: int, at_a_time: int, world_size: int = 1
-    ) -> str:
+    def plan_line(self, model: LVDM, options: SamplerOptions, videos: int, at_a_time: int, world_size: int = 1) -> str:
         return latent_cost.plan_line(model.config, options, videos, at_a_time)

@@ -188,8 +188,11 @@ class EMA:
     def folders(self) -> dict[str, dict[str, Tensor]]:
         """All averages and what was measured of them, by the folder of a checkpoint that holds them."""
         widths = [law.width for law in self.averages if isinstance(law, PowerLaw)]
-        stored = (shadow | buffers for shadow, buffers in zip(self.shadows, self.buffers))
-        return dict(zip(folder_names(widths), stored))
+        return dict(zip(folder_names(widths), map(self.stored, range(len(self.shadows)))))
+
+    def stored(self, average: int) -> dict[str, Tensor]:
+        """An average and what was measured of it, by name; sharded like the weights."""
+        return self.shadows[average] | self.buffers[average]
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -55,18 +55,24 @@ def plot_losses(run: Path, out: Path, window: int = 20) -> None:
     log = read_log(run)
     rows = [row for row in log if any(name.startswith("loss_") for name in row)]
     steps = [row["step"] for row in rows]
-    levels = sorted(name for name in rows[0] if name.startswith("loss_level_"))
+    losses = sorted(name for name in rows[0] if name.startswith("loss_"))
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for n, name in enumerate(levels):
+    for n, name in enumerate(losses):
         values = [row[name] for row in rows]
         axes.plot(steps, values, color=f"C{n}", alpha=0.2, linewidth=0.6)
-        axes.plot(steps, running_mean(values, window), color=f"C{n}", linewidth=1.6, label=f"level {n}")
+        axes.plot(
+            steps,
+            running_mean(values, window),
+            color=f"C{n}",
+            linewidth=1.6,
+            label=name.removeprefix("loss_").replace("_", " "),
+        )
         held_out = name.replace("loss_", "validation_", 1)
         validated = [(row["step"], row[held_out]) for row in log if held_out in row]
         if validated:
             axes.plot(*zip(*validated), color=f"C{n}", linewidth=1.6, linestyle="--", marker=".", label="held out")
-    axes.set(xlabel="step", ylabel="mean squared error of v", yscale="log", title="training loss per pyramid level")
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title="training losses")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     with atomic_path(out) as temporary:

@@ -49,6 +49,7 @@ from hpdm.training.skips import Skips, advice
 from hpdm.training.speed import Speed, peak_tflops
 from hpdm.training.statistics import optimizer_statistics
 from hpdm.training.step import Update, update
+from hpdm.training.stored import weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -403,10 +404,10 @@ class Trainer:
         """
         if self.saver.sharded:
             whole = self.job.system.build(self.job.config, self.options.kernels).to(self.device).eval()
-            weights = dict(self.model.named_parameters()) if average is None else self.ema.shadows[average]
+            weights = weights_of(self.model) if average is None else self.ema.stored(average)
             with torch.no_grad():
-                for name, p in whole.named_parameters():
-                    p.copy_(full_tensor(weights[name]))
+                for name, t in weights_of(whole).items():
+                    t.copy_(full_tensor(weights[name]))
             yield whole
         elif average is not None:
             with averaged_weights(self.model, self.ema, average):

@@ -9,7 +9,7 @@ import torch
 
 from hpdm import presets, runs, systems
 from hpdm.latent.latent_config import LatentConfig
-from hpdm.latent.latent_model import LatentDiffusion
+from hpdm.latent.latent_model import LVDM
 from hpdm.runs import RunConfig
 from hpdm.training import options
 from hpdm.training.checkpoint import save_checkpoint
@@ -46,13 +46,12 @@ def small_latent_config(**unet: Any) -> LatentConfig:
     return config.replace(unet=config.unet.replace(**unet))
 
 
-def random_latent_model(config: LatentConfig, seed: int = 0) -> LatentDiffusion:
+def random_latent_model(config: LatentConfig, seed: int = 0) -> LVDM:
     """A model in eval mode as after some training: no weight is zero, and its latents are measured."""
     torch.manual_seed(seed)
-    model = LatentDiffusion(config).eval()
+    model = LVDM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     model.autoencoder.latent_std.fill_(1.5)
     return model
-
