@@ -51,7 +51,7 @@ _RELEASED = Recipe(
 )
 LATENT_RECIPES: dict[str, Recipe] = {
     **dict.fromkeys(UNETS, _RELEASED),
-    "lvdm_tiny": Recipe(steps=8000, batch=16, optimizer="adamw", lr=2e-3, warmup=100),
+    "lvdm_tiny": Recipe(steps=6000, batch=16, optimizer="adamw", lr=2e-3, warmup=100),
 }
 
 LATENT_SAMPLING: dict[str, dict[str, Any]] = {
