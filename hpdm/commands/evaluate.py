@@ -21,6 +21,7 @@ from hpdm.evaluation.distribution import distribution_lines
 from hpdm.evaluation.levels import levels_of
 from hpdm.evaluation.motion import motion_table, read_synthetic_set
 from hpdm.evaluation.over_time.report import over_time_table, plot_over_time
+from hpdm.evaluation.protocols import PROTOCOLS
 from hpdm.evaluation.reconstruction import evaluate_reconstruction, reconstruction_table
 from hpdm.files import write_json
 from hpdm.runs import Run
@@ -78,9 +79,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Returns:
         ``step``; with the metric denoising what :func:`hpdm.evaluation.denoising.evaluate_denoising` returns; with
-        motion ``motion``, see :meth:`hpdm.evaluation.motion.MotionScore.result`, or along time ``over_time``, see
-        :func:`hpdm.commands.evaluate_over_time.over_time`; with fvd or is ``distribution``, see
-        :meth:`hpdm.evaluation.distribution.DistributionScore.result`; with reconstruction ``reconstruction``, see
+        motion ``motion``, see :meth:`hpdm.evaluation.motion.MotionScore.result`, with fvd, kvd or is ``distribution``,
+        see :meth:`hpdm.evaluation.distribution.DistributionScore.result`; with reconstruction ``reconstruction``, see
         :func:`hpdm.evaluation.reconstruction.evaluate_reconstruction`. With ``options.level`` ``motion`` and
         ``distribution`` are in ``levels``, a list of a dictionary per level, with ``level`` and ``size`` (frames,
         height, width).
@@ -116,7 +116,7 @@ def evaluate_run(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     elif "motion" in options.metrics:
         for part, scores in zip(parts, motion(options, loaded, levels)):
             part["motion"] = scores
-    if {"fvd", "is"} & set(options.metrics):
+    if options.of_clips:
         for part, scores in zip(parts, distribution(options, loaded, levels)):
             part["distribution"] = scores
     if options.level:
@@ -156,15 +156,15 @@ def check_run(options: EvaluateOptions, loaded: Run) -> None:
         )
     if "motion" in metrics:
         read_synthetic_set(dataset)
-        if options.over_time.frames is not None:
-            check_over_time(options, loaded)
-        elif kind != "class":
+        if options.over_time.frames is None and kind != "class":
             raise ValueError(f"run: got a run with conditioning {kind!r}, expected 'class' for motion")
+    if options.over_time.frames is not None:
+        check_over_time(options, loaded)
     if metrics & OF_VIDEOS and options.generated is None:
         warn_of_untrained_context(loaded, options.sampler)
-    if metrics & {"fvd", "is"} and options.frames > frames:
+    if options.of_clips and options.frames > frames:
         raise ValueError(f"frames: got {options.frames}, expected at most {frames}, the frames of the run")
-    if "fvd" in metrics and options.split is None and _has_split(dataset):
+    if options.distances and PROTOCOLS[options.protocol].split and options.split is None and _has_split(dataset):
         raise ValueError(f"split: got none, but {options.data} has split lists: expected train (published) or test")
 
 

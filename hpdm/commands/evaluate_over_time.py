@@ -1,55 +1,136 @@
-"""The metric motion of ``hpdm evaluate`` along long videos: sampled ones, or files that ``hpdm sample`` wrote."""
+"""The metrics motion, fvd and kvd of ``hpdm evaluate`` along long videos: sampled, or files of ``hpdm sample``."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpdm.commands.evaluate_options import EvaluateOptions
 from hpdm.commands.evaluate_videos import sampler_options
 from hpdm.data.clips import VideoDataset
+from hpdm.evaluation.detector import Detector
+from hpdm.evaluation.distribution import draw_labels
+from hpdm.evaluation.feature_distances import RealFeatures, divisor, draw_real
 from hpdm.evaluation.generated import class_of_file, find_generated
 from hpdm.evaluation.motion import read_synthetic_set
+from hpdm.evaluation.over_time.borders import CLIP
+from hpdm.evaluation.over_time.distances import distances_to_real, distances_to_start
+from hpdm.evaluation.over_time.features import ClipFeatures
 from hpdm.evaluation.over_time.report import check_plots
 from hpdm.evaluation.over_time.score import compare, measure_tracks
-from hpdm.evaluation.over_time.sources import check_file, check_real, read_files, read_real, sample_long
+from hpdm.evaluation.over_time.sources import Pieces, check_file, check_real, read_files, read_real, sample_long
+from hpdm.evaluation.over_time.summary import times_of
+from hpdm.evaluation.protocols import PROTOCOLS
 from hpdm.long_video import LongSampler
 from hpdm.runs import Run
 
-OVER_TIME_SAMPLES = 24
+MOTION_SAMPLES = 24
+DISTANCE_SAMPLES = 512
+"""Videos, and real clips, of fvd and kvd (LVDM, section 4: "among 512 samples")."""
 
 
 def over_time(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     """Measures generated and real videos along time. A collective.
 
     Returns:
-        What :func:`hpdm.evaluation.over_time.score.compare` returns, and ``origin``: the folder of the videos, or how
-        they were sampled.
+        With the metric motion what :func:`hpdm.evaluation.over_time.score.compare` returns, else its ``frames``,
+        ``clip``, ``times`` and ``borders``; with fvd or kvd ``distances``, see :func:`_distances`; ``origin``: the
+        folder of the videos, or how they were sampled.
     """
     frames, sampler = _frames(options), _long_sampler(options, loaded)
-    dataset = options.open_clips(loaded, frames=frames)
-    steps, borders = dataset.offsets(read_synthetic_set(dataset).fps), sampler.windows.borders(frames)
+    borders = sampler.windows.borders(frames)
+    result: dict[str, Any] = {"frames": frames, "clip": CLIP, "times": times_of(frames // CLIP).tolist()}
+    result["borders"] = list(borders)
+    real = _real_features(options, loaded) if options.distances else None
     labels = _labels(options, loaded)
     if options.generated is not None:
         files = _files(options, options.generated)
         names = None if labels is None else [class_of_file(path, loaded.classes) for path in files]
         count, pieces = len(files), read_files(files, frames)
     else:
-        count = options.samples or OVER_TIME_SAMPLES
+        count = _count(options)
         names = None if labels is None else [loaded.classes[label] for label in labels]
         pieces = sample_long(sampler, options.seed, labels, count, options.batch, frames)
-    generated = measure_tracks(pieces, names, steps, borders)
-    indices = _spread(dataset, count)
-    real_names = None if labels is None else [dataset.class_names[dataset.files[i].label] for i in indices]
-    real = measure_tracks(read_real(dataset, indices), real_names, steps, borders)
-    result = compare(real, generated, frames, borders, own_start=labels is None)
+    features = None
+    if real is not None:
+        features = ClipFeatures(real.detector, frames, options.batch)
+        pieces = features.watch(pieces)
+    if "motion" in options.metrics:
+        result |= _motion(options, loaded, pieces, names, count, borders)
+    else:
+        deque(pieces, maxlen=0)
+    if real is not None and features is not None:
+        result["distances"] = _distances(options, features.result(), real)
     origin: dict[str, Any] = {"long": asdict(options.over_time.long)}
     if options.generated is not None:
         return result | {"origin": origin | {"generated": str(options.generated)}}
     sampled = {"first_seed": options.seed, "sampler": asdict(sampler_options(options, loaded))}
     return result | {"origin": origin | sampled | {"unlabeled": labels is None}}
+
+
+def _motion(
+    options: EvaluateOptions,
+    loaded: Run,
+    pieces: Pieces,
+    names: list[str] | None,
+    count: int,
+    borders: Sequence[int],
+) -> dict[str, Any]:
+    """The metric motion of the videos ``pieces``, of the classes ``names``, and of real ones."""
+    frames = _frames(options)
+    dataset = options.open_clips(loaded, frames=frames)
+    steps = dataset.offsets(read_synthetic_set(dataset).fps)
+    generated = measure_tracks(pieces, names, steps, borders)
+    indices = _spread(dataset, count)
+    real_names = None if names is None else [dataset.class_names[dataset.files[i].label] for i in indices]
+    real = measure_tracks(read_real(dataset, indices), real_names, steps, borders)
+    return compare(real, generated, frames, borders, own_start=names is None)
+
+
+def _real_features(options: EvaluateOptions, loaded: Run) -> RealFeatures:
+    """Features of real clips of 16 frames at random places. A collective."""
+    if options.detector is None:
+        raise ValueError("detector: got none, expected a TorchScript file")
+    return draw_real(
+        _windows(options, loaded),
+        Detector(options.detector, "features", loaded.device),
+        distances=options.distances,
+        draws=options.draws or 1,
+        count=options.real_clips or DISTANCE_SAMPLES,
+        repeat=True,
+        unbiased=PROTOCOLS[options.protocol].unbiased,
+        batch=options.batch,
+        folder=options.statistics,
+    )
+
+
+def _distances(options: EvaluateOptions, features: np.ndarray, real: RealFeatures) -> dict[str, Any]:
+    """The metrics fvd and kvd of videos with the features ``[N, clips, W]``, with all that they depend on.
+
+    Returns:
+        ``videos``; ``real``, clips of a draw (the smallest), and ``left_out``; ``features``: W; ``to_real`` and
+        ``to_start``, see :mod:`hpdm.evaluation.over_time.distances`; and the settings.
+    """
+    smallest = min(real.draws, key=lambda draw: draw.features.count)
+    return {
+        "videos": len(features),
+        "real": smallest.features.count,
+        "left_out": smallest.left_out,
+        "features": features.shape[2],
+        "covariance": divisor(real.unbiased),
+        "to_real": distances_to_real(features, real),
+        "to_start": distances_to_start(features, real.distances, real.unbiased),
+        "detector": {"file": str(real.detector.path), "sha256": real.detector.sha256},
+        "protocol": options.protocol,
+        "split": options.split,
+        "seed": options.seed,
+        "weights": options.weights,
+    }
 
 
 def check_over_time(options: EvaluateOptions, loaded: Run) -> None:
@@ -65,14 +146,19 @@ def check_over_time(options: EvaluateOptions, loaded: Run) -> None:
         files = _files(options, options.generated)
         for path in files:
             check_file(path, frames, (height, width))
-        if _labels(options, loaded) is not None:
+        if _labeled(options, loaded):
             for path in files:
                 class_of_file(path, loaded.classes)
+        if options.distances and len(files) < 2:
+            raise ValueError(f"generated: {options.generated} holds 1 video, expected at least 2 for a distance")
         count = len(files)
     else:
-        count = options.samples or OVER_TIME_SAMPLES
-    dataset = options.open_clips(loaded, frames=frames)
-    check_real(dataset, _spread(dataset, count))
+        count = _count(options)
+    if options.distances:
+        _windows(options, loaded)
+    if "motion" in options.metrics:
+        dataset = options.open_clips(loaded, frames=frames)
+        check_real(dataset, _spread(dataset, count))
     if options.over_time.plot is not None:
         check_plots()
 
@@ -88,11 +174,28 @@ def _long_sampler(options: EvaluateOptions, loaded: Run) -> LongSampler:
     return loaded.system.long_sampler(loaded.model, sampler_options(options, loaded), options.over_time.long)
 
 
+def _count(options: EvaluateOptions) -> int:
+    """Videos to sample."""
+    return options.samples or (DISTANCE_SAMPLES if options.distances else MOTION_SAMPLES)
+
+
+def _windows(options: EvaluateOptions, loaded: Run) -> VideoDataset:
+    """Real clips of 16 frames at random places."""
+    return options.open_clips(loaded, frames=CLIP, train=True, short="skip", seed=options.seed)
+
+
+def _labeled(options: EvaluateOptions, loaded: Run) -> bool:
+    """Whether videos have classes; else each is compared with its own first clip."""
+    return not options.over_time.unlabeled and loaded.config.conditioning == "class"
+
+
 def _labels(options: EvaluateOptions, loaded: Run) -> list[int] | None:
-    """The classes of the videos to sample, in turn; ``None`` if each is compared with its own first clip."""
-    if options.over_time.unlabeled or loaded.config.conditioning != "class":
+    """The classes of the videos to sample: in turn, or for a distance as frequent as in the set; ``None`` for none."""
+    if not _labeled(options, loaded):
         return None
-    return [i % len(loaded.classes) for i in range(options.samples or OVER_TIME_SAMPLES)]
+    if options.distances:
+        return draw_labels(_windows(options, loaded).labels, _count(options), options.seed)
+    return [i % len(loaded.classes) for i in range(_count(options))]
 
 
 def _files(options: EvaluateOptions, folder: Path) -> list[Path]:

@@ -9,7 +9,8 @@ from typing import Any
 from hpdm.commands.evaluate_options import EvaluateOptions
 from hpdm.commands.sampler_choice import choose_sampler
 from hpdm.evaluation.detector import Detector
-from hpdm.evaluation.distribution import PROTOCOLS, DistributionScore, RealFeatures, draw_labels
+from hpdm.evaluation.distribution import DistributionScore, draw_labels
+from hpdm.evaluation.feature_distances import draw_real
 from hpdm.evaluation.generated import (
     Clips,
     class_of_file,
@@ -22,7 +23,7 @@ from hpdm.evaluation.generated import (
 from hpdm.evaluation.given import GivenLevels
 from hpdm.evaluation.levels import Level, levels_of
 from hpdm.evaluation.motion import MotionScore
-from hpdm.evaluation.real_statistics import real_statistics
+from hpdm.evaluation.protocols import PROTOCOLS
 from hpdm.evaluation.seams import SeamScore
 from hpdm.runs import Run
 from hpdm.sampling import SamplerOptions
@@ -49,8 +50,8 @@ def motion(options: EvaluateOptions, loaded: Run, levels: Sequence[Level]) -> li
 
 
 def distribution(options: EvaluateOptions, loaded: Run, levels: Sequence[Level]) -> list[dict[str, Any]]:
-    """The metrics fvd and is on each level, with everything that they depend on."""
-    metrics, device, seams = options.metrics, loaded.device, None
+    """The metrics fvd, kvd and is on each level, with everything that they depend on."""
+    metrics, device, seams, protocol = options.of_clips, loaded.device, None, PROTOCOLS[options.protocol]
     detector = None if options.detector is None else Detector(options.detector, "features", device)
     classifier = None if options.classifier is None else Detector(options.classifier, "classes", device)
     frames = [min(options.frames, level.size[0]) for level in levels]
@@ -68,16 +69,19 @@ def distribution(options: EvaluateOptions, loaded: Run, levels: Sequence[Level])
     scores = []
     for level, clips, n in zip(levels, windows, frames):
         real = None
-        if "fvd" in metrics and detector is not None:
-            statistics = real_statistics(
+        if detector is not None and metrics & set(options.distances):
+            real = draw_real(
                 clips,
                 detector,
-                count=PROTOCOLS[options.protocol].real,
+                distances=options.distances,
+                draws=options.draws or protocol.draws,
+                count=options.real_clips or protocol.real,
+                repeat=protocol.repeat,
+                unbiased=protocol.unbiased,
                 batch=options.batch,
                 folder=options.statistics,
                 level=None if level.is_last else level,
             )
-            real = RealFeatures(detector, statistics)
         only_is = classifier if "is" in metrics else None
         scores.append(DistributionScore(frames=n, batch=options.batch, real=real, classifier=only_is))
     about = {

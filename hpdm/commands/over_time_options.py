@@ -1,4 +1,4 @@
-"""The options of ``hpdm evaluate --metrics motion`` for long videos, measured along time."""
+"""The options of ``hpdm evaluate --metrics motion fvd kvd`` for long videos, measured along time."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class OverTimeOptions:
     """
 
     frames: Annotated[int | None, tyro.conf.arg(name="over-time")] = None
-    """Motion: measure videos of so many frames, 16 frames at a time from the first to the last, and where windows meet.
-    --data must have clips of that length, and so must --generated."""
+    """Motion, fvd, kvd: measure videos of so many frames, 16 frames at a time from the first to the last; motion also
+    where windows meet. --generated must have videos of that length, and for motion so must --data."""
     unlabeled: bool = False
     """With --over-time: sample without classes; shape and color of each video are compared with those of its own first
     16 frames."""

@@ -14,13 +14,13 @@ from torch import nn
 from hpdm import distributed, runs
 from hpdm.checks import check_choice
 from hpdm.commands.evaluate import check_run, evaluate_run
-from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions, Metric
+from hpdm.commands.evaluate_options import DISTANCES, OF_DISTRIBUTION, OF_VIDEOS, EvaluateOptions, Metric
 from hpdm.commands.sampler_choice import choose_sampler, sampler_not_given
 from hpdm.commands.table_settings import SAMPLES, measured_with
 from hpdm.commands.train import prepare, train
 from hpdm.data.layout import Split
 from hpdm.data.mixture import parse_root
-from hpdm.evaluation.distribution import PROTOCOLS, ProtocolName
+from hpdm.evaluation.protocols import PROTOCOLS, ProtocolName
 from hpdm.evaluation.tables import Cells, Section, sections_of, write_table
 from hpdm.json_file import read_json_lines
 from hpdm.objective import Objective
@@ -66,26 +66,26 @@ class AblationTable:
     setups: tuple[SetupName, ...] = TABLE_3
     """Rows of the table: those of Table 3, and sinusoidal and shared of appendix D."""
     metrics: tuple[Metric, ...] = ("denoising",)
-    """What to measure, as for `hpdm evaluate`: denoising, motion, fvd or is, on every level."""
+    """What to measure, as for `hpdm evaluate`: denoising, motion, fvd, kvd or is, on every level."""
     measured_data: Path | None = None
     """Folder of the clips to measure with. Default: that of --data."""
     measured_split: Split | None = None
     """Their side of the split. Default: none with --measured-data; else, where --split is given, train for fvd
-    (published) and test for all other metrics."""
+    and kvd (published) and test for all other metrics."""
     clips: int = 64
     """Denoising: number of clips."""
     samples: int | None = None
-    """Number of videos to sample: 512 for fvd and is, 96 for motion."""
+    """Number of videos to sample: 512 for fvd, kvd and is, 96 for motion."""
     protocol: ProtocolName = "paper"
-    """fvd: real videos, and the overlap of tiles unless --sampler.overlap is given."""
+    """fvd, kvd: real videos and draws of them, and the overlap of tiles unless --sampler.overlap is given."""
     frames: int = 16
-    """fvd, is: frames per video."""
+    """fvd, kvd, is: frames per video."""
     detector: Path | None = None
-    """fvd: TorchScript file of I3D."""
+    """fvd, kvd: TorchScript file of I3D."""
     classifier: Path | None = None
     """is: TorchScript file of C3D."""
     statistics: Path | None = None
-    """fvd: folder that keeps the feature statistics of real clips."""
+    """fvd, kvd: folder that keeps the features of real clips."""
     sampler: SamplerOptions = field(default_factory=sampler_not_given)
     """How to sample."""
     measured_batch: int = 16
@@ -164,8 +164,8 @@ class AblationTable:
         """How to measure a run."""
         split, samples = self.measured_split, self.samples
         if split is None and self.measured_data is None and self.train.split is not None:
-            split = "train" if "fvd" in self.metrics else "test"
-        if samples is None and {"fvd", "is"} & set(self.metrics):
+            split = "train" if set(DISTANCES) & set(self.metrics) else "test"
+        if samples is None and OF_DISTRIBUTION & set(self.metrics):
             samples = SAMPLES
         return EvaluateOptions(
             run_folder=self._folder(name),

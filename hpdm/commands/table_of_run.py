@@ -13,10 +13,10 @@ import tyro
 
 from hpdm import distributed, runs
 from hpdm.commands.evaluate import evaluate_run
-from hpdm.commands.evaluate_options import OF_VIDEOS, EvaluateOptions
+from hpdm.commands.evaluate_options import OF_DISTRIBUTION, OF_VIDEOS, EvaluateOptions
 from hpdm.commands.sampler_choice import choose_sampler
 from hpdm.commands.table_settings import SAMPLES, measured_with
-from hpdm.evaluation.distribution import PROTOCOLS
+from hpdm.evaluation.protocols import PROTOCOLS
 from hpdm.evaluation.tables import Cells, Section, sections_of, write_table
 
 
@@ -27,7 +27,7 @@ class TableOfRun(ABC):
     out: Path
     """Folder of the table, its cells and nothing else; the same command resumes an interrupted table."""
     evaluate: Annotated[EvaluateOptions, tyro.conf.arg(name="")]
-    """What to measure, as for `hpdm evaluate`. --metrics: motion, fvd or is; --samples: 512 for fvd and is."""
+    """What to measure, as for `hpdm evaluate`. --metrics: motion, fvd, kvd or is; --samples: 512 but for motion."""
 
     title: ClassVar[str]
     """First line of the table."""
@@ -37,8 +37,8 @@ class TableOfRun(ABC):
     def __post_init__(self) -> None:
         if not set(self.evaluate.metrics) <= OF_VIDEOS:
             raise ValueError(
-                f"metrics: got {', '.join(self.evaluate.metrics)}, expected some of motion, fvd and is: nothing else "
-                "changes from row to row"
+                f"metrics: got {', '.join(self.evaluate.metrics)}, expected some of motion, fvd, kvd and is: nothing "
+                "else changes from row to row"
             )
         for name in ("generated", "json"):
             if getattr(self.evaluate, name) is not None:
@@ -56,7 +56,7 @@ class TableOfRun(ABC):
             with distributed.raise_on_all_ranks():
                 loaded = runs.load(options.run_folder, kernels=options.kernels, device=device, weights=options.weights)
             sampler = choose_sampler(loaded, options.sampler, overlap=PROTOCOLS[options.protocol].overlap)
-            samples = options.samples or (SAMPLES if metrics & {"fvd", "is"} else None)
+            samples = options.samples or (SAMPLES if metrics & OF_DISTRIBUTION else None)
             options = replace(options, sampler=sampler, samples=samples)
             rows = self.rows(options, len(loaded.system.part_sizes(loaded.config)))
             settings, results, cells = {}, {}, Cells(self.out)

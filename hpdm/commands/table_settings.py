@@ -10,7 +10,7 @@ from hpdm.evaluation.detector import Detector, Kind
 from hpdm.runs import Run
 
 SAMPLES = 512
-"""Videos for FVD and Inception score: FVD@512, as in the paper's tables."""
+"""Videos for FVD, KVD and Inception score: FVD@512, as in the paper's tables."""
 
 DETECTORS: dict[str, Kind] = {"detector": "features", "classifier": "classes"}
 

@@ -130,7 +130,7 @@ Levels = Mapping[int, Mapping[str, Any]]
 
 
 def _distribution_sections(levels: Levels, by_level: Mapping[str, Levels]) -> list[Section]:
-    """FVD and Inception score, where they were measured."""
+    """FVD, KVD and Inception score, where they were measured."""
     about = next(iter(levels.values())).get("distribution", {})
     return [
         Section(
@@ -141,7 +141,7 @@ def _distribution_sections(levels: Levels, by_level: Mapping[str, Levels]) -> li
                 for name, parts in by_level.items()
             },
         )
-        for metric, key, title in (("fvd", "value", "FVD"), ("is", "mean", "Inception score"))
+        for metric, key, title in (("fvd", "value", "FVD"), ("kvd", "value", "KVD"), ("is", "mean", "Inception score"))
         if metric in about
     ]
 

@@ -13,9 +13,10 @@ from hpdm import HPDM, presets
 from hpdm.commands.evaluate import EvaluateOptions, evaluate, run
 from hpdm.data.clips import VideoDataset
 from hpdm.data.synthetic import render_clip, render_synthetic
-from hpdm.evaluation import distribution as distribution_eval
+from hpdm.evaluation import feature_distances
 from hpdm.evaluation.detector import Detector
-from hpdm.evaluation.distribution import DistributionScore, RealFeatures, draw_labels
+from hpdm.evaluation.distribution import DistributionScore, draw_labels
+from hpdm.evaluation.feature_distances import RealFeatures
 from hpdm.evaluation.generated import measure
 from hpdm.evaluation.metrics import frechet_distance, inception_score
 from hpdm.evaluation.real_statistics import real_statistics
@@ -84,7 +85,7 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
     )
     videos = torch.randint(256, (21, 3, 8, 32, 32), dtype=torch.uint8)
     real = real_statistics(dataset, detector, count=None, batch=5)
-    found = scored(videos, batch=4, real=RealFeatures(detector, real), classifier=classifier)
+    found = scored(videos, batch=4, real=RealFeatures(detector, [real]), classifier=classifier)
     first = videos[:, :, :4]
     made = detector(first).double().numpy()
     clips = detector(torch.stack([dataset[i]["video"] for i in range(len(dataset))])).double().numpy()
@@ -94,13 +95,13 @@ def test_fvd_and_inception_score_are_those_of_the_features(folder):
     expected = inception_score(classifier(first).numpy(), 10, shuffle=42)
     assert (found["is"]["mean"], found["is"]["std"]) == pytest.approx(expected, rel=1e-6)
     clips = (dataset[i]["video"] for i in range(len(dataset)))
-    same = scored(clips, batch=12, real=RealFeatures(detector, real))
+    same = scored(clips, batch=12, real=RealFeatures(detector, [real]))
     assert same["fvd"]["value"] < 1e-9 * found["fvd"]["value"]
 
 
 def test_fvd_grows_with_noise(folder):
     detector, dataset = Detector(folder / "i3d.pt", "features"), windows(folder)
-    real = RealFeatures(detector, real_statistics(dataset, detector, count=None, batch=12))
+    real = RealFeatures(detector, [real_statistics(dataset, detector, count=None, batch=12)])
     clips = torch.stack([dataset[i]["video"] for i in range(len(dataset))]).float()
     noise = torch.randn_like(clips)
     spoilt = ((clips + sigma * noise).clamp(0, 255).to(torch.uint8) for sigma in (5, 20, 80))
@@ -203,8 +204,8 @@ def test_processes_share_the_clips(folder, tmp_path):
 def test_too_few_videos_for_the_features_are_told(folder, caplog):
     detector = Detector(folder / "i3d.pt", "features")
     videos = torch.randint(256, (3, 3, 4, 32, 32), dtype=torch.uint8)
-    with caplog.at_level(logging.WARNING, logger=distribution_eval.__name__):
-        real = RealFeatures(detector, real_statistics(windows(folder), detector, count=2, batch=5))
+    with caplog.at_level(logging.WARNING, logger=feature_distances.__name__):
+        real = RealFeatures(detector, [real_statistics(windows(folder), detector, count=2, batch=5)])
         scored(videos, batch=2, real=real)
     assert "2 real videos give a covariance of rank 1 for 3 features" in caplog.text
     assert "3 generated videos give a covariance of rank 2 for 3 features" in caplog.text
