@@ -183,7 +183,7 @@ def test_the_command_reports_all_that_the_number_depends_on(folder, tmp_path, ca
 def test_processes_share_the_clips(folder, tmp_path):
     """Eleven videos in batches of 3: shares are unequal, the last batch is short, and nothing changes."""
     common = {"samples": 11, "batch": 3, "split": "train", "clips": 5}
-    command = options(folder, metrics=("denoising", "motion", "fvd", "is"), detector=folder / "i3d.pt",
+    command = options(folder, metrics=("denoising", "motion", "fvd", "kvd", "is"), detector=folder / "i3d.pt",
                       classifier=folder / "c3d.pt", **common)  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -197,6 +197,7 @@ def test_processes_share_the_clips(folder, tmp_path):
     arguments += [part for name, value in common.items() for part in (f"--{name}", value)]
     printed = run_ranks(["-m", "hpdm", *arguments], 2, TRITON_INTERPRET="0")
     assert [text.count("Inception score") for text in printed] == [1, 0]
+    assert alone["distribution"]["kvd"]["real"] == 8
     assert json.loads((tmp_path / "two.json").read_text()) == alone
     assert len(list((tmp_path / "kept").iterdir())) == 1
 

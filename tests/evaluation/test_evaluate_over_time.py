@@ -19,6 +19,7 @@ from hpdm.long_video import LongOptions
 from hpdm.patch.long_sampler import LongSampler
 from hpdm.sampling import SamplerOptions
 from hpdm.video import write_video
+from tests.evaluation.test_evaluate import Features
 from tests.processes import run_ranks
 from tests.small import random_model, save_as_run, small_config
 
@@ -36,6 +37,7 @@ def folder(tmp_path_factory):
     for name, changes in (("run", {}), ("short", {"known_frames": False}), ("free", {"conditioning": "none"})):
         model = random_model(small_config(**(LONG | changes)))
         save_as_run(model, root / name, [] if name == "free" else CLASSES, training)
+    torch.jit.script(Features().eval()).save(str(root / "i3d.pt"))
     return root
 
 
@@ -137,20 +139,56 @@ def test_files_of_the_sample_command_are_read(folder, tmp_path):
 
 
 def test_processes_share_the_videos(folder, tmp_path):
-    command = options(folder, samples=3, batch=1)
+    command = options(folder, metrics=("motion", "fvd", "kvd"), samples=3, batch=1, split="train", real_clips=9,
+                      detector=folder / "i3d.pt")  # fmt: skip
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         alone = json.loads(json.dumps(evaluate(command)))
     finally:
         torch.set_num_threads(threads)
-    arguments = ["evaluate", "--run", folder / "run", "--data", folder / "set", "--metrics", "motion",
-                 "--over-time", 32, "--samples", 3, "--batch", 1, "--steps", 2, "--solver", "heun", "--spacing", "time",
+    arguments = ["evaluate", "--run", folder / "run", "--data", folder / "set", "--metrics", *command.metrics,
+                 "--detector", command.detector, "--split", "train", "--real-clips", 9, "--over-time", 32,
+                 "--samples", 3, "--batch", 1, "--steps", 2, "--solver", "heun", "--spacing", "time",
                  "--overlap", "fhw", "--device", "cpu", "--kernels", "torch", "--json",
                  tmp_path / "two.json"]  # fmt: skip
     printed = run_ranks(["-m", "hpdm", *arguments], 2, TRITON_INTERPRET="0")
     assert [text.count("radius change") for text in printed] == [1, 0]
     assert json.loads((tmp_path / "two.json").read_text()) == alone
+    distances = alone["over_time"]["distances"]
+    assert (distances["videos"], distances["real"], len(distances["to_real"]["fvd"]["values"])) == (3, 9, 2)
+
+
+def test_distances_of_files_need_neither_long_clips_nor_the_synthetic_set(folder, tmp_path, capsys):
+    """Real windows are of 16 frames from anywhere: --data has clips of 48 frames, the videos 64."""
+    videos, data = tmp_path / "videos", tmp_path / "set"
+    videos.mkdir()
+    for seed in range(4):
+        frames = render_clip("RedDisc", frames=70, size=(32, 32), rng=np.random.default_rng(seed)).frames
+        write_video(videos / f"RedDisc_seed{seed}.mp4", frames, crf=4)
+    for name in CLASSES:
+        (data / name).mkdir(parents=True)
+        for path in (folder / "set" / name).iterdir():
+            (data / name / path.name).write_bytes(path.read_bytes())
+    (data / "classInd.txt").write_text("1 RedDisc\n2 GreenSquare\n")
+    command = options(folder, frames=70, samples=None, data=data, generated=videos, metrics=("fvd", "kvd"), draws=2,
+                      real_clips=12, detector=folder / "i3d.pt", plot=tmp_path / "curves.png",
+                      json=tmp_path / "out.json")  # fmt: skip
+    assert run(command) == 0
+    printed = capsys.readouterr().out
+    assert "70 frames of 4 generated videos, 16 at a time, and 12 real clips of 16" in printed
+    assert "kvd to start" in printed
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    result = json.loads((tmp_path / "out.json").read_text())["over_time"]
+    assert result["times"] == [7.5, 23.5, 39.5, 55.5]
+    for name in ("fvd", "kvd"):
+        curve, start = (result["distances"][side][name] for side in ("to_real", "to_start"))
+        assert [len(curve["values"]), len(curve["draws"]), len(curve["draws"][0]), len(curve["std"])] == [4, 2, 4, 4]
+        assert (len(start["values"]), start["first"]) == (4, pytest.approx(0, abs=1e-6))
+    for path in sorted(videos.iterdir())[1:]:
+        path.unlink()
+    with pytest.raises(ValueError, match="holds 1 video, expected at least 2 for a distance"):
+        evaluate(command)
 
 
 @pytest.mark.parametrize(
