@@ -89,7 +89,8 @@ class EvaluateOptions:
     classifier: Path | None = None
     """is: TorchScript file of C3D that returns probabilities."""
     statistics: Path | None = None
-    """fvd, kvd: folder that keeps the features of real clips for the next evaluation."""
+    """fvd, kvd: folder that keeps the features of real clips for the next evaluation, and along time also those of the
+    clips of --generated, each video as it is done."""
     sampler: Annotated[SamplerOptions, tyro.conf.arg(name="")] = field(default_factory=sampler_not_given)
     """How to sample. Where it is not given, the overlap is the protocol's."""
     batch: int = 16

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from hpdm import distributed
 from hpdm.commands.evaluate_options import EvaluateOptions
 from hpdm.commands.evaluate_videos import sampler_options
 from hpdm.data.clips import VideoDataset
@@ -21,6 +22,7 @@ from hpdm.evaluation.motion import read_synthetic_set
 from hpdm.evaluation.over_time.borders import CLIP
 from hpdm.evaluation.over_time.distances import distances_to_real, distances_to_start
 from hpdm.evaluation.over_time.features import ClipFeatures
+from hpdm.evaluation.over_time.kept_features import KeptFeatures
 from hpdm.evaluation.over_time.report import check_plots
 from hpdm.evaluation.over_time.score import compare, measure_tracks
 from hpdm.evaluation.over_time.sources import Pieces, check_file, check_real, read_files, read_real, sample_long
@@ -48,17 +50,17 @@ def over_time(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     result["borders"] = list(borders)
     real = _real_features(options, loaded) if options.distances else None
     labels = _labels(options, loaded)
-    if options.generated is not None:
-        files = _files(options, options.generated)
+    files = None if options.generated is None else _files(options, options.generated)
+    features = None if real is None else _clip_features(options, real.detector, files)
+    if files is not None:
         names = None if labels is None else [class_of_file(path, loaded.classes) for path in files]
-        count, pieces = len(files), read_files(files, frames)
+        done = {} if features is None or "motion" in options.metrics else features.known
+        count, pieces = len(files), read_files(files, frames, skip=done)
     else:
         count = _count(options)
         names = None if labels is None else [loaded.classes[label] for label in labels]
         pieces = sample_long(sampler, options.seed, labels, count, options.batch, frames)
-    features = None
-    if real is not None:
-        features = ClipFeatures(real.detector, frames, options.batch)
+    if features is not None:
         pieces = features.watch(pieces)
     if "motion" in options.metrics:
         result |= _motion(options, loaded, pieces, names, count, borders)
@@ -107,6 +109,18 @@ def _real_features(options: EvaluateOptions, loaded: Run) -> RealFeatures:
         batch=options.batch,
         folder=options.statistics,
     )
+
+
+def _clip_features(options: EvaluateOptions, detector: Detector, files: Sequence[Path] | None) -> ClipFeatures:
+    """Features of the clips of generated videos; with a folder of statistics those of files are kept. A collective."""
+    frames = _frames(options)
+    if files is None or options.statistics is None:
+        return ClipFeatures(detector, frames, options.batch)
+    kept = KeptFeatures(options.statistics, detector, frames // CLIP)
+    with distributed.raise_on_all_ranks():
+        found = {n: kept.read(files[n]) for n in distributed.shard(range(len(files)))}
+    known = {n: rows for n, rows in found.items() if rows is not None}
+    return ClipFeatures(detector, frames, options.batch, known, lambda n, rows: kept.write(files[n], rows))
 
 
 def _distances(options: EvaluateOptions, features: np.ndarray, real: RealFeatures) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +16,10 @@ from tqdm import tqdm
 from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.data.order import ClipKey
+from hpdm.evaluation.array_file import read_arrays, write_arrays
 from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.levels import Level
 from hpdm.evaluation.metrics import FeatureStatistics
-from hpdm.files import atomic_path
-from hpdm.json_file import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -187,10 +185,8 @@ def _file_of(folder: Path, identity: dict[str, Any]) -> Path:
 
 
 def _write(path: Path, identity: dict[str, Any], statistics: RealStatistics) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     features = statistics.features
     arrays: dict[str, Any] = {
-        "identity": np.array(json.dumps(identity)),
         "count": features.count,
         "left_out": statistics.left_out,
         "mean": features.mean,
@@ -198,24 +194,18 @@ def _write(path: Path, identity: dict[str, Any], statistics: RealStatistics) -> 
     }
     if statistics.rows is not None:
         arrays["rows"] = statistics.rows
-    with atomic_path(path) as temporary:
-        np.savez(temporary, **arrays)
+    write_arrays(path, identity, arrays)
 
 
 def _read(path: Path, identity: dict[str, Any]) -> RealStatistics:
     try:
-        # It is written uncompressed. A compressed one could ask for any amount of memory.
-        with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
-                raise ValueError("compressed")
-        with np.load(path, allow_pickle=False) as file:
-            identity_in_file = parse_json(str(file["identity"]), dict[str, Any], "identity")
-            features = FeatureStatistics.of(int(file["count"]), file["mean"], file["covariance"])
-            left_out = int(file["left_out"])
-            shapes = (features.mean.shape, file["covariance"].shape)
-            if shapes != ((features.width,), (features.width, features.width)) or features.count < 2:
-                raise ValueError(f"shapes {shapes} of {features.count} clips")
-            rows = _read_rows(file["rows"], features) if identity.get("rows") else None
+        identity_in_file, file = read_arrays(path)
+        features = FeatureStatistics.of(int(file["count"]), file["mean"], file["covariance"])
+        left_out = int(file["left_out"])
+        shapes = (features.mean.shape, file["covariance"].shape)
+        if shapes != ((features.width,), (features.width, features.width)) or features.count < 2:
+            raise ValueError(f"shapes {shapes} of {features.count} clips")
+        rows = _read_rows(file["rows"], features) if identity.get("rows") else None
     except Exception as error:  # numpy raises errors of many types for damaged files
         raise ValueError(f"statistics: {path} is damaged ({type(error).__name__}: {error}); delete it") from None
     if identity_in_file != identity:

@@ -57,7 +57,7 @@ def ablations(folder, out, *more):
 
 def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "table"
-    command = overlap(folder, out, "--metrics", "fvd", "motion", "--detector", folder / "i3d.pt")
+    command = overlap(folder, out, "--metrics", "fvd", "kvd", "motion", "--detector", folder / "i3d.pt")
     calls, real = [], table_of_run.evaluate_run
 
     def interrupted(options, loaded):
@@ -76,8 +76,9 @@ def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monke
     assert calls == list(OVERLAPS)
 
     table = json.loads((out / "table.json").read_text())
-    fvd, motion, seams, published = table["sections"]
+    fvd, kvd, motion, seams, published = table["sections"]
     assert (fvd["title"], fvd["columns"]) == ("FVD, 3 videos", ["4x16x16", "8x32x32"])
+    assert kvd["title"] == "KVD, 3 videos"
     assert list(fvd["rows"]) == list(OVERLAPS) == list(published["rows"])
     assert motion["columns"][4:6] == ["motion right, 8x32x32", "shape overlap, 8x32x32"]
     assert list(motion["rows"]) == [*OVERLAPS, "real clips"]
@@ -85,20 +86,21 @@ def test_table_4_has_what_eight_evaluations_find(folder, tmp_path, capsys, monke
     assert len({tuple(row) for row in fvd["rows"].values()}) == 8
     one = replace(command.evaluate, sampler=replace(command.evaluate.sampler, overlap="fw"), level=(1, 2))
     found = evaluate(one)["levels"]
-    assert fvd["rows"]["fw"] == [level["distribution"]["fvd"]["value"] for level in found]
+    for name, section in (("fvd", fvd), ("kvd", kvd)):
+        assert section["rows"]["fw"] == [level["distribution"][name]["value"] for level in found]
     assert motion["rows"]["fw"][5] == found[1]["motion"]["generated"]["shape_overlap"]
     # Tiles of two frames that overlap by one leave no frame without a border.
     energies = dict(zip(seams["columns"], seams["rows"]["fw"]))
     assert energies == {"f": None} | found[1]["distribution"]["seams"]
     text = (out / "table.md").read_text()
     assert "| fhw | 381.85 | 467.37 |" in text
-    assert text.count("\n| fhw |") == 4
+    assert text.count("\n| fhw |") == 5
     assert text in capsys.readouterr().out
 
     before = (out / "table.md").read_text()
     assert command.run() == 0  # all is there
     assert (calls, (out / "table.md").read_text()) == (list(OVERLAPS), before)
-    other = overlap(folder, out, "--metrics", "fvd", "motion", "--detector", folder / "i3d.pt", "--guidance", 2)
+    other = overlap(folder, out, "--metrics", "fvd", "kvd", "motion", "--detector", folder / "i3d.pt", "--guidance", 2)
     with pytest.raises(ValueError, match=r"none.json was computed with other settings \(sampler: .*guidance"):
         other.run()
 
@@ -189,7 +191,7 @@ def test_ablations_of_appendix_d_and_metrics_of_videos(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"metrics": ("denoising",)}, "metrics: got denoising, expected some of motion, fvd and is"),
+        ({"metrics": ("denoising",)}, "metrics: got denoising, expected some of motion, fvd, kvd and is"),
         ({"sampler": SamplerOptions(overlap="hw")}, "overlap: got hw, expected none: the table has all"),
         ({"generated": Path("x")}, "generated: got x, expected none for a table"),
         ({"json": Path("x.json")}, "json: got x.json, expected none for a table"),

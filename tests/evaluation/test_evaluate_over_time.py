@@ -14,6 +14,7 @@ from hpdm.commands.over_time_options import OverTimeOptions
 from hpdm.commands.sample import SampleOptions
 from hpdm.commands.sample import run as sample
 from hpdm.data.synthetic import render_clip, render_synthetic
+from hpdm.evaluation.detector import Detector
 from hpdm.evaluation.over_time.sources import sample_long
 from hpdm.long_video import LongOptions
 from hpdm.patch.long_sampler import LongSampler
@@ -159,7 +160,7 @@ def test_processes_share_the_videos(folder, tmp_path):
     assert (distances["videos"], distances["real"], len(distances["to_real"]["fvd"]["values"])) == (3, 9, 2)
 
 
-def test_distances_of_files_need_neither_long_clips_nor_the_synthetic_set(folder, tmp_path, capsys):
+def test_distances_of_files_need_neither_long_clips_nor_the_synthetic_set(folder, tmp_path, capsys, monkeypatch):
     """Real windows are of 16 frames from anywhere: --data has clips of 48 frames, the videos 64."""
     videos, data = tmp_path / "videos", tmp_path / "set"
     videos.mkdir()
@@ -185,6 +186,17 @@ def test_distances_of_files_need_neither_long_clips_nor_the_synthetic_set(folder
         curve, start = (result["distances"][side][name] for side in ("to_real", "to_start"))
         assert [len(curve["values"]), len(curve["draws"]), len(curve["draws"][0]), len(curve["std"])] == [4, 2, 4, 4]
         assert (len(start["values"]), start["first"]) == (4, pytest.approx(0, abs=1e-6))
+    again = replace(command, statistics=tmp_path / "kept", draws=None)
+    first = evaluate(again)["over_time"]["distances"]
+    assert len(list((tmp_path / "kept").iterdir())) == 4 + 1  # a file per video, and the real clips
+    with monkeypatch.context() as patch:
+        patch.setattr(Detector, "__call__", lambda *_: pytest.fail("computed again"))
+        assert evaluate(again)["over_time"]["distances"] == first
+        with pytest.raises(pytest.fail.Exception, match="computed again"):
+            evaluate(replace(again, over_time=OverTimeOptions(48)))
+    next((tmp_path / "kept").glob("clips-*.npz")).write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"statistics: .*clips-\w+.npz is damaged .* delete it"):
+        evaluate(again)
     for path in sorted(videos.iterdir())[1:]:
         path.unlink()
     with pytest.raises(ValueError, match="holds 1 video, expected at least 2 for a distance"):

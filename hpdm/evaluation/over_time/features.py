@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,10 +21,20 @@ class ClipFeatures:
         detector: of features.
         frames: of a video, at least 16; what is left after the last whole clip is not measured.
         batch: clips at a time.
+        known: features ``[clips, W]`` of some of this rank's videos, by number; nothing is computed of these.
+        finished: called with the number and the features ``[clips, W]`` of each other video, once all are there.
     """
 
-    def __init__(self, detector: Detector, frames: int, batch: int) -> None:
-        self.detector, self.batch, self.clips = detector, batch, frames // CLIP
+    def __init__(
+        self,
+        detector: Detector,
+        frames: int,
+        batch: int,
+        known: Mapping[int, np.ndarray] | None = None,
+        finished: Callable[[int, np.ndarray], None] | None = None,
+    ) -> None:
+        self.detector, self.batch, self.clips, self.finished = detector, batch, frames // CLIP, finished
+        self.known = dict(known or {})
         self._rest: dict[int, Tensor] = {}  # frames since the last whole clip, by number of the video
         self._waiting: list[tuple[int, Tensor]] = []
         self._begun: dict[int, int] = {}  # clips that were cut, by number of the video
@@ -35,7 +47,8 @@ class ClipFeatures:
             ValueError: a detector that breaks its contract.
         """
         for number, frames in pieces:
-            self._add(number, frames)
+            if number not in self.known:
+                self._add(number, frames)
             yield number, frames
         self._detect()
 
@@ -56,7 +69,10 @@ class ClipFeatures:
         if self._waiting:
             rows = self.detector(torch.stack([clip for _, clip in self._waiting])).numpy()
             for (number, _), row in zip(self._waiting, rows):
-                self._features.setdefault(number, []).append(row)
+                of_video = self._features.setdefault(number, [])
+                of_video.append(row)
+                if len(of_video) == self.clips and self.finished is not None:
+                    self.finished(number, np.stack(of_video))
             self._waiting = []
 
     def result(self) -> np.ndarray:
@@ -65,8 +81,8 @@ class ClipFeatures:
         Raises:
             ValueError: a video that ended early.
         """
-        features = distributed.gather(self._features)
+        features = distributed.gather(self.known | {n: np.stack(rows) for n, rows in self._features.items()})
         for number, of_video in enumerate(features):
             if len(of_video) < self.clips:
                 raise ValueError(f"frames: got {len(of_video)} clips of video {number}, expected {self.clips}")
-        return np.array(features)
+        return np.stack(features)

@@ -5,7 +5,7 @@ Ranks share the videos; a video depends on its own number alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -61,13 +61,13 @@ def sample_long(
                 bar.update(segment.frames.shape[2] * len(numbers))
 
 
-def read_files(files: Sequence[Path], frames: int) -> Pieces:
-    """Reads the first frames of video files, which :func:`check_file` has passed.
+def read_files(files: Sequence[Path], frames: int, skip: Container[int] = ()) -> Pieces:
+    """Reads the first frames of video files, which :func:`check_file` has passed, but for the numbers ``skip``.
 
     Raises:
         DecodeError: a damaged video.
     """
-    numbers = distributed.shard(range(len(files)))
+    numbers = [number for number in distributed.shard(range(len(files))) if number not in skip]
     with _bar(frames * len(numbers)) as bar:
         for number in numbers:
             for start in range(0, frames, PIECE):
