@@ -122,12 +122,13 @@ def plot_over_time(result: dict[str, Any], out: Path) -> None:
             (title.upper().replace("TO START", "to own start"), [("generated", 1, curve["values"], curve.get("std"))])
             for _, title, curve, _ in _distances(result["distances"])
         ]
-    columns = min(3, len(panels))
+    columns = 3 if len(panels) > 4 else 2
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.3 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
+    for place in range(len(panels), rows * columns):
+        grid.flat[place].set_axis_off()
+        grid.flat[place - columns].tick_params(labelbottom=True)
     for axes, (title, curves) in zip(grid.flat, panels):
         for label, color, means, errors in curves:
             bands = [0.0] * len(means) if errors is None else [e or 0.0 for e in errors]
