@@ -41,29 +41,28 @@ def over_time(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
 
     Returns:
         With the metric motion what :func:`hpdm.evaluation.over_time.score.compare` returns, else its ``frames``,
-        ``clip``, ``times`` and ``borders``; with fvd or kvd ``distances``, see :func:`_distances`; ``origin``: the
-        folder of the videos, or how they were sampled.
+        ``clip`` and ``times``; with fvd or kvd ``distances``, see :func:`_distances`; ``origin``: the folder of the
+        videos, or how they were sampled.
     """
-    frames, sampler = _frames(options), _long_sampler(options, loaded)
-    borders = sampler.windows.borders(frames)
+    frames = _frames(options)
     result: dict[str, Any] = {"frames": frames, "clip": CLIP, "times": times_of(frames // CLIP).tolist()}
-    result["borders"] = list(borders)
     real = _real_features(options, loaded) if options.distances else None
-    labels = _labels(options, loaded)
+    labels, names = _labels(options, loaded) if options.generated is None else None, None
     files = None if options.generated is None else _files(options, options.generated)
     features = None if real is None else _clip_features(options, real.detector, files)
     if files is not None:
-        names = None if labels is None else [class_of_file(path, loaded.classes) for path in files]
+        if _labeled(options, loaded) and "motion" in options.metrics:
+            names = [class_of_file(path, loaded.classes) for path in files]
         done = {} if features is None or "motion" in options.metrics else features.known
         count, pieces = len(files), read_files(files, frames, skip=done)
     else:
         count = _count(options)
         names = None if labels is None else [loaded.classes[label] for label in labels]
-        pieces = sample_long(sampler, options.seed, labels, count, options.batch, frames)
+        pieces = sample_long(_long_sampler(options, loaded), options.seed, labels, count, options.batch, frames)
     if features is not None:
         pieces = features.watch(pieces)
     if "motion" in options.metrics:
-        result |= _motion(options, loaded, pieces, names, count, borders)
+        result |= _motion(options, loaded, pieces, names, count)
     else:
         deque(pieces, maxlen=0)
     if real is not None and features is not None:
@@ -81,11 +80,10 @@ def _motion(
     pieces: Pieces,
     names: list[str] | None,
     count: int,
-    borders: Sequence[int],
 ) -> dict[str, Any]:
     """The metric motion of the videos ``pieces``, of the classes ``names``, and of real ones."""
-    frames = _frames(options)
-    dataset = options.open_clips(loaded, frames=frames)
+    frames, sampler = _frames(options), _long_sampler(options, loaded)
+    dataset, borders = options.open_clips(loaded, frames=frames), sampler.windows.borders(frames)
     steps = dataset.offsets(read_synthetic_set(dataset).fps)
     generated = measure_tracks(pieces, names, steps, borders)
     indices = _spread(dataset, count)
@@ -155,12 +153,13 @@ def check_over_time(options: EvaluateOptions, loaded: Run) -> None:
         ImportError: the plot needs a package that is not installed.
     """
     frames, (_, height, width) = _frames(options), loaded.config.resolution
-    _long_sampler(options, loaded)
+    if options.generated is None or "motion" in options.metrics:
+        _long_sampler(options, loaded)  # which says where windows meet, also of files
     if options.generated is not None:
         files = _files(options, options.generated)
         for path in files:
             check_file(path, frames, (height, width))
-        if _labeled(options, loaded):
+        if _labeled(options, loaded) and "motion" in options.metrics:
             for path in files:
                 class_of_file(path, loaded.classes)
         if options.distances and len(files) < 2:

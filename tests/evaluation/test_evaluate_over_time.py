@@ -161,20 +161,23 @@ def test_processes_share_the_videos(folder, tmp_path):
 
 
 def test_distances_of_files_need_neither_long_clips_nor_the_synthetic_set(folder, tmp_path, capsys, monkeypatch):
-    """Real windows are of 16 frames from anywhere: --data has clips of 48 frames, the videos 64."""
+    """Real windows are of 16 frames from anywhere: --data has clips of 48 frames, the videos 70.
+
+    The run could not sample videos of that length itself.
+    """
     videos, data = tmp_path / "videos", tmp_path / "set"
     videos.mkdir()
     for seed in range(4):
         frames = render_clip("RedDisc", frames=70, size=(32, 32), rng=np.random.default_rng(seed)).frames
-        write_video(videos / f"RedDisc_seed{seed}.mp4", frames, crf=4)
+        write_video(videos / f"{seed}.mp4", frames, crf=4)
     for name in CLASSES:
         (data / name).mkdir(parents=True)
         for path in (folder / "set" / name).iterdir():
             (data / name / path.name).write_bytes(path.read_bytes())
     (data / "classInd.txt").write_text("1 RedDisc\n2 GreenSquare\n")
-    command = options(folder, frames=70, samples=None, data=data, generated=videos, metrics=("fvd", "kvd"), draws=2,
-                      real_clips=12, detector=folder / "i3d.pt", plot=tmp_path / "curves.png",
-                      json=tmp_path / "out.json")  # fmt: skip
+    command = options(folder, run="short", frames=70, samples=None, data=data, generated=videos,
+                      metrics=("fvd", "kvd"), draws=2, real_clips=12, detector=folder / "i3d.pt",
+                      plot=tmp_path / "curves.png", json=tmp_path / "out.json")  # fmt: skip
     assert run(command) == 0
     printed = capsys.readouterr().out
     assert "70 frames of 4 generated videos, 16 at a time, and 12 real clips of 16" in printed
