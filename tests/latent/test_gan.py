@@ -179,7 +179,8 @@ class Scaling(Opponent):
         own = opponent(out.detach()).square().mean()
         if self.broken:
             against, own = (math.nan * against, own) if self.broken == "against" else (against, math.inf * own)
-        return Game({"error": out.square().mean(1)}, against, own, {"own": own.detach()})
+        losses = {"square": out.square().mean(1), "size": out.abs().mean(1)}
+        return Game(losses, against, own, {"own": own.detach()})
 
 
 def updated(broken=""):
@@ -205,6 +206,27 @@ def updated(broken=""):
     second.opponent.broken, before = broken, state()
     done = step(1)
     return done, before, state(), ema
+
+
+def test_micro_batches_give_the_mean_gradients_of_what_each_player_minimizes(generator):
+    model, second = nn.Linear(3, 3), SecondPlayer(Scaling(), torch.device("cpu"))
+    opponent = nn.Linear(3, 1)
+    opponent.load_state_dict(second.network.state_dict())
+    clips = torch.randn(2, 5, 3, generator=generator)
+    outs = [model(x) for x in clips]
+    of_model = torch.stack([(out.square().mean() + out.abs().mean()) / 2 - out.mean() for out in outs]).mean()
+    expected = torch.autograd.grad(of_model, list(model.parameters()))
+    expected += torch.autograd.grad(
+        torch.stack([opponent(out.detach()).square().mean() for out in outs]).mean(), list(opponent.parameters())
+    )
+    done = update(
+        model, AdamW(model.parameters(), lr=0.0), EMA(model, PowerLaw(0.1)),
+        [lambda x=x: second.values(model, {"x": x}, None) for x in clips], second=second,
+    )  # fmt: skip
+    for p, g in zip((*model.parameters(), *second.network.parameters()), expected):
+        torch.testing.assert_close(p.grad, g, atol=1e-5, rtol=0)
+    own = torch.stack([opponent(out).square().mean() for out in outs]).mean()
+    torch.testing.assert_close(second.columns(done.losses)["own"], own, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("broken", ["against", "own"])
