@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hpdm.checks import Triple
 from hpdm.long_video import LongOptions, LongSampler
 from hpdm.objective import Context, Objective, on_device
+from hpdm.opponent import Opponent
 from hpdm.recipe import Recipe
 from hpdm.sampling import Sampler, SamplerOptions
 
@@ -72,6 +73,11 @@ class Architecture:
     """Autoencoder: weight of --perceptual. Default: 1."""
     edge_weight: float | None = None
     """Autoencoder: weight of the error of differences between neighboring pixels. Default: 0.1."""
+    gan_weight: float | None = None
+    """Autoencoder: weight of the loss against a discriminator of single frames, as a share of the other losses'
+    gradient at the last layer (published: 0.5). Default: 0, no discriminator."""
+    gan_start: int | None = None
+    """With --gan-weight: first step with the discriminator. Default: 50001, as published."""
 
     def check_only(self, *names: str) -> None:
         """Checks that a run changes no other fields than ``names``, for systems that do not support all.
@@ -316,6 +322,10 @@ class System(ABC):
         raise ValueError(
             f"run: got one of the system {self.name!r}, which encodes no videos, expected one of an autoencoder"
         )
+
+    def opponent(self, config: Any) -> Opponent | None:
+        """What a model of this config trains against, as a second player of its training; ``None`` for nothing."""
+        return None
 
     @abstractmethod
     def sampler(self, model: Any, options: SamplerOptions) -> Sampler:

@@ -23,6 +23,7 @@ from hpdm.data.mixture import Mixture, parse_root
 from hpdm.data.summary import log_summary
 from hpdm.files import check_not_a_file
 from hpdm.lock import FolderLock
+from hpdm.opponent import Opponent
 from hpdm.planning.step_flops import StepFlops
 from hpdm.recipe import Recipe
 from hpdm.runs import RunConfig
@@ -127,6 +128,7 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         dataset = _open_clips(options, size, captions=embeddings is not None)
         width = None if embeddings is None else embeddings.info.width
         config = system.condition(config, len(dataset.class_names), width)
+        _check_opponent(options, recipe, system.opponent(config))
         if embeddings is not None:
             _check_embedded(embeddings, dataset)
     distributed.assert_same_on_all_ranks("shard_ranks", sharded_over)
@@ -176,6 +178,24 @@ def _check_cuts(options: TrainOptions, recipe: Recipe) -> None:
             f"cuts: got true with parallel={recipe.parallel!r} on several processes, expected parallel='ddp': "
             "processes that train different levels gather the weights in different orders"
         )
+
+
+def _check_opponent(options: TrainOptions, recipe: Recipe, opponent: Opponent | None) -> None:
+    """Raises ValueError for options that a run with an opponent does not have."""
+    if opponent is None:
+        return
+    if recipe.parallel != "ddp" and distributed.world_size() > 1:
+        raise ValueError(
+            f"parallel: got {recipe.parallel!r} with a discriminator on several processes, expected 'ddp': the "
+            "discriminator's weight needs gradients of the last layer, which is sharded"
+        )
+    if options.compile:
+        raise ValueError(
+            "compile: got true with a discriminator, expected false: the discriminator's weight needs gradients of the "
+            "last layer alone, and a compiled model has those of all layers at once"
+        )
+    if options.micro_batch == "auto":
+        raise ValueError("micro_batch: got 'auto' with a discriminator, expected a number: its memory is not predicted")
 
 
 def _check_sheets(options: TrainOptions, system: System) -> None:

@@ -12,12 +12,14 @@ from hpdm.checks import Triple
 from hpdm.latent import coding
 from hpdm.latent.autoencoder import VideoAutoencoder
 from hpdm.latent.config import AutoencoderConfig
+from hpdm.latent.gan import Discriminating
 from hpdm.latent.losses import AutoencoderDraws, draw, reconstruction_losses, shown_clips
 from hpdm.latent.perceptual import checked_file
 from hpdm.latent.presets import PRESETS, PUBLISHED_PARAMETERS, RECIPES
 from hpdm.latent.statistics import measure_latents
 from hpdm.long_video import LongOptions
 from hpdm.objective import Context, Objective
+from hpdm.opponent import Opponent
 from hpdm.psnr import psnr
 from hpdm.sampling import Sampler, SamplerOptions
 from hpdm.system import Architecture, System
@@ -50,11 +52,17 @@ class Autoencoding(System):
             FileNotFoundError: no file of a perceptual distance.
             ValueError: a change that an autoencoder does not have, or a value that does not fit.
         """
-        changes.check_only("resolution", "norm", "crop", "loss", "perceptual", "perceptual_weight", "edge_weight")
+        changes.check_only(
+            "resolution", "norm", "crop", "loss", "perceptual", "perceptual_weight", "edge_weight", "gan_weight",
+            "gan_start",
+        )  # fmt: skip
         values: dict[str, Any] = {
             "resolution": changes.resolution, "norm": changes.norm, "crop": changes.crop, "pixel_loss": changes.loss,
             "edge_weight": changes.edge_weight, "perceptual_weight": changes.perceptual_weight,
+            "gan_weight": changes.gan_weight, "gan_start": changes.gan_start,
         }  # fmt: skip
+        if changes.gan_start is not None and not (changes.gan_weight or config.gan_weight):
+            raise ValueError(f"gan_start: got {changes.gan_start} without gan_weight, expected a weight with it")
         if changes.perceptual is None and changes.perceptual_weight is not None:
             raise ValueError(
                 f"perceptual_weight: got {changes.perceptual_weight} without perceptual, expected its file with it"
@@ -115,6 +123,10 @@ class Autoencoding(System):
         out = model(x)
         error = (out.clamp(-1, 1) - x).square().mean((1, 2, 3, 4))
         return reconstruction_losses(model.config, out, x) | {"psnr": psnr(error)}, {}
+
+    def opponent(self, config: AutoencoderConfig) -> Opponent | None:
+        """A discriminator of frames, if the config has a weight for it."""
+        return Discriminating(config) if config.gan_weight else None
 
     def is_measured(self, model: VideoAutoencoder) -> bool:
         return model.is_measured

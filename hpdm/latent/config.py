@@ -10,6 +10,7 @@ from typing import Any
 
 from hpdm.checks import Triple, at_least
 from hpdm.json_file import checked
+from hpdm.latent.discriminator import SMALLEST_SIDE
 
 KERNEL = 4
 """Kernel of the convolutions that change the resolution, on every axis."""
@@ -57,13 +58,18 @@ class AutoencoderConfig:
     edge_weight: float = 0.1
     """Weight of the substitute for a perceptual distance, the error of differences between neighboring pixels; of no
     effect with a file."""
+    gan_weight: float = 0.0
+    """Weight of the loss against a discriminator of single frames, times the adaptive weight, see
+    :mod:`hpdm.latent.gan`; 0 for no discriminator."""
+    gan_start: int = 50_001
+    """The first training step with the discriminator, counted from 1; of no effect without one."""
     crop: Triple | None = None
     """Size of the random crops that training takes from clips, multiples of ``factors``; ``None`` for whole clips."""
 
     def __post_init__(self) -> None:
         for name in ("resolution", "factors", "stem", *(("crop",) if self.crop is not None else ())):
             object.__setattr__(self, name, _triple(name, getattr(self, name)))
-        at_least(self, 1, "channels", "width", "latent_channels")
+        at_least(self, 1, "channels", "width", "latent_channels", "gan_start")
         at_least(self, 0, "perceptual_weight", "edge_weight")
         if math.prod(self.resolution) > MOST_PIXELS:
             raise ValueError(f"resolution: got {self.resolution}, expected clips of at most {MOST_PIXELS} pixels")
@@ -72,6 +78,13 @@ class AutoencoderConfig:
             raise ValueError(f"norm: got {self.norm!r}, expected one of {NORMS}")
         if self.pixel_loss not in PIXEL_LOSSES:
             raise ValueError(f"pixel_loss: got {self.pixel_loss!r}, expected one of {PIXEL_LOSSES}")
+        if not 0 <= self.gan_weight < math.inf:
+            raise ValueError(f"gan_weight: got {self.gan_weight}, expected a finite number, at least 0")
+        if self.gan_weight and min(self.training_size[1:]) < SMALLEST_SIDE:
+            raise ValueError(
+                f"gan_weight: got {self.gan_weight} with frames of {self.training_size[1:]} pixels, expected 0, or "
+                f"frames of at least {SMALLEST_SIDE} on each side for the discriminator"
+            )
         if bool(self.perceptual_file) != bool(self.perceptual_sha256):
             raise ValueError(
                 f"perceptual_sha256: got {self.perceptual_sha256!r} with perceptual_file={self.perceptual_file!r}, "

@@ -1,7 +1,8 @@
 """Checkpoints of a training run, written atomically: each is either complete or absent.
 
 ``RUN/checkpoints/step-00001000/`` holds ``state.json`` and the folders ``model``, ``ema`` and ``optimizer``, and with
-several moving averages one more for each after the first (``ema-0.100``, by its width). These hold safetensors files
+several moving averages one more for each after the first (``ema-0.100``, by its width). A run with an opponent
+(:mod:`hpdm.opponent`) also has ``opponent`` and ``opponent_optimizer``. These hold safetensors files
 (:mod:`hpdm.training.tensor_folder`).
 
 A checkpoint is written to a temporary folder, flushed to the disk and renamed, so a killed process or a full disk
@@ -31,6 +32,7 @@ from hpdm.json_file import Range, checked, read_json
 from hpdm.training import manifest, tensor_folder
 from hpdm.training.ema import EMA
 from hpdm.training.manifest import Manifest
+from hpdm.training.second_player import SecondPlayer
 from hpdm.training.stored import weights_of
 from hpdm.training.tensor_folder import Piece, pieces
 
@@ -44,6 +46,8 @@ OLDEST_FORMAT = 2
 MAX_STEP = 99_999_999
 """The largest step that a checkpoint's name has room for."""
 STATE = "state.json"
+OPPONENT, OPPONENT_OPTIMIZER = "opponent", "opponent_optimizer"
+"""Folders of the second player."""
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -92,12 +96,14 @@ def newest_checkpoint(run: Path) -> Path:
     return checkpoints[-1]
 
 
-def contents_of(model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> Contents:
+def contents_of(
+    model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, second: SecondPlayer | None = None
+) -> Contents:
     """What this rank writes of a checkpoint. The tensors are those of the arguments, not copies of them."""
-    optimizer_state = {
-        f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()
-    }
-    parts = {"model": weights_of(model), **ema.folders, "optimizer": optimizer_state}
+    parts = {"model": weights_of(model), **ema.folders, "optimizer": _state_of(model, optimizer)}
+    if second is not None:
+        parts[OPPONENT] = weights_of(second.network)
+        parts[OPPONENT_OPTIMIZER] = _state_of(second.network, second.optimizer)
     return Contents({part: pieces(tensors) for part, tensors in parts.items()}, {"ema_updates": ema.updates})
 
 
@@ -218,12 +224,13 @@ def load_checkpoint(
     ema: EMA | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     verified: bool = False,
+    second: SecondPlayer | None = None,
 ) -> int:
     """Loads a checkpoint in place and returns its step. Any number of ranks may have written it.
 
     Args:
         path: the checkpoint.
-        model, ema, optimizer: what is filled; ``None``: is not.
+        model, ema, optimizer, second: what is filled; ``None``: is not.
         verified: the files' hashes have been checked already.
 
     Raises:
@@ -231,6 +238,7 @@ def load_checkpoint(
         ValueError: the checkpoint is damaged, of another format version, or of a model with other parameters.
     """
     folders = ["model", *([] if ema is None else ema.folders), *([] if optimizer is None else ["optimizer"])]
+    folders += [] if second is None else [OPPONENT, OPPONENT_OPTIMIZER]
     state = read_state(path) if verified else verify(path, folders)
     load_parameters(model, path / "model")
     if ema is not None:
@@ -239,6 +247,9 @@ def load_checkpoint(
         ema.updates = state["ema_updates"]
     if optimizer is not None:
         _load_optimizer(model, optimizer, path / "optimizer")
+    if second is not None:
+        load_parameters(second.network, path / OPPONENT)
+        _load_optimizer(second.network, second.optimizer, path / OPPONENT_OPTIMIZER)
     return int(state["step"])
 
 
@@ -321,6 +332,11 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors for each of the model's parameters; none before its first step."""
+    return {f"{name}.{key}": value for name, p in model.named_parameters() for key, value in optimizer.state[p].items()}
 
 
 def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> None:

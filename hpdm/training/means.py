@@ -21,12 +21,19 @@ class Means:
         """Number of steps since the last reading, skipped ones too."""
         self._losses: dict[str, Tensor] = {}  # sums by name
         self._norm: Tensor | None = None  # [2]: sum and largest
+        self._others: dict[str, Tensor] = {}  # [2] by column: sum, and number of the steps in it
 
-    def add(self, losses: Mapping[str, Tensor], norm: Tensor, applied: Tensor) -> None:
+    def add(
+        self, losses: Mapping[str, Tensor], norm: Tensor, applied: Tensor, others: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Adds a step's losses, scalars of this rank, and the norm of its gradient, the same on all ranks.
 
-        ``applied`` is one truth value on their device: the numbers of a step that was skipped count as zeros.
+        ``applied`` is one truth value on their device: the numbers of a step that was skipped count as zeros. Further
+        scalars ``others`` are no part of ``loss``; of these a step may have some that others lack.
         """
+        for name, value in (others or {}).items():
+            sums = torch.where(applied, torch.stack((value, torch.ones_like(value))), 0.0).double()
+            self._others[name] = self._others[name] + sums if name in self._others else sums
         losses = {name: torch.where(applied, loss, 0.0) for name, loss in losses.items()}
         norm = torch.where(applied, norm, 0.0)
         if self._norm is None:
@@ -39,9 +46,10 @@ class Means:
         self.steps += 1
 
     def read(self, skipped: int = 0) -> dict[str, float]:
-        """``loss``, a mean for each name, ``grad_norm`` and ``grad_norm_max`` over the steps. A collective.
+        """``loss``, a mean for each name, ``grad_norm`` and ``grad_norm_max`` over the steps, and others. A collective.
 
-        Losses are means over all ranks, too. :meth:`clear` begins anew.
+        Losses and others are means over all ranks, too; others over the steps that had them and were not skipped, NaN
+        for none. :meth:`clear` begins anew.
 
         Args:
             skipped: how many of the steps were skipped.
@@ -53,15 +61,21 @@ class Means:
         if self._norm is None or steps < 1:
             raise ValueError("means: got no step since the last reading, expected at least one")
         losses = distributed.mean(torch.stack(list(self._losses.values()))) / steps
+        parts = [losses.mean()[None], self._norm, losses]
+        if self._others:
+            sums = distributed.mean(torch.stack(list(self._others.values())))
+            parts.append(sums[:, 0] / sums[:, 1])
         # One read of the device for all.
-        mean, *of_names, norm, largest = torch.cat((losses.mean()[None], losses, self._norm)).tolist()
+        mean, norm, largest, *values = torch.cat(parts).tolist()
+        of_names, of_others = values[: len(self._losses)], values[len(self._losses) :]
         return {
             "loss": mean,
             **{f"loss_{name}": value for name, value in zip(self._losses, of_names)},
             "grad_norm": norm / steps,
             "grad_norm_max": largest,
+            **dict(zip(self._others, of_others)),
         }
 
     def clear(self) -> None:
         """Forgets all steps."""
-        self.steps, self._losses, self._norm = 0, {}, None
+        self.steps, self._losses, self._norm, self._others = 0, {}, None, {}

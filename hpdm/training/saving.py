@@ -21,6 +21,7 @@ from hpdm.training.background import Background, HostCopy
 from hpdm.training.checkpoint import Contents, contents_of, write_checkpoint
 from hpdm.training.ema import EMA
 from hpdm.training.parallel import full_tensor
+from hpdm.training.second_player import SecondPlayer
 from hpdm.training.tensor_folder import Piece, first_not_finite, is_sharded, pieces
 
 WriteSnapshot = Callable[[Path, Mapping[str, Tensor], int], None]
@@ -34,7 +35,7 @@ class Saver:
 
     Args:
         run: the run's folder.
-        model, ema, optimizer: what is saved.
+        model, ema, optimizer, second: what is saved.
         keep: number of checkpoints that are kept; 0 for all of them.
         write_snapshot: writes a snapshot; ``None`` if the run has none.
     """
@@ -47,8 +48,9 @@ class Saver:
         optimizer: torch.optim.Optimizer,
         keep: int = 2,
         write_snapshot: WriteSnapshot | None = None,
+        second: SecondPlayer | None = None,
     ) -> None:
-        self.run, self.model, self.ema, self.optimizer = run, model, ema, optimizer
+        self.run, self.model, self.ema, self.optimizer, self.second = run, model, ema, optimizer, second
         self.keep, self.write_snapshot = keep, write_snapshot
         self.sharded = is_sharded(model.parameters())
         self._group = distributed.further_group() if self.sharded and distributed.world_size() > 1 else None
@@ -77,7 +79,7 @@ class Saver:
             OSError: this cannot be written, or what was saved before could not be. Complete files are untouched.
         """
         self.wait()
-        contents = contents_of(self.model, self.ema, self.optimizer) if checkpoint else None
+        contents = contents_of(self.model, self.ema, self.optimizer, self.second) if checkpoint else None
         self._check_finite({"ema": pieces(self.ema.folders["ema"])} if contents is None else contents.parts)
         averaged = self._gathered_average() if snapshot and self.sharded else {}
         if self.sharded or distributed.is_first():

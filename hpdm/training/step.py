@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from hpdm.training.ema import EMA
 from hpdm.training.fused import FusedOptimizer
 from hpdm.training.parallel import full_tensor, gradients_averaged
+from hpdm.training.second_player import SecondPlayer
 from hpdm.training.sharded import shards
 
 
@@ -21,7 +22,7 @@ class Update(NamedTuple):
     """What an update returns, all of it on the device."""
 
     losses: Tensor
-    """``[L]``, averaged over the micro-batches."""
+    """``[L]``, averaged over the micro-batches; with a second player its :meth:`SecondPlayer.values` are."""
     norm: Tensor
     """Norm of the gradient before clipping."""
     applied: Tensor
@@ -42,6 +43,7 @@ def update(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     phase: Callable[[str], None] = lambda name: None,
     accept: Callable[[Tensor], Tensor] | None = None,
+    second: SecondPlayer | None = None,
 ) -> Update:
     """Forward and backward of every micro-batch, then clipping, the optimizer and the moving average.
 
@@ -59,11 +61,15 @@ def update(
         accept: called with the gradient's norm before clipping, whole on every rank; returns one truth value on the
             same device. Where it is false, the weights, the optimizer's state and the moving averages stay as they are.
             ``None``: every gradient is accepted.
+        second: takes part in the step, with gradients that are clipped by themselves; the micro-batches return its
+            ``values``. ``accept`` is called with the larger of both norms, and decides for both players.
 
     Raises:
         ValueError: no micro-batches.
     """
     optimizer.zero_grad(set_to_none=True)
+    if second is not None:
+        second.optimizer.zero_grad(set_to_none=True)
     total = None
     for i, losses_of in enumerate(micro_batches):
         with gradients_averaged(network, last=i == len(micro_batches) - 1):
@@ -71,20 +77,25 @@ def update(
                 losses = losses_of() / len(micro_batches)
             phase("backward")
             with record_function("backward"):
-                losses.mean().backward()
+                (losses.mean() if second is None else second.minimized(losses)).backward()
         total = losses.detach() if total is None else total + losses.detach()
         del losses
     if total is None:
         raise ValueError("micro_batches: got none, expected at least one")
     phase("optimizer")
     with record_function("optimizer"):
-        norm = gradient_norm(network)
-        applied = torch.ones_like(norm, dtype=torch.bool) if accept is None else accept(norm)
+        norm = larger = gradient_norm(network)
+        if second is not None:
+            other = second.average_gradients()
+            larger = torch.maximum(norm, other)  # keeps a NaN
+        applied = torch.ones_like(norm, dtype=torch.bool) if accept is None else accept(larger)
         scale = clip_factor(norm, clip_norm)
         if isinstance(optimizer, FusedOptimizer):
             optimizer.step_with(ema, scale, applied)
         elif accept is None or bool(applied):
             _step(network, optimizer, ema, scale)
+        if second is not None:
+            second.step(clip_factor(other, clip_norm), applied)
     return Update(total, norm, applied)
 
 

@@ -43,6 +43,7 @@ from hpdm.training.reconstructions import ReconstructionSheet
 from hpdm.training.samples import SampleGrid
 from hpdm.training.saving import Saver, WriteSnapshot
 from hpdm.training.schedule import rate_of_step
+from hpdm.training.second_player import SecondPlayer
 from hpdm.training.short_clips import ShortClips
 from hpdm.training.shutdown import Interrupted, Stop
 from hpdm.training.skips import Skips, advice
@@ -118,11 +119,15 @@ class Trainer:
             if job.init is not None and not checkpoints:
                 load_initial(job.init, self.model, job.system.added)
         self.ema = EMA(self.model, *laws(recipe.ema, recipe.ema_decay))
+        opponent = job.system.opponent(job.config)
+        self.second = None if opponent is None else SecondPlayer(opponent, device, options.kernels)
         self.step = 0
         self.loss_names: list[str] = []
         with distributed.raise_on_all_ranks():
             if checkpoints:
-                self.step = load_checkpoint(checkpoints[-1], self.model, self.ema, self.optimizer, verified=True)
+                self.step = load_checkpoint(
+                    checkpoints[-1], self.model, self.ema, self.optimizer, verified=True, second=self.second
+                )
         if self.step < recipe.steps:
             self.measuring.forget(self.model, self.ema)
         self.saved, self.snapshot = self.step, 0
@@ -140,7 +145,9 @@ class Trainer:
                 )  # fmt: skip
             elif options.sample_every:
                 self.grid = ReconstructionSheet(job.system, job.dataset)
-        self.saver = Saver(options.out, self.model, self.ema, self.optimizer, steering.keep, job.write_snapshot)
+        self.saver = Saver(
+            options.out, self.model, self.ema, self.optimizer, steering.keep, job.write_snapshot, self.second
+        )
         self.batches = MicroBatches(job.dataset, recipe.batch, job.micro_batch, options.seed, self.step)
         self.draws = DrawnAhead(self.draw)
         self.waiting: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -181,7 +188,9 @@ class Trainer:
                 distributed.at(self.step, 1, "training")
                 done, rate = self.train_step(batches)
                 distributed.at(self.step, 2, "")  # what may follow, such as a validation, takes any time
-                self.means.add(dict(zip(self.loss_names, done.losses)), done.norm, done.applied)
+                second = self._second_of_step()
+                others = None if second is None else second.columns(done.losses)
+                self.means.add(dict(zip(self.loss_names, done.losses)), done.norm, done.applied, others)
                 self.step += 1
                 reports.step()
                 profile_step()
@@ -284,10 +293,15 @@ class Trainer:
         """
         options, recipe = self.options, self.recipe
         rate = rate_of_step(recipe, self.step)
-        for group in self.optimizer.param_groups:
+        second = self._second_of_step()
+        for group in (*self.optimizer.param_groups, *(() if second is None else second.optimizer.param_groups)):
             group["lr"] = rate
 
         def losses_of(batch: Batch, draws: Any) -> Tensor:
+            if second is not None:
+                values = second.values(self.model, *self._on_device(batch, draws), self.network)
+                self.loss_names[:] = second.loss_names
+                return values
             losses = self.losses(batch, draws)
             self.loss_names[:] = losses
             return torch.stack(list(losses.values()), dim=1).mean(0)  # [B, L] -> [L]
@@ -303,8 +317,13 @@ class Trainer:
             clip_norm=options.clip_norm,
             autocast=self.autocast,
             accept=self._accept,
+            second=second,
         )
         return done, rate
+
+    def _second_of_step(self) -> SecondPlayer | None:
+        """The second player, if it takes part in the step that is next or being made."""
+        return self.second if self.second is not None and self.second.plays(self.step + 1) else None
 
     def _accept(self, norm: Tensor) -> Tensor:
         """Whether a gradient of this norm is finite on every rank; agrees on a signal to stop, too. A collective.
@@ -350,8 +369,11 @@ class Trainer:
 
     def losses(self, batch: Batch, draws: Any) -> dict[str, Tensor]:
         """The losses of a micro-batch by name, each ``[B]``."""
-        inputs = batch.inputs(self.job.config.conditioning, self.device)
-        return self.job.system.losses(self.model, inputs, on_device(draws, self.device), self.network)
+        return self.job.system.losses(self.model, *self._on_device(batch, draws), self.network)
+
+    def _on_device(self, batch: Batch, draws: Any) -> tuple[dict[str, Tensor], Any]:
+        """A micro-batch and what is random in it, on the device."""
+        return batch.inputs(self.job.config.conditioning, self.device), on_device(draws, self.device)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Automatic mixed precision, if the run has it."""

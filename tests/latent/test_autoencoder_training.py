@@ -276,7 +276,10 @@ def test_options_of_other_models_are_refused(clips, tmp_path, changes, message):
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-@pytest.mark.parametrize("option", ["norm", "crop", "loss", "perceptual", "perceptual_weight", "edge_weight"])
+@pytest.mark.parametrize(
+    "option",
+    ["norm", "crop", "loss", "perceptual", "perceptual_weight", "edge_weight", "gan_weight", "gan_start"],
+)
 def test_models_of_patches_refuse_those_of_autoencoders(clips, tmp_path, option):
     value = {"norm": "clip", "crop": (4, 8, 8), "loss": "l1", "perceptual": tmp_path}.get(option, 0.5)
     with pytest.raises(ValueError, match=f"{option}: got .*, expected None"):

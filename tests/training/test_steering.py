@@ -121,6 +121,17 @@ def test_means_hide_no_bad_step():
     assert means.read(skipped=1) == {"loss": 5.0, "loss_a": 5.0, "grad_norm": 0.5, "grad_norm_max": 0.5}
 
 
+def test_columns_that_some_steps_lack_are_means_over_the_others():
+    means, applied = Means(), torch.tensor(True)
+    for b, done in ((None, applied), (3.0, applied), (float("nan"), ~applied), (5.0, applied)):
+        others = None if b is None else {"b": torch.tensor(b)}
+        means.add({"a": torch.tensor(2.0)}, torch.tensor(1.0), done, others)
+    assert means.read(skipped=1) == {"loss": 2.0, "loss_a": 2.0, "grad_norm": 1.0, "grad_norm_max": 1.0, "b": 4.0}
+    means.clear()
+    means.add({"a": torch.tensor(1.0)}, torch.tensor(1.0), applied)
+    assert "b" not in means.read()
+
+
 def test_the_average_stands_in_for_the_weights_and_gives_them_back(generator):
     model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2)).train()
     ema = EMA(model, ConstantDecay(0.5))
