@@ -44,7 +44,7 @@ COMMANDS = {
     ),
     "export": Command("export", "ExportOptions", None, "Write a run's weights and config as one file."),
     "plan": Command("plan", "PlanCommand", None, "Predict parameters, memory and work of a model, without a GPU."),
-    "data": Command("data", "DataCommand", None, "Render the synthetic clips, look into video files, pack, embed."),
+    "data": Command("data", "DataCommand", None, "Render synthetic clips, look into videos, pack, embed, encode."),
 }
 
 

@@ -250,7 +250,8 @@ class System(ABC):
         Args:
             model: of this system.
             batch: ``video`` uint8 ``[B, C, F, H, W]`` and, by the kind of conditioning, ``labels`` int64 ``[B]``, or
-                ``text [B, S, W]`` and ``text_mask [B, S]``; on the model's device.
+                ``text [B, S, W]`` and ``text_mask [B, S]``; on the model's device. A system with an autoencoder also
+                takes ``latents`` float ``[B, z, T, h, w]`` in place of ``video``.
             draws: what :meth:`draw` returned for as many clips, on the model's device.
             network: called in place of the model, e.g. its DDP wrapper.
         """

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from hpdm import published, runs
@@ -49,7 +50,7 @@ def autoencoder_of(options: TrainOptions, system: System) -> Autoencoder | None:
         if given is not None:
             raise ValueError(f"autoencoder: got {given}, expected none: {options.preset} has no autoencoder")
         return None
-    from_command = None if given is None else _load(given)
+    from_command = None if given is None else load_autoencoder(given)
     kept = _of_earlier(options, system)
     if kept is None and from_command is None:
         raise ValueError(
@@ -64,8 +65,9 @@ def autoencoder_of(options: TrainOptions, system: System) -> Autoencoder | None:
     return kept or from_command
 
 
-def _load(path: Path) -> Autoencoder:
-    run = runs.load(path)
+def load_autoencoder(path: Path, device: torch.device | str = "cpu") -> Autoencoder:
+    """A trained autoencoder out of its run, or a file that ``hpdm export`` wrote of one; errors as above."""
+    run = runs.load(path, device=device)
     if run.system.name != "autoencoder":
         raise ValueError(f"autoencoder: got {path}, a run of the system {run.system.name!r}, expected an autoencoder")
     if not run.system.is_measured(run.model):

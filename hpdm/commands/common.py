@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.data.layout import Split
+from hpdm.files import check_not_a_file
+from hpdm.lock import FolderLock
 from hpdm.runs import Run
 from hpdm.sampling import SamplerOptions
 
@@ -16,6 +20,21 @@ logger = logging.getLogger(__name__)
 
 Kernels = Literal["auto", "reference", "torch", "triton"]
 """Backend of every op; "reference" is the paper's formulas without our kernels."""
+
+
+@contextmanager
+def only_writer(out: Path, work: str) -> Iterator[None]:
+    """Holds a folder for ``work``, a command, on rank 0, which writes for all or lets all write. A collective.
+
+    Raises:
+        LockedError: another process writes there; on rank 0. RuntimeError on the others.
+    """
+    with ExitStack() as stack:
+        with distributed.raise_on_all_ranks():
+            check_not_a_file("out", out)
+            if distributed.is_first():
+                stack.enter_context(FolderLock(out, "out", work))
+        yield
 
 
 def warn_of_untrained_context(run: Run, options: SamplerOptions) -> None:

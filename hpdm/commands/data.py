@@ -1,4 +1,4 @@
-"""``hpdm data synthetic|inspect|shard|embed``: commands that make, check and pack sets of videos."""
+"""``hpdm data synthetic|inspect|shard|embed|encode``: commands that make, check, pack and encode sets of videos."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from hpdm.commands.embed import Embed
+from hpdm.commands.encode import Encode
 from hpdm.commands.inspect_data import Inspect
 from hpdm.data.finding import survey
 from hpdm.data.layout import Split, find_videos
@@ -99,9 +100,10 @@ DataCommand = (
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Shard, tyro.conf.subcommand("shard")]
     | Annotated[Embed, tyro.conf.subcommand("embed")]
+    | Annotated[Encode, tyro.conf.subcommand("encode")]
 )
 
 
-def run(command: Synthetic | Inspect | Shard | Embed) -> int:
+def run(command: Synthetic | Inspect | Shard | Embed | Encode) -> int:
     """The command ``hpdm data``; returns the exit status."""
     return command.run()

@@ -21,7 +21,7 @@ import torch
 import hpdm
 import hpdm_kernels
 from hpdm import distributed, runs
-from hpdm.training.inputs import VALIDATION, Inputs
+from hpdm.training.inputs import LATENTS, VALIDATION, Inputs
 from hpdm.training.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -112,7 +112,10 @@ def changed_inputs(options: TrainOptions, inputs: Inputs) -> dict[str, tuple[str
     differing = [f"{name}: {then.get(name)} -> {here.get(name)}" for name in names if then.get(name) != here.get(name)]
     if differing:
         _log_once("%s goes on with %s", options.out, ", ".join(differing))
-    return {name: (before[name], now[name]) for name in now if before.get(name, now[name]) != now[name]}
+    changed = {name: (before[name], now[name]) for name in now if before.get(name, now[name]) != now[name]}
+    if (LATENTS in before) != (LATENTS in now):
+        changed[LATENTS] = (before.get(LATENTS, "none"), now.get(LATENTS, "none"))
+    return changed
 
 
 def _recorded(run: Path, training: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:

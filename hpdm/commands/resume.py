@@ -21,11 +21,12 @@ logger = logging.getLogger(__name__)
 CLEAN_CONTEXT = 0.25
 """Share of samples with finished lower levels in a new run (docs/learning.md)."""
 
-# Options that may change when a run is resumed: they change its loss curve by rounding at most.
+# Options that may change when a run is resumed: they change its loss curve by rounding at most. What the folders hold
+# is checked by itself.
 _ROUNDING = {
-    "data", "out", "autoencoder", "decoder", "kernels", "recompute", "parallel", "shard_ranks", "compile", "workers",
-    "cache_mb", "device", "log", "log_every", "save_every", "sample_every", "sample_steps", "profile", "max_skipped",
-    "timeout",
+    "data", "out", "autoencoder", "latents", "decoder", "kernels", "recompute", "parallel", "shard_ranks", "compile",
+    "workers", "cache_mb", "device", "log", "log_every", "save_every", "sample_every", "sample_steps", "profile",
+    "max_skipped", "timeout",
     *(f.name for f in dataclasses.fields(Steering)),
 }  # fmt: skip
 # Options that may change, and then change the curve from the step on at which the run goes on.

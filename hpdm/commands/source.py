@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hpdm.data.decode import DecodeError, StalledError, VideoInfo, probe, read_clip
 from hpdm.data.resize import resizing
-from hpdm.data.windows import Window
+from hpdm.data.windows import Window, all_frames
 from hpdm.runs import Run
 
 
@@ -52,18 +52,7 @@ class Source:
     @cached_property
     def length(self) -> int:
         """Frames that it has at this rate."""
-
-        def fits(frames: int) -> bool:
-            return self._window(frames).starts(self.info) > 0
-
-        beyond = 2  # one frame always fits
-        while fits(beyond):
-            beyond *= 2
-        length = beyond // 2
-        while beyond - length > 1:
-            middle = (length + beyond) // 2
-            length, beyond = (middle, beyond) if fits(middle) else (length, middle)
-        return length
+        return len(self._numbers)
 
     def describe(self) -> str:
         """What is done with it, to be printed."""
@@ -107,7 +96,7 @@ class Source:
     @cached_property
     def _numbers(self) -> np.ndarray:
         """The numbers in the file of all its frames, int64 ``[length]``."""
-        return np.array(self._window(self.length).numbers(self.info, 0))
+        return np.array(all_frames(self.info, self.stride, self.fps))
 
     def _window(self, frames: int) -> Window:
         return Window(frames, self.stride, self.fps)

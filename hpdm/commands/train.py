@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ from torch import nn
 from hpdm import distributed, presets, published, runs, systems
 from hpdm.commands import provenance
 from hpdm.commands.autoencoder import autoencoder_of
+from hpdm.commands.common import only_writer
+from hpdm.commands.latents import check_latents, open_latents
 from hpdm.commands.resume import check_resumable, history, recipe_of, with_options_of_run
 from hpdm.commands.steering import choose_micro_batch, open_validation, snapshot_writer
 from hpdm.data.clips import VideoDataset
@@ -22,7 +23,6 @@ from hpdm.data.layout import Split, split_applies
 from hpdm.data.mixture import Mixture, parse_root
 from hpdm.data.summary import log_summary
 from hpdm.files import check_not_a_file
-from hpdm.lock import FolderLock
 from hpdm.opponent import Opponent
 from hpdm.planning.step_flops import StepFlops
 from hpdm.recipe import Recipe
@@ -61,7 +61,7 @@ def train(options: TrainOptions) -> nn.Module:
         Interrupted: a signal (:data:`hpdm.training.shutdown.SIGNALS`), after a checkpoint; a KeyboardInterrupt.
     """
     device = distributed.pick_device(options.device)
-    with distributed.process_group(device, options.timeout) as device, _only_writer(options.out):
+    with distributed.process_group(device, options.timeout) as device, only_writer(options.out, "hpdm train"):
         job = prepare(options, device)
         before = torch.get_float32_matmul_precision()
         values = job.options.as_json(job.recipe)
@@ -117,6 +117,7 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         sharded_over = shard_size(recipe.parallel, distributed.world_size(), recipe.shard_ranks)
         _check_sheets(options, system)
         system.check_objective(options.objective)
+        check_latents(options, recipe, system)
         options = with_options_of_run(options)
         embeddings = None if options.embeddings is None else EmbeddingStore(options.embeddings)
         config = presets.get(options.preset)
@@ -124,8 +125,7 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
         config = system.configure(
             config if autoencoder is None else autoencoder.put_into(system, config), options.architecture
         )
-        size = (system.clip_frames(config), *config.resolution[1:])
-        dataset = _open_clips(options, size, captions=embeddings is not None)
+        dataset = _open_clips(options, system, config, captions=embeddings is not None)
         width = None if embeddings is None else embeddings.info.width
         config = system.condition(config, len(dataset.class_names), width)
         _check_opponent(options, recipe, system.opponent(config))
@@ -154,21 +154,6 @@ def prepare(options: TrainOptions, device: torch.device | None = None) -> Job:
     device = device or distributed.pick_device(options.device)
     micro_batch = micro_batch or choose_micro_batch(options, recipe, system, config, device)
     return dataclasses.replace(job, micro_batch=micro_batch)
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Holds the run's folder, on rank 0, which writes for all. A collective.
-
-    Raises:
-        LockedError: another process writes there; on rank 0. RuntimeError on the others.
-    """
-    with ExitStack() as stack:
-        with distributed.raise_on_all_ranks():
-            check_not_a_file("out", out)
-            if distributed.is_first():
-                stack.enter_context(FolderLock(out, "out", "hpdm train"))
-        yield
 
 
 def _check_cuts(options: TrainOptions, recipe: Recipe) -> None:
@@ -228,16 +213,16 @@ def _announce_rate(recipe: Recipe) -> None:
         )  # fmt: skip
 
 
-def _open_clips(options: TrainOptions, size: tuple[int, int, int], captions: bool) -> Mixture:
-    """Opens all sets of ``--data``, for clips of ``size``; labels do not matter where there are captions."""
-    frames, height, width = size
+def _open_clips(options: TrainOptions, system: System, config: Any, captions: bool) -> Mixture:
+    """Opens all sets of ``--data``, or their latents; labels do not matter where there are captions."""
+    _, height, width = config.resolution
     roots = [parse_root(root) for root in options.data]
     splits = _splits(options, [part.root for part in roots])
     total = sum(part.weight for part in roots)
     sets = [
         VideoDataset(
             part.root,
-            frames=frames,
+            frames=system.clip_frames(config),
             size=(height, width),
             stride=options.stride,
             fps=options.fps,
@@ -250,7 +235,8 @@ def _open_clips(options: TrainOptions, size: tuple[int, int, int], captions: boo
         )
         for part, split in zip(roots, splits)
     ]
-    return Mixture(sets, [part.weight for part in roots], labeled=not captions)
+    opened = open_latents(options, system, config, sets) if options.latents else sets
+    return Mixture(opened, [part.weight for part in roots], labeled=not captions)
 
 
 def _splits(options: TrainOptions, roots: Sequence[Path]) -> list[Split | None]:

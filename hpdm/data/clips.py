@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -39,14 +39,15 @@ _READ_ERRORS = (DecodeError, FileNotFoundError, IndexError)
 
 
 class ClipItem(TypedDict):
-    """One item of :class:`VideoDataset`."""
+    """One item of :class:`VideoDataset`, or of :class:`hpdm.data.latent_clips.LatentDataset`."""
 
-    video: Tensor  # uint8 [3, F, H, W]
+    video: NotRequired[Tensor]  # uint8 [3, F, H, W]
+    latents: NotRequired[Tensor]  # float16 [z, T, h, w], in place of the video
     label: int  # 0 where the set has no classes
     caption: str  # "" where captions were not asked for
     path: str
-    start: int  # number of the first frame in the file
-    decoder: str  # "decord" or "pyav"
+    start: int  # number of the first frame in the file; of latents, of the first latent of the clip
+    decoder: NotRequired[str]  # "decord" or "pyav"
 
 
 class ShortClipError(ValueError):
@@ -210,6 +211,10 @@ class VideoDataset(Dataset[ClipItem]):
             self._tell(candidate, reason)
             reasons.append(reason)
         raise DecodeError(f"{self.root}: none of the {len(self)} clips can be used; the first: {reasons[0]}")
+
+    def with_video(self, number: int) -> ClipItem:
+        """The window of a clip in epoch 0, with its pixels; raises as :meth:`__getitem__`."""
+        return self[number]
 
     def _tell(self, index: int, reason: str) -> None:
         """Logs that a clip is left out, once: each damaged clip, but of the short ones the first alone."""

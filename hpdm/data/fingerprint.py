@@ -16,10 +16,10 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path, PurePath
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Protocol
 
-from hpdm.data.clips import VideoDataset
 from hpdm.data.decode import Member
+from hpdm.data.found import VideoFile
 from hpdm.files import atomic_path, decode_text
 from hpdm.json_file import Range, parse_json
 
@@ -47,6 +47,16 @@ class ClipRecord(NamedTuple):
     """Hash of the caption; empty where captions do not matter."""
 
 
+class Clips(Protocol):
+    """A set of clips, such as a :class:`hpdm.data.clips.VideoDataset`."""
+
+    root: Path
+    files: list[VideoFile]
+
+    def __len__(self) -> int:
+        """Number of clips."""
+
+
 class ClipSet:
     """A set of clips, as it is now.
 
@@ -55,7 +65,7 @@ class ClipSet:
         labeled: whether labels matter.
     """
 
-    def __init__(self, clips: VideoDataset, *, labeled: bool) -> None:
+    def __init__(self, clips: Clips, *, labeled: bool) -> None:
         self.clips, self.labeled = clips, labeled
 
     def records(self) -> Iterator[ClipRecord]:

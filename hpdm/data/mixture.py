@@ -10,8 +10,12 @@ from typing import NamedTuple
 from torch.utils.data import Dataset
 
 from hpdm.data.clips import ClipItem, VideoDataset
+from hpdm.data.latent_clips import LatentDataset
 from hpdm.data.layout import VideoFile
 from hpdm.data.order import ClipKey, MixedOrder
+
+ClipSource = VideoDataset | LatentDataset
+"""A set of clips: videos, or latents of them."""
 
 
 class WeightedRoot(NamedTuple):
@@ -48,7 +52,7 @@ class Mixture(Dataset[ClipItem]):
     A clip that a set leaves out is replaced by another one of that set, so weights hold whatever is left out.
 
     Args:
-        sets: at least one, with the same frames and size.
+        sets: at least one, with the same frames and size; all of videos, or all of latents.
         weights: of each set, > 0: a set gives its weight over the sum of all weights of the clips of a batch, on
             average, whatever its size.
         labeled: whether labels matter. Then all sets must have the same classes in the same order, or all none.
@@ -57,7 +61,7 @@ class Mixture(Dataset[ClipItem]):
         ValueError: no sets, not as many weights, a weight out of range, sets of other shapes or other classes.
     """
 
-    def __init__(self, sets: Sequence[VideoDataset], weights: Sequence[float], *, labeled: bool = True) -> None:
+    def __init__(self, sets: Sequence[ClipSource], weights: Sequence[float], *, labeled: bool = True) -> None:
         if not sets:
             raise ValueError("data: got no sets, expected at least one")
         self.sets, self.weights = list(sets), list(weights)
@@ -93,14 +97,24 @@ class Mixture(Dataset[ClipItem]):
     def __getitem__(self, key: int | ClipKey) -> ClipItem:
         """As :meth:`hpdm.data.clips.VideoDataset.__getitem__`, of the set that has the clip."""
         clip, epoch = key if isinstance(key, tuple) else (int(key), 0)
+        part, clip = self._place(clip)
+        return part[ClipKey(clip, epoch)]
+
+    def with_video(self, number: int) -> ClipItem:
+        """As :meth:`hpdm.data.clips.VideoDataset.with_video`, of the set that has the clip."""
+        part, clip = self._place(number)
+        return part.with_video(clip)
+
+    def _place(self, clip: int) -> tuple[ClipSource, int]:
+        """The set that has a clip, and its number there."""
         if not -len(self) <= clip < len(self):
             raise IndexError(f"index: got {clip}, expected one of {len(self)} clips")
         clip %= len(self)
         number = max(number for number, first in enumerate(self._firsts) if first <= clip)
-        return self.sets[number][ClipKey(clip - self._firsts[number], epoch)]
+        return self.sets[number], clip - self._firsts[number]
 
 
-def _different_classes(first: VideoDataset, other: VideoDataset) -> str:
+def _different_classes(first: ClipSource, other: ClipSource) -> str:
     """The message about two sets whose classes differ: it shows where, since there may be hundreds of classes."""
     if not first.class_names or not other.class_names:
         with_classes, without = (first, other) if first.class_names else (other, first)

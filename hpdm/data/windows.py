@@ -9,6 +9,17 @@ import numpy as np
 from hpdm.data.decode import VideoInfo
 
 
+def all_frames(clip: VideoInfo, stride: int, fps: float | None) -> list[int]:
+    """The frames of a clip's longest window: all of it at this stride and rate, from its first frame on."""
+    longest, beyond = 1, 2  # one frame always fits
+    while Window(beyond, stride, fps).starts(clip):
+        longest, beyond = beyond, 2 * beyond
+    while beyond - longest > 1:
+        middle = (longest + beyond) // 2
+        longest, beyond = (middle, beyond) if Window(middle, stride, fps).starts(clip) else (longest, middle)
+    return Window(longest, stride, fps).numbers(clip, 0)
+
+
 @dataclass(frozen=True)
 class Window:
     """Frames of equal distance, counted in frames of the clip or, with ``fps``, in time."""

@@ -112,18 +112,31 @@ class LatentVideoDiffusion(System):
         draws: Draws,
         network: Callable[..., Any] | None = None,
     ) -> dict[str, Tensor]:
-        """``latent``: the error of what the network predicts of a clip's latents."""
+        """``latent``: the error of what the network predicts of a clip's latents.
+
+        In place of ``video`` a batch may have ``latents [B, z, T, h, w]``, see :mod:`hpdm.data.latent_clips`.
+
+        Raises:
+            ValueError: latents with draws that change pixels.
+        """
+        error = latent_error(
+            network or model, model.config.unet, self._latents(model, batch, draws), draws, batch.get("labels"),
+            batch.get("text"), batch.get("text_mask"), "l1" if model.config.loss == "l1" else "l2",
+        )  # fmt: skip
+        return {"latent": error}
+
+    def _latents(self, model: LVDM, batch: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        """The latents of a batch as the draws want them, ``[B, z, T, h, w]`` float."""
+        if "latents" in batch:
+            if draws.stills is not None or draws.mirrored is not None:
+                raise ValueError("draws: got stills or mirrored clips with latents, expected none: they change pixels")
+            return batch["latents"].float()
         video = batch["video"]
         if draws.stills is not None:
             video = show_frames(video, draws.stills)
         if draws.mirrored is not None:
             video = mirror(video, draws.mirrored)
-        latents = coding.encode(model.autoencoder, video, chunk=None)
-        error = latent_error(
-            network or model, model.config.unet, latents, draws, batch.get("labels"), batch.get("text"),
-            batch.get("text_mask"), "l1" if model.config.loss == "l1" else "l2",
-        )  # fmt: skip
-        return {"latent": error}
+        return coding.encode(model.autoencoder, video, chunk=None)
 
     def errors(
         self,
@@ -136,9 +149,9 @@ class LatentVideoDiffusion(System):
         context_noise: float = 0.0,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses with nothing known; there are no levels, so contexts mean nothing, and no parts."""
-        video = batch["video"]
-        draws = self.draw(model.config, len(video), generator, times=times, objective=NOTHING_KNOWN)
-        return self.losses(model, batch, on_device(draws, video.device)), {}
+        shown = batch["latents"] if "latents" in batch else batch["video"]
+        draws = self.draw(model.config, len(shown), generator, times=times, objective=NOTHING_KNOWN)
+        return self.losses(model, batch, on_device(draws, shown.device)), {}
 
     def error_name(self, config: LatentConfig) -> str:
         kind = "squared" if config.loss == "l2" else "absolute"

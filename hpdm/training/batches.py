@@ -28,22 +28,24 @@ from hpdm.text import EmbeddingStore, collate_text
 class Batch(dict[str, Any]):
     """Clips: ``video`` uint8 ``[B, 3, F, H, W]``, ``labels`` int64 ``[B]``, ``paths``.
 
-    With embeddings, also ``text`` float32 ``[B, S, W]`` and ``text_mask`` bool ``[B, S]``.
+    Clips that were encoded ahead have ``latents`` float16 ``[B, z, T, h, w]`` in place of ``video``. With embeddings,
+    also ``text`` float32 ``[B, S, W]`` and ``text_mask`` bool ``[B, S]``.
     """
 
     def inputs(self, conditioning: str, device: torch.device) -> dict[str, Tensor]:
         """The tensors that a model with this kind of conditioning takes, moved to ``device``."""
-        keys = {"none": ("video",), "class": ("video", "labels"), "text": ("video", "text", "text_mask")}
-        return {key: self[key].to(device, non_blocking=True) for key in keys[conditioning]}
+        told = {"none": (), "class": ("labels",), "text": ("text", "text_mask")}[conditioning]
+        shown = "latents" if "latents" in self else "video"
+        return {key: self[key].to(device, non_blocking=True) for key in (shown, *told)}
 
 
 def collate(items: list[ClipItem], embeddings: EmbeddingStore | None = None) -> Batch:
     """Stacks dataset items into a :class:`Batch`, with the embeddings of their captions."""
-    batch = Batch(
-        video=torch.stack([item["video"] for item in items]),
-        labels=torch.tensor([item["label"] for item in items]),
-        paths=[item["path"] for item in items],
-    )
+    batch = Batch(labels=torch.tensor([item["label"] for item in items]), paths=[item["path"] for item in items])
+    if "latents" in items[0]:
+        batch["latents"] = torch.stack([item["latents"] for item in items])
+    else:
+        batch["video"] = torch.stack([item["video"] for item in items])
     if embeddings is not None:
         batch["text"], batch["text_mask"] = collate_text([embeddings[item["caption"]] for item in items])
     return batch

@@ -15,10 +15,13 @@ from hpdm import distributed
 from hpdm.data.clips import VideoDataset
 from hpdm.data.fingerprint import ClipRecord, ClipSet, differences, fingerprint, read_lists, save_lists
 from hpdm.data.found import VideoFile
+from hpdm.data.latent_clips import LatentDataset
 from hpdm.data.mixture import Mixture
 from hpdm.text import EmbeddingStore, normalize_caption
 
 VALIDATION = "validation"
+LATENTS = "latents"
+"""The name of what was encoded ahead; a run that encodes its clips itself has none."""
 _SAMPLED = 16  # embeddings whose values count
 
 
@@ -26,7 +29,7 @@ class Inputs:
     """The clips of a run and the embeddings of their captions.
 
     Args:
-        data: the clips that are trained on.
+        data: the clips that are trained on, or their latents.
         held_out: those of the validation, if there is one.
         embeddings: of the captions, if the model has text.
         labeled: whether labels matter.
@@ -46,6 +49,9 @@ class Inputs:
         if held_out is not None:
             self.sets[VALIDATION] = ClipSet(held_out, labeled=labeled)
         self.fingerprints = {name: part.fingerprint for name, part in self.sets.items()}
+        stores = [part.store.fingerprint for part in data.sets if isinstance(part, LatentDataset)]
+        if stores:
+            self.fingerprints[LATENTS] = "; ".join(stores)
         if embeddings is not None:
             self.fingerprints["embeddings"] = _fingerprint(embeddings, data.files)
             if held_out is not None:

@@ -44,6 +44,9 @@ class TrainOptions:
     autoencoder: Path | None = None
     """Required for latent diffusion: run of the autoencoder on whose latents it works, or a file that `hpdm export`
     wrote of one. The new run contains it."""
+    latents: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """Latents of the clips of --data by that autoencoder, from `hpdm data encode`: clips are then not encoded in every
+    step, and videos not decoded. Given once for each --data, in the same order."""
     recipe: Annotated[RecipeChanges, tyro.conf.arg(name="")] = field(default_factory=RecipeChanges)
     """How to train."""
     architecture: Annotated[Architecture, tyro.conf.arg(name="")] = field(default_factory=Architecture)
@@ -136,7 +139,7 @@ class TrainOptions:
 def train_options(**values: Any) -> TrainOptions:
     """:class:`TrainOptions` from flat names, as on the command line: ``train_options(steps=9, ...)``.
 
-    ``data`` is one folder, or several in a list or tuple.
+    ``data`` and ``latents`` are one folder, or several in a list or tuple.
 
     Raises:
         TypeError: an unknown name, or ``data`` or ``out`` missing.
@@ -145,8 +148,9 @@ def train_options(**values: Any) -> TrainOptions:
     parts = {"recipe": RecipeChanges, "architecture": Architecture, "objective": Objective, "steering": Steering}
     names = {part: {f.name for f in dataclasses.fields(kind)} for part, kind in parts.items()}
     nested = {part: kind(**{n: values.pop(n) for n in names[part] & set(values)}) for part, kind in parts.items()}
-    if isinstance(values.get("data"), str | os.PathLike):
-        values["data"] = [values["data"]]
-    if "data" in values:
-        values["data"] = tuple(map(Path, values["data"]))
+    for name in ("data", "latents"):
+        if isinstance(values.get(name), str | os.PathLike):
+            values[name] = [values[name]]
+        if name in values:
+            values[name] = tuple(map(Path, values[name]))
     return TrainOptions(**nested, **values)

@@ -108,7 +108,7 @@ class SampleGrid:
                 number = next((n for n, file in enumerate(files) if file.label == 0), 0)
             elif self.kind == "text":
                 number = next((n for n, file in enumerate(files) if file.caption == self.names[0]), 0)
-            item = self.clips[number]
+            item = self.clips.with_video(number)
             name = self.clips.class_names[item["label"]] if self.kind == "class" else item["caption"]
             self._real = item["video"], name
         return self._real
