@@ -64,23 +64,24 @@ class Encode:
                 )  # fmt: skip
                 info = describe(model, clips)
             distributed.assert_same_on_all_ranks("latents", info)
+            missing: list[int] = []
             with distributed.raise_on_all_ranks():
                 if distributed.is_first():
                     log_summary(self.data, clips.found)
-                    LatentStore.create(self.out, info)
+                    missing = LatentStore.create(self.out, info).missing()
+            missing = distributed.broadcast(missing)  # other ranks may write before this one looks
+            numbers = distributed.shard(missing)
             with distributed.raise_on_all_ranks():
-                missing = distributed.broadcast(LatentStore(self.out).missing() if distributed.is_first() else [])
-                store, numbers = LatentStore(self.out), distributed.shard(missing)
+                store = LatentStore(self.out)
             bar = tqdm(total=len(numbers), unit="clip", dynamic_ncols=True, disable=not distributed.is_first())
             with distributed.raise_on_all_ranks(), bar:
                 encode_clips(model, clips, store, numbers, self.chunk, lambda done: bar.update(done - bar.n))
-        if not distributed.is_first():
-            return 0
-        store = LatentStore(self.out)
-        left_out = int((store.frames == 0).sum())
-        latents, size = store.count, sum(path.stat().st_size for path in self.out.glob("latents-*"))
-        print(
-            f"{self.out}: {latents} latents of {len(store)} clips, {len(missing)} of them new, {size / 1e6:.1f} MB"
-            + (f"; {left_out} clips left out, which cannot be read" if left_out else "")
-        )
+            store = LatentStore(self.out)  # with what the other ranks wrote
+            left_out = int((store.frames == 0).sum())
+            if distributed.is_first():
+                size = sum(path.stat().st_size for path in self.out.glob("latents-*"))
+                print(
+                    f"{self.out}: {store.count} latents of {len(store)} clips, {len(missing)} of them new, "
+                    f"{size / 1e6:.1f} MB" + (f"; {left_out} clips left out, which cannot be read" if left_out else "")
+                )
         return 1 if left_out else 0
