@@ -241,22 +241,33 @@ class TileAverage(nn.Module):
     Args:
         origins: ``[T, 3]`` int, first voxels of the tiles.
         size: video size in pixels (frames, height, width).
+        weights: three tensors or ``None``, see :func:`hpdm_kernels.average_tiles`; the module keeps copies.
         backend: see :func:`hpdm_kernels.average_tiles`.
     """
 
     origins: Tensor
 
-    def __init__(self, origins: Tensor, size: Sequence[int], *, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        origins: Tensor,
+        size: Sequence[int],
+        *,
+        weights: Sequence[Tensor] | None = None,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         self.backend = check_backend(backend)
         self.size = tuple(size)
         # A copy, which the caller cannot change. Not a buffer, which would move to a GPU with the module: origins are
         # read on the CPU.
         self.origins = origins.detach().clone()
+        self.weights = None if weights is None else [weight.detach().clone() for weight in weights]
 
     def forward(self, tiles: Tensor, x: Tensor | None = None, alpha: float = 0.0, beta: float = 1.0) -> Tensor:
         """``tiles [B, T, C, f, h, w]``, ``x [B, C, F, H, W]`` -> ``alpha * x + beta * mean``, ``[B, C, F, H, W]``."""
-        return average_tiles(tiles, self.origins, self.size, x=x, alpha=alpha, beta=beta, backend=self.backend)
+        return average_tiles(
+            tiles, self.origins, self.size, x=x, alpha=alpha, beta=beta, weights=self.weights, backend=self.backend
+        )
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

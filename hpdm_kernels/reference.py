@@ -109,20 +109,37 @@ def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int]) -> T
 
 
 def average_tiles(
-    tiles: Tensor, origins: Tensor, size: Sequence[int], x: Tensor | None, alpha: float, beta: float
+    tiles: Tensor,
+    origins: Tensor,
+    size: Sequence[int],
+    x: Tensor | None,
+    alpha: float,
+    beta: float,
+    weights: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Sums and counts tiles slice by slice (MultiDiffusion): ``alpha * x + beta * mean``, ``[B,C,F,H,W]``.
 
-    ``tiles`` is ``[B,T,C,f,h,w]``, ``origins`` ``[T, 3]``, ``x`` ``[B,C,F,H,W]``, and ``size`` is ``(F,H,W)``.
+    ``tiles`` is ``[B,T,C,f,h,w]``, ``origins`` ``[T, 3]``, ``x`` ``[B,C,F,H,W]``, and ``size`` is ``(F,H,W)``. With
+    ``weights``, one tensor per axis of a tile, each element counts as often as the product of its three says.
     """
     b, _, c, f, h, w = tiles.shape
     work = coordinate_dtype(tiles.dtype)
     total = tiles.new_zeros(b, c, *size, dtype=work)  # one per element under torch.func.vmap, as the tiles are
     count = torch.zeros(1, 1, *size, dtype=work, device=tiles.device)
+    if weights is not None:
+        # In fp64 no product of three numbers of fp32 overflows, nor vanishes.
+        count, (w_f, w_h, w_w) = count.double(), (weight.to(tiles.device).double() for weight in weights)
+        weight = w_f[:, None, None] * w_h[:, None] * w_w
+        for i, j, k in origins.tolist():
+            count[:, :, i : i + f, j : j + h, k : k + w] += weight
     for t, (i, j, k) in enumerate(origins.tolist()):
-        total[:, :, i : i + f, j : j + h, k : k + w] += tiles[:, t]
-        count[:, :, i : i + f, j : j + h, k : k + w] += 1
-    mean = total / count * beta
+        voxels = (slice(None), slice(None), slice(i, i + f), slice(j, j + h), slice(k, k + w))
+        if weights is None:
+            total[voxels] += tiles[:, t]
+            count[voxels] += 1
+        else:
+            total[voxels] += tiles[:, t] * (weight / count[voxels]).to(work)
+    mean = total * beta if weights is not None else total / count * beta
     return (mean if x is None else mean + alpha * x.to(work)).to(tiles.dtype)
 
 

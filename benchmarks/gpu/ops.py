@@ -125,14 +125,15 @@ def project_arguments(op: str, backend: str, generator: torch.Generator, device:
 
 def tile_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
     tiles, video = TILES.make(generator, device)
+    weights = torch.rand(sum(TILES.tile), generator=generator) + 0.1
     if op == "add_tiles":
-        return (torch.zeros_like(video), tiles[:, :3].clone(), ORIGINS, 0, backend)
+        return (torch.zeros_like(video), tiles[:, :3].clone(), ORIGINS, 0, weights, backend)
     if op == "step_tiles":
-        return (torch.randn_like(video), ORIGINS, list(TILES.tile), video.dtype, video, 0.3, 0.7, backend)
+        return (torch.randn_like(video), ORIGINS, list(TILES.tile), video.dtype, video, 0.3, 0.7, True, weights, backend)
     tiles, video = leaves(op, tiles, video)
     if op == "extract_tiles":
-        return (video, ORIGINS, list(TILES.tile), False, 1.0, backend)
-    return (tiles, ORIGINS, list(TILES.size), video, 0.3, 0.7, True, backend)
+        return (video, ORIGINS, list(TILES.tile), True, 1.0, weights, backend)
+    return (tiles, ORIGINS, list(TILES.size), video, 0.3, 0.7, True, weights, backend)
 
 
 def patch_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:

@@ -2,7 +2,8 @@
 
 A sampler computes tiles in batches, and with 50 % overlap on three axes all tiles together are as large as eight
 videos. Here each chunk is added to running sums when it arrives. ``step`` divides by the counts, each a product of
-three small numbers, and takes the sampler's linear step. Every voxel adds its tiles one by one in the order of the
+three small numbers, and takes the sampler's linear step. With weights, tiles are multiplied by their shares of a voxel
+when they are added, and there is nothing to divide by. Every voxel adds its tiles one by one in the order of the
 tiles, so the chunks do not change the result, bit for bit. On a GPU there is one launch per chunk and one per step.
 """
 
@@ -18,8 +19,9 @@ from hpdm_kernels._checks import check_tensor, check_triple
 from hpdm_kernels._transforms import differentiates
 from hpdm_kernels.boxes import coordinate_dtype
 from hpdm_kernels.tiles import ops
-from hpdm_kernels.tiles.checks import check_factors
+from hpdm_kernels.tiles.checks import check_factors, check_weights
 from hpdm_kernels.tiles.geometry import read_origins
+from hpdm_kernels.tiles.weights import shares
 
 
 class TileAccumulator:
@@ -41,23 +43,33 @@ class TileAccumulator:
             (frames slowest) that covers the whole video.
         tile_size: (frames, height, width) of a tile in pixels.
         size: (frames, height, width) of the video in pixels.
+        weights: as of :func:`hpdm_kernels.average_tiles`; the accumulator keeps a copy.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Raises:
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, an unknown backend, tiles that are not inside of the video, are no product grid or
-            leave a voxel uncovered.
+            leave a voxel uncovered, weights that are not positive and finite or that require a gradient.
 
     Source: MultiDiffusion (Bar-Tal et al., 2023), as used in paper section 4.4 (tiled inference).
     """
 
     def __init__(
-        self, origins: Tensor, tile_size: Sequence[int], size: Sequence[int], *, backend: str = "auto"
+        self,
+        origins: Tensor,
+        tile_size: Sequence[int],
+        size: Sequence[int],
+        *,
+        weights: Sequence[Tensor] | None = None,
+        backend: str = "auto",
     ) -> None:
         self.tile_size, self.size = check_triple("tile_size", tile_size), check_triple("size", size)
         self.origins = check_tensor("origins", origins, ("T", 3), dtypes=(torch.int32, torch.int64))
         self.origins = self.origins.to("cpu", copy=True)  # the caller may change its own
-        read_origins(self.origins, self.tile_size, self.size, cover=True)
+        plan = read_origins(self.origins, self.tile_size, self.size, cover=True)
+        self._weights = check_weights(weights, self.tile_size)
+        if self._weights is not None:
+            shares(plan, self._weights, torch.float64, self._weights.device)  # which checks them
         self.backend = check_backend(backend)
         self._chosen = backend
         self._sums: Tensor | None = None
@@ -105,7 +117,7 @@ class TileAccumulator:
         _refuse_gradient("tiles", tiles)
         if self._like is None:
             self._start(tiles)
-        ops.add_tiles(self._sums, tiles, self.origins, self.added, self._chosen)
+        ops.add_tiles(self._sums, tiles, self.origins, self.added, self._weights, self._chosen)
         self.added += tiles.shape[1]
 
     def _start(self, tiles: Tensor) -> None:
@@ -142,7 +154,8 @@ class TileAccumulator:
             check_tensor("x", x, self._sums.shape, like=("tiles", self._like))
             _refuse_gradient("x", x)
         alpha, beta = check_factors(alpha, beta, x)
-        out = ops.step_tiles(self._sums, self.origins, self.tile_size, self._like.dtype, x, alpha, beta, self._chosen)
+        mean, dtype = self._weights is None, self._like.dtype
+        out = ops.step_tiles(self._sums, self.origins, self.tile_size, dtype, x, alpha, beta, mean, self._chosen)
         self.reset()
         return out
 

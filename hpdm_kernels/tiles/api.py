@@ -4,6 +4,7 @@
     average:  out[b, :, v] = alpha * x[b, :, v] + beta * mean over tiles t that cover v of tiles[b, t, :, v - o_t]
 
 with ``video``, ``x``, ``out`` ``[B, C, F, H, W]``, ``tiles`` ``[B, T, C, f, h, w]`` and ``origins`` ``o`` ``[T, 3]``.
+The mean may have weights: one per frame, row and column of a tile (:mod:`hpdm_kernels.tiles.weights`).
 
 The tiles of an average form a product grid: on each axis, the tiles that cover a voxel are a range of indices, and
 their number is the product of three small numbers. There is no count map and no scatter, and no result is read back.
@@ -22,8 +23,9 @@ from hpdm_kernels import _transforms, reference
 from hpdm_kernels._backend import resolve
 from hpdm_kernels._checks import check_tensor, check_triple
 from hpdm_kernels.tiles import ops
-from hpdm_kernels.tiles.checks import check_factors
+from hpdm_kernels.tiles.checks import check_factors, check_weights
 from hpdm_kernels.tiles.geometry import read_origins
+from hpdm_kernels.tiles.weights import shares
 
 
 def _check_fits(tile: Sequence[int], size: Sequence[int], name: str) -> None:
@@ -63,7 +65,7 @@ def extract_tiles(video: Tensor, origins: Tensor, tile_size: Sequence[int], *, b
         read_origins(origins, tile, video.shape[2:])
         return reference.extract_tiles(video, origins, tile)
     _transforms.refuse("extract_tiles", chosen, (video,))
-    return ops.extract_tiles(video, origins, tile, False, 1.0, chosen)
+    return ops.extract_tiles(video, origins, tile, False, 1.0, None, chosen)
 
 
 def average_tiles(
@@ -74,6 +76,7 @@ def average_tiles(
     x: Tensor | None = None,
     alpha: float = 0.0,
     beta: float = 1.0,
+    weights: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Averages tiles where they overlap: ``alpha * x + beta * mean``, the mean over the tiles that cover each voxel.
@@ -91,6 +94,10 @@ def average_tiles(
         x: ``[B, C, F, H, W]`` like ``tiles``, or ``None``. Gets a gradient.
         alpha: factor of ``x``, a finite number; must be 0 without ``x``. Numbers get no gradient.
         beta: factor of the mean, a finite number.
+        weights: ``None`` for a plain mean, or three 1-D fp32 tensors of positive finite numbers: one per frame, row and
+            column of a tile. The weight of an element is the product of its three; the mean is ``sum(weight * tile) /
+            sum(weight)``. Linear ramps hide where tiles end. The host reads the values, as those of ``origins``, and
+            what it computes from them is kept as long as ``origins``. They get no gradient.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``.
 
     Returns:
@@ -100,7 +107,7 @@ def average_tiles(
         TypeError: a wrong type or dtype.
         ValueError: a wrong shape, an unknown backend, tiles that are not inside of the video, are no product grid or
             leave a voxel uncovered, ``alpha`` without ``x``, ``alpha`` or ``beta`` not finite or a tensor with a
-            gradient.
+            gradient, weights that are not positive and finite or that require a gradient.
         RuntimeError: ``backend="triton"`` cannot run here.
         NotImplementedError: ``torch.func`` or forward mode differentiates the op on another backend than ``reference``.
 
@@ -113,9 +120,12 @@ def average_tiles(
     if x is not None:
         check_tensor("x", x, (tiles.shape[0], tiles.shape[2], *size), like=("tiles", tiles))
     alpha, beta = check_factors(alpha, beta, x)
+    per_axis = check_weights(weights, tiles.shape[3:])
     chosen = resolve(backend, "average_tiles", tiles)
     if chosen == "reference":
-        read_origins(origins, tiles.shape[3:], size, cover=True)
-        return reference.average_tiles(tiles, origins, size, x, alpha, beta)
+        plan = read_origins(origins, tiles.shape[3:], size, cover=True)
+        if per_axis is not None:
+            shares(plan, per_axis, torch.float64, per_axis.device)  # which checks them
+        return reference.average_tiles(tiles, origins, size, x, alpha, beta, weights)
     _transforms.refuse("average_tiles", chosen, (tiles, x))
-    return ops.average_tiles(tiles, origins, size, x, alpha, beta, True, chosen)
+    return ops.average_tiles(tiles, origins, size, x, alpha, beta, True, per_axis, chosen)

@@ -127,6 +127,11 @@ class TilePlan:
         """Number of tiles along each axis of a product grid."""
         return [len(axis.origins) for axis in self.axes or ()]
 
+    def place(self, t: int) -> tuple[int, int, int]:
+        """Indices of tile ``t`` along the three axes of a product grid."""
+        _, n_h, n_w = self.grid
+        return t // (n_h * n_w), t // n_w % n_h, t % n_w
+
     def box(self, first: int, stop: int) -> list[tuple[int, int]]:
         """(start, stop) per axis of the smallest box around tiles ``first`` to ``stop - 1`` of a product grid.
 

@@ -9,13 +9,18 @@ from hpdm_kernels._triton import KernelSpec
 from hpdm_kernels.tiles import triton_kernels
 from hpdm_kernels.tiles.block_sizes import average_blocks, extract_blocks
 
-# Name of the op, a word for the label, and the constexprs ADD, SUMS, FINISH, MEAN.
+# Name of the op, a word for the label, and the constexprs ADD, SUMS, FINISH, MEAN, SHARES.
 _AVERAGE_USES = (
-    ("average_tiles", "sum", (True, False, True, False)),
-    ("average_tiles", "mean", (True, False, True, True)),
-    ("add_tiles", "", (True, True, False, False)),
-    ("step_tiles", "", (False, True, True, True)),
+    ("average_tiles", "sum", (True, False, True, False, False)),
+    ("average_tiles", "mean", (True, False, True, True, False)),
+    ("average_tiles", "weights", (True, False, True, False, True)),
+    ("add_tiles", "", (True, True, False, False, False)),
+    ("add_tiles", "weights", (True, True, False, False, True)),
+    ("step_tiles", "", (False, True, True, True, False)),
+    ("step_tiles", "weights", (False, True, True, False, False)),
 )
+_EXTRACT_USES = {"plain": (False, False), "mean": (True, False), "weights": (False, True)}
+"""A word for the label -> the constexprs MEAN, SHARES."""
 _ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ROWS, _WIDTH = 1024, 512
 """A large frame."""
@@ -30,16 +35,16 @@ def aot_specs() -> list[KernelSpec]:
 
 def _extract_specs() -> list[KernelSpec]:
     specs = []
-    for (name, size), mean, aligned, width in itertools.product(
-        _ELEMENT_BYTES.items(), (False, True), (True, False), (_WIDTH, _TILE_WIDTH)
+    for (name, size), (kind, (mean, shares)), aligned, width in itertools.product(
+        _ELEMENT_BYTES.items(), _EXTRACT_USES.items(), (True, False), (_WIDTH, _TILE_WIDTH)
     ):
         pointers = {"video_ptr": f"*{name}", "out_ptr": f"*{name}", "origins_ptr": "*i32", "cover_ptr": "*i64"}
+        pointers["shares_ptr"] = "*fp32"
         blocks = extract_blocks(_ROWS, width, 16 // size if aligned else 1)
         wide = "" if width == _WIDTH else f"w{width}"
-        options = ",".join(filter(None, (name, "mean" if mean else "plain", "" if aligned else "unaligned", wide)))
-        specs.append(
-            _spec(f"extract_tiles[{options}]", triton_kernels.extract_tiles_kernel, pointers, {"MEAN": mean} | blocks)
-        )
+        options = ",".join(filter(None, (name, kind, "" if aligned else "unaligned", wide)))
+        constexprs = {"MEAN": mean, "SHARES": shares} | blocks
+        specs.append(_spec(f"extract_tiles[{options}]", triton_kernels.extract_tiles_kernel, pointers, constexprs))
     return specs
 
 
@@ -52,8 +57,8 @@ def _average_specs() -> list[KernelSpec]:
             continue
         out = "*fp32" if op == "add_tiles" else f"*{name}"
         pointers = {"tiles_ptr": f"*{name}", "sums_ptr": "*fp32", "x_ptr": f"*{name}", "out_ptr": out}
-        pointers |= {"starts_ptr": "*i32", "cover_ptr": "*i64"}
-        constexprs: dict[str, int] = dict(zip(("ADD", "SUMS", "FINISH", "MEAN", "HAS_X"), (*flags, has_x)))
+        pointers |= {"starts_ptr": "*i32", "cover_ptr": "*i64", "shares_ptr": "*fp32"}
+        constexprs: dict[str, int] = dict(zip(("ADD", "SUMS", "FINISH", "MEAN", "SHARES", "HAS_X"), (*flags, has_x)))
         vector = 16 // (size if op == "average_tiles" else 4) if aligned else 1  # the sums are fp32
         constexprs |= average_blocks(_ROWS, _WIDTH, vector)
         options = ",".join(filter(None, (name, kind, "x" if has_x else "", "" if aligned else "unaligned")))

@@ -13,6 +13,7 @@ from hpdm_kernels.tiles import triton_kernels
 from hpdm_kernels.tiles.block_sizes import average_blocks, extract_blocks
 from hpdm_kernels.tiles.geometry import TilePlan
 from hpdm_kernels.tiles.huge_pages import new_empty
+from hpdm_kernels.tiles.weights import Shares
 
 
 class Tables(NamedTuple):
@@ -59,10 +60,13 @@ def _vector(plan: TilePlan, tile_w: int, *tensors: Tensor) -> int:
     return vector
 
 
-def extract(video: Tensor, plan: TilePlan, tile: Sequence[int], mean: bool, scale: float) -> Tensor:
+def extract(
+    video: Tensor, plan: TilePlan, tile: Sequence[int], mean: bool, scale: float, shares: Shares | None = None
+) -> Tensor:
     """``scale`` times the tiles ``[B, T, C, *tile]`` of ``video [B, C, F, H, W]``.
 
-    ``mean``: each voxel is also divided by the number of tiles that cover it.
+    ``mean``: each voxel is also divided by the number of tiles that cover it, or with ``shares`` multiplied by the
+    tile's share.
     """
     b, c, f, h, _ = video.shape
     t, rows, width = len(plan.origins), c * tile[0] * tile[1], tile[2]
@@ -73,9 +77,15 @@ def extract(video: Tensor, plan: TilePlan, tile: Sequence[int], mean: bool, scal
     origins, cover, _ = tables(plan, video.device, vector)
     with torch.cuda.device_of(video):
         triton_kernels.extract_tiles_kernel[launch_grid(b, t, *n_blocks)](
-            video, out, origins, cover, scale, *video.stride(), t, c, f, h, *tile, *n_blocks, MEAN=mean, **blocks
-        )
+            video, out, origins, cover, _table(shares, out), scale, *video.stride(), t, c, f, h, *tile,
+            *(plan.grid or (1, 1, t)), *n_blocks, MEAN=mean and shares is None, SHARES=shares is not None, **blocks,
+        )  # fmt: skip
     return out
+
+
+def _table(shares: Shares | None, unused: Tensor) -> Tensor:
+    """The table of ``shares``; without them a tensor that stands for the pointer and is not read."""
+    return unused if shares is None else shares.table
 
 
 def _launch(
@@ -91,8 +101,9 @@ def _launch(
     *,
     finish: bool,
     mean: bool,
+    shares: Shares | None = None,
 ) -> None:
-    """Launches the kernel of averages, whose docstring explains ``finish`` and ``mean``.
+    """Launches the kernel of averages, whose docstring explains ``finish``, ``mean`` and ``shares``.
 
     Args:
         tiles: ``[B, n, C, f, h, w]``, or ``None`` to add no tiles.
@@ -116,38 +127,58 @@ def _launch(
     _, cover, starts = tables(plan, out.device, vector)
     with torch.cuda.device_of(out):
         triton_kernels.average_tiles_kernel[launch_grid(b, c, frames, *n_blocks)](
-            *(out if t is None else t for t in (tiles, sums, x)), out, starts, cover, alpha, beta,
+            *(out if t is None else t for t in (tiles, sums, x)), out, starts, cover, _table(shares, out), alpha, beta,
             *((0,) * 6 if tiles is None else tiles.stride()), *((0,) * 5 if x is None else x.stride()),
-            c, *size, *plan.grid, *plan.most, *chunk, start_f, start_h, start_w, frames, stop_h, stop_w, *n_blocks,
-            ADD=tiles is not None, SUMS=sums is not None, FINISH=finish, MEAN=mean, HAS_X=x is not None, **blocks,
+            c, *size, *(axis.tile for axis in plan.axes), *plan.grid, *plan.most, *chunk,
+            start_f, start_h, start_w, frames, stop_h, stop_w, *n_blocks, ADD=tiles is not None,
+            SUMS=sums is not None, FINISH=finish, MEAN=mean, SHARES=shares is not None, HAS_X=x is not None, **blocks,
         )  # fmt: skip
 
 
 def average(
-    tiles: Tensor, plan: TilePlan, size: Sequence[int], x: Tensor | None, alpha: float, beta: float, mean: bool
+    tiles: Tensor,
+    plan: TilePlan,
+    size: Sequence[int],
+    x: Tensor | None,
+    alpha: float,
+    beta: float,
+    mean: bool,
+    shares: Shares | None = None,
 ) -> Tensor:
     """``alpha * x + beta * sum`` ``[B, C, *size]``, the sum over ``tiles [B, T, C, f, h, w]``, a product grid.
 
-    ``mean``: the sum is divided by the number of tiles that cover each voxel.
+    ``mean``: the sum is divided by the number of tiles that cover each voxel; with ``shares`` each tile is multiplied
+    by its share instead.
     """
     out = new_empty(tiles, tiles.shape[0], tiles.shape[2], *size)
-    whole = [(0, n) for n in size]
-    _launch(tiles, None, x, out, plan, alpha, beta, (0, len(plan.origins)), whole, finish=True, mean=mean)
+    every, whole, mean = (0, len(plan.origins)), [(0, n) for n in size], mean and shares is None
+    _launch(tiles, None, x, out, plan, alpha, beta, every, whole, finish=True, mean=mean, shares=shares)
     return out
 
 
-def add(sums: Tensor, tiles: Tensor, plan: TilePlan, first: int) -> None:
+def add(sums: Tensor, tiles: Tensor, plan: TilePlan, first: int, shares: Shares | None = None) -> None:
     """Adds ``tiles [B, n, C, f, h, w]``, from index ``first`` on, to ``sums [B, C, F, H, W]`` fp32, in place.
 
-    ``sums`` need not be zeroed before the first tile.
+    ``sums`` need not be zeroed before the first tile. With ``shares`` each tile is multiplied by its share.
     """
     chunk = (first, first + tiles.shape[1])
-    _launch(tiles, sums, None, sums, plan, 0.0, 1.0, chunk, plan.box(*chunk), finish=False, mean=False)
+    _launch(tiles, sums, None, sums, plan, 0.0, 1.0, chunk, plan.box(*chunk), finish=False, mean=False, shares=shares)
 
 
-def step(sums: Tensor, plan: TilePlan, dtype: torch.dtype, x: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """``alpha * x + beta * sums / counts`` ``[B, C, F, H, W]`` of ``dtype``, after the last tile."""
+def step(
+    sums: Tensor,
+    plan: TilePlan,
+    dtype: torch.dtype,
+    x: Tensor | None,
+    alpha: float,
+    beta: float,
+    mean: bool = True,
+) -> Tensor:
+    """``alpha * x + beta * sums`` ``[B, C, F, H, W]`` of ``dtype``, after the last tile.
+
+    ``mean``: the sums are divided by the numbers of tiles.
+    """
     out = new_empty(sums, *sums.shape, dtype=dtype)
     no_tiles, whole = (len(plan.origins),) * 2, [(0, n) for n in sums.shape[2:]]
-    _launch(None, sums, x, out, plan, alpha, beta, no_tiles, whole, finish=True, mean=True)
+    _launch(None, sums, x, out, plan, alpha, beta, no_tiles, whole, finish=True, mean=mean)
     return out

@@ -10,6 +10,9 @@ strides that are multiples of 16 bytes; otherwise a group is one column.
 The table ``cover [F + H + W / VECTOR]`` int64 has an entry for each frame, each row and each group of columns: the
 first tile along this axis that covers it, times 2**32, plus the number of such tiles. One load of neighboring entries
 thus tells the threads of a warp all about their columns.
+
+The table ``shares [T_w * w + T_f * f + T_h * h]`` of an average with weights is
+:class:`hpdm_kernels.tiles.weights.Shares`.
 """
 
 # Kernels' arguments have Triton's types, not Python's.
@@ -48,14 +51,16 @@ def extract_tiles_kernel(
     out_ptr,  # [B, T, C, tile_f, tile_h, tile_w], written
     origins_ptr,  # [T, 3] int32
     cover_ptr,  # [F + H + W / VECTOR] int64
+    shares_ptr,  # [n_tiles_w * tile_w + n_tiles_f * tile_f + n_tiles_h * tile_h] fp32, read with SHARES
     scale,
     stride_video_b, stride_video_c, stride_video_f, stride_video_h, stride_video_w,
-    T, C, F, H, tile_f, tile_h, tile_w, n_blocks_r, n_blocks_w,
-    MEAN: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    T, C, F, H, tile_f, tile_h, tile_w, n_tiles_f, n_tiles_h, n_tiles_w, n_blocks_r, n_blocks_w,
+    MEAN: tl.constexpr, SHARES: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Some rows of one tile per program, of any frames and channels: ``scale`` times the video.
 
-    ``MEAN``: each voxel is also divided by the number of tiles that cover it.
+    ``MEAN``: each voxel is also divided by the number of tiles that cover it. ``SHARES``: it is multiplied by the
+    tile's share of it.
     """
     pid = tl.program_id(0)
     t = pid // (n_blocks_r * n_blocks_w)
@@ -80,6 +85,15 @@ def extract_tiles_kernel(
         count_h = _count(tl.load(cover_ptr + F + j, mask=real, other=1))
         count_w = _count(tl.load(cover_ptr + F + H + k // VECTOR, mask=tile_k < tile_w, other=1))
         value /= ((count_f * count_h)[:, None] * count_w[None, :]).to(tl.float32)[:, :, None]
+    if SHARES:
+        n = t % T
+        frames = n_tiles_w * tile_w + n // n_tiles_w // n_tiles_h * tile_f + frame - c * tile_f
+        at_h = n // n_tiles_w % n_tiles_h * tile_h + row - frame * tile_h
+        at_h += n_tiles_w * tile_w + n_tiles_f * tile_f
+        share = tl.load(shares_ptr + frames, mask=real, other=0.0) * tl.load(shares_ptr + at_h, mask=real, other=0.0)
+        at_w = _aligned((n % n_tiles_w * tile_w + tile_k)[None, :], VECTOR)
+        share_w = tl.load(shares_ptr + at_w, mask=(tile_k < tile_w)[None, :, None], other=0.0)
+        value *= share[:, None, None] * share_w
     rows = (t.to(tl.int64) * C * tile_f * tile_h + row) * tile_w
     tl.store(out_ptr + _aligned(rows[:, None] + tile_k[None, :], VECTOR), value.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -94,21 +108,23 @@ def average_tiles_kernel(
     out_ptr,  # [B, C, F, H, W], written
     starts_ptr,  # [n_tiles_f + n_tiles_h + n_tiles_w] int32, origins of the grid per axis
     cover_ptr,  # [F + H + W / VECTOR] int64
+    shares_ptr,  # [n_tiles_w * tile_w + n_tiles_f * tile_f + n_tiles_h * tile_h] fp32, read with SHARES
     alpha, beta,
     stride_tiles_b, stride_tiles_t, stride_tiles_c, stride_tiles_f, stride_tiles_h, stride_tiles_w,
     stride_x_b, stride_x_c, stride_x_f, stride_x_h, stride_x_w,
-    C, F, H, W, n_tiles_f, n_tiles_h, n_tiles_w, most_f, most_h, most_w, first, stop,
+    C, F, H, W, tile_f, tile_h, tile_w, n_tiles_f, n_tiles_h, n_tiles_w, most_f, most_h, most_w, first, stop,
     box_f, box_h, box_w, frames, stop_h, stop_w, n_blocks_r, n_blocks_w,
-    ADD: tl.constexpr, SUMS: tl.constexpr, FINISH: tl.constexpr, MEAN: tl.constexpr, HAS_X: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
+    ADD: tl.constexpr, SUMS: tl.constexpr, FINISH: tl.constexpr, MEAN: tl.constexpr, SHARES: tl.constexpr,
+    HAS_X: tl.constexpr, VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     """Part of one frame of one channel of a box per program: adds tiles ``first`` to ``stop - 1``, in their order.
 
     ``ADD``: there are such tiles. ``SUMS``: they are a chunk, and ``sums`` holds the tiles before it. ``FINISH``: they
     are the last ones, and ``out`` is ``alpha * x + beta * sums``; with ``MEAN`` the sums are first divided by the
-    number of tiles. Without ``FINISH``, ``out`` is the new sums. ``most_f, most_h, most_w`` are the largest numbers of
-    tiles that cover a coordinate. There is a single loop with the same bounds in all threads, because nested loops
-    spilled registers.
+    number of tiles. Without ``FINISH``, ``out`` is the new sums. ``SHARES``: tiles are multiplied by their shares of a
+    voxel before they are added. ``most_f, most_h, most_w`` are the
+    largest numbers of tiles that cover a coordinate. There is a single loop with the same bounds in all threads,
+    because nested loops spilled registers.
     """
     pid = tl.program_id(0)
     frame = pid // (n_blocks_r * n_blocks_w)
@@ -150,7 +166,16 @@ def average_tiles_kernel(
                 number = t[:, None] + t_w[None, :]
                 here = here & (number >= 0) & (number < stop - first)
             tile = tiles_ptr + _aligned(rows[:, None] + cols[None, :], VECTOR)
-            total += tl.load(tile, mask=here[:, :, None], other=0.0).to(tl.float32)
+            value = tl.load(tile, mask=here[:, :, None], other=0.0).to(tl.float32)
+            if SHARES:
+                frames_ptr = shares_ptr + n_tiles_w * tile_w
+                share = tl.load(frames_ptr + t_f * tile_f + tile_i, mask=near_f < count_f, other=0.0)
+                at_h = n_tiles_f * tile_f + t_h * tile_h + tile_j
+                share = share * tl.load(frames_ptr + at_h, mask=mask_h, other=0.0)
+                at_w = _aligned((t_w * tile_w + tile_k)[None, :], VECTOR)
+                share_w = tl.load(shares_ptr + at_w, mask=mask_w[None, :, None], other=0.0)
+                value *= share[:, None, None] * share_w
+            total += value
     if FINISH:
         if MEAN:
             count = count_f * count_h[:, None] * count_w[None, :]

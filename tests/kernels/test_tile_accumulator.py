@@ -118,8 +118,8 @@ def test_holds_the_video_and_one_chunk(generator, device):
 def test_opcheck(backend, generator, device):
     tiles, x, _, origins, tile, size = inputs("half", generator, device, batch=1, channels=1)
     sums = torch.zeros(1, 1, *size, device=device)
-    torch.library.opcheck(torch.ops.hpdm.add_tiles.default, (sums, tiles[:, 2:5], origins, 2, backend))
-    step = (sums, origins, tile, torch.float32, x, 0.3, 0.7, backend)
+    torch.library.opcheck(torch.ops.hpdm.add_tiles.default, (sums, tiles[:, 2:5], origins, 2, None, backend))
+    step = (sums, origins, tile, torch.float32, x, 0.3, 0.7, True, backend)
     torch.library.opcheck(torch.ops.hpdm.step_tiles.default, step)
 
 

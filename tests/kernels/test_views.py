@@ -37,6 +37,7 @@ def same_columns(t):
     return t[..., :1].expand(t.shape)
 
 
+WEIGHTS = torch.tensor([1.0, 2.0] + [0.5, 1.0, 0.7] + [0.1, 2.0, 3.0, 0.4])  # per axis of a tile
 VIEWS = [reversed_axes, every_second, inside, same_rows, same_columns]
 
 
@@ -103,10 +104,10 @@ def registered_calls(backend, generator, device):
         "read_tokens_bwd": (normal(2, 3, 4, 8), q, [tokens], weight_kv, out, lse, None, 0.3, 20, "ieee", backend),
         "sample_patches_fwd": (video, box, [1, 3, 2], backend),
         "sample_patches_bwd": (patch, box, list(SIZE), backend),
-        "extract_tiles": (video, origins, list(TILE), True, 0.5, backend),
-        "average_tiles": (tiles, origins, list(SIZE), video, 0.3, 0.7, True, backend),
-        "add_tiles": (video, tiles, origins, 0, backend),
-        "step_tiles": (video, origins, list(TILE), torch.float32, normal(2, 2, *SIZE), 0.3, 0.7, backend),
+        "extract_tiles": (video, origins, list(TILE), True, 0.5, WEIGHTS, backend),
+        "average_tiles": (tiles, origins, list(SIZE), video, 0.3, 0.7, True, WEIGHTS, backend),
+        "add_tiles": (video, tiles, origins, 0, WEIGHTS, backend),
+        "step_tiles": (video, origins, list(TILE), torch.float32, normal(2, 2, *SIZE), 0.3, 0.7, True, backend),
         "new_tile_sums": (tiles, [2, 2, *SIZE], torch.float32),
     }
     if backend == "triton":

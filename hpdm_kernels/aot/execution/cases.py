@@ -229,7 +229,7 @@ def _tiles(op: str, dtype: str, aligned: bool, has_x: bool = False, width: int =
             ours = lambda t, x: hpdm_kernels.average_tiles(t, origins, size, x=x, **factors, backend="triton")
             return check_op(ours, average, [tiles, x])
         if op == "sum":  # the op behind the gradient of extraction
-            direct = lambda t, x: tile_ops.average_tiles(t, origins, size, x, *factors.values(), False, "triton")
+            direct = lambda t, x: tile_ops.average_tiles(t, origins, size, x, *factors.values(), False, None, "triton")
             return _check_value(direct, lambda t, x: _sum(t, origins, size, x, **factors), [tiles, x], 8.0)
 
         def accumulate(tiles: Tensor, x: Tensor | None) -> Tensor:
