@@ -300,19 +300,28 @@ class System(ABC):
         """
         raise NotImplementedError(f"{self.name} models have nothing to measure, see is_measured")
 
-    def reconstruct(self, model: Any, video: Tensor, chunk: int | None = None) -> Tensor:
+    def reconstruct(
+        self,
+        model: Any,
+        video: Tensor,
+        chunk: int | None = None,
+        tile: tuple[int, int] | None = None,
+        overlap: int | None = None,
+    ) -> Tensor:
         """Videos, encoded and decoded by a model with an autoencoder.
 
         Args:
             model: of this system, in eval mode.
             video: uint8 ``[B, C, F, H, W]`` of any size, on the model's device.
             chunk: latents along time that are coded at once; ``None`` for all.
+            tile: height and width in latents of tiles that are blended; ``None`` for whole frames.
+            overlap: of neighboring tiles in latents; ``None`` for a quarter of a tile's shorter side.
 
         Returns:
             float32 of the same shape in [-1, 1].
 
         Raises:
-            ValueError: this system has no autoencoder, or it cannot code in chunks.
+            ValueError: this system has no autoencoder, it cannot code in chunks, or a tile or overlap is out of range.
         """
         raise ValueError(
             f"run: got one of the system {self.name!r}, which encodes no videos, expected one of an autoencoder"

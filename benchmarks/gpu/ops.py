@@ -129,7 +129,7 @@ def tile_arguments(op: str, backend: str, generator: torch.Generator, device: to
     if op == "add_tiles":
         return (torch.zeros_like(video), tiles[:, :3].clone(), ORIGINS, 0, weights, backend)
     if op == "step_tiles":
-        return (torch.randn_like(video), ORIGINS, list(TILES.tile), video.dtype, video, 0.3, 0.7, True, weights, backend)
+        return (torch.randn_like(video), ORIGINS, list(TILES.tile), video.dtype, video, 0.3, 0.7, True, backend)
     tiles, video = leaves(op, tiles, video)
     if op == "extract_tiles":
         return (video, ORIGINS, list(TILES.tile), True, 1.0, weights, backend)

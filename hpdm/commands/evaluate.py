@@ -51,6 +51,7 @@ def report_lines(options: EvaluateOptions, result: dict[str, Any]) -> list[str]:
     if "reconstruction" in result:
         part = result["reconstruction"]
         coded = "whole" if part["chunk"] is None else f"in chunks of {part['chunk']} latents"
+        coded += "" if part["tile"] is None else f", in tiles of {part['tile'][0]}x{part['tile'][1]} latents"
         lines += [f"{part['clips']} clips of {part['frames']} frames, coded {coded}", reconstruction_table(part)]
     if "over_time" in result:
         lines += [over_time_table(result["over_time"])]
@@ -107,7 +108,8 @@ def evaluate_run(options: EvaluateOptions, loaded: Run) -> dict[str, Any]:
     if "reconstruction" in options.metrics:
         result["reconstruction"] = evaluate_reconstruction(
             loaded, _clips_to_reconstruct(options, loaded), clips=options.clips, batch=options.batch,
-            chunk=options.reconstruction.chunk,
+            chunk=options.reconstruction.chunk, tile=options.reconstruction.tile,
+            overlap=options.reconstruction.tile_overlap,
         )  # fmt: skip
     levels = levels_of(loaded.system, loaded.config, options.level)
     parts: list[dict[str, Any]] = [{"level": level.number, "size": list(level.size)} for level in levels]

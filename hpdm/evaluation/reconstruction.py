@@ -24,7 +24,15 @@ from hpdm.training.batches import collate
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    run: Run, dataset: VideoDataset, *, clips: int, batch: int, chunk: int | None = None, progress: bool = True
+    run: Run,
+    dataset: VideoDataset,
+    *,
+    clips: int,
+    batch: int,
+    chunk: int | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Reconstructs clips spread evenly over a set, of any size and length. A collective: ranks share the clips.
 
@@ -34,15 +42,16 @@ def evaluate_reconstruction(
         clips: number of clips; all of the set if it has fewer.
         batch: clips at a time.
         chunk: latents along time that are coded at once; ``None`` for all.
+        tile, overlap: of tiles along height and width in latents, as of :func:`hpdm.latent.coding.encode`.
         progress: show a progress bar.
 
     Returns:
-        ``clips``, ``frames`` and ``chunk``; ``psnr``, of ``model`` and ``baseline`` each ``all`` frames, those at
-        ``borders`` of chunks and those ``inside`` (``None`` where there are no such frames), and ``frame``, a list with
-        the PSNR of every frame. The same on all ranks.
+        ``clips``, ``frames``, ``chunk``, ``tile`` and ``overlap``; ``psnr``, of ``model`` and ``baseline`` each ``all``
+        frames, those at ``borders`` of chunks and those ``inside`` (``None`` where there are no such frames), and
+        ``frame``, a list with the PSNR of every frame. The same on all ranks.
 
     Raises:
-        ValueError: the run has no autoencoder, or it cannot code in chunks.
+        ValueError: the run has no autoencoder, it cannot code in chunks, or a tile or overlap is out of range.
     """
     factors = run.system.compression(run.config)
     count = min(clips, len(dataset))
@@ -53,7 +62,7 @@ def evaluate_reconstruction(
         items = [dataset[i] for i in chosen[first : first + batch]]
         video = collate(items)["video"].to(run.device)
         x = video.float() / 127.5 - 1
-        outs = (run.system.reconstruct(run.model, video, chunk), pooled(x, factors))
+        outs = (run.system.reconstruct(run.model, video, chunk, tile, overlap), pooled(x, factors))
         found[first] = torch.stack([(out - x).double().square().mean((1, 3, 4)) for out in outs], dim=1).cpu()
     errors = torch.cat(distributed.gather(found))  # [clips, 2, F]
     borders = chunk_borders(errors.shape[2], factors[0], chunk)
@@ -63,7 +72,8 @@ def evaluate_reconstruction(
             "all": _psnr(error), "borders": _psnr(error[:, borders]), "inside": _psnr(error[:, ~borders]),
             "frame": [_psnr(error[:, f : f + 1]) for f in range(error.shape[1])],
         }  # fmt: skip
-    return {"clips": count, "frames": errors.shape[2], "chunk": chunk, "psnr": scores}
+    coded = {"chunk": chunk, "tile": None if tile is None else list(tile), "overlap": overlap}
+    return {"clips": count, "frames": errors.shape[2], **coded, "psnr": scores}
 
 
 def pooled(x: Tensor, factors: Triple) -> Tensor:

@@ -135,8 +135,15 @@ class Autoencoding(System):
         """Measures mean and standard deviation of the latents."""
         measure_latents(model, (batch["video"] for batch in batches))
 
-    def reconstruct(self, model: VideoAutoencoder, video: Tensor, chunk: int | None = None) -> Tensor:
-        return coding.reconstruct(model, video, chunk)
+    def reconstruct(
+        self,
+        model: VideoAutoencoder,
+        video: Tensor,
+        chunk: int | None = None,
+        tile: tuple[int, int] | None = None,
+        overlap: int | None = None,
+    ) -> Tensor:
+        return coding.reconstruct(model, video, chunk, tile=tile, overlap=overlap)
 
     def compression(self, config: AutoencoderConfig) -> Triple:
         return config.factors

@@ -6,6 +6,9 @@ that of the whole video up to rounding, and memory does not depend on the length
 frame depends on all others, so a video is coded whole, or refused.
 
 Lengths and sizes that are no multiples of the factors are padded by repeating the last frame, row or column.
+
+Along height and width a frame is coded whole, or in tiles that are blended (:mod:`hpdm.latent.spatial_tiles`). Tiles
+are an approximation, since every pixel of a frame is in its statistics.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 from hpdm.checks import Triple
 from hpdm.latent.autoencoder import VideoAutoencoder
 from hpdm.latent.reach import Reach, decoder_reach, encoder_reach
+from hpdm.latent.spatial_tiles import SpatialTiles, code_in_tiles
 
 CHUNK = 8
 """Latents along time that are coded at once where nothing else is said."""
@@ -31,37 +35,57 @@ def latent_size(model: VideoAutoencoder, size: Triple) -> Triple:
     return (f, h, w)
 
 
-def encode(model: VideoAutoencoder, video: Tensor, chunk: int | None = CHUNK) -> Tensor:
+def encode(
+    model: VideoAutoencoder,
+    video: Tensor,
+    chunk: int | None = CHUNK,
+    *,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
+) -> Tensor:
     """Normalized latents of whole videos.
 
     Args:
         model: the autoencoder.
         video: ``[B, C, F, H, W]`` of any size, uint8 in 0..255 or float in [-1, 1], on the model's device.
         chunk: latents along time that are coded at once, at least 1; ``None`` for all.
+        tile: height and width in latents of tiles that are coded one by one and blended, an approximation for frames
+            that do not fit in memory; ``None`` for whole frames.
+        overlap: of neighboring tiles in latents; ``None`` for a quarter of a tile's shorter side, rounded down.
 
     Returns:
         ``[B, z, f, h, w]``, of the size that :func:`latent_size` says.
 
     Raises:
-        TypeError, ValueError: another shape or dtype, or a chunk that is too small; or with normalization over the clip
-            more than one chunk.
+        TypeError, ValueError: another shape or dtype, or a chunk, tile or overlap that is out of range; or with
+            normalization over the clip more than one chunk.
     """
+    tiles = SpatialTiles.checked(tile, overlap)
     if chunk is None:
         _check_part("video", video, model.config.channels)
-        return _encoded(model, _padded(_padded_frames(video, model.config.factors[0]), model.config.factors))
+        padded = _padded(_padded_frames(video, model.config.factors[0]), model.config.factors)
+        return _encoded(model, padded, slice(None), tiles)
     if video.ndim == 5:
         _check_exact(model, "video", -(-video.shape[2] // model.config.factors[0]), chunk)
-    return torch.cat(list(_encode(model, [video], chunk)), dim=2)
+    return torch.cat(list(_encode(model, [video], chunk, tiles)), dim=2)
 
 
-def decode(model: VideoAutoencoder, latents: Tensor, size: Triple | None = None, chunk: int | None = CHUNK) -> Tensor:
+def decode(
+    model: VideoAutoencoder,
+    latents: Tensor,
+    size: Triple | None = None,
+    chunk: int | None = CHUNK,
+    *,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
+) -> Tensor:
     """Videos of normalized latents.
 
     Args:
         model: the autoencoder.
         latents: ``[B, z, f, h, w]`` float, on the model's device.
         size: frames, height and width to crop to, those of the encoded video; ``None`` for all that is decoded.
-        chunk: as of :func:`encode`.
+        chunk, tile, overlap: as of :func:`encode`.
 
     Returns:
         ``[B, C, F, H, W]`` in [-1, 1].
@@ -69,6 +93,7 @@ def decode(model: VideoAutoencoder, latents: Tensor, size: Triple | None = None,
     Raises:
         TypeError, ValueError: as :func:`encode`; or a size whose latents these are not.
     """
+    tiles = SpatialTiles.checked(tile, overlap)
     _check_part("latents", latents, model.config.latent_channels)
     frames, height, width = size or _decoded_size(model, latents)
     if latent_size(model, (frames, height, width)) != tuple(latents.shape[2:]):
@@ -77,23 +102,37 @@ def decode(model: VideoAutoencoder, latents: Tensor, size: Triple | None = None,
             f"expected one for latents of {tuple(latents.shape[2:])}"
         )
     if chunk is None:
-        return _decoded(model, latents)[:, :, :frames, :height, :width]
+        return _decoded(model, latents, slice(None), tiles)[:, :, :frames, :height, :width]
     _check_exact(model, "latents", latents.shape[2], chunk)
-    parts = list(_decode(model, [latents], (height, width), chunk))
+    parts = list(_decode(model, [latents], (height, width), chunk, tiles))
     return torch.cat(parts, dim=2)[:, :, :frames]
 
 
-def reconstruct(model: VideoAutoencoder, video: Tensor, chunk: int | None = CHUNK) -> Tensor:
+def reconstruct(
+    model: VideoAutoencoder,
+    video: Tensor,
+    chunk: int | None = CHUNK,
+    *,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
+) -> Tensor:
     """Videos, encoded and decoded: ``[B, C, F, H, W]`` in [-1, 1], of the size of ``video``.
 
     Args and errors: as of :func:`encode`.
     """
-    latents = encode(model, video, chunk)
+    latents = encode(model, video, chunk, tile=tile, overlap=overlap)
     f, h, w = video.shape[2:]
-    return decode(model, latents, (f, h, w), chunk)
+    return decode(model, latents, (f, h, w), chunk, tile=tile, overlap=overlap)
 
 
-def encode_stream(model: VideoAutoencoder, parts: Iterable[Tensor], chunk: int = CHUNK) -> Iterator[Tensor]:
+def encode_stream(
+    model: VideoAutoencoder,
+    parts: Iterable[Tensor],
+    chunk: int = CHUNK,
+    *,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
+) -> Iterator[Tensor]:
     """Encodes a video that comes part by part, in memory that does not depend on its length.
 
     Args:
@@ -101,6 +140,7 @@ def encode_stream(model: VideoAutoencoder, parts: Iterable[Tensor], chunk: int =
         parts: of the video, in order: ``[B, C, n, H, W]`` with any number of frames ``n``, as ``video`` of
             :func:`encode`.
         chunk: latents along time that are coded at once.
+        tile, overlap: as of :func:`encode`.
 
     Yields:
         Latents ``[B, z, m, h, w]``, up to ``chunk`` at a time. All of them together are :func:`encode` of the video.
@@ -109,11 +149,17 @@ def encode_stream(model: VideoAutoencoder, parts: Iterable[Tensor], chunk: int =
         TypeError, ValueError: as :func:`encode`; normalization over the clip, whatever the length.
     """
     _check_streamable(model, "parts")
-    return _encode(model, parts, chunk)
+    return _encode(model, parts, chunk, SpatialTiles.checked(tile, overlap))
 
 
 def decode_stream(
-    model: VideoAutoencoder, parts: Iterable[Tensor], size: tuple[int, int] | None = None, chunk: int = CHUNK
+    model: VideoAutoencoder,
+    parts: Iterable[Tensor],
+    size: tuple[int, int] | None = None,
+    chunk: int = CHUNK,
+    *,
+    tile: tuple[int, int] | None = None,
+    overlap: int | None = None,
 ) -> Iterator[Tensor]:
     """Decodes latents that come part by part, in memory that does not depend on their number.
 
@@ -122,6 +168,7 @@ def decode_stream(
         parts: of the latents, in order: ``[B, z, m, h, w]`` with any number ``m``.
         size: height and width to crop to; ``None`` for all that is decoded.
         chunk: latents along time that are coded at once.
+        tile, overlap: as of :func:`encode`.
 
     Yields:
         Frames ``[B, C, n, H, W]`` in [-1, 1] as soon as the latents are there that they depend on. They are as many as
@@ -131,19 +178,25 @@ def decode_stream(
         TypeError, ValueError: as :func:`decode`; normalization over the clip, whatever the length.
     """
     _check_streamable(model, "parts")
-    return _decode(model, parts, size, chunk)
+    return _decode(model, parts, size, chunk, SpatialTiles.checked(tile, overlap))
 
 
-def _encode(model: VideoAutoencoder, parts: Iterable[Tensor], chunk: int) -> Iterator[Tensor]:
+def _encode(
+    model: VideoAutoencoder, parts: Iterable[Tensor], chunk: int, tiles: SpatialTiles | None
+) -> Iterator[Tensor]:
     factor = model.config.factors[0]
     checked = _checked_parts("video", parts, model.config.channels)
     for window in _windows(checked, factor, chunk, encoder_reach(model.config)):
-        latents = _encoded(model, _padded(window.content, model.config.factors))
-        yield latents[:, :, window.skipped : window.skipped + window.length].clone()
+        kept = slice(window.skipped, window.skipped + window.length)
+        yield _encoded(model, _padded(window.content, model.config.factors), kept, tiles).clone()
 
 
 def _decode(
-    model: VideoAutoencoder, parts: Iterable[Tensor], size: tuple[int, int] | None, chunk: int
+    model: VideoAutoencoder,
+    parts: Iterable[Tensor],
+    size: tuple[int, int] | None,
+    chunk: int,
+    tiles: SpatialTiles | None,
 ) -> Iterator[Tensor]:
     factor = model.config.factors[0]
     checked = _checked_parts("latents", parts, model.config.latent_channels)
@@ -152,9 +205,8 @@ def _decode(
         h, w = size or (height, width)
         if latent_size(model, (1, h, w))[1:] != tuple(window.content.shape[3:]):
             raise ValueError(f"size: got {(h, w)}, expected one for latents of {tuple(window.content.shape[3:])}")
-        frames = _decoded(model, window.content)
         kept = slice(window.skipped * factor, (window.skipped + window.length) * factor)
-        yield frames[:, :, kept, :h, :w].clone()
+        yield _decoded(model, window.content, kept, tiles)[:, :, :, :h, :w].clone()
 
 
 class _Window(NamedTuple):
@@ -200,13 +252,23 @@ def _windows(parts: Iterable[Tensor], unit: int, chunk: int, reach: Reach) -> It
 
 
 @torch.no_grad()
-def _encoded(model: VideoAutoencoder, video: Tensor) -> Tensor:
-    return model.encode(video.float() / 127.5 - 1 if video.dtype == torch.uint8 else video)
+def _encoded(model: VideoAutoencoder, video: Tensor, kept: slice, tiles: SpatialTiles | None) -> Tensor:
+    """The latents ``kept`` along time."""
+
+    def code(part: Tensor) -> Tensor:
+        return model.encode(part.float() / 127.5 - 1 if part.dtype == torch.uint8 else part)[:, :, kept]
+
+    return code(video) if tiles is None else code_in_tiles(code, video, tiles, model.config.factors[1:], (1, 1))
 
 
 @torch.no_grad()
-def _decoded(model: VideoAutoencoder, latents: Tensor) -> Tensor:
-    return model.decode(latents).clamp(-1, 1)
+def _decoded(model: VideoAutoencoder, latents: Tensor, kept: slice, tiles: SpatialTiles | None) -> Tensor:
+    """The frames ``kept``."""
+
+    def code(part: Tensor) -> Tensor:
+        return model.decode(part).clamp(-1, 1)[:, :, kept]
+
+    return code(latents) if tiles is None else code_in_tiles(code, latents, tiles, (1, 1), model.config.factors[1:])
 
 
 def _decoded_size(model: VideoAutoencoder, latents: Tensor) -> Triple:

@@ -157,8 +157,15 @@ class LatentVideoDiffusion(System):
         kind = "squared" if config.loss == "l2" else "absolute"
         return f"mean {kind} error of {config.unet.prediction} of the latents"
 
-    def reconstruct(self, model: LVDM, video: Tensor, chunk: int | None = None) -> Tensor:
-        return coding.reconstruct(model.autoencoder, video, chunk)
+    def reconstruct(
+        self,
+        model: LVDM,
+        video: Tensor,
+        chunk: int | None = None,
+        tile: tuple[int, int] | None = None,
+        overlap: int | None = None,
+    ) -> Tensor:
+        return coding.reconstruct(model.autoencoder, video, chunk, tile=tile, overlap=overlap)
 
     def compression(self, config: LatentConfig) -> Triple:
         return config.autoencoder.factors

@@ -53,6 +53,10 @@ class Draw:
             return self.view(torch.randint(0, 256, shape, generator=self.generator, dtype=dtype))
         return self.view(torch.randn(shape, generator=self.generator, dtype=torch.float32).to(dtype))
 
+    def weights(self, n: int) -> Tensor:
+        """``n`` positive fp32 numbers over some orders of magnitude, as a view of some kind."""
+        return self.view(torch.randn(n, generator=self.generator).mul(2).exp())
+
     def view(self, t: Tensor) -> Tensor:
         """``t`` in unusual memory: permuted, with gaps, inside of a larger tensor, or expanded along an axis.
 

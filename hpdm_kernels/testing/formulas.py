@@ -192,16 +192,20 @@ def average_tiles(
     x: Tensor | None = None,
     alpha: float = 0.0,
     beta: float = 1.0,
+    weights: Sequence[Tensor] | None = None,
     **_: Any,
 ) -> Tensor:
-    """Pads every tile to the size of the video; sums tiles and ones."""
+    """Pads every tile to the size of the video; sums tiles and ones, or tiles times weights and weights."""
     work = tiles.to(_work(tiles.dtype))
+    weight = torch.ones_like(work[0, 0, 0])
+    if weights is not None:
+        weight = torch.einsum("i,j,k->ijk", *(w.to(work.dtype) for w in weights))
     total, count = torch.zeros((), dtype=work.dtype, device=work.device), torch.zeros((), device=work.device)
     for t, origin in enumerate(origins.tolist()):
         margins = [(o, n - o - m) for o, n, m in zip(origin, size, tiles.shape[3:])]
         padding = [side for margin in margins[::-1] for side in margin]
-        total = total + F.pad(work[:, t], padding)
-        count = count + F.pad(torch.ones_like(work[:1, t, :1]), padding)
+        total = total + F.pad(weight * work[:, t], padding)
+        count = count + F.pad(weight, padding)
     mean = total / count * beta
     return (mean if x is None else mean + alpha * x.to(work.dtype)).to(tiles.dtype)
 

@@ -76,6 +76,8 @@ def _average(draw: Draw, dtype: torch.dtype) -> Arguments:
     if draw.chance(0.6):
         arguments["x"] = draw.normal(batch, channels, *size, dtype=dtype)
         arguments["alpha"] = draw.choose((0.0, 1.0, -1.5, draw.random.gauss(0, 1)))
+    if draw.chance(0.5):
+        arguments["weights"] = tuple(draw.weights(n) for n in tile)
     return arguments
 
 
@@ -94,9 +96,10 @@ def tile_accumulator(draw: Draw, dtype: torch.dtype, backend: str) -> Case:
     chunks = list(zip([0, *cuts], [*cuts, count]))
 
     def accumulate(
-        tiles: Any, origins: Any, tile_size: Any, size: Any, x: Any = None, backend: str = "auto", **factors: Any
-    ) -> Any:
-        sums = hpdm_kernels.TileAccumulator(origins, tile_size, size, backend=backend)
+        tiles: Any, origins: Any, tile_size: Any, size: Any, x: Any = None, weights: Any = None,
+        backend: str = "auto", **factors: Any,
+    ) -> Any:  # fmt: skip
+        sums = hpdm_kernels.TileAccumulator(origins, tile_size, size, weights=weights, backend=backend)
         if not isinstance(tiles, Tensor):
             sums.add(tiles)  # which refuses it
         sums.add(tiles[:, : chunks[0][1]])

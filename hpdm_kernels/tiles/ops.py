@@ -87,9 +87,7 @@ def _(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 @custom_op("add_tiles", mutates_args=("sums",))
-def add_tiles(
-    sums: Tensor, tiles: Tensor, origins: Tensor, first: int, weights: Tensor | None, backend: str
-) -> None:
+def add_tiles(sums: Tensor, tiles: Tensor, origins: Tensor, first: int, weights: Tensor | None, backend: str) -> None:
     """Adds ``tiles [B, n, C, f, h, w]``, from index ``first`` on, to ``sums [B, C, F, H, W]``, in place.
 
     ``sums`` need not be zeroed before the first tile. With ``weights`` tiles are multiplied by their shares.

@@ -134,8 +134,7 @@ def _add_up(
         factors = None
         if shares is not None:
             of_cells = [
-                shares[c.first + p :: c.tile_step][: c.count].narrow(-1, at, c.length)
-                for p, at in enumerate(c.offsets)
+                shares[c.first + p :: c.tile_step][: c.count].narrow(-1, at, c.length) for p, at in enumerate(c.offsets)
             ]
             factors = [layer * cell for layer, cell in itertools.product(of_layers, of_cells)] or of_cells
         _sum_into(span, parts, factors)

@@ -157,7 +157,9 @@ def test_opcheck(backend, generator, device):
     tiles, x, _, origins, tile, size = inputs("half", generator, device, batch=1, channels=1)
     tiles.requires_grad_()
     x.requires_grad_()
-    torch.library.opcheck(torch.ops.hpdm.average_tiles.default, (tiles, origins, size, x, 0.3, 0.7, True, None, backend))
+    torch.library.opcheck(
+        torch.ops.hpdm.average_tiles.default, (tiles, origins, size, x, 0.3, 0.7, True, None, backend)
+    )
     torch.library.opcheck(torch.ops.hpdm.extract_tiles.default, (x, origins, tile, False, 1.0, None, backend))
 
 

@@ -37,7 +37,7 @@ def same_columns(t):
     return t[..., :1].expand(t.shape)
 
 
-WEIGHTS = torch.tensor([1.0, 2.0] + [0.5, 1.0, 0.7] + [0.1, 2.0, 3.0, 0.4])  # per axis of a tile
+WEIGHTS = torch.tensor([1.0, 2.0, 0.5, 1.0, 0.7, 0.1, 2.0, 3.0, 0.4])  # per axis of a tile
 VIEWS = [reversed_axes, every_second, inside, same_rows, same_columns]
 
 
