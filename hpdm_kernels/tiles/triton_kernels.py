@@ -91,9 +91,9 @@ def extract_tiles_kernel(
         at_h = n // n_tiles_w % n_tiles_h * tile_h + row - frame * tile_h
         at_h += n_tiles_w * tile_w + n_tiles_f * tile_f
         share = tl.load(shares_ptr + frames, mask=real, other=0.0) * tl.load(shares_ptr + at_h, mask=real, other=0.0)
-        at_w = _aligned((n % n_tiles_w * tile_w + tile_k)[None, :], VECTOR)
-        share_w = tl.load(shares_ptr + at_w, mask=(tile_k < tile_w)[None, :, None], other=0.0)
-        value *= share[:, None, None] * share_w
+        # Of the shape of the block, though rows have the same: else layouts are converted in shared memory.
+        at_w = _aligned((row * 0)[:, None] + (n % n_tiles_w * tile_w + tile_k)[None, :], VECTOR)
+        value *= share[:, None, None] * tl.load(shares_ptr + at_w, mask=mask, other=0.0)
     rows = (t.to(tl.int64) * C * tile_f * tile_h + row) * tile_w
     tl.store(out_ptr + _aligned(rows[:, None] + tile_k[None, :], VECTOR), value.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -172,9 +172,9 @@ def average_tiles_kernel(
                 share = tl.load(frames_ptr + t_f * tile_f + tile_i, mask=near_f < count_f, other=0.0)
                 at_h = n_tiles_f * tile_f + t_h * tile_h + tile_j
                 share = share * tl.load(frames_ptr + at_h, mask=mask_h, other=0.0)
-                at_w = _aligned((t_w * tile_w + tile_k)[None, :], VECTOR)
-                share_w = tl.load(shares_ptr + at_w, mask=mask_w[None, :, None], other=0.0)
-                value *= share[:, None, None] * share_w
+                # Of the shape of the block, though rows have the same: else layouts are converted in shared memory.
+                at_w = _aligned((t_h * 0)[:, None] + (t_w * tile_w + tile_k)[None, :], VECTOR)
+                value *= share[:, None, None] * tl.load(shares_ptr + at_w, mask=here[:, :, None], other=0.0)
             total += value
     if FINISH:
         if MEAN:

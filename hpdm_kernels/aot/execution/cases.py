@@ -207,11 +207,19 @@ def _tile_cases() -> Iterator[Case]:
             for has_x in (False, True):
                 for op in ("average", "sum", "accumulate"):
                     yield Case(f"{op}_tiles[{label}{',x' * has_x}]", _tiles(op, dtype, aligned, has_x))
+                for op in ("average", "accumulate"):
+                    check = _tiles(op, dtype, aligned, has_x, weighted=True)
+                    yield Case(f"{op}_tiles[{label}{',x' * has_x},weights]", check)
             for op in ("extract", "average"):  # the average's gradient extracts
                 yield Case(f"{op}_tiles[{label},w64]", _tiles(op, dtype, aligned, width=64))
+            yield Case(
+                f"average_tiles[{label},w64,weights]", _tiles("average", dtype, aligned, width=64, weighted=True)
+            )
 
 
-def _tiles(op: str, dtype: str, aligned: bool, has_x: bool = False, width: int = 272) -> Callable[[Generator], object]:
+def _tiles(
+    op: str, dtype: str, aligned: bool, has_x: bool = False, width: int = 272, weighted: bool = False
+) -> Callable[[Generator], object]:
     # Blocks are those of large frames from 257 columns on.
     step, width = (width // 2 // 8 * 8, width) if aligned else (width // 2 + 1, width - 1)
     tile, size = (2, 5, width), (3, 9, width + step)
@@ -224,16 +232,18 @@ def _tiles(op: str, dtype: str, aligned: bool, has_x: bool = False, width: int =
             return check_op(extract, lambda v: reference.extract_tiles(v, origins, tile), [draw(1, 2, *size)])
         tiles, x = draw(1, len(origins), 2, *tile), draw(1, 2, *size) if has_x else None
         factors = {"alpha": 0.3 if has_x else 0.0, "beta": 0.7}
-        average = lambda t, x: reference.average_tiles(t, origins, size, x, **factors)
+        weights = [torch.randn(n, generator=generator).exp() for n in tile] if weighted else None
+        average = lambda t, x: reference.average_tiles(t, origins, size, x, **factors, weights=weights)
+        options: Any = {"weights": weights, "backend": "triton"}
         if op == "average":
-            ours = lambda t, x: hpdm_kernels.average_tiles(t, origins, size, x=x, **factors, backend="triton")
+            ours = lambda t, x: hpdm_kernels.average_tiles(t, origins, size, x=x, **factors, **options)
             return check_op(ours, average, [tiles, x])
         if op == "sum":  # the op behind the gradient of extraction
             direct = lambda t, x: tile_ops.average_tiles(t, origins, size, x, *factors.values(), False, None, "triton")
             return _check_value(direct, lambda t, x: _sum(t, origins, size, x, **factors), [tiles, x], 8.0)
 
         def accumulate(tiles: Tensor, x: Tensor | None) -> Tensor:
-            sums = hpdm_kernels.TileAccumulator(origins, tile, size, backend="triton")
+            sums = hpdm_kernels.TileAccumulator(origins, tile, size, **options)
             for first in range(0, len(origins), 3):
                 sums.add(tiles[:, first : first + 3])
             return sums.step(x, **factors)
