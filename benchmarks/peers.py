@@ -124,14 +124,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def accumulate_and_count(tiles: Tensor, origins: Tensor, size: Sequence[int]) -> Tensor:
-    """Adds tiles to a value map and a count map, tile by tile, as sliding-window libraries do: ``[B,C,F,H,W]``."""
+def accumulate_and_count(tiles: Tensor, origins: Tensor, size: Sequence[int], weight: Tensor | None = None) -> Tensor:
+    """Adds tiles to a value map and a count map, tile by tile, as sliding-window libraries do: ``[B,C,F,H,W]``.
+
+    ``weight [f, h, w]``: what an element of a tile counts; ``None`` for 1.
+    """
     b, _, c, f, h, w = tiles.shape
     value = tiles.new_zeros(b, c, *size)
     count = tiles.new_zeros(1, 1, *size)
     for n, (i, j, k) in enumerate(origins.tolist()):
-        value[:, :, i : i + f, j : j + h, k : k + w] += tiles[:, n]
-        count[:, :, i : i + f, j : j + h, k : k + w] += 1
+        value[:, :, i : i + f, j : j + h, k : k + w] += tiles[:, n] if weight is None else tiles[:, n] * weight
+        count[:, :, i : i + f, j : j + h, k : k + w] += 1 if weight is None else weight
     return value / count
 
 

@@ -57,6 +57,36 @@ def test_average_tiles(compare, backends, device, generator, shape, direction):
     )
 
 
+@pytest.mark.parametrize("shape", [GRADIENTS, *shapes.TILES], ids=str)
+def test_average_tiles_with_weights(compare, backends, device, generator, shape):
+    """Ramps over the overlap; the peer adds weighted tiles to one map and weights to another."""
+    tiles, _ = shape.make(generator, device)
+    origins = shape.origins()
+    weights = [torch.minimum(torch.arange(n) + 0.5, n - torch.arange(n) - 0.5) for n in shape.tile]
+    f, h, w = (weight.to(device) for weight in weights)
+    weight = f[:, None, None] * h[:, None] * w
+
+    def ours(backend):
+        return lambda t: average_tiles(t, origins, shape.size, weights=weights, backend=backend)
+
+    compare(
+        {
+            "reference (accumulate and count)": lambda t: reference.average_tiles(
+                t, origins, shape.size, None, 0.0, 1.0, weights
+            ),
+            "accumulate and count, in place": lambda t: peers.accumulate_and_count(t, origins, shape.size, weight),
+            **{f"hpdm {backend}": ours(backend) for backend in backends},
+        },
+        inputs=(tiles,),
+        group="average_tiles with weights",
+        shape=str(shape),
+        direction="fwd",
+        reference="reference (accumulate and count)",
+        peers=["accumulate and count, in place"],
+        bytes=shape.bytes(),
+    )
+
+
 def compare_steps(compare, device, generator, shape, group, ours):
     """The average and the sampler's linear step; contenders compute ``(tiles, x) -> 0.9 * x + 0.1 * mean``."""
     origins = shape.origins()

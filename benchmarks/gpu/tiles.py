@@ -45,6 +45,19 @@ def averaged(
     )
 
 
+def weighted(shape: TilesShape, dtype: str, device: torch.device, generator: torch.Generator) -> Comparison:
+    """``average_tiles`` with weights per axis in a sampler's step."""
+    tiles, video = shape.make(generator, device, DTYPES[dtype])
+    origins, weights = shape.origins(), [torch.rand(n, generator=generator) + 0.1 for n in shape.tile]
+    return against_formula(
+        lambda t, x: average_tiles(
+            t, origins, shape.size, x=x, alpha=0.7, beta=-1.3, weights=weights, backend="triton"
+        ),
+        lambda t, x: reference.average_tiles(t, origins, shape.size, x, 0.7, -1.3, weights),
+        (tiles, video),
+    )
+
+
 def accumulated(shape: TilesShape, dtype: str, device: torch.device, generator: torch.Generator) -> None:
     """``TileAccumulator`` gives the same bits for any size of chunks, and errors within the budget."""
     tiles, video = shape.make(generator, device, DTYPES[dtype])
@@ -70,4 +83,5 @@ def cases() -> Iterator[Case]:
             yield Case(f"extract_tiles[{shape}-{dtype}]", partial(extracted, shape, dtype))
             for name, with_x in (("with x", True), ("mean", False)):
                 yield Case(f"average_tiles[{shape}-{name}-{dtype}]", partial(averaged, shape, with_x, dtype))
+            yield Case(f"average_tiles[{shape}-weights-{dtype}]", partial(weighted, shape, dtype))
             yield Case(f"tile_accumulator[{shape}-{dtype}]", partial(accumulated, shape, dtype))

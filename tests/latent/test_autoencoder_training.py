@@ -204,11 +204,11 @@ def test_reconstruction_is_evaluated_beside_pooling(clips, run, tmp_path):
     with pytest.raises(SystemExit) as ended:
         cli.main([
             "evaluate", "--run", f"{run}", "--data", f"{clips}", "--metrics", "reconstruction", "--clips", "4",
-            "--chunk", "1", "--clip-frames", "11", "--json", f"{json_file}",
+            "--chunk", "1", "--clip-frames", "11", "--tile", "3", "2", "--json", f"{json_file}",
         ])  # fmt: skip
     assert ended.value.code == 0
     chunked = json.loads(json_file.read_text())["reconstruction"]
-    assert chunked["frames"] == 11
+    assert (chunked["frames"], chunked["tile"], chunked["overlap"]) == (11, [3, 2], None)
     assert chunked["psnr"]["model"]["borders"] is not None
     assert chunked["psnr"]["baseline"]["all"] == pytest.approx(part["psnr"]["baseline"]["all"], abs=2)
 
@@ -231,6 +231,8 @@ def test_other_runs_are_not_reconstructed(clips, saved_run):
         evaluate(EvaluateOptions(saved_run, clips, ("reconstruction",)))
     with pytest.raises(ValueError, match="chunk: got 2 without the metric reconstruction, expected it"):
         EvaluateOptions(saved_run, clips, reconstruction=ReconstructionOptions(chunk=2))
+    with pytest.raises(ValueError, match=r"tile: got \(2, 2\) without the metric reconstruction, expected it"):
+        EvaluateOptions(saved_run, clips, reconstruction=ReconstructionOptions(tile=(2, 2)))
 
 
 # ---- what does not apply ----
