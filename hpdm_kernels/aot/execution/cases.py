@@ -231,7 +231,7 @@ def _tiles(
             extract = lambda v: hpdm_kernels.extract_tiles(v, origins, tile, backend="triton")
             return check_op(extract, lambda v: reference.extract_tiles(v, origins, tile), [draw(1, 2, *size)])
         tiles, x = draw(1, len(origins), 2, *tile), draw(1, 2, *size) if has_x else None
-        factors = {"alpha": 0.3 if has_x else 0.0, "beta": 0.7}
+        factors: dict[str, Any] = {"alpha": 0.3 if has_x else 0.0, "beta": 0.7}
         weights = [torch.randn(n, generator=generator).exp() for n in tile] if weighted else None
         average = lambda t, x: reference.average_tiles(t, origins, size, x, **factors, weights=weights)
         options: Any = {"weights": weights, "backend": "triton"}
