@@ -194,6 +194,36 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh").to(x.dtype)
 
 
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    per_clip: bool,
+    silu: bool,
+    pad: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """Group norm of ``x [B, T, H, W, C]`` per frame or clip, times ``1 + scale`` plus ``shift``, SiLU, repeated edges.
+
+    ``scale`` and ``shift`` are ``[B, 1 or T, C]``, ``pad`` is front and back of T, H and W.
+    """
+    b, t, h, w, c = x.shape
+    work = coordinate_dtype(x.dtype)
+    # Channels first in memory: for channels-last tensors on a CPU PyTorch's variance is a difference of squares.
+    images = x.to(work).reshape(b if per_clip else b * t, -1, c).transpose(1, 2).contiguous()
+    out = torch.group_norm(images, groups, weight.to(work), bias.to(work), eps).transpose(1, 2).reshape(x.shape)
+    if scale is not None and shift is not None:
+        out = torch.addcmul(shift[:, :, None, None], out, 1 + scale[:, :, None, None])
+    out = (F.silu(out) if silu else out).to(x.dtype)
+    if any(pad):
+        t0, t1, h0, h1, w0, w1 = pad
+        out = F.pad(out.movedim(-1, 1), (w0, w1, h0, h1, t0, t1), mode="replicate").movedim(1, -1)
+    return out.contiguous()
+
+
 def adam_moments(
     exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, beta1: float, beta2: float
 ) -> tuple[Tensor, Tensor]:
