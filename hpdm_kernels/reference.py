@@ -212,9 +212,12 @@ def group_norm_act(
     """
     b, t, h, w, c = x.shape
     work = coordinate_dtype(x.dtype)
-    # Channels first in memory: for channels-last tensors on a CPU PyTorch's variance is a difference of squares.
-    images = x.to(work).reshape(b if per_clip else b * t, -1, c).transpose(1, 2).contiguous()
-    out = torch.group_norm(images, groups, weight.to(work), bias.to(work), eps).transpose(1, 2).reshape(x.shape)
+    rows = x.to(work).reshape(b if per_clip else b * t, -1, 1, c)
+    # On a CPU PyTorch's variance of channels-last tensors is a difference of squares, which cancels unless the mean is
+    # small. Subtracting the mean changes neither result nor gradient.
+    center = rows.detach().mean((1, 2)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(c // groups, 1)
+    images = (rows - center[:, None, None]).permute(0, 3, 1, 2)
+    out = torch.group_norm(images, groups, weight.to(work), bias.to(work), eps).permute(0, 2, 3, 1).reshape(x.shape)
     if scale is not None and shift is not None:
         out = torch.addcmul(shift[:, :, None, None], out, 1 + scale[:, :, None, None])
     out = (F.silu(out) if silu else out).to(x.dtype)

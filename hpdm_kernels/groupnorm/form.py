@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from hpdm_kernels._checks import Triple
 
 
@@ -49,9 +47,3 @@ class Form(NamedTuple):
             if front or back:
                 yield axis, front, shape[axis], back
 
-
-def interior(out: Tensor, form: Form, shape: Sequence[int]) -> Tensor:
-    """The part of a padded tensor that is not repeated, a view of ``shape``."""
-    for axis, front, size, _ in form.edges(shape):
-        out = out.narrow(axis, front, size)
-    return out
