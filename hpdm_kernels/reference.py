@@ -217,9 +217,13 @@ def group_norm_act(
     # small. Subtracting the mean changes neither result nor gradient.
     center = rows.detach().mean((1, 2)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(c // groups, 1)
     images = (rows - center[:, None, None]).permute(0, 3, 1, 2)
-    out = torch.group_norm(images, groups, weight.to(work), bias.to(work), eps).permute(0, 2, 3, 1).reshape(x.shape)
+    # Its backward for such tensors crashes where a weight needs a gradient and they do not, so the weight comes after.
+    normal = torch.group_norm(images, groups, eps=eps).permute(0, 2, 3, 1).reshape(x.shape)
+    gain, offset = weight.to(work), bias.to(work)
     if scale is not None and shift is not None:
-        out = torch.addcmul(shift[:, :, None, None], out, 1 + scale[:, :, None, None])
+        factor = 1 + scale[:, :, None, None].to(work)
+        gain, offset = gain * factor, torch.addcmul(shift[:, :, None, None].to(work), offset, factor)
+    out = torch.addcmul(offset, normal, gain)
     out = (F.silu(out) if silu else out).to(x.dtype)
     if any(pad):
         t0, t1, h0, h1, w0, w1 = pad

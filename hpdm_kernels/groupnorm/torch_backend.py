@@ -169,10 +169,10 @@ def _of_channels(statistics: Tensor, channels: int) -> Tensor:
 def _write(z: Tensor, silu: bool, target: Tensor) -> None:
     """Writes activated rows ``[b, t, h W, C]`` into their place in the result, ``[b, t, h, W, C]``."""
     z = z.view(target.shape)
-    if silu:
+    if silu and z.dtype is target.dtype:
         torch.ops.aten.silu.out(z, out=target)
     else:
-        target.copy_(z)
+        target.copy_(torch.ops.aten.silu_(z) if silu else z)
 
 
 def _moments(rows: Tensor, scratch: _Scratch) -> _Moments:
