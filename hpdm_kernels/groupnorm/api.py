@@ -17,7 +17,6 @@ are no atomics, so every run gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor
 
@@ -40,8 +39,8 @@ def group_norm_act(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     *,
-    over: Literal["frame", "clip"] = "frame",
-    act: Literal["silu", "none"] = "silu",
+    over: str = "frame",
+    act: str = "silu",
     pad: Sequence[Sequence[int]] | None = None,
     eps: float = 1e-5,
     backend: str = "auto",
