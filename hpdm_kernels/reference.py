@@ -210,7 +210,7 @@ def group_norm_act(
 
     ``scale`` and ``shift`` are ``[B, 1 or T, C]``, ``pad`` is front and back of T, H and W.
     """
-    b, t, h, w, c = x.shape
+    b, t, *_, c = x.shape
     work = coordinate_dtype(x.dtype)
     rows = x.to(work).reshape(b if per_clip else b * t, -1, 1, c)
     # On a CPU PyTorch's variance of channels-last tensors is a difference of squares, which cancels unless the mean is

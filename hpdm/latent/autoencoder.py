@@ -59,10 +59,8 @@ class Decoder(nn.Module):
         self.stem = config.stem
         widths = [config.latent_channels, *(config.width * 2 ** (stages - i) for i in range(stages))]
         self.stages = nn.ModuleList(
-            Stage(
-                RepeatTransposedConv(before, after, KERNEL, stride), after, DECODER_BLOCKS, per_frame, recompute, kernels
-            )
-            for before, after, stride in zip(widths, widths[1:], config.strides)
+            Stage(RepeatTransposedConv(n, after, KERNEL, stride), after, DECODER_BLOCKS, per_frame, recompute, kernels)
+            for n, after, stride in zip(widths, widths[1:], config.strides)
         )
         self.last = RepeatConv(widths[-1], config.channels * f * h * w, 3)
 

@@ -35,9 +35,7 @@ from hpdm_kernels.modules import check_backend
 class Block(nn.Module):
     """A residual block and, on levels that have attention, attention in space, to the text if there is one, in time."""
 
-    def __init__(
-        self, config: UNetConfig, inputs: int, outputs: int, attention: bool, kernels: str = "auto"
-    ) -> None:
+    def __init__(self, config: UNetConfig, inputs: int, outputs: int, attention: bool, kernels: str = "auto") -> None:
         super().__init__()
         heads, groups = config.heads, config.groups
         self.residual = ResidualBlock(inputs, outputs, config.vector_width, groups, config.norm, kernels)

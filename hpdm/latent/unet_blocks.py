@@ -66,14 +66,12 @@ class VideoNorm(nn.GroupNorm):
         super().__init__(groups, width, EPS)
         self.over, self.kernels = over, kernels
 
-    def forward(
-        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, act: str = "none"
-    ) -> Tensor:
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, act: str = "none") -> Tensor:
         """``[B, T, H, W, C] -> [B, T, H, W, C]``, of ``x``'s dtype under automatic mixed precision, too.
 
         Args:
             x: what is normalized.
-            scale, shift: ``[B, T, C]``, modulate the result: times ``1 + scale`` plus ``shift``.
+            scale, shift: ``[B, 1 or T, C]``, modulate the result: times ``1 + scale`` plus ``shift``.
             act: ``"silu"`` if SiLU follows, or ``"none"``.
         """
         return group_norm_act(
@@ -105,8 +103,8 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Linear(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        """``x [B, T, H, W, C]``, ``vector [B, T, c]``, activated -> ``[B, T, H, W, C']``."""
-        scale, shift = self.modulation(vector).chunk(2, dim=-1)  # [B, T, C'] each
+        """``x [B, T, H, W, C]``, ``vector [B, 1 or T, c]``, activated -> ``[B, T, H, W, C']``."""
+        scale, shift = self.modulation(vector).chunk(2, dim=-1)  # [B, 1 or T, C'] each
         h = self.in_conv(self.in_norm(x, act="silu"))
         return self.skip(x) + self.out_conv(self.out_norm(h, scale, shift, act="silu"))
 

@@ -51,7 +51,7 @@ def group_norm_act(
         x: ``[B, T, H, W, C]``, fp16, bf16, fp32 or fp64; fastest where C has stride 1.
         weight, bias: ``[C]``.
         groups: number of groups G, a divisor of C. Statistics are those of ``C / G`` neighboring channels.
-        scale, shift: ``[B, C]``, or one for each frame, ``[B, T, C]``. Both or none.
+        scale, shift: ``[B, C]`` or ``[B, 1, C]``, or one for each frame, ``[B, T, C]``. Both or none.
         over: positions of the statistics: those of a ``"frame"`` (H, W), or of the whole ``"clip"`` (T, H, W).
         act: ``"silu"``, or ``"none"``.
         pad: how often the first and the last position of T, H and W are repeated, three pairs of ints; ``None`` for
@@ -82,11 +82,12 @@ def group_norm_act(
         raise ValueError(f"{name}: got None, expected scale and shift, or neither")
     if scale is not None and shift is not None:
         check_tensor("scale", scale, like=("x", x), same_dtype=False)
-        of_frames = scale.ndim == 3
-        size = (batch, frames, channels) if of_frames else (batch, channels)
+        size: tuple[int, ...] = (batch, channels)
+        if scale.ndim == 3:
+            size = (batch, 1 if scale.shape[1] == 1 else frames, channels)
         check_tensor("scale", scale, size)
         check_tensor("shift", shift, size, like=("x", x), same_dtype=False)
-        if not of_frames:
+        if scale.ndim == 2:
             scale, shift = scale[:, None], shift[:, None]
     check_choice("over", over, ("frame", "clip"))
     check_choice("act", act, ("silu", "none"))

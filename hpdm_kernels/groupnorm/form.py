@@ -46,4 +46,3 @@ class Form(NamedTuple):
             front, back = self.pad[2 * axis - 2 : 2 * axis]
             if front or back:
                 yield axis, front, shape[axis], back
-

@@ -66,7 +66,7 @@ def forward(
         if len(pieces) == 1:
             # What is in the first scratch tensor has the mean of its channel subtracted, not that of its group.
             added = torch.addcmul(added, moments[0].mean - center, factor)
-        for piece, part in zip(pieces, moments):
+        for piece in pieces:
             rows = scratch(0, rows_of(x[piece], work)) if len(pieces) == 1 else rows_of(x[piece], work)
             center_of, factor_of, added_of = (_of_piece(t, piece, unit) for t in (center, factor, added))
             if len(pieces) > 1:

@@ -144,7 +144,7 @@ def group_norm_act_fwd_kernel(
     MODULATED: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A chunk of the result's rows: the result is contiguous, and its edges repeat the input's."""
-    frame, part, first, last, channel = _place(chunks, chunk, out_rows, channels, BLOCK_C)
+    frame, _, first, last, channel = _place(chunks, chunk, out_rows, channels, BLOCK_C)
     wide = channel < channels
     b = frame // out_frames
     t = tl.minimum(tl.maximum(frame % out_frames - front_t, 0), frames - 1)
@@ -335,7 +335,7 @@ def group_norm_act_bwd_kernel(
 ):  # fmt: skip
     """A chunk of rows of the gradient of ``x``, which is contiguous."""
     rows = height * width
-    frame, part, first, last, channel = _place(chunks, chunk, rows, channels, BLOCK_C)
+    frame, _, first, last, channel = _place(chunks, chunk, rows, channels, BLOCK_C)
     wide = channel < channels
     b, t = frame // frames, frame % frames
     gain, offset = _affine(

@@ -115,8 +115,11 @@ def test_a_vector_of_the_clip_is_that_of_every_frame(backend, generator):
     run = lambda *modulation: group_norm_act(x, weight, bias, 2, *modulation, backend=backend)
     out, grads = value_and_grads(run, (scale, shift))
     same, each = value_and_grads(run, of_frames)
+    single, alike = value_and_grads(run, (scale[:, None], shift[:, None]))
     assert torch.equal(out, same)
+    assert torch.equal(out, single)
     torch.testing.assert_close(grads, [g.sum(1) for g in each])
+    torch.testing.assert_close(grads, [g[:, 0] for g in alike])
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -173,9 +176,7 @@ def test_opcheck(backend, generator):
     settings = (2, True, True, [1, 1, 0, 1, 2, 0])
     torch.library.opcheck(torch.ops.hpdm.group_norm_act_fwd.default, (*leaves, *settings, 1e-5, backend))
     alone = (2, False, False, [0] * 6)
-    torch.library.opcheck(
-        torch.ops.hpdm.group_norm_act_fwd.default, (*leaves[:3], None, None, *alone, 1e-5, backend)
-    )
+    torch.library.opcheck(torch.ops.hpdm.group_norm_act_fwd.default, (*leaves[:3], None, None, *alone, 1e-5, backend))
     for given, form in (((scale, shift), settings), ((None, None), alone)):
         out, mean, rstd = group_norm_act_fwd(x, weight, bias, *given, *form, 1e-5, backend)
         assert out.shape == Form(*form).padded(x.shape)
