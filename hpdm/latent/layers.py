@@ -155,7 +155,7 @@ def normalized_conv(norm: VideoNorm, conv: RepeatConv, x: Tensor, recompute: str
     """
 
     def prepared(x: Tensor) -> Tensor:
-        return norm(x, "silu", conv.pad)  # type: ignore[no-any-return]
+        return norm(x, "silu", conv.pad)
 
     return conv.convolved(recomputed(prepared, x) if recompute == "selective" else prepared(x))
 

@@ -7,7 +7,7 @@
 ``x`` is ``[B, T, H, W, C]`` in memory, channels last; the result may have its edges repeated, as a convolution without
 padding reads it next. The least to do is to read ``x`` for the statistics, to read it again unless a cache has kept it,
 and to write the result: 12 bytes per number in fp32; backward 20, for which gradient and ``x`` are read twice. Written
-with PyTorch's operations, this is 20 bytes forward, 36 with a modulation, and 8 more for repeated edges.
+with PyTorch's operations, this is 20 bytes forward, 28 with a modulation, and 8 more for repeated edges.
 
 Statistics are sums of squares around means, never differences of squares: with a mean of 1,000 deviations PyTorch's own
 group normalization of channels-last tensors on a CPU is wrong in the first digit. All sums have a fixed order; there

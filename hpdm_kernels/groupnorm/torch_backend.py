@@ -28,7 +28,7 @@ class _Moments(NamedTuple):
     """``[b, t, C]``."""
     squares: Tensor
     """Sum of squares around the mean, ``[b, t, C]``."""
-    count: int
+    number: int
     """Number of rows."""
 
 
@@ -189,7 +189,7 @@ def _statistics(moments: Sequence[_Moments], form: Form, several: bool, eps: flo
     """
     # Parts stand where frames do: they are merged for a clip, and for a frame of several pieces.
     axes = [1, 3] if form.per_clip or several else [3]
-    counts = [m.count for m in moments for _ in range(m.mean.shape[1])]
+    counts = [m.number for m in moments for _ in range(m.mean.shape[1])]
     means, squares, *_ = moments[0]
     if several:
         means, squares = torch.cat([m.mean for m in moments], dim=1), torch.cat([m.squares for m in moments], dim=1)
