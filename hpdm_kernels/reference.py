@@ -212,18 +212,20 @@ def group_norm_act(
     """
     b, t, *_, c = x.shape
     work = coordinate_dtype(x.dtype)
-    rows = x.to(work).reshape(b if per_clip else b * t, -1, 1, c)
-    # On a CPU PyTorch's variance of channels-last tensors is a difference of squares, which cancels unless the mean is
-    # small. Subtracting the mean changes neither result nor gradient.
-    center = rows.detach().mean((1, 2)).unflatten(1, (groups, -1)).mean(2).repeat_interleave(c // groups, 1)
-    images = (rows - center[:, None, None]).permute(0, 3, 1, 2)
-    # Its backward for such tensors crashes where a weight needs a gradient and they do not, so the weight comes after.
-    normal = torch.group_norm(images, groups, eps=eps).permute(0, 2, 3, 1).reshape(x.shape)
+    rows = x.to(work).reshape(b if per_clip else b * t, -1, c)
+
+    def of_group(means: Tensor) -> Tensor:  # of channels [n, C] -> of their group, [n, 1, C]
+        split = means.unflatten(1, (groups, -1))
+        return split.mean(2, keepdim=True).expand_as(split).flatten(1)[:, None]
+
+    # Written out: on a CPU PyTorch's variance of channels-last tensors is a difference of squares, which cancels.
+    centered = rows - of_group(rows.mean(1))
+    inverse = (of_group(centered.square().mean(1)) + eps).rsqrt()
     gain, offset = weight.to(work), bias.to(work)
     if scale is not None and shift is not None:
         factor = 1 + scale[:, :, None, None].to(work)
         gain, offset = gain * factor, torch.addcmul(shift[:, :, None, None].to(work), offset, factor)
-    out = torch.addcmul(offset, normal, gain)
+    out = torch.addcmul(offset, centered.reshape(x.shape), gain * inverse.reshape(b, -1, 1, 1, c))
     out = (F.silu(out) if silu else out).to(x.dtype)
     if any(pad):
         t0, t1, h0, h1, w0, w1 = pad
