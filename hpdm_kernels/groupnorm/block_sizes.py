@@ -35,10 +35,16 @@ GROUP_CHANNELS = 64
 """Channels of a group whose sums a program takes at once."""
 
 
-def tile_of(channels: int) -> Tile:
-    """The tile for rows of so many channels."""
+def tile_of(channels: int, narrow: bool = False) -> Tile:
+    """The tile for rows of so many channels.
+
+    Args:
+        channels: of a row.
+        narrow: half as many numbers per thread, for the backward of repeated edges in fp32, which needs registers for
+            addresses.
+    """
     width = min(next_power_of_2(channels), WIDEST)
-    return Tile(64 if INTERPRETED else 1024 // width, width)
+    return Tile(64 if INTERPRETED else (512 if narrow else 1024) // width, width)
 
 
 def chunk_rows(tile: Tile, rows: int, others: int) -> int:

@@ -104,11 +104,12 @@ def _backward(kernel: str, label: str, channels: int, variant: str) -> KernelSpe
     types = DTYPES[label]
     pointers = {"grad": types.rows, "x": types.rows, **_vectors(types), "mean": "*fp32", "rstd": "*fp32"}
     pointers |= {"sums": "*fp32"} if kernel == "sums" else {"means": "*fp32", "dx": types.rows}
+    tile = tile_of(channels, VARIANTS[variant]["PAD"] and types.rows == "*fp32")
     return _spec(
         f"group_norm_act_{kernel}[{label},C={channels}{variant}]",
         getattr(triton_kernels, f"group_norm_act_{kernel}_kernel"), pointers, (*_GRAD, *_X, *_MODULATION),
         (*_PLACES, "out_frames", "out_height", "out_width", "chunks", "chunk"),
-        VARIANTS[variant] | tile_of(channels).blocks,
+        VARIANTS[variant] | tile.blocks,
     )  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def backward(
     batch, frames, height, width, channels = x.shape
     grad, x, weight, bias = dense_rows(grad), dense_rows(x), weight.contiguous(), bias.contiguous()
     dx = x.new_empty(x.shape)
-    tile, rows, statistics = tile_of(channels), height * width, mean.shape[1]
+    tile, rows = tile_of(channels, form.is_padded and x.dtype is torch.float32), height * width
+    statistics = mean.shape[1]
     blocks, group_width = cdiv(channels, tile.channels), channels // form.groups
     chunk = chunk_rows(tile, rows, batch * frames * blocks)
     chunks = cdiv(rows, chunk)

@@ -189,14 +189,14 @@ def _folded(
         first_h, last_h = _repeated(h, height, front_h, out_height)
         first_w, last_w = _repeated(w, width, front_w, out_width)
         # Within a frame most rows are in one place: no more turns than one of this tile's rows needs.
-        most_h = tl.max(tl.where(real, last_h - first_h, 0), axis=0)
-        most_w = tl.max(tl.where(real, last_w - first_w, 0), axis=0)
-        for place in range(first_t, last_t + 1):
-            at = base + tl.cast(place, tl.int64) * stride_t
-            for i in range(0, most_h + 1):
-                for j in range(0, most_w + 1):
-                    valid = inside & ((first_h + i <= last_h) & (first_w + j <= last_w))[:, None]
-                    total += _pixels(grad_ptr, at, first_h + i, first_w + j, channel, stride_h, stride_w, valid)
+        turns_h = 1 + tl.max(tl.where(real, last_h - first_h, 0), axis=0)
+        turns_w = 1 + tl.max(tl.where(real, last_w - first_w, 0), axis=0)
+        # One loop: what three of them keep in registers made the compiler spill some.
+        for place in range(0, (1 + last_t - first_t) * turns_h * turns_w):
+            at = base + (first_t + place // (turns_h * turns_w)).to(tl.int64) * stride_t
+            i, j = first_h + place // turns_w % turns_h, first_w + place % turns_w
+            valid = inside & ((i <= last_h) & (j <= last_w))[:, None]
+            total += _pixels(grad_ptr, at, i, j, channel, stride_h, stride_w, valid)
     else:
         total = _pixels(grad_ptr, base + t.to(tl.int64) * stride_t, h, w, channel, stride_h, stride_w, inside)
     return total
