@@ -25,6 +25,7 @@ from hpdm_kernels import (
     fuse_context,
     fuse_projected,
     gated_residual,
+    group_norm_act,
     modulated_norm,
     sample_context,
     sample_patches,
@@ -102,6 +103,12 @@ def rows(op, *names):
     return lambda *t: op(*t, backend="triton"), [torch.randn(sizes.get(name, (64,))) for name in names]
 
 
+def groups():
+    sizes = ((1, 2, 4, 4, 64), (64,), (64,), (1, 2, 64), (1, 2, 64))
+    run = lambda x, w, b, *t: group_norm_act(x, w, b, 32, *t, backend="triton")
+    return run, [torch.randn(size) for size in sizes]
+
+
 def second_of(run, inputs):
     return lambda *t: run(*t)[1], inputs
 
@@ -135,6 +142,8 @@ CASES: dict[tuple[str, str], Callable[[], Callable[[], object]]] = {
     ("modulated_norm after a gated residual", "fwd"): lambda: without_gradient(*rows(modulated_norm, *NORM)),
     ("modulated_norm after a gated residual", "bwd"): lambda: backward_only(*second_of(*rows(modulated_norm, *NORM))),
     ("gated_residual", "bwd"): lambda: backward_only(*rows(gated_residual, "x", "branch", "gate")),
+    ("group_norm_act, modulated", "fwd"): lambda: without_gradient(*groups()),
+    ("group_norm_act, modulated", "bwd"): lambda: backward_only(*groups()),
     ("bias_gelu", "fwd"): lambda: without_gradient(*rows(bias_gelu, "x", "bias")),
     ("bias_gelu", "bwd"): lambda: backward_only(*rows(bias_gelu, "x", "bias")),
 }

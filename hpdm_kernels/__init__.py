@@ -5,6 +5,7 @@ Every op takes ``backend="auto" | "reference" | "torch" | "triton"``; see :mod:`
 
 from hpdm_kernels.attention.api import cross_attention, packed_attention, read_tokens
 from hpdm_kernels.context.api import footprint_size, fuse_context, fuse_projected, project_sources, sample_context
+from hpdm_kernels.groupnorm.api import group_norm_act
 from hpdm_kernels.optimizer.api import LambNorms, adamw_step, lamb_step
 from hpdm_kernels.patches.api import sample_patches
 from hpdm_kernels.rows.api import bias_gelu, gated_residual, modulated_norm
@@ -23,6 +24,7 @@ __all__ = [
     "fuse_context",
     "fuse_projected",
     "gated_residual",
+    "group_norm_act",
     "lamb_step",
     "modulated_norm",
     "packed_attention",

@@ -211,6 +211,45 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias, approximate="tanh").to(x.dtype)
 
 
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    groups: int,
+    per_clip: bool,
+    silu: bool,
+    pad: Sequence[int],
+    eps: float,
+) -> Tensor:
+    """Group norm of ``x [B, T, H, W, C]`` per frame or clip, times ``1 + scale`` plus ``shift``, SiLU, repeated edges.
+
+    ``scale`` and ``shift`` are ``[B, 1 or T, C]``, ``pad`` is front and back of T, H and W.
+    """
+    b, t, *_, c = x.shape
+    work = coordinate_dtype(x.dtype)
+    rows = x.to(work).reshape(b if per_clip else b * t, -1, c)
+
+    def of_group(means: Tensor) -> Tensor:  # of channels [n, C] -> of their group, [n, 1, C]
+        split = means.unflatten(1, (groups, -1))
+        return split.mean(2, keepdim=True).expand_as(split).flatten(1)[:, None]
+
+    # Written out: on a CPU PyTorch's variance of channels-last tensors is a difference of squares, which cancels.
+    centered = rows - of_group(rows.mean(1))
+    inverse = (of_group(centered.square().mean(1)) + eps).rsqrt()
+    gain, offset = weight.to(work), bias.to(work)
+    if scale is not None and shift is not None:
+        factor = 1 + scale[:, :, None, None].to(work)
+        gain, offset = gain * factor, torch.addcmul(shift[:, :, None, None].to(work), offset, factor)
+    out = torch.addcmul(offset, centered.reshape(x.shape), gain * inverse.reshape(b, -1, 1, 1, c))
+    out = (F.silu(out) if silu else out).to(x.dtype)
+    if any(pad):
+        t0, t1, h0, h1, w0, w1 = pad
+        out = F.pad(out.movedim(-1, 1), (w0, w1, h0, h1, t0, t1), mode="replicate").movedim(1, -1)
+    return out.contiguous()
+
+
 def adam_moments(
     exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, beta1: float, beta2: float
 ) -> tuple[Tensor, Tensor]:

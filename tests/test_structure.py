@@ -16,7 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("hpdm", "hpdm_kernels")
 # Op families, which share the files beside their folders and nothing else.
-FAMILIES = tuple(f"hpdm_kernels.{name}" for name in ("context", "attention", "patches", "tiles", "optimizer"))
+FAMILIES = tuple(
+    f"hpdm_kernels.{name}" for name in ("context", "attention", "groupnorm", "patches", "tiles", "optimizer")
+)
 # Systems, and what serves every system and so knows none of them.
 WINGS = ("hpdm.patch", "hpdm.latent")
 SHARED = tuple(

@@ -19,6 +19,7 @@ from hpdm_kernels import (
     fuse_context,
     fuse_projected,
     gated_residual,
+    group_norm_act,
     modulated_norm,
     packed_attention,
     project_sources,
@@ -161,6 +162,16 @@ def row_arguments(op: str, backend: str, generator: torch.Generator, device: tor
     return (torch.randn_like(y), torch.randn_like(out), y, mean, rstd, shift, scale, branch, gate, backend)
 
 
+def group_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    sizes = ((2, 3, 4, 5, 24), (24,), (24,), (2, 3, 24), (2, 3, 24))
+    tensors = leaves(op, *(torch.randn(size, generator=generator).to(device) for size in sizes))
+    settings = (6, True, True, [1, 0, 1, 1, 0, 2])
+    if op.endswith("fwd"):
+        return (*tensors, *settings, 1e-5, backend)
+    out, mean, rstd = torch.ops.hpdm.group_norm_act_fwd(*tensors, *settings, 1e-5, backend)
+    return (torch.randn_like(out), tensors[0], mean, rstd, *tensors[1:], *settings, backend)
+
+
 def step_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
     a = steps.copied(steps.draw(generator, averages=2, op="lamb_step"), lambda t: t.to(device))
     averages, moments = [t for average in a["averages"] for t in average], (a["exp_avgs"], a["exp_avg_sqs"])
@@ -180,7 +191,8 @@ ARGUMENTS = {
     "sample_patches": patch_arguments, "add_tiles": tile_arguments, "step_tiles": tile_arguments,
     "extract_tiles": tile_arguments, "average_tiles": tile_arguments, "modulated_norm": row_arguments,
     "residual_norm": row_arguments, "gated_residual": row_arguments, "bias_gelu": row_arguments,
-    "adamw_step": step_arguments, "lamb_moments": step_arguments, "lamb_apply": step_arguments,
+    "group_norm_act": group_arguments, "adamw_step": step_arguments, "lamb_moments": step_arguments,
+    "lamb_apply": step_arguments,
 }  # fmt: skip
 
 
@@ -213,6 +225,7 @@ def public_functions(
     clip, patch_box = PATCHES.make(generator, device)
     rows = [torch.randn(2, 19, 24, generator=generator).to(device) for _ in range(2)]
     vectors = [torch.randn(2, 24, generator=generator).to(device) for _ in range(3)]
+    frames = torch.randn(2, 3, 4, 5, 24, generator=generator).to(device)
     return {
         "cross_attention": (lambda q, k, v: cross_attention(q * 2, k, v, backend=backend).sin(), (q, k, v)),
         "packed_attention": (
@@ -249,12 +262,17 @@ def public_functions(
         ),
         "gated_residual": (lambda x, *t: gated_residual(x * 2, *t, backend=backend).sin(), (*rows, vectors[2])),
         "bias_gelu": (lambda x, b: bias_gelu(x * 2, b, backend=backend).sin(), (rows[0], vectors[0][0])),
+        "group_norm_act": (
+            lambda x, w, b, *t: group_norm_act(x * 2, w, b, 6, *t, pad=((1, 1),) * 3, backend=backend).sin(),
+            (frames, vectors[0][0], vectors[0][1], *vectors[1:]),
+        ),
     }
 
 
 PUBLIC = (
     "cross_attention", "packed_attention", "read_tokens", "sample_context", "fuse_context", "fuse_projected",
     "average_tiles", "extract_tiles", "sample_patches", "modulated_norm", "gated_residual", "bias_gelu",
+    "group_norm_act",
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from hpdm.latent.layers import (
     to_positions,
 )
 from hpdm.recompute import Recompute
+from hpdm_kernels.modules import check_backend
 
 LOGVAR_RANGE = (-30.0, 20.0)
 """The log variance is clamped to this, as in the released code."""
@@ -29,17 +30,17 @@ LOGVAR_RANGE = (-30.0, 20.0)
 class Encoder(nn.Module):
     """Pixels ``[B, C, F, H, W]`` to moments ``[B, 2 z, f, h, w]``."""
 
-    def __init__(self, config: AutoencoderConfig, recompute: str) -> None:
+    def __init__(self, config: AutoencoderConfig, recompute: str, kernels: str) -> None:
         super().__init__()
         per_frame, f, h, w = config.norm == "frame", *config.stem
         self.stem, self.recompute = config.stem, recompute
         self.first = RepeatConv(config.channels * f * h * w, config.width, 3)
         widths = [config.width * 2**i for i in range(len(config.strides) + 1)]
         self.stages = nn.ModuleList(
-            Stage(RepeatConv(before, after, KERNEL, stride), after, ENCODER_BLOCKS, per_frame, recompute)
+            Stage(RepeatConv(before, after, KERNEL, stride), after, ENCODER_BLOCKS, per_frame, recompute, kernels)
             for before, after, stride in zip(widths, widths[1:], config.strides)
         )
-        self.norm = VideoNorm(widths[-1], per_frame)
+        self.norm = VideoNorm(widths[-1], per_frame, kernels)
         self.last = RepeatConv(widths[-1], 2 * config.latent_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,14 +53,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents ``[B, z, f, h, w]`` to pixels ``[B, C, F, H, W]``, which are not bounded."""
 
-    def __init__(self, config: AutoencoderConfig, recompute: str) -> None:
+    def __init__(self, config: AutoencoderConfig, recompute: str, kernels: str) -> None:
         super().__init__()
         per_frame, (f, h, w), stages = config.norm == "frame", config.stem, len(config.strides)
         self.stem = config.stem
         widths = [config.latent_channels, *(config.width * 2 ** (stages - i) for i in range(stages))]
         self.stages = nn.ModuleList(
-            Stage(RepeatTransposedConv(before, after, KERNEL, stride), after, DECODER_BLOCKS, per_frame, recompute)
-            for before, after, stride in zip(widths, widths[1:], config.strides)
+            Stage(RepeatTransposedConv(n, after, KERNEL, stride), after, DECODER_BLOCKS, per_frame, recompute, kernels)
+            for n, after, stride in zip(widths, widths[1:], config.strides)
         )
         self.last = RepeatConv(widths[-1], config.channels * f * h * w, 3)
 
@@ -80,22 +81,24 @@ class VideoAutoencoder(nn.Module):
     Args:
         config: sizes.
         recompute: what the backward pass computes again: ``"none"``, ``"selective"`` or ``"block"``.
+        kernels: backend of the ops, ``"auto" | "reference" | "torch" | "triton"``. It never changes the parameters.
 
     Raises:
-        ValueError: an unknown ``recompute``.
+        ValueError: an unknown ``recompute`` or backend.
     """
 
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: AutoencoderConfig, recompute: str = "none") -> None:
+    def __init__(self, config: AutoencoderConfig, recompute: str = "none", kernels: str = "auto") -> None:
         super().__init__()
         check_choice("recompute", recompute, Recompute)
+        check_backend(kernels)
         self.config, z = config, config.latent_channels
-        self.encoder = Encoder(config, recompute)
+        self.encoder = Encoder(config, recompute, kernels)
         self.to_moments = RepeatConv(2 * z, 2 * z, 1)
         self.from_latents = RepeatConv(z, z, 1)
-        self.decoder = Decoder(config, recompute)
+        self.decoder = Decoder(config, recompute, kernels)
         self.register_buffer("latent_mean", torch.zeros(z))
         self.register_buffer("latent_std", torch.zeros(z))  # 0: not measured
 

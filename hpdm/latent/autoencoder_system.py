@@ -23,7 +23,6 @@ from hpdm.opponent import Opponent
 from hpdm.psnr import psnr
 from hpdm.sampling import Sampler, SamplerOptions
 from hpdm.system import Architecture, System
-from hpdm_kernels.modules import check_backend
 
 
 class Autoencoding(System):
@@ -41,9 +40,7 @@ class Autoencoding(System):
         return AutoencoderConfig.from_dict(values)
 
     def build(self, config: AutoencoderConfig, kernels: str = "auto", recompute: str = "none") -> VideoAutoencoder:
-        """A new model; it has no ops with several backends, so ``kernels`` is checked and changes nothing."""
-        check_backend(kernels)
-        return VideoAutoencoder(config, recompute)
+        return VideoAutoencoder(config, recompute, kernels)
 
     def configure(self, config: AutoencoderConfig, changes: Architecture) -> AutoencoderConfig:
         """``config`` with another clip size, normalization, crop or loss.

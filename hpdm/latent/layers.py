@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hpdm.checks import Triple
 from hpdm.recompute import recomputed
+from hpdm_kernels import group_norm_act
 
 GROUPS = 32
 EPS = 1e-6
@@ -49,6 +50,8 @@ class RepeatConv(nn.Conv3d):
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: Triple = (1, 1, 1)) -> None:
         super().__init__(inputs, outputs, kernel, stride)
         self.kernel, self.strides = kernel, stride
+        self.pad = [repeats(kernel, s) for s in stride]
+        """How often the edges of each axis are repeated."""
 
     def prepared(self, x: Tensor) -> Tensor:
         """``x`` with repeated edges, which :meth:`convolved` takes."""
@@ -94,17 +97,24 @@ class VideoNorm(nn.GroupNorm):
     """Group normalization with statistics over a group of channels and the positions of a frame, or of all frames.
 
     There are 32 groups (fewer where a group would have less than two channels), and eps is 1e-6.
+
+    Args:
+        channels: number of channels.
+        per_frame: whether statistics are those of a frame; else those of the clip.
+        kernels: backend, see :func:`hpdm_kernels.group_norm_act`.
     """
 
-    def __init__(self, channels: int, per_frame: bool) -> None:
+    def __init__(self, channels: int, per_frame: bool, kernels: str = "auto") -> None:
         super().__init__(math.gcd(GROUPS, max(1, channels // 2)), channels, eps=EPS)
-        self.per_frame = per_frame
+        self.per_frame, self.kernels = per_frame, kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.per_frame:
-            return super().forward(x)
-        frames = x.transpose(1, 2).flatten(0, 1)  # [B F, C, H, W]
-        return super().forward(frames).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    def forward(self, x: Tensor, act: str = "none", pad: Sequence[tuple[int, int]] | None = None) -> Tensor:
+        """``x`` normalized, with SiLU behind it (``act="silu"``), and with repeated edges as of a convolution."""
+        out = group_norm_act(
+            x.movedim(1, -1), self.weight, self.bias, self.num_groups, over="frame" if self.per_frame else "clip",
+            act=act, pad=pad, eps=self.eps, backend=self.kernels,
+        )  # fmt: skip
+        return out.movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -114,10 +124,10 @@ class ResidualBlock(nn.Module):
     inside of the block (``"block"``).
     """
 
-    def __init__(self, channels: int, per_frame: bool, recompute: str = "none") -> None:
+    def __init__(self, channels: int, per_frame: bool, recompute: str = "none", kernels: str = "auto") -> None:
         super().__init__()
-        self.norm1, self.conv1 = VideoNorm(channels, per_frame), RepeatConv(channels, channels, 3)
-        self.norm2, self.conv2 = VideoNorm(channels, per_frame), RepeatConv(channels, channels, 3)
+        self.norm1, self.conv1 = VideoNorm(channels, per_frame, kernels), RepeatConv(channels, channels, 3)
+        self.norm2, self.conv2 = VideoNorm(channels, per_frame, kernels), RepeatConv(channels, channels, 3)
         self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,15 +142,20 @@ class ResidualBlock(nn.Module):
 class Stage(nn.Sequential):
     """A convolution that changes the resolution, and residual blocks."""
 
-    def __init__(self, conv: nn.Module, channels: int, blocks: int, per_frame: bool, recompute: str) -> None:
-        super().__init__(conv, *(ResidualBlock(channels, per_frame, recompute) for _ in range(blocks)))
+    def __init__(
+        self, conv: nn.Module, channels: int, blocks: int, per_frame: bool, recompute: str, kernels: str
+    ) -> None:
+        super().__init__(conv, *(ResidualBlock(channels, per_frame, recompute, kernels) for _ in range(blocks)))
 
 
-def normalized_conv(norm: nn.Module, conv: RepeatConv, x: Tensor, recompute: str) -> Tensor:
-    """``conv(silu(norm(x)))``; what comes before the convolution is computed again under ``"selective"``."""
+def normalized_conv(norm: VideoNorm, conv: RepeatConv, x: Tensor, recompute: str) -> Tensor:
+    """``conv(silu(norm(x)))``; what comes before the convolution is computed again under ``"selective"``.
+
+    Normalization, activation and repeated edges are one op, which writes what the convolution reads.
+    """
 
     def prepared(x: Tensor) -> Tensor:
-        return conv.prepared(F.silu(norm(x)))
+        return norm(x, "silu", conv.pad)
 
     return conv.convolved(recomputed(prepared, x) if recompute == "selective" else prepared(x))
 

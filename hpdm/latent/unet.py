@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpdm.checks import check_choice, check_shape
@@ -30,18 +29,19 @@ from hpdm.latent.unet_blocks import (
 from hpdm.latent.unet_conditioner import Conditioner, Conditioning, KnownMask, KnownTimes
 from hpdm.latent.unet_config import UNetConfig
 from hpdm.recompute import Recompute, recomputed, recomputed_but_products
+from hpdm_kernels.modules import check_backend
 
 
 class Block(nn.Module):
     """A residual block and, on levels that have attention, attention in space, to the text if there is one, in time."""
 
-    def __init__(self, config: UNetConfig, inputs: int, outputs: int, attention: bool) -> None:
+    def __init__(self, config: UNetConfig, inputs: int, outputs: int, attention: bool, kernels: str = "auto") -> None:
         super().__init__()
         heads, groups = config.heads, config.groups
-        self.residual = ResidualBlock(inputs, outputs, config.vector_width, groups, config.norm)
-        self.spatial = SpatialAttention(outputs, heads, groups) if attention else None
+        self.residual = ResidualBlock(inputs, outputs, config.vector_width, groups, config.norm, kernels)
+        self.spatial = SpatialAttention(outputs, heads, groups, kernels) if attention else None
         reads = attention and config.conditioning == "text"
-        self.text = TextAttention(outputs, config.text_width, heads, groups) if reads else None
+        self.text = TextAttention(outputs, config.text_width, heads, groups, kernels) if reads else None
         self.temporal = TemporalAttention(outputs, heads, groups, config.farthest) if attention else None
 
     def forward(self, x: Tensor, vector: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
@@ -71,13 +71,15 @@ class FactorizedUNet(nn.Module):
         recompute: what the backward pass computes again instead of keeping it: nothing (``"none"``), normalizations,
             activations and temporal attention (``"selective"``), or everything inside of a block (``"block"``). It
             trades time for memory; the results change only by rounding.
+        kernels: backend of the ops, ``"auto" | "reference" | "torch" | "triton"``. It never changes the parameters.
 
     Raises:
-        ValueError: unknown recompute setting.
+        ValueError: unknown recompute setting or backend.
     """
 
-    def __init__(self, config: UNetConfig, recompute: str = "none") -> None:
+    def __init__(self, config: UNetConfig, recompute: str = "none", kernels: str = "auto") -> None:
         super().__init__()
+        check_backend(kernels)
         self.config = config
         self.recompute: Recompute = check_choice("recompute", recompute, Recompute)
         self.conditioner = Conditioner(config)
@@ -90,19 +92,20 @@ class FactorizedUNet(nn.Module):
         skips, channels = [config.width], config.width
         self.down = nn.ModuleList()
         for level, (width, attention) in enumerate(zip(widths, has_attention)):
-            blocks = [Block(config, width if b else channels, width, attention) for b in range(config.blocks)]
+            inputs = [width if b else channels for b in range(config.blocks)]
+            blocks = [Block(config, n, width, attention, kernels) for n in inputs]
             self.down.append(Level(blocks, FrameConv(width, width, stride=2) if level < last else None))
             channels = width
             skips += [width] * (config.blocks + (level < last))
-        self.middle = nn.ModuleList((Block(config, channels, channels, True), Block(config, channels, channels, False)))
+        self.middle = nn.ModuleList(Block(config, channels, channels, has, kernels) for has in (True, False))
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
             blocks = []
             for _ in range(config.blocks + 1):
-                blocks.append(Block(config, channels + skips.pop(), widths[level], has_attention[level]))
+                blocks.append(Block(config, channels + skips.pop(), widths[level], has_attention[level], kernels))
                 channels = widths[level]
             self.up.append(Level(blocks, FrameConv(channels, channels) if level else None))
-        self.out_norm = VideoNorm(config.groups, channels, config.norm)
+        self.out_norm = VideoNorm(config.groups, channels, config.norm, kernels)
         self.out_conv = zero_started(FrameConv(channels, config.channels))
 
     def forward(
@@ -140,7 +143,7 @@ class FactorizedUNet(nn.Module):
             features, times = self.known_times(features, t, frame_t, x), frame_t
         conditioning = self.conditioner(times, told, labels, text, text_mask)
         out = self._run_levels(features, conditioning)
-        out = self.out_conv(F.silu(self.out_norm(out)))
+        out = self.out_conv(self.out_norm(out, act="silu"))
         return out.movedim(-1, 1)
 
     def compiled_modules(self) -> list[nn.Module]:

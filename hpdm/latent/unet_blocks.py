@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hpdm_kernels import group_norm_act
 
 EPS = 1e-5
 """Of group normalization."""
@@ -58,18 +59,25 @@ class VideoNorm(nn.GroupNorm):
         groups: number of groups.
         width: channels C.
         over: ``"clip"`` or ``"frame"``.
+        kernels: backend, see :func:`hpdm_kernels.group_norm_act`.
     """
 
-    def __init__(self, groups: int, width: int, over: str) -> None:
+    def __init__(self, groups: int, width: int, over: str, kernels: str = "auto") -> None:
         super().__init__(groups, width, EPS)
-        self.over = over
+        self.over, self.kernels = over, kernels
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, H, W, C] -> [B, T, H, W, C]``."""
-        # The frames of a clip are one tall image.
-        images = (x.flatten(0, 1) if self.over == "frame" else x.flatten(1, 2)).permute(0, 3, 1, 2)
-        out = F.group_norm(images, self.num_groups, self.weight, self.bias, self.eps)
-        return out.permute(0, 2, 3, 1).reshape(x.shape)
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, act: str = "none") -> Tensor:
+        """``[B, T, H, W, C] -> [B, T, H, W, C]``, of ``x``'s dtype under automatic mixed precision, too.
+
+        Args:
+            x: what is normalized.
+            scale, shift: ``[B, 1 or T, C]``, modulate the result: times ``1 + scale`` plus ``shift``.
+            act: ``"silu"`` if SiLU follows, or ``"none"``.
+        """
+        return group_norm_act(
+            x, self.weight, self.bias, self.num_groups, scale, shift, over=self.over, act=act, eps=self.eps,
+            backend=self.kernels,
+        )  # fmt: skip
 
 
 class ResidualBlock(nn.Module):
@@ -80,24 +88,25 @@ class ResidualBlock(nn.Module):
     Args:
         inputs, outputs: channels.
         vector_width: width of the conditioning vector.
-        groups, norm: as of :class:`VideoNorm`.
+        groups, norm, kernels: as of :class:`VideoNorm`.
     """
 
-    def __init__(self, inputs: int, outputs: int, vector_width: int, groups: int, norm: str) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, vector_width: int, groups: int, norm: str, kernels: str = "auto"
+    ) -> None:
         super().__init__()
-        self.in_norm = VideoNorm(groups, inputs, norm)
+        self.in_norm = VideoNorm(groups, inputs, norm, kernels)
         self.in_conv = FrameConv(inputs, outputs)
         self.modulation = nn.Linear(vector_width, 2 * outputs)
-        self.out_norm = VideoNorm(groups, outputs, norm)
+        self.out_norm = VideoNorm(groups, outputs, norm, kernels)
         self.out_conv = zero_started(FrameConv(outputs, outputs))
         self.skip = nn.Linear(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor, vector: Tensor) -> Tensor:
-        """``x [B, T, H, W, C]``, ``vector [B, T, c]``, activated -> ``[B, T, H, W, C']``."""
-        scale, shift = self.modulation(vector)[:, :, None, None].chunk(2, dim=-1)  # [B, T, 1, 1, C'] each
-        h = self.in_conv(F.silu(self.in_norm(x)))
-        h = torch.addcmul(shift, self.out_norm(h), 1 + scale)
-        return self.skip(x) + self.out_conv(F.silu(h))
+        """``x [B, T, H, W, C]``, ``vector [B, 1 or T, c]``, activated -> ``[B, T, H, W, C']``."""
+        scale, shift = self.modulation(vector).chunk(2, dim=-1)  # [B, 1 or T, C'] each
+        h = self.in_conv(self.in_norm(x, act="silu"))
+        return self.skip(x) + self.out_conv(self.out_norm(h, scale, shift, act="silu"))
 
 
 class SpatialAttention(nn.Module):
@@ -107,12 +116,13 @@ class SpatialAttention(nn.Module):
         width: channels C.
         heads: number of heads.
         groups: groups of the normalization, whose statistics are those of a frame.
+        kernels: as of :class:`VideoNorm`.
     """
 
-    def __init__(self, width: int, heads: int, groups: int) -> None:
+    def __init__(self, width: int, heads: int, groups: int, kernels: str = "auto") -> None:
         super().__init__()
         self.heads = heads
-        self.norm = VideoNorm(groups, width, "frame")
+        self.norm = VideoNorm(groups, width, "frame", kernels)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = zero_started(nn.Linear(width, width))
 
@@ -134,12 +144,13 @@ class TextAttention(nn.Module):
         text_width: width of the text embeddings.
         heads: number of heads.
         groups: groups of the normalization, whose statistics are those of a frame.
+        kernels: as of :class:`VideoNorm`.
     """
 
-    def __init__(self, width: int, text_width: int, heads: int, groups: int) -> None:
+    def __init__(self, width: int, text_width: int, heads: int, groups: int, kernels: str = "auto") -> None:
         super().__init__()
         self.heads = heads
-        self.norm = VideoNorm(groups, width, "frame")
+        self.norm = VideoNorm(groups, width, "frame", kernels)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(text_width, 2 * width)
         self.out = zero_started(nn.Linear(width, width))

@@ -237,3 +237,34 @@ def bias_gelu(x: Tensor, bias: Tensor, **_: Any) -> Tensor:
     """The formula with a hyperbolic tangent."""
     work = (x + bias).to(_work(x.dtype))
     return (work / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (work + 0.044715 * work**3)))).to(x.dtype)
+
+
+def group_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    over: str = "frame",
+    act: str = "silu",
+    pad: Sequence[Sequence[int]] | None = None,
+    eps: float = 1e-5,
+    **_: Any,
+) -> Tensor:
+    """Moments over axes of the split channels; edges are repeated by their indices."""
+    work = _work(x.dtype)
+    axes = (2, 3, 5) if over == "frame" else (1, 2, 3, 5)
+    split = x.to(work).unflatten(4, (groups, -1))
+    centered = split - split.mean(axes, keepdim=True)
+    normal = (centered / (centered.square().mean(axes, keepdim=True) + eps).sqrt()).flatten(4)
+    out = normal * weight.to(work) + bias.to(work)
+    if scale is not None and shift is not None:
+        factor, added = (t.to(work).reshape(len(x), -1, 1, 1, x.shape[4]) for t in (1 + scale, shift))
+        out = out * factor + added
+    if act == "silu":
+        out = out * torch.sigmoid(out)
+    for axis, (front, back) in enumerate(pad or (), start=1):
+        n = out.shape[axis]
+        out = out.index_select(axis, torch.arange(-front, n + back, device=x.device).clamp(0, n - 1))
+    return out.to(x.dtype)

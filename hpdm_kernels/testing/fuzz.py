@@ -18,11 +18,20 @@ import torch
 from torch import Tensor
 
 from hpdm_kernels.context import torch_backend as context_backend
+from hpdm_kernels.groupnorm import api as groups_api
+from hpdm_kernels.groupnorm import torch_backend as groups_backend
 from hpdm_kernels.optimizer import torch_backend as optimizer_backend
 from hpdm_kernels.patches import torch_backend as patches_backend
 from hpdm_kernels.rows import api as rows_api
 from hpdm_kernels.rows import torch_backend as rows_backend
-from hpdm_kernels.testing import random_attention, random_context, random_pixels, random_rows, random_steps
+from hpdm_kernels.testing import (
+    random_attention,
+    random_context,
+    random_groups,
+    random_pixels,
+    random_rows,
+    random_steps,
+)
 from hpdm_kernels.testing.case import Case, as_tuple, evaluate, leaves, sizes_of, widened
 from hpdm_kernels.testing.draw import Draw
 from hpdm_kernels.testing.errors import max_error, poisoned_allocations
@@ -44,6 +53,7 @@ OPS: dict[str, Callable[[Draw, torch.dtype, str], Case]] = {
     "modulated_norm": random_rows.modulated_norm,
     "gated_residual": random_rows.gated_residual,
     "bias_gelu": random_rows.bias_gelu,
+    "group_norm_act": random_groups.group_norm_act,
     "adamw_step": random_steps.adamw_step,
     "lamb_step": random_steps.lamb_step,
 }
@@ -55,6 +65,7 @@ WRONG_SHARE = 0.2
 LIMITS = (
     (context_backend, "FORWARD_SCRATCH"), (context_backend, "SCRATCH"), (patches_backend, "CPU_PIECE"),
     (tiles_backend, "CPU_PIECE"), (rows_backend, "PIECE"), (rows_api, "LEAST"), (optimizer_backend, "PIECE"),
+    (groups_api, "LEAST"), (groups_backend, "PIECE"),
 )  # fmt: skip
 
 

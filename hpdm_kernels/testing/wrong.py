@@ -49,6 +49,14 @@ def spoil(draw: Draw, arguments: Arguments) -> tuple[Arguments, str]:
         alone = {"tiles": arguments.get("x"), "packed": arguments.get("q")}.get(name, value) is None
         if alone and (what == "another device" or (what == "wider" and name == "packed")):
             what, bad = "empty", value[..., :0]
+    elif name == "pad":
+        what, bad = draw.choose(
+            (
+                ("a number", 1), ("a string", "111"), ("two pairs", value[:2]), ("numbers", (1, 1, 1)),
+                ("a negative number", ((0, -1), *value[1:])), ("a float", ((0, 1.5), *value[1:])),
+                ("three sides", (*value[:2], (0, 0, 0))),
+            )
+        )  # fmt: skip
     elif isinstance(value, (tuple, list)) and isinstance(value[0], (tuple, list)):
         i = draw.random.randrange(len(value))
         what, entry = _spoil_triple(draw, value[i])

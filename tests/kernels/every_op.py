@@ -86,5 +86,15 @@ CALLS = {
         {"x": (2, 4, 6), "branch": (2, 4, 6), "gate": (2, 6)},
         lambda backend, *tensors: ops.gated_residual(*tensors, backend=backend),
     ),
+    "group_norm_act": Call(
+        {"x": (2, 2, 2, 3, 4), "weight": (4,), "bias": (4,)},
+        lambda backend, *tensors: ops.group_norm_act(*tensors, 2, backend=backend),
+    ),
+    "group_norm_act with a modulation and edges": Call(
+        {"x": (2, 2, 2, 3, 4), "weight": (4,), "bias": (4,), "scale": (2, 2, 4), "shift": (2, 2, 4)},
+        lambda backend, x, weight, bias, *modulation: ops.group_norm_act(
+            x, weight, bias, 2, *modulation, over="clip", pad=((1, 0), (1, 1), (0, 2)), backend=backend
+        ),
+    ),
     "bias_gelu": Call({"x": (2, 4, 6), "bias": (6,)}, lambda backend, *t: ops.bias_gelu(*t, backend=backend)),
 }

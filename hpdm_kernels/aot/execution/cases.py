@@ -18,6 +18,7 @@ import hpdm_kernels
 from hpdm_kernels import reference
 from hpdm_kernels.attention.layout import unpack
 from hpdm_kernels.attention.specs import BLOCKS_D
+from hpdm_kernels.groupnorm.specs import VARIANTS, configurations
 from hpdm_kernels.rows.specs import WIDTHS
 from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes, steps
 from hpdm_kernels.tiles import ops as tile_ops
@@ -41,7 +42,8 @@ class Case(NamedTuple):
 def all_cases() -> list[Case]:
     """The cases of all ops."""
     return [
-        *_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases(), *_row_cases(), *_optimizer_cases(),
+        *_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases(), *_row_cases(), *_group_cases(),
+        *_optimizer_cases(),
     ]  # fmt: skip
 
 
@@ -320,6 +322,39 @@ def _gelu(dtype: str) -> Callable[[Generator], object]:
             for backend in ("triton", "reference")
         )
         return check_op(ours, formula, inputs, ulps=16.0)
+
+    return check
+
+
+# ---- group normalization ----
+
+
+def _group_cases() -> Iterator[Case]:
+    for dtype, channels, variant in configurations():
+        yield Case(f"group_norm_act[{dtype},C={channels}{variant}]", _groups(dtype, channels, variant))
+
+
+def _groups(dtype: str, channels: int, variant: str) -> Callable[[Generator], object]:
+    """A clip of one frame, or of two where there is a modulation, of two chunks of rows."""
+
+    def check(generator: Generator) -> object:
+        rows, _, weights = dtype.partition("+")
+        flags = VARIANTS[variant]
+        frames = 1 + flags["MODULATED"]
+        sizes = [(1, frames, 3, 6, channels), (channels,), (channels,), *[(1, frames, channels)] * 2]
+        dtypes = [DTYPES[name] for name in (rows, weights or rows, weights or rows, rows, rows)]
+        inputs = [torch.randn(size, generator=generator).to(d) for size, d in zip(sizes, dtypes)]
+        options: dict[str, Any] = {
+            "over": "clip" if flags["MODULATED"] else "frame", "act": "silu" if flags["SILU"] else "none",
+            "pad": ((1, 0), (0, 1), (1, 1)) if flags["PAD"] else None,
+        }  # fmt: skip
+        ours, formula = (
+            lambda x, w, b, *vectors, backend=backend: hpdm_kernels.group_norm_act(
+                x, w, b, 16, *vectors, **options, backend=backend
+            )
+            for backend in ("triton", "reference")
+        )
+        return check_op(ours, formula, inputs if flags["MODULATED"] else inputs[:3], ulps=16.0)
 
     return check
 
