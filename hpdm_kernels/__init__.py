@@ -8,6 +8,7 @@ from hpdm_kernels.context.api import footprint_size, fuse_context, fuse_projecte
 from hpdm_kernels.optimizer.api import LambNorms, adamw_step, lamb_step
 from hpdm_kernels.patches.api import sample_patches
 from hpdm_kernels.rows.api import bias_gelu, gated_residual, modulated_norm
+from hpdm_kernels.temporal.api import temporal_attention
 from hpdm_kernels.tiles.accumulator import TileAccumulator
 from hpdm_kernels.tiles.api import average_tiles, extract_tiles
 
@@ -30,4 +31,5 @@ __all__ = [
     "read_tokens",
     "sample_context",
     "sample_patches",
+    "temporal_attention",
 ]

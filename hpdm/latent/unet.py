@@ -30,19 +30,20 @@ from hpdm.latent.unet_blocks import (
 from hpdm.latent.unet_conditioner import Conditioner, Conditioning, KnownMask, KnownTimes
 from hpdm.latent.unet_config import UNetConfig
 from hpdm.recompute import Recompute, recomputed, recomputed_but_products
+from hpdm_kernels.modules import check_backend
 
 
 class Block(nn.Module):
     """A residual block and, on levels that have attention, attention in space, to the text if there is one, in time."""
 
-    def __init__(self, config: UNetConfig, inputs: int, outputs: int, attention: bool) -> None:
+    def __init__(self, config: UNetConfig, inputs: int, outputs: int, attention: bool, kernels: str) -> None:
         super().__init__()
         heads, groups = config.heads, config.groups
         self.residual = ResidualBlock(inputs, outputs, config.vector_width, groups, config.norm)
         self.spatial = SpatialAttention(outputs, heads, groups) if attention else None
         reads = attention and config.conditioning == "text"
         self.text = TextAttention(outputs, config.text_width, heads, groups) if reads else None
-        self.temporal = TemporalAttention(outputs, heads, groups, config.farthest) if attention else None
+        self.temporal = TemporalAttention(outputs, heads, groups, config.farthest, kernels) if attention else None
 
     def forward(self, x: Tensor, vector: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """``x [B, T, H, W, C]`` -> ``[B, T, H, W, C']``; the others as of :class:`Conditioning`."""
@@ -68,17 +69,20 @@ class FactorizedUNet(nn.Module):
 
     Args:
         config: sizes and variants; see :mod:`hpdm.latent.unet_presets`.
+        kernels: backend of every op, ``"auto" | "reference" | "torch" | "triton"``. It changes neither the parameters
+            nor, apart from rounding, the results.
         recompute: what the backward pass computes again instead of keeping it: nothing (``"none"``), normalizations,
             activations and temporal attention (``"selective"``), or everything inside of a block (``"block"``). It
             trades time for memory; the results change only by rounding.
 
     Raises:
-        ValueError: unknown recompute setting.
+        ValueError: unknown backend or recompute setting.
     """
 
-    def __init__(self, config: UNetConfig, recompute: str = "none") -> None:
+    def __init__(self, config: UNetConfig, kernels: str = "auto", recompute: str = "none") -> None:
         super().__init__()
         self.config = config
+        self.kernels = check_backend(kernels)
         self.recompute: Recompute = check_choice("recompute", recompute, Recompute)
         self.conditioner = Conditioner(config)
         self.known_mask = KnownMask(config) if config.known == "mask" else None
@@ -90,16 +94,18 @@ class FactorizedUNet(nn.Module):
         skips, channels = [config.width], config.width
         self.down = nn.ModuleList()
         for level, (width, attention) in enumerate(zip(widths, has_attention)):
-            blocks = [Block(config, width if b else channels, width, attention) for b in range(config.blocks)]
+            blocks = [Block(config, width if b else channels, width, attention, kernels) for b in range(config.blocks)]
             self.down.append(Level(blocks, FrameConv(width, width, stride=2) if level < last else None))
             channels = width
             skips += [width] * (config.blocks + (level < last))
-        self.middle = nn.ModuleList((Block(config, channels, channels, True), Block(config, channels, channels, False)))
+        self.middle = nn.ModuleList(
+            Block(config, channels, channels, attention, kernels) for attention in (True, False)
+        )
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
             blocks = []
             for _ in range(config.blocks + 1):
-                blocks.append(Block(config, channels + skips.pop(), widths[level], has_attention[level]))
+                blocks.append(Block(config, channels + skips.pop(), widths[level], has_attention[level], kernels))
                 channels = widths[level]
             self.up.append(Level(blocks, FrameConv(channels, channels) if level else None))
         self.out_norm = VideoNorm(config.groups, channels, config.norm)

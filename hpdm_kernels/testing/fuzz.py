@@ -22,7 +22,14 @@ from hpdm_kernels.optimizer import torch_backend as optimizer_backend
 from hpdm_kernels.patches import torch_backend as patches_backend
 from hpdm_kernels.rows import api as rows_api
 from hpdm_kernels.rows import torch_backend as rows_backend
-from hpdm_kernels.testing import random_attention, random_context, random_pixels, random_rows, random_steps
+from hpdm_kernels.testing import (
+    random_attention,
+    random_context,
+    random_pixels,
+    random_rows,
+    random_steps,
+    random_temporal,
+)
 from hpdm_kernels.testing.case import Case, as_tuple, evaluate, leaves, sizes_of, widened
 from hpdm_kernels.testing.draw import Draw
 from hpdm_kernels.testing.errors import max_error, poisoned_allocations
@@ -44,6 +51,7 @@ OPS: dict[str, Callable[[Draw, torch.dtype, str], Case]] = {
     "modulated_norm": random_rows.modulated_norm,
     "gated_residual": random_rows.gated_residual,
     "bias_gelu": random_rows.bias_gelu,
+    "temporal_attention": random_temporal.temporal_attention,
     "adamw_step": random_steps.adamw_step,
     "lamb_step": random_steps.lamb_step,
 }
