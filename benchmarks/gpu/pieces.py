@@ -54,6 +54,7 @@ CHECKS = (
     Piece("tiles", "gpu/tiles.py", 100, AGAINST_FP64),
     Piece("patches", "gpu/patches.py", 60, AGAINST_FP64),
     Piece("rows", "gpu/rows.py", 60, AGAINST_FP64),
+    Piece("temporal", "gpu/temporal.py", 60, AGAINST_FP64),
     Piece("optimizer", "gpu/optimizer.py", 60, "steps against fp64, the same bits twice, steps that are skipped"),
     Piece("large", "gpu/large.py", 60, "tensors of more than 2^31 elements: 64-bit offsets"),
     Piece("opcheck", "gpu/ops.py", 90, "opcheck of every registered op", select="opcheck"),
@@ -68,6 +69,7 @@ _SECONDS = {
     "test_tiles.py": 70,
     "test_patches.py": 50,
     "test_rows.py": 50,
+    "test_temporal_attention.py": 60,
     "test_training_step.py": 150,
     "test_growth.py": 80,
     "test_sampling.py": 100,
@@ -82,6 +84,7 @@ _PREPARED = {
     "test_tiles.py": (("tiles", ""),),
     "test_patches.py": (("patches", ""),),
     "test_rows.py": (("rows", ""),),
+    "test_temporal_attention.py": (("temporal attention", ""),),
 }
 
 

@@ -36,7 +36,7 @@ def temporal_attention(qkv: Tensor, rel_k: Tensor, rel_v: Tensor, *, backend: st
             all heads have the same. Distances beyond R count as R. Any of the four dtypes.
         rel_v: the same for values, ``[2 R + 1, d]``.
         backend: ``"auto"``, ``"reference"``, ``"torch"`` or ``"triton"``. A kernel holds all frames of a head in
-            registers: T times d, both rounded up to powers of two, is at most 8,192. ``"auto"`` takes ``"torch"`` for
+            registers: T times d, both rounded up to powers of two, is at most 4,096. ``"auto"`` takes ``"torch"`` for
             more.
 
     Returns:

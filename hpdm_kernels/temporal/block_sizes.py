@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 from hpdm_kernels._triton import INTERPRETED, cdiv, next_power_of_2
 
-LARGEST_TILE = 8192
+LARGEST_TILE = 4096
 """Numbers of keys of one position that a program can hold: frames times channels, each a power of two."""
-TILE = 4096
-"""Numbers of a tile where one position has fewer: forward 32 per thread for keys and as many for values; backward 16,
-with gradients beside them."""
+PER_THREAD, PER_THREAD_BACKWARD = 32, 16
+"""Numbers of keys that a thread holds, and as many of values; backward their gradients beside them."""
 ENOUGH_PROGRAMS = 512
 """Programs that keep a large GPU busy. A constant, so that results do not depend on the GPU."""
 
@@ -52,9 +51,10 @@ def tile(frames: int, width: int, backward: bool) -> Tile:
     t, d = _padded(frames, width)
     if INTERPRETED:  # its cost is per program and operation, not per element
         return Tile(t, 64, d, 4)
-    positions = max(TILE // (t * d), 1)
-    warps = 4 if t * positions * d <= TILE else 8
-    return Tile(t, positions, d, 2 * warps if backward else warps)
+    held = PER_THREAD_BACKWARD if backward else PER_THREAD
+    # Four warps: several programs then share a multiprocessor, and some load while others compute.
+    positions = max(4 * 32 * held // (t * d), 1)
+    return Tile(t, positions, d, t * positions * d // (32 * held))
 
 
 def chunk_positions(block: int, positions: int, others: int) -> int:

@@ -10,7 +10,7 @@ from hpdm_kernels.reference import distance_rows
 
 
 def of_pairs(table: Tensor, frames: int, dtype: torch.dtype) -> Tensor:
-    """``table [2 R + 1, d]`` in ``dtype`` for every pair of frames, ``[T, T, d]``: at ``[t, s]`` the row of ``s - t``."""
+    """``table [2 R + 1, d]`` in ``dtype`` for pairs of frames: at ``[t, s]`` of ``[T, T, d]`` the row of ``s - t``."""
     return table.to(dtype)[distance_rows(table, frames)]
 
 

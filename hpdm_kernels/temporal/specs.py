@@ -9,7 +9,7 @@ from hpdm_kernels.temporal import triton_kernels
 from hpdm_kernels.temporal.block_sizes import tile
 
 SIZES = (
-    (4, 64), (8, 64), (16, 64), (4, 128), (4, 192), (4, 256), (5, 256), (16, 256), (16, 16), (32, 256), (64, 64), (64, 128),
+    (4, 64), (8, 64), (16, 64), (4, 128), (4, 192), (4, 256), (5, 256), (16, 256), (16, 16), (64, 64),
 )  # fmt: skip
 """Frames and widths of heads: those of the published U-Nets, a width that is no power of two, the largest tiles."""
 DTYPES = {"fp32": ("*fp32", "*fp32"), "bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16")}

@@ -36,6 +36,16 @@ def _weights(q, k, of_keys, real):
     return weights / tl.sum(weights, axis=0)[None, :]
 
 
+@jit
+def _product(x, y):
+    """``x * y`` rounded, also where a sum over threads follows.
+
+    Two threads that exchange products and add them up may differ by a rounding, because each would round only the
+    product that it was given, and add its own in one operation; then both write the sum to one place.
+    """
+    return tl.fma(x, y, 0.0)
+
+
 @kernel(specialize=("stride_qkv_b", "stride_qkv_t", "stride_qkv_n"))
 def temporal_attention_fwd_kernel(
     qkv_ptr,  # [B, T, N, 3 h d], the last axis contiguous
@@ -125,8 +135,8 @@ def temporal_attention_bwd_kernel(
             inner = weights * (of_weights - tl.sum(weights * of_weights, axis=0)[None, :]) * scale
             dq = tl.sum(inner[:, :, None] * (k + of_keys[:, None, :]), axis=0)
             tl.store(to + tl.cast(t, tl.int64) * positions * 3 * width, dq.to(dqkv_ptr.dtype.element_ty), mask=here)
-            of_k = inner[:, :, None] * q[None, :, :]
-            of_v = weights[:, :, None] * grad[None, :, :]
+            of_k = _product(inner[:, :, None], q[None, :, :])
+            of_v = _product(weights[:, :, None], grad[None, :, :])
             dk += of_k
             dv += of_v
             sums = sums_ptr + (s - t + frames - 1)[:, None] * WIDTH + column[None, :]
