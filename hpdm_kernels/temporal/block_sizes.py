@@ -12,8 +12,11 @@ from hpdm_kernels._triton import INTERPRETED, cdiv, next_power_of_2
 
 LARGEST_TILE = 4096
 """Numbers of keys of one position that a program can hold: frames times channels, each a power of two."""
-PER_THREAD, PER_THREAD_BACKWARD = 32, 16
-"""Numbers of keys that a thread holds, and as many of values; backward their gradients beside them."""
+PER_THREAD, PER_THREAD_BACKWARD = 32, 8
+"""Numbers of keys that a thread holds, and as many of values; backward their gradients beside them.
+
+With 8 a thread takes at most 168 registers, so that several programs share a multiprocessor. With 16 it took all 255.
+"""
 ENOUGH_PROGRAMS = 512
 """Programs that keep a large GPU busy. A constant, so that results do not depend on the GPU."""
 
@@ -52,7 +55,7 @@ def tile(frames: int, width: int, backward: bool) -> Tile:
     if INTERPRETED:  # its cost is per program and operation, not per element
         return Tile(t, 64, d, 4)
     held = PER_THREAD_BACKWARD if backward else PER_THREAD
-    # Four warps: several programs then share a multiprocessor, and some load while others compute.
+    # Four warps where that suffices: several programs share a multiprocessor, and some load while others compute.
     positions = max(4 * 32 * held // (t * d), 1)
     return Tile(t, positions, d, t * positions * d // (32 * held))
 

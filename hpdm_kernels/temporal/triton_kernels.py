@@ -20,6 +20,16 @@ from hpdm_kernels._triton import jit, kernel, tl
 
 
 @jit
+def _product(x, y):
+    """``x * y``, rounded before it is added to another number, unlike ``x * y`` itself.
+
+    Two threads that exchange products and add them up would else differ by a rounding: each adds its own product in one
+    operation to the rounded one that it got. Then both write the sum to one place, and nothing says which one stays.
+    """
+    return tl.fma(x, y, 0.0)
+
+
+@jit
 def _embeddings(pointer, t, s, column, farthest, real, WIDTH: tl.constexpr):
     """The embeddings of the distances from frame ``t`` to the frames ``s``, fp32 ``[T, D]``."""
     distance = tl.minimum(tl.maximum(s - t, -farthest), farthest)
@@ -30,20 +40,10 @@ def _embeddings(pointer, t, s, column, farthest, real, WIDTH: tl.constexpr):
 @jit
 def _weights(q, k, of_keys, real):
     """The softmax over frames, in base 2, of ``q [N, D]`` with ``k [T, N, D]`` and ``of_keys [T, D]``: ``[T, N]``."""
-    scores = tl.sum(q[None, :, :] * (k + of_keys[:, None, :]), axis=2)
+    scores = tl.sum(_product(q[None, :, :], k + of_keys[:, None, :]), axis=2)
     scores = tl.where(real[:, None], scores, float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, axis=0)[None, :])
     return weights / tl.sum(weights, axis=0)[None, :]
-
-
-@jit
-def _product(x, y):
-    """``x * y`` rounded, also where a sum over threads follows.
-
-    Two threads that exchange products and add them up may differ by a rounding, because each would round only the
-    product that it was given, and add its own in one operation; then both write the sum to one place.
-    """
-    return tl.fma(x, y, 0.0)
 
 
 @kernel(specialize=("stride_qkv_b", "stride_qkv_t", "stride_qkv_n"))
@@ -76,7 +76,7 @@ def temporal_attention_fwd_kernel(
         q = tl.load(first + tl.cast(t, tl.int64) * stride_qkv_t, mask=here, other=0.0).to(tl.float32) * scale_log2
         weights = _weights(q, k, _embeddings(rel_k_ptr, t, s, column, farthest, real, WIDTH), real)
         of_values = _embeddings(rel_v_ptr, t, s, column, farthest, real, WIDTH)
-        out = tl.sum(weights[:, :, None] * (v + of_values[:, None, :]), axis=0)
+        out = tl.sum(_product(weights[:, :, None], v + of_values[:, None, :]), axis=0)
         tl.store(to + tl.cast(t, tl.int64) * positions * width, out.to(out_ptr.dtype.element_ty), mask=here)
 
 
@@ -131,9 +131,9 @@ def temporal_attention_bwd_kernel(
             of_keys = _embeddings(rel_k_ptr, t, s, column, farthest, real, WIDTH)
             weights = _weights(q * scale_log2, k, of_keys, real)
             of_values = _embeddings(rel_v_ptr, t, s, column, farthest, real, WIDTH)
-            of_weights = tl.sum(grad[None, :, :] * (v + of_values[:, None, :]), axis=2)
-            inner = weights * (of_weights - tl.sum(weights * of_weights, axis=0)[None, :]) * scale
-            dq = tl.sum(inner[:, :, None] * (k + of_keys[:, None, :]), axis=0)
+            of_weights = tl.sum(_product(grad[None, :, :], v + of_values[:, None, :]), axis=2)
+            inner = weights * (of_weights - tl.sum(_product(weights, of_weights), axis=0)[None, :]) * scale
+            dq = tl.sum(_product(inner[:, :, None], k + of_keys[:, None, :]), axis=0)
             tl.store(to + tl.cast(t, tl.int64) * positions * 3 * width, dq.to(dqkv_ptr.dtype.element_ty), mask=here)
             of_k = _product(inner[:, :, None], q[None, :, :])
             of_v = _product(weights[:, :, None], grad[None, :, :])

@@ -27,7 +27,8 @@ REASONS: dict[str, tuple[str, str]] = {
         "to shared memory, 4 bytes at a time. In attention of one pass they are turned in registers up to width 64",
     ),
     "d": (
-        r"(cross_attention_combine|context_contract)\[|modulated_norm_(fwd|bwd)\[fp32\+bf16",
+        r"(cross_attention_combine|context_contract)\[|modulated_norm_(fwd|bwd)\[fp32\+bf16|"
+        r"temporal_attention_bwd\[(bf16|fp16)",
         "numbers of fp32 and of 16 bits share a layout: a thread loads 32 bytes of fp32 in two requests; or "
         "a warp loads the few numbers that several rows share",
     ),
