@@ -164,8 +164,10 @@ def row_arguments(op: str, backend: str, generator: torch.Generator, device: tor
 def temporal_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
     shapes = ((2, 5, 19, 3 * 2 * 24), (7, 24), (7, 24))
     tensors = leaves(op, *(torch.randn(size, generator=generator).to(device) for size in shapes))
-    grad = (torch.randn(2, 5, 19, 48, generator=generator).to(device),) if op.endswith("bwd") else ()
-    return (*grad, *tensors, backend)
+    if op.endswith("fwd"):
+        return (*tensors, backend)
+    out, weights = torch.ops.hpdm.temporal_attention_fwd(*tensors, backend)
+    return (torch.randn_like(out), *tensors, weights, backend)
 
 
 def step_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:

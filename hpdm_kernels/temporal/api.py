@@ -9,9 +9,10 @@ in another order and one of the result. Here each number of the projection is re
 once: a program holds the frames of a few positions. With fp32 that is 16 T d bytes for 8 T^2 d operations per position
 and head, so up to 16 frames a GPU waits for memory, not for products, which need no matrix units.
 
-Backward the weights are computed again from the projection: nothing is saved besides the inputs. Gradients of the two
-tables are sums over all positions: every program adds its own, and a second step adds the programs' sums, always in the
-same order. There are no atomics, so every run gives the same bits.
+Backward the kernels compute the weights again from the projection: nothing is saved besides the inputs. ``"torch"``
+saves the weights, T numbers for every d of the queries. Gradients of the two tables are sums over all positions: every
+program adds its own, and a second step adds the programs' sums, always in the same order. There are no atomics, so
+every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -57,4 +58,4 @@ def temporal_attention(qkv: Tensor, rel_k: Tensor, rel_v: Tensor, *, backend: st
     if chosen == "reference":
         with autocast_off(qkv):
             return reference.temporal_attention(qkv, rel_k, rel_v)
-    return temporal_attention_fwd(qkv, rel_k, rel_v, chosen)
+    return temporal_attention_fwd(qkv, rel_k, rel_v, chosen)[0]

@@ -17,22 +17,24 @@ from hpdm_kernels.boxes import coordinate_dtype
 from hpdm_kernels.temporal.distances import fold, of_pairs, sum_of_pairs
 
 
-def forward(qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> Tensor:
-    """``[B, T, N, h d]``; see :func:`hpdm_kernels.temporal.ops.temporal_attention_fwd`."""
+def forward(qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> tuple[Tensor, Tensor]:
+    """Result and weights; see :func:`hpdm_kernels.temporal.ops.temporal_attention_fwd`."""
     width, frames = rel_k.shape[1], qkv.shape[1]
     work = coordinate_dtype(qkv.dtype)
     of_keys, of_values = (of_pairs(table, frames, work) for table in (rel_k, rel_v))  # [T, S, d] each
     out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    saved = of_keys.new_empty(len(out), out.shape[3] // width, frames, frames, out.shape[2])
     for b, head in _heads(out, width):
         q, k, v = (part[b].to(work) for part in _parts(qkv, head))  # [T, N, d] each
-        weights = _scores(q, k, of_keys).mul_(width**-0.5).softmax(0)  # [S, T, N]
+        weights = saved[b, head.start // width]  # [S, T, N]
+        torch.softmax(_scores(q, k, of_keys).mul_(width**-0.5), dim=0, out=weights)
         by_frame = torch.bmm(weights.permute(1, 2, 0), of_values)  # [T, N, d]
         by_position = torch.bmm(_by_position(weights), v.transpose(0, 1))  # [N, T, d]
         out[b, ..., head] = by_frame.add_(by_position.transpose(0, 1))
-    return out
+    return out, saved
 
 
-def backward(grad: Tensor, qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, qkv: Tensor, rel_k: Tensor, rel_v: Tensor, saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients; see :func:`hpdm_kernels.temporal.ops.temporal_attention_bwd`."""
     width, frames = rel_k.shape[1], qkv.shape[1]
     work = coordinate_dtype(qkv.dtype)
@@ -42,15 +44,15 @@ def backward(grad: Tensor, qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> tuple[T
     for b, head in _heads(grad, width):
         q, k, v = (part[b].to(work) for part in _parts(qkv, head))  # [T, N, d] each
         above = grad[b, ..., head].to(work)
-        weights = _scores(q, k, of_keys).mul_(width**-0.5).softmax(0)  # [S, T, N]
+        weights = saved[b, head.start // width]  # [S, T, N]
         of_weights = _scores(above, v, of_values)
         inner = of_weights.sub_((weights * of_weights).sum(0)).mul_(weights).mul_(width**-0.5)
         dq, dk, dv = (part[b] for part in _parts(dqkv, head))
+        at_positions = _by_position(inner)  # [N, T, S]
         by_frame = torch.bmm(inner.permute(1, 2, 0), of_keys)
-        by_position = torch.bmm(_by_position(inner), k.transpose(0, 1))
-        dq.copy_(by_frame.add_(by_position.transpose(0, 1)))
+        dq.copy_(by_frame.add_(torch.bmm(at_positions, k.transpose(0, 1)).transpose(0, 1)))
         # What a key gets from all queries: the scores of a position the other way round.
-        dk.copy_(torch.bmm(_by_position(inner).mT, q.transpose(0, 1)).transpose(0, 1))
+        dk.copy_(torch.bmm(at_positions.mT, q.transpose(0, 1)).transpose(0, 1))
         dv.copy_(torch.bmm(_by_position(weights).mT, above.transpose(0, 1)).transpose(0, 1))
         sums[0] += torch.bmm(inner.transpose(0, 1), q)
         sums[1] += torch.bmm(weights.transpose(0, 1), above)

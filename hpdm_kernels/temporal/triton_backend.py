@@ -14,8 +14,8 @@ from hpdm_kernels.temporal.distances import fold
 LOG2E = 1.4426950408889634
 
 
-def forward(qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> Tensor:
-    """``[B, T, N, h d]``; see :func:`hpdm_kernels.temporal.ops.temporal_attention_fwd`."""
+def forward(qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result and no weights; see :func:`hpdm_kernels.temporal.ops.temporal_attention_fwd`."""
     qkv, rel_k, rel_v = dense_rows(qkv), rel_k.contiguous(), rel_v.contiguous()
     batch, frames, positions, channels = qkv.shape
     rows, width = rel_k.shape
@@ -27,11 +27,11 @@ def forward(qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> Tensor:
         qkv, rel_k, rel_v, out, *qkv.stride()[:3], frames, positions, heads, rows // 2, blocks,
         width**-0.5 * LOG2E, WIDTH=width, **sizes.blocks, num_warps=sizes.num_warps,
     )  # fmt: skip
-    return out
+    return out, out.new_empty(0, dtype=torch.float32)
 
 
-def backward(grad: Tensor, qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients; see :func:`hpdm_kernels.temporal.ops.temporal_attention_bwd`."""
+def backward(grad: Tensor, qkv: Tensor, rel_k: Tensor, rel_v: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients; see :func:`hpdm_kernels.temporal.ops.temporal_attention_bwd`. ``weights`` are not used."""
     dqkv = qkv.new_empty(qkv.shape)
     dtypes = rel_k.dtype, rel_v.dtype
     grad, qkv, rel_k, rel_v = dense_rows(grad), dense_rows(qkv), rel_k.contiguous(), rel_v.contiguous()

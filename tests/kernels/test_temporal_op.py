@@ -157,9 +157,10 @@ def registered_calls(generator, backend):
     values = inputs_of(generator, "cpu", (2, 3, 5, 2, 4, 1))
     grad = torch.randn(2, 3, 5, 8, generator=generator)
     leaves = [t.clone().requires_grad_() for t in values]
+    _, weights = torch.ops.hpdm.temporal_attention_fwd(*values, backend)
     return {
         "temporal_attention_fwd": (*leaves, backend),
-        "temporal_attention_bwd": (grad, *values, backend),
+        "temporal_attention_bwd": (grad, *values, weights, backend),
     }
 
 
