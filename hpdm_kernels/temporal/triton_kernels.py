@@ -135,15 +135,15 @@ def temporal_attention_bwd_kernel(
             inner = weights * (of_weights - tl.sum(_product(weights, of_weights), axis=0)[None, :]) * scale
             dq = tl.sum(_product(inner[:, :, None], k + of_keys[:, None, :]), axis=0)
             tl.store(to + tl.cast(t, tl.int64) * positions * 3 * width, dq.to(dqkv_ptr.dtype.element_ty), mask=here)
-            of_k = _product(inner[:, :, None], q[None, :, :])
-            of_v = _product(weights[:, :, None], grad[None, :, :])
-            dk += of_k
-            dv += of_v
+            # For the distances of this frame to all frames, one row after the other.
             sums = sums_ptr + (s - t + frames - 1)[:, None] * WIDTH + column[None, :]
-            sum_k = tl.load(sums, mask=pairs, other=0.0) + tl.sum(of_k, axis=1)
-            sum_v = tl.load(sums + distances * WIDTH, mask=pairs, other=0.0) + tl.sum(of_v, axis=1)
-            tl.store(sums, sum_k, mask=pairs)
-            tl.store(sums + distances * WIDTH, sum_v, mask=pairs)
+            of_k = _product(inner[:, :, None], q[None, :, :])
+            dk += of_k
+            tl.store(sums, tl.load(sums, mask=pairs, other=0.0) + tl.sum(of_k, axis=1), mask=pairs)
+            of_v = _product(weights[:, :, None], grad[None, :, :])
+            dv += of_v
+            sums += distances * WIDTH
+            tl.store(sums, tl.load(sums, mask=pairs, other=0.0) + tl.sum(of_v, axis=1), mask=pairs)
             # The next frame adds to these rows, too, one row further up.
             tl.debug_barrier()
         to_all = to[None, :, :] + s.to(tl.int64)[:, None, None] * positions * 3 * width
