@@ -29,6 +29,7 @@ from hpdm_kernels import (
     modulated_norm,
     sample_context,
     sample_patches,
+    temporal_attention,
 )
 
 pytestmark = pytest.mark.skipif(not available(), reason="Triton is not installed, or interprets the kernels")
@@ -116,6 +117,11 @@ def second_of(run, inputs):
 NORM = ("x", "shift", "scale", "branch", "gate")
 
 
+def temporal():
+    inputs = [torch.randn(size) for size in ((1, 4, 16, 3 * 128), (7, 64), (7, 64))]
+    return lambda *t: temporal_attention(*t, backend="triton"), inputs
+
+
 def extracted():
     batch, video = ORIGINS[:CHUNK].clone(), torch.randn(1, 3, *TILED)
     return lambda: extract_tiles(video, batch, TILE, backend="triton")
@@ -146,6 +152,8 @@ CASES: dict[tuple[str, str], Callable[[], Callable[[], object]]] = {
     ("group_norm_act, modulated", "bwd"): lambda: backward_only(*groups()),
     ("bias_gelu", "fwd"): lambda: without_gradient(*rows(bias_gelu, "x", "bias")),
     ("bias_gelu", "bwd"): lambda: backward_only(*rows(bias_gelu, "x", "bias")),
+    ("temporal_attention", "fwd"): lambda: without_gradient(*temporal()),
+    ("temporal_attention", "bwd"): lambda: backward_only(*temporal()),
 }
 
 

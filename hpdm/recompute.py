@@ -51,5 +51,7 @@ def _policy(_: object, op: Any, *args: Any, **__: Any) -> CheckpointPolicy:
         inner, columns = args[-1].shape
         keep = columns <= inner
     else:
-        keep = op is torch.ops.aten.convolution.default or "attention" in op.name()
+        # Attention along time costs a few passes over its rows, no more than a normalization.
+        attention = "attention" in op.name() and "temporal_attention" not in op.name()
+        keep = op is torch.ops.aten.convolution.default or attention
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

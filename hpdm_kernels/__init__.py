@@ -9,6 +9,7 @@ from hpdm_kernels.groupnorm.api import group_norm_act
 from hpdm_kernels.optimizer.api import LambNorms, adamw_step, lamb_step
 from hpdm_kernels.patches.api import sample_patches
 from hpdm_kernels.rows.api import bias_gelu, gated_residual, modulated_norm
+from hpdm_kernels.temporal.api import temporal_attention
 from hpdm_kernels.tiles.accumulator import TileAccumulator
 from hpdm_kernels.tiles.api import average_tiles, extract_tiles
 
@@ -32,4 +33,5 @@ __all__ = [
     "read_tokens",
     "sample_context",
     "sample_patches",
+    "temporal_attention",
 ]

@@ -64,7 +64,13 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def resolve(backend: str, op: str, tensor: torch.Tensor, triton_dtypes: Sequence[torch.dtype] = TRITON_DTYPES) -> str:
+def resolve(
+    backend: str,
+    op: str,
+    tensor: torch.Tensor,
+    triton_dtypes: Sequence[torch.dtype] = TRITON_DTYPES,
+    obstacle: str | None = None,
+) -> str:
     """The backend that will run ``op`` on tensors like ``tensor``: never ``"auto"``.
 
     Args:
@@ -73,6 +79,7 @@ def resolve(backend: str, op: str, tensor: torch.Tensor, triton_dtypes: Sequence
         tensor: an input of the op; its device and dtype decide.
         triton_dtypes: the dtypes that the op's kernels support on a GPU. Triton's interpreter supports only fp32 and
             uint8, because its bf16 results are silently wrong.
+        obstacle: why the op's kernels cannot take the arguments; ``None`` if they can.
 
     Raises:
         ValueError: unknown backend.
@@ -81,7 +88,7 @@ def resolve(backend: str, op: str, tensor: torch.Tensor, triton_dtypes: Sequence
     check_backend(backend)
     if backend in ("reference", "torch"):
         return backend
-    obstacle = _triton_obstacle(tensor, triton_dtypes)
+    obstacle = _triton_obstacle(tensor, triton_dtypes) or obstacle
     if backend == "triton":
         if obstacle:
             raise RuntimeError(f"{op}: backend='triton' cannot run: {obstacle}")

@@ -250,6 +250,30 @@ def group_norm_act(
     return out.contiguous()
 
 
+def distance_rows(table: Tensor, frames: int) -> Tensor:
+    """Rows of ``table [2 R + 1, d]`` with the embeddings of the distances between ``frames`` frames.
+
+    At ``[t, s]`` of ``[T, T]`` the row of ``s - t``, of -R or R where that is farther.
+    """
+    farthest = table.shape[0] // 2
+    frame = torch.arange(frames, device=table.device)
+    return (frame - frame[:, None]).clamp(-farthest, farthest) + farthest
+
+
+def temporal_attention(qkv: Tensor, rel_k: Tensor, rel_v: Tensor) -> Tensor:
+    """Shaw et al. 2018, eq. 3 and 4, along the frames at each position: ``[B, T, N, 3 h d] -> [B, T, N, h d]``.
+
+    The tables ``[2 R + 1, d]`` have embeddings of the distances -R to R, which are those of all farther ones.
+    """
+    frames, width = qkv.shape[1], rel_k.shape[1]
+    q, k, v = qkv.unflatten(3, (3, -1, width)).permute(3, 0, 2, 4, 1, 5).unbind(0)  # [B, N, h, T, d] each
+    keys, values = (table.to(qkv.dtype)[distance_rows(table, frames)] for table in (rel_k, rel_v))  # [T, T, d] each
+    scores = (q @ k.mT + torch.einsum("bnhtd,tsd->bnhts", q, keys)) * width**-0.5
+    weights = torch.softmax(scores, dim=-1)
+    out = weights @ v + torch.einsum("bnhts,tsd->bnhtd", weights, values)
+    return out.permute(0, 3, 1, 2, 4).flatten(3)
+
+
 def adam_moments(
     exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, beta1: float, beta2: float
 ) -> tuple[Tensor, Tensor]:

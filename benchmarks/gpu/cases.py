@@ -20,7 +20,10 @@ from benchmarks.gpu.tf32 import value_and_grads_in_tf32
 from hpdm_kernels.testing import Comparison, compare_op, value_and_grads
 
 FOLDER = Path(__file__).parent
-FILES = ("attention", "fusion", "context", "tiles", "patches", "rows", "groups", "large", "ops", "graphs", "optimizer")
+FILES = (
+    "attention", "fusion", "context", "tiles", "patches", "rows", "groups", "temporal", "large", "ops", "graphs",
+    "optimizer",
+)  # fmt: skip
 
 # How products are computed: (dtype, precision argument, allowed multiple of the plain implementation's error). The
 # plain implementation computes products in its dtype; for one TF32 pass it rounds operands (benchmarks/gpu/tf32.py).

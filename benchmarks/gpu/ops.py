@@ -26,6 +26,7 @@ from hpdm_kernels import (
     read_tokens,
     sample_context,
     sample_patches,
+    temporal_attention,
 )
 from hpdm_kernels.testing import steps, value_and_grads
 
@@ -172,6 +173,15 @@ def group_arguments(op: str, backend: str, generator: torch.Generator, device: t
     return (torch.randn_like(out), tensors[0], mean, rstd, *tensors[1:], *settings, backend)
 
 
+def temporal_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
+    shapes = ((2, 5, 19, 3 * 2 * 24), (7, 24), (7, 24))
+    tensors = leaves(op, *(torch.randn(size, generator=generator).to(device) for size in shapes))
+    if op.endswith("fwd"):
+        return (*tensors, backend)
+    out, weights = torch.ops.hpdm.temporal_attention_fwd(*tensors, backend)
+    return (torch.randn_like(out), *tensors, weights, backend)
+
+
 def step_arguments(op: str, backend: str, generator: torch.Generator, device: torch.device) -> Arguments:
     a = steps.copied(steps.draw(generator, averages=2, op="lamb_step"), lambda t: t.to(device))
     averages, moments = [t for average in a["averages"] for t in average], (a["exp_avgs"], a["exp_avg_sqs"])
@@ -191,8 +201,8 @@ ARGUMENTS = {
     "sample_patches": patch_arguments, "add_tiles": tile_arguments, "step_tiles": tile_arguments,
     "extract_tiles": tile_arguments, "average_tiles": tile_arguments, "modulated_norm": row_arguments,
     "residual_norm": row_arguments, "gated_residual": row_arguments, "bias_gelu": row_arguments,
-    "group_norm_act": group_arguments, "adamw_step": step_arguments, "lamb_moments": step_arguments,
-    "lamb_apply": step_arguments,
+    "group_norm_act": group_arguments, "temporal_attention": temporal_arguments,
+    "adamw_step": step_arguments, "lamb_moments": step_arguments, "lamb_apply": step_arguments,
 }  # fmt: skip
 
 
@@ -205,8 +215,9 @@ def arguments(op: str, backend: str, generator: torch.Generator, device: torch.d
 
 
 def ops_and_backends() -> list[tuple[str, str]]:
-    """Each op with each of its backends; the attention ops have only Triton."""
-    return [(op, b) for op in registered_ops() for b in BACKENDS if "attention" not in op or b != "torch"]
+    """Each op with each of its backends; cross-attention has only Triton, PyTorch's own being the other."""
+    only_triton = ("cross_attention", "packed_attention")
+    return [(op, b) for op in registered_ops() for b in BACKENDS if not op.startswith(only_triton) or b != "torch"]
 
 
 def opcheck(op: str, backend: str, device: torch.device, generator: torch.Generator) -> None:
@@ -266,6 +277,10 @@ def public_functions(
             lambda x, w, b, *t: group_norm_act(x * 2, w, b, 6, *t, pad=((1, 1),) * 3, backend=backend).sin(),
             (frames, vectors[0][0], vectors[0][1], *vectors[1:]),
         ),
+        "temporal_attention": (
+            lambda qkv, *t: temporal_attention(qkv * 2, *t, backend=backend).sin(),
+            tuple(torch.randn(size, generator=generator).to(device) for size in ((1, 4, 9, 48), (5, 8), (5, 8))),
+        ),
     }
 
 
@@ -273,6 +288,7 @@ PUBLIC = (
     "cross_attention", "packed_attention", "read_tokens", "sample_context", "fuse_context", "fuse_projected",
     "average_tiles", "extract_tiles", "sample_patches", "modulated_norm", "gated_residual", "bias_gelu",
     "group_norm_act",
+    "temporal_attention",
 )  # fmt: skip
 
 

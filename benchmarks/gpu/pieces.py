@@ -55,6 +55,7 @@ CHECKS = (
     Piece("patches", "gpu/patches.py", 60, AGAINST_FP64),
     Piece("rows", "gpu/rows.py", 60, AGAINST_FP64),
     Piece("groups", "gpu/groups.py", 60, AGAINST_FP64),
+    Piece("temporal", "gpu/temporal.py", 60, AGAINST_FP64),
     Piece("optimizer", "gpu/optimizer.py", 60, "steps against fp64, the same bits twice, steps that are skipped"),
     Piece("large", "gpu/large.py", 60, "tensors of more than 2^31 elements: 64-bit offsets"),
     Piece("opcheck", "gpu/ops.py", 90, "opcheck of every registered op", select="opcheck"),
@@ -70,6 +71,7 @@ _SECONDS = {
     "test_patches.py": 50,
     "test_rows.py": 50,
     "test_group_norm_act.py": 40,
+    "test_temporal_attention.py": 60,
     "test_training_step.py": 150,
     "test_growth.py": 80,
     "test_sampling.py": 100,
@@ -85,6 +87,7 @@ _PREPARED = {
     "test_patches.py": (("patches", ""),),
     "test_rows.py": (("rows", ""),),
     "test_group_norm_act.py": (("groups", ""),),
+    "test_temporal_attention.py": (("temporal attention", ""),),
 }
 
 

@@ -90,7 +90,7 @@ class VideoAutoencoder(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: AutoencoderConfig, recompute: str = "none", kernels: str = "auto") -> None:
+    def __init__(self, config: AutoencoderConfig, kernels: str = "auto", recompute: str = "none") -> None:
         super().__init__()
         check_choice("recompute", recompute, Recompute)
         check_backend(kernels)

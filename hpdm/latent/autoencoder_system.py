@@ -40,7 +40,7 @@ class Autoencoding(System):
         return AutoencoderConfig.from_dict(values)
 
     def build(self, config: AutoencoderConfig, kernels: str = "auto", recompute: str = "none") -> VideoAutoencoder:
-        return VideoAutoencoder(config, recompute, kernels)
+        return VideoAutoencoder(config, kernels, recompute)
 
     def configure(self, config: AutoencoderConfig, changes: Architecture) -> AutoencoderConfig:
         """``config`` with another clip size, normalization, crop or loss.

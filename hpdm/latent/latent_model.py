@@ -21,17 +21,17 @@ class LVDM(nn.Module):
 
     Args:
         config: of both.
-        recompute: as of :class:`~hpdm.latent.unet.FactorizedUNet`.
+        kernels, recompute: as of :class:`~hpdm.latent.unet.FactorizedUNet`.
 
     Raises:
-        ValueError: unknown recompute setting.
+        ValueError: unknown backend or recompute setting.
     """
 
-    def __init__(self, config: LatentConfig, recompute: str = "none") -> None:
+    def __init__(self, config: LatentConfig, kernels: str = "auto", recompute: str = "none") -> None:
         super().__init__()
         self.config = config
-        self.unet = FactorizedUNet(config.unet, recompute)
-        self.autoencoder = frozen(VideoAutoencoder(config.autoencoder))
+        self.unet = FactorizedUNet(config.unet, kernels, recompute)
+        self.autoencoder = frozen(VideoAutoencoder(config.autoencoder, kernels))
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,

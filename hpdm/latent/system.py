@@ -20,7 +20,6 @@ from hpdm.objective import Context, Objective, mirror, on_device
 from hpdm.sampling import SamplerOptions
 from hpdm.system import Architecture, System
 from hpdm.training.stills import show_frames
-from hpdm_kernels.modules import check_backend
 
 NOTHING_KNOWN = Objective(known_first=0.0, known_ends=0.0, rolling=0.0)
 
@@ -50,8 +49,7 @@ class LatentVideoDiffusion(System):
         return LatentConfig.from_dict(values)
 
     def build(self, config: LatentConfig, kernels: str = "auto", recompute: str = "none") -> LVDM:
-        check_backend(kernels)
-        return LVDM(config, recompute)
+        return LVDM(config, kernels, recompute)
 
     def configure(self, config: LatentConfig, changes: Architecture) -> LatentConfig:
         """``config`` for clips of another size, with known frames, another loss, or another share without conditioning.

@@ -1,7 +1,8 @@
 """Attention along time with relative positions, at each position of a frame on its own (LVDM section 3.2).
 
 A frame's query meets the keys of all frames, to which the embedding of their distance is added; so it is with the
-values (Shaw et al. 2018, eq. 3 and 4). Distances beyond the farthest of a training clip count as that one.
+values (Shaw et al. 2018, eq. 3 and 4): :func:`hpdm_kernels.temporal_attention`. Distances beyond the farthest of a
+training clip count as that one.
 """
 
 from __future__ import annotations
@@ -10,45 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hpdm.latent.unet_blocks import EPS, zero_started
+from hpdm_kernels import temporal_attention
 from hpdm_kernels.boxes import coordinate_dtype
-
-
-def relative_positions(table: Tensor, frames: int) -> Tensor:
-    """The embedding of the distance from each frame to each other one.
-
-    Args:
-        table: ``[2 D + 1, d]``, embeddings of the distances -D .. D.
-        frames: number of frames T.
-
-    Returns:
-        ``[T, T, d]``: at ``[t, s]`` the embedding of ``s - t``, of -D or D where that is farther.
-    """
-    farthest = len(table) // 2
-    frame = torch.arange(frames, device=table.device)
-    distance = (frame - frame[:, None]).clamp(-farthest, farthest)  # [T, T]
-    return table[distance + farthest]
-
-
-def relative_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention with relative positions: ``softmax_s(q_t . (k_s + keys[s - t]) / sqrt(d))`` of ``v_s + values[s - t]``.
-
-    Both terms of the products are scaled by ``d^-1/2``.
-
-    Args:
-        q, k, v: ``[R, T, d]``, R sequences of T frames, floating point.
-        keys, values: embeddings of the distances -D .. D, ``[2 D + 1, d]``, of the same dtype.
-
-    Returns:
-        ``[R, T, d]``.
-    """
-    frames, width = q.shape[1:]
-    scale = width**-0.5
-    # A frame has the same embeddings in all sequences, so they are multiplied as T matrices, those of a frame at once.
-    of_keys = torch.bmm(q.transpose(0, 1), relative_positions(keys, frames).transpose(1, 2)).transpose(0, 1)
-    scores = torch.baddbmm(of_keys, q, k.transpose(1, 2), beta=scale, alpha=scale)  # [R, T, T]
-    weights = scores.softmax(dim=-1)
-    of_values = torch.bmm(weights.transpose(0, 1), relative_positions(values, frames)).transpose(0, 1)
-    return torch.baddbmm(of_values, weights, v)
 
 
 class PositionNorm(nn.GroupNorm):
@@ -71,12 +35,13 @@ class TemporalAttention(nn.Module):
         width: channels C.
         heads: heads, which share the embeddings of distances.
         groups: groups of the normalization.
-        farthest: largest distance D with an embedding of its own.
+        farthest: largest distance with an embedding of its own.
+        kernels: backend of the attention, ``"auto" | "reference" | "torch" | "triton"``.
     """
 
-    def __init__(self, width: int, heads: int, groups: int, farthest: int) -> None:
+    def __init__(self, width: int, heads: int, groups: int, farthest: int, kernels: str = "auto") -> None:
         super().__init__()
-        self.heads = heads
+        self.kernels = kernels
         self.norm = PositionNorm(groups, width, EPS)
         self.qkv = nn.Linear(width, 3 * width)
         self.keys = nn.Parameter(torch.empty(2 * farthest + 1, width // heads))
@@ -87,14 +52,7 @@ class TemporalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, H, W, C] -> [B, T, H, W, C]``."""
-        batch, frames, height, width, channels = x.shape
         qkv = self.qkv(self.norm(x.flatten(2, 3)))  # [B, T, N, 3 C]
-        # One copy of each, which puts the frames of a position next to each other, and none between the products.
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1, 4).reshape(-1, frames, channels // self.heads)
-            for part in qkv.chunk(3, dim=-1)
-        )  # [R, T, d] each, R = B * N * heads
-        tables = self.keys.to(q.dtype), self.values.to(q.dtype)
-        attended = relative_attention(q, k, v, *tables).reshape(batch, height * width, self.heads, frames, -1)
-        out: Tensor = self.out(attended.permute(0, 3, 1, 2, 4).reshape(x.shape))
+        attended = temporal_attention(qkv, self.keys, self.values, backend=self.kernels)  # [B, T, N, C]
+        out: Tensor = self.out(attended.view(x.shape))
         return x + out

@@ -35,14 +35,14 @@ from hpdm_kernels.modules import check_backend
 class Block(nn.Module):
     """A residual block and, on levels that have attention, attention in space, to the text if there is one, in time."""
 
-    def __init__(self, config: UNetConfig, inputs: int, outputs: int, attention: bool, kernels: str = "auto") -> None:
+    def __init__(self, config: UNetConfig, inputs: int, outputs: int, attention: bool, kernels: str) -> None:
         super().__init__()
         heads, groups = config.heads, config.groups
         self.residual = ResidualBlock(inputs, outputs, config.vector_width, groups, config.norm, kernels)
         self.spatial = SpatialAttention(outputs, heads, groups, kernels) if attention else None
         reads = attention and config.conditioning == "text"
         self.text = TextAttention(outputs, config.text_width, heads, groups, kernels) if reads else None
-        self.temporal = TemporalAttention(outputs, heads, groups, config.farthest) if attention else None
+        self.temporal = TemporalAttention(outputs, heads, groups, config.farthest, kernels) if attention else None
 
     def forward(self, x: Tensor, vector: Tensor, text: Tensor | None, text_mask: Tensor | None) -> Tensor:
         """``x [B, T, H, W, C]`` -> ``[B, T, H, W, C']``; the others as of :class:`Conditioning`."""
@@ -68,19 +68,22 @@ class FactorizedUNet(nn.Module):
 
     Args:
         config: sizes and variants; see :mod:`hpdm.latent.unet_presets`.
+        kernels: backend of every op, ``"auto" | "reference" | "torch" | "triton"``. It changes neither the parameters
+            nor, apart from rounding, the results.
         recompute: what the backward pass computes again instead of keeping it: nothing (``"none"``), normalizations,
             activations and temporal attention (``"selective"``), or everything inside of a block (``"block"``). It
             trades time for memory; the results change only by rounding.
         kernels: backend of the ops, ``"auto" | "reference" | "torch" | "triton"``. It never changes the parameters.
 
     Raises:
-        ValueError: unknown recompute setting or backend.
+        ValueError: unknown backend or recompute setting.
     """
 
-    def __init__(self, config: UNetConfig, recompute: str = "none", kernels: str = "auto") -> None:
+    def __init__(self, config: UNetConfig, kernels: str = "auto", recompute: str = "none") -> None:
         super().__init__()
         check_backend(kernels)
         self.config = config
+        self.kernels = check_backend(kernels)
         self.recompute: Recompute = check_choice("recompute", recompute, Recompute)
         self.conditioner = Conditioner(config)
         self.known_mask = KnownMask(config) if config.known == "mask" else None
@@ -92,12 +95,13 @@ class FactorizedUNet(nn.Module):
         skips, channels = [config.width], config.width
         self.down = nn.ModuleList()
         for level, (width, attention) in enumerate(zip(widths, has_attention)):
-            inputs = [width if b else channels for b in range(config.blocks)]
-            blocks = [Block(config, n, width, attention, kernels) for n in inputs]
+            blocks = [Block(config, width if b else channels, width, attention, kernels) for b in range(config.blocks)]
             self.down.append(Level(blocks, FrameConv(width, width, stride=2) if level < last else None))
             channels = width
             skips += [width] * (config.blocks + (level < last))
-        self.middle = nn.ModuleList(Block(config, channels, channels, has, kernels) for has in (True, False))
+        self.middle = nn.ModuleList(
+            Block(config, channels, channels, attention, kernels) for attention in (True, False)
+        )
         self.up = nn.ModuleList()
         for level in reversed(range(len(widths))):
             blocks = []

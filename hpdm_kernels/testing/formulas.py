@@ -147,6 +147,21 @@ def read_tokens(q: Tensor, tokens: Tensor | Sequence[Tensor], weight_kv: Tensor,
     return cross_attention(q, k, v, **options)
 
 
+def temporal_attention(qkv: Tensor, rel_k: Tensor, rel_v: Tensor, **_: Any) -> Tensor:
+    """Frames as queries one after the other; each meets keys and values with the embeddings already added."""
+    frames, (rows, width) = qkv.shape[1], rel_k.shape
+    q, k, v = qkv.unflatten(3, (3, -1, width)).permute(3, 1, 0, 2, 4, 5)  # [T, B, N, h, d] each
+    keys, values = rel_k.to(qkv.dtype), rel_v.to(qkv.dtype)
+    out = []
+    for t in range(frames):
+        at = [min(max(s - t + rows // 2, 0), rows - 1) for s in range(frames)]
+        scores = ((k + keys[at][:, None, None, None]) * q[t]).sum(-1, keepdim=True) * width**-0.5  # [S, B, N, h, 1]
+        weights = (scores - scores.detach().amax(dim=0)).exp()
+        weights = weights / weights.sum(dim=0)
+        out.append((weights * (v + values[at][:, None, None, None])).sum(dim=0))
+    return torch.stack(out, dim=1).flatten(3)
+
+
 def window_edges(box: Tensor, axis: int, n: int, pixels: int) -> Tensor:
     """Low and high edges of the windows of ``n`` outputs on an axis, fp64 ``[2, B, n]`` in pixels, not yet snapped."""
     half = (box[:, 3 + axis, None].double() * pixels / n).clamp(min=1) / 2

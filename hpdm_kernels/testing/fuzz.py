@@ -31,6 +31,7 @@ from hpdm_kernels.testing import (
     random_pixels,
     random_rows,
     random_steps,
+    random_temporal,
 )
 from hpdm_kernels.testing.case import Case, as_tuple, evaluate, leaves, sizes_of, widened
 from hpdm_kernels.testing.draw import Draw
@@ -54,6 +55,7 @@ OPS: dict[str, Callable[[Draw, torch.dtype, str], Case]] = {
     "gated_residual": random_rows.gated_residual,
     "bias_gelu": random_rows.bias_gelu,
     "group_norm_act": random_groups.group_norm_act,
+    "temporal_attention": random_temporal.temporal_attention,
     "adamw_step": random_steps.adamw_step,
     "lamb_step": random_steps.lamb_step,
 }

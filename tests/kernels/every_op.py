@@ -96,5 +96,9 @@ CALLS = {
             x, weight, bias, 2, *modulation, over="clip", pad=((1, 0), (1, 1), (0, 2)), backend=backend
         ),
     ),
+    "temporal_attention": Call(
+        {"qkv": (2, 3, 4, 24), "rel_k": (3, 4), "rel_v": (3, 4)},
+        lambda backend, *t: ops.temporal_attention(*t, backend=backend),
+    ),
     "bias_gelu": Call({"x": (2, 4, 6), "bias": (6,)}, lambda backend, *t: ops.bias_gelu(*t, backend=backend)),
 }

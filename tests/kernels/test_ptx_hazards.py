@@ -185,6 +185,24 @@ def test_threads_that_store_to_one_place():
     assert found(other.format(4), [torch.zeros(65)]) == {"race: load of global memory that another thread stores"}
 
 
+def test_threads_of_a_block_exchange_through_global_memory():
+    """After a barrier a thread sees what the others of its block have stored, but not what other blocks have."""
+    store = "mad.wide.s32 %rd10, %r0, 4, %rd1; st.global.b32 [%rd10], %r0;"
+    turned = "xor.b32 %r2, %r0, 32; mad.wide.s32 %rd11, %r2, 4, %rd1; {} ld.global.b32 %r3, [%rd11];"
+    reads, writes = (
+        "race: load of global memory that another thread stores",
+        "race: threads store different values to one place of global memory",
+    )
+    again = turned.replace("ld.global.b32 %r3, [%rd11]", "st.global.b32 [%rd11], %r0")
+    assert found(store + turned.format(""), [torch.zeros(64)]) == {reads}
+    assert found(store + again.format(""), [torch.zeros(64)]) == {writes}
+    for second in (turned, again):
+        assert found(store + second.format("bar.sync 0;"), [torch.zeros(64)]) == set()
+    first_block = "mov.u32 %r4, %ctaid.x; setp.eq.s32 %p1, %r4, 0;"
+    stores_of_one = first_block + store.replace("st.global", "@%p1 st.global") + turned.format("bar.sync 0;")
+    assert {f.split(" (")[0] for f in execute(stores_of_one, [torch.zeros(64)], 64, blocks=2)[1]} == {reads}
+
+
 def test_barriers_that_diverge():
     some = "setp.lt.s32 %p1, %r0, 32; @%p1 bra $L1; bar.sync 0; bra $L2; $L1: bar.sync 0; $L2: mov.b32 %r1, 0;"
     assert found(some) == {"divergent barrier: threads of a block wait at different ones"}

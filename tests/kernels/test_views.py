@@ -93,6 +93,8 @@ def registered_calls(backend, generator, device):
     fusion = (x, sources, whole, box, weight, bias, *geometry)
     sampling = (sources, whole, box, *geometry)
     _, plan = torch.ops.hpdm.sample_context_fwd(*sampling, backend)
+    temporal = normal(2, 3, 4, 24), normal(3, 4), normal(3, 4)
+    _, shares = torch.ops.hpdm.temporal_attention_fwd(*temporal, backend)
     calls = {
         "sample_context_fwd": (*sampling, backend),
         "sample_context_bwd": (normal(2, 12, 5), plan, *sampling, [True, False], backend),
@@ -108,6 +110,8 @@ def registered_calls(backend, generator, device):
         "average_tiles": (tiles, origins, list(SIZE), video, 0.3, 0.7, True, WEIGHTS, backend),
         "add_tiles": (video, tiles, origins, 0, WEIGHTS, backend),
         "step_tiles": (video, origins, list(TILE), torch.float32, normal(2, 2, *SIZE), 0.3, 0.7, True, backend),
+        "temporal_attention_fwd": (*temporal, backend),
+        "temporal_attention_bwd": (normal(2, 3, 4, 8), *temporal, shares, backend),
         "new_tile_sums": (tiles, [2, 2, *SIZE], torch.float32),
     }
     if backend == "triton":

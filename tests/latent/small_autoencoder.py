@@ -22,7 +22,7 @@ def small_config(**changes: Any) -> AutoencoderConfig:
 def random_autoencoder(config: AutoencoderConfig, seed: int = 0, recompute: str = "none") -> VideoAutoencoder:
     """An autoencoder in eval mode with random weights and latents that are not normalized."""
     torch.manual_seed(seed)
-    return VideoAutoencoder(config, recompute).eval()
+    return VideoAutoencoder(config, recompute=recompute).eval()
 
 
 def train_options(clips: Path, out: Path, **changes: Any) -> TrainOptions:

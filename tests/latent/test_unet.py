@@ -279,4 +279,4 @@ def test_bad_inputs_are_named(generator):
     with pytest.raises(ValueError, match=r"^text_mask: got a tensor, expected None where text is None"):
         known(x, t, text_mask=torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"^recompute: got 'all', expected one of"):
-        FactorizedUNet(config, "all")
+        FactorizedUNet(config, recompute="all")

@@ -18,7 +18,7 @@ def unet_config(**changes):
 def trained_unet(config, recompute="none", seed=0):
     """A network as after some training: no weight is zero."""
     torch.manual_seed(seed)
-    model = FactorizedUNet(config, recompute).eval()
+    model = FactorizedUNet(config, recompute=recompute).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -20,6 +20,8 @@ from hpdm_kernels.attention.layout import unpack
 from hpdm_kernels.attention.specs import BLOCKS_D
 from hpdm_kernels.groupnorm.specs import VARIANTS, configurations
 from hpdm_kernels.rows.specs import WIDTHS
+from hpdm_kernels.temporal.block_sizes import tile
+from hpdm_kernels.temporal.specs import SIZES
 from hpdm_kernels.testing import assert_within_budget, check_op, random_boxes, steps
 from hpdm_kernels.tiles import ops as tile_ops
 
@@ -43,6 +45,7 @@ def all_cases() -> list[Case]:
     """The cases of all ops."""
     return [
         *_attention_cases(), *_context_cases(), *_patch_cases(), *_tile_cases(), *_row_cases(), *_group_cases(),
+        *_temporal_cases(),
         *_optimizer_cases(),
     ]  # fmt: skip
 
@@ -355,6 +358,35 @@ def _groups(dtype: str, channels: int, variant: str) -> Callable[[Generator], ob
             for backend in ("triton", "reference")
         )
         return check_op(ours, formula, inputs if flags["MODULATED"] else inputs[:3], ulps=16.0)
+
+    return check
+
+
+# ---- temporal attention ----
+
+
+def _temporal_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for frames, width in SIZES:
+            yield Case(f"temporal_attention[{dtype},T={frames},d={width}]", _temporal(dtype, frames, width))
+    frames, width = SIZES[0]
+    yield Case(f"temporal_attention[bf16+fp32,T={frames},d={width}]", _temporal("bf16+fp32", frames, width))
+
+
+def _temporal(dtype: str, frames: int, width: int) -> Callable[[Generator], object]:
+    """Two heads, a block of positions and a part of another one, distances beyond the tables from 4 frames on."""
+
+    def check(generator: Generator) -> object:
+        data, _, table = dtype.partition("+")
+        positions, rows = tile(frames, width, backward=False).positions + 1, 5
+        shapes = ((1, frames, positions, 6 * width), (rows, width), (rows, width))
+        tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+        inputs = [t.to(DTYPES[table or data] if i else DTYPES[data]) for i, t in enumerate(tensors)]
+        ours, formula = (
+            lambda *t, backend=backend: hpdm_kernels.temporal_attention(*t, backend=backend)
+            for backend in ("triton", "reference")
+        )
+        return check_op(ours, formula, inputs, ulps=16.0, products=True)
 
     return check
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,12 +42,23 @@ def fill_unwritten(address: int, size: int) -> None:
     _VIEWS[2][start : start + size // 2] = UNWRITTEN
 
 
+class Threads(NamedTuple):
+    """The thread of each lane, and how far it is."""
+
+    numbers: NDArray
+    """Of the threads in the grid, ``[lanes]``."""
+    barriers: NDArray
+    """How many times the threads of a lane's block have met so far, ``[lanes]``."""
+    per_block: int
+
+
 class GlobalMemory:
     """Loads and stores of all lanes at once, within the extents of tensors.
 
     An access outside of all tensors, or at an address that is no multiple of its size, is reported and not done.
     Reported, too: a load of bytes that nothing has written, or that another thread stored in this launch, and two
-    threads that store different values to one place, whose order nothing defines. One object serves one launch.
+    threads that store different values to one place, whose order nothing defines. Threads of one block may do so if
+    they met at a barrier in between. One object serves one launch.
 
     Args:
         arguments: of the kernel; a pointer may reach its own tensor alone, and so may an address given as a number.
@@ -59,7 +71,7 @@ class GlobalMemory:
         self._starts, self._stops = _spans(everything)
         self._of_origin: dict[Origin, tuple[NDArray, NDArray]] = {}
         self._storing: dict[int, NDArray] = {}
-        """Span -> the thread that stored each 2 bytes, -1 for none."""
+        """Span -> the thread that stored each 2 bytes, -1 for none, and how many barriers it had passed."""
 
     def check(
         self, addresses: NDArray, size: int, lanes: NDArray, origin: Origin, report: Report, traffic: Traffic
@@ -96,12 +108,9 @@ class GlobalMemory:
         return [value for value in arguments if isinstance(value, Tensor)] + named
 
     def load(
-        self, addresses: NDArray, width: int, count: int, lanes: NDArray, threads: NDArray, report: Report
+        self, addresses: NDArray, width: int, count: int, lanes: NDArray, threads: Threads, report: Report
     ) -> NDArray:
-        """``[lanes, count]`` numbers of ``width`` bytes; 0 in lanes that load nothing.
-
-        ``threads [lanes]`` are the numbers of the lanes' threads in the grid.
-        """
+        """``[lanes, count]`` numbers of ``width`` bytes; 0 in lanes that load nothing."""
         values = np.zeros((len(addresses), count), _UINTS[width])
         at = (addresses[lanes] - _BASE)[:, None] // width + np.arange(count)
         values[lanes] = loaded = _VIEWS[width][at]
@@ -115,38 +124,43 @@ class GlobalMemory:
                 report("race: load of global memory that another thread stores", int(others.sum()))
         return values
 
-    def store(self, addresses: NDArray, values: NDArray, lanes: NDArray, threads: NDArray, report: Report) -> None:
+    def store(self, addresses: NDArray, values: NDArray, lanes: NDArray, threads: Threads, report: Report) -> None:
         """Stores ``values [lanes, count]``, unsigned."""
         width, count = values.dtype.itemsize, values.shape[1]
         at = (addresses[lanes] - _BASE)[:, None] // width + np.arange(count)
         for span in np.unique(self._span(addresses[lanes])):
             size = int(self._stops[span] - self._starts[span])
-            self._storing.setdefault(int(span), np.full(-(-size // 2), -1, np.int64))
+            self._storing.setdefault(int(span), np.full((-(-size // 2), 2), -1, np.int64))
         others, places = self._other_threads(addresses, width * count, lanes, threads)
         different = others & (_VIEWS[width][at] != values[lanes]).any(1)
         _VIEWS[width][at] = values[lanes]
         different |= (_VIEWS[width][at] != values[lanes]).any(1)  # in this very instruction
         if different.any():
             report("race: threads store different values to one place of global memory", int(different.sum()))
+        here = np.stack((threads.numbers[lanes], threads.barriers[lanes]), axis=-1)
         for span, (chosen, units) in places.items():
-            self._storing[span][units] = threads[lanes][chosen][:, None]
+            self._storing[span][units] = here[chosen][:, None]
 
     def _span(self, addresses: NDArray) -> NDArray:
         return np.searchsorted(self._starts, addresses, "right") - 1
 
     def _other_threads(
-        self, addresses: NDArray, size: int, lanes: NDArray, threads: NDArray
+        self, addresses: NDArray, size: int, lanes: NDArray, threads: Threads
     ) -> tuple[NDArray, dict[int, tuple[NDArray, NDArray]]]:
         """Which of the active lanes access what another thread stored; and where, by span: lanes and units."""
-        addresses, threads = addresses[lanes], threads[lanes]
+        addresses, numbers, barriers = (a[lanes] for a in (addresses, threads.numbers, threads.barriers))
         others, places = np.zeros(len(addresses), bool), {}
         spans = self._span(addresses)
         for span, storing in self._storing.items():
             chosen = np.flatnonzero(spans == span)
             if len(chosen):
                 units = (addresses[chosen] - self._starts[span])[:, None] // 2 + np.arange(max(1, size // 2))
-                stored = storing[units]
-                others[chosen] = ((stored >= 0) & (stored != threads[chosen][:, None])).any(1)
+                thread, before = storing[units, 0], storing[units, 1]
+                number = numbers[chosen][:, None]
+                met = (thread // threads.per_block == number // threads.per_block) & (
+                    before < barriers[chosen][:, None]
+                )
+                others[chosen] = ((thread >= 0) & (thread != number) & ~met).any(1)
                 places[span] = chosen, units
         return others, places
 

@@ -28,7 +28,7 @@ REASONS: dict[str, tuple[str, str]] = {
     ),
     "d": (
         r"(cross_attention_combine|context_contract)\[|modulated_norm_(fwd|bwd)\[fp32\+bf16"
-        r"|(extract|average)_tiles\[(bf16|fp16),weights|group_",
+        r"|(extract|average)_tiles\[(bf16|fp16),weights|group_|temporal_attention_bwd\[(bf16|fp16)",
         "numbers of fp32 and of 16 bits share a layout: a thread loads 32 bytes of fp32 in two requests; or "
         "a warp loads the few numbers that several rows share",
     ),

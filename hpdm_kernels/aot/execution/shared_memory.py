@@ -47,6 +47,11 @@ class SharedMemory:
         self._writer = np.full(units, _NEVER, np.int64)
         self._reader = np.full(units, _NEVER, np.int64)
 
+    @property
+    def barriers(self) -> NDArray:
+        """How many times the threads of each lane's block have met."""
+        return self._epoch[self.block]
+
     def barrier(self, blocks: NDArray) -> None:
         """All warps of ``blocks`` (indices or bool) have met."""
         self._epoch[blocks] += 1

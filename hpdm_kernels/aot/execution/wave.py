@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpdm_kernels.aot.execution.counts import Counts
-from hpdm_kernels.aot.execution.global_memory import GlobalMemory
+from hpdm_kernels.aot.execution.global_memory import GlobalMemory, Threads
 from hpdm_kernels.aot.execution.origins import Origin
 from hpdm_kernels.aot.execution.program import Program
 from hpdm_kernels.aot.execution.shared_memory import SharedMemory
@@ -83,8 +83,7 @@ class Wave:
         self.counts, self._findings = counts, findings
         self.blocks, self.lanes = len(blocks), len(blocks) * program.threads
         self.everyone = np.ones(self.lanes, bool)
-        self.thread = (blocks[:, None] * program.threads + np.arange(program.threads)).ravel()
-        """Number of each lane's thread in the grid."""
+        self._numbers = (blocks[:, None] * program.threads + np.arange(program.threads)).ravel()
         self.shared = SharedMemory(len(blocks), program.threads, shared_size, unit)
         self.index = 0
         """Of the instruction that is executed."""
@@ -106,6 +105,11 @@ class Wave:
         self._product_group = np.zeros(max(1, self.lanes // WARPGROUP), np.int64)
         self.unfenced_registers: set[str] | None = None
         """Read or written since the last wgmma.fence; ``None`` before the first one."""
+
+    @property
+    def thread(self) -> Threads:
+        """The thread of each lane, and the barriers that it has passed."""
+        return Threads(self._numbers, self.shared.barriers, self.threads)
 
     def report(self, what: str, lanes: int = 1) -> None:
         """Records a finding of the current instruction."""
