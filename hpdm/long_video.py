@@ -54,7 +54,7 @@ class Segment(NamedTuple):
     """The next frames of B videos, finished."""
 
     number: int
-    """Number of the segment, of all segments."""
+    """Number of the last window that is finished."""
     frames: Tensor
     """``[B, C, n, H, W]`` float32 in [-1, 1]."""
     state: State
@@ -68,7 +68,7 @@ class LongSampler(Protocol):
     """
 
     windows: Windows
-    """How windows follow each other; a segment is what is new of one."""
+    """How windows follow each other; a segment is what is new of one, or of several at once."""
 
     def __init__(self, model: Any, options: Any, long: LongOptions) -> None:
         """``model`` is in eval mode, on the device to sample on."""
@@ -108,8 +108,8 @@ class LongSampler(Protocol):
             first: for each part, its first frames, which are given: ``[B, C, n, h, w]`` in [-1, 1].
             last: for each part, its last frames.
             levels: called with the number of a window: its lowest parts, all of whose frames are given.
-            state: of an interrupted call with the same arguments, after ``done`` segments.
-            done: segments that are not yielded again.
+            state: of an interrupted call with the same arguments, after ``done`` windows.
+            done: windows whose segments are not yielded again.
             progress: called after every network call.
 
         Raises:

@@ -36,6 +36,11 @@ class LatentConfig:
                 f"autoencoder: got latents of {self.autoencoder.latent_channels} channels, expected "
                 f"{self.unet.channels}, which is what the U-Net is for"
             )
+        if self.unet.spacing > 1 and self.autoencoder.norm != "frame":
+            raise ValueError(
+                f"spacing: got {self.unet.spacing} with an autoencoder of norm={self.autoencoder.norm!r}, expected "
+                "norm='frame': latents far apart are those of a longer clip than it was trained on"
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"loss: got {self.loss!r}, expected one of {LOSSES}")
 
@@ -69,6 +74,17 @@ class LatentConfig:
     def conditioning_dropout(self) -> float:
         """Of the U-Net."""
         return self.unet.conditioning_dropout
+
+    @property
+    def known_frames(self) -> bool:
+        """Whether some frames of a clip can be given."""
+        return self.unet.known != "none"
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a training clip: more than ``resolution[0]`` with latents that are far apart."""
+        latents = (self.unet.latent[0] - 1) * self.unet.spacing + 1
+        return latents * self.autoencoder.factors[0]
 
     def with_resolution(self, resolution: Triple) -> LatentConfig:
         """A copy for clips of another size.
