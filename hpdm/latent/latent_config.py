@@ -98,7 +98,11 @@ class LatentConfig:
                 f"resolution: got {resolution}, expected multiples of {self.autoencoder.factors}, the pixels per latent"
             )
         f, h, w = (n // factor for n, factor in zip(resolution, self.autoencoder.factors))
-        return self.replace(unet=self.unet.replace(latent=(f, h, w)))
+        return self.replace_unet(latent=(f, h, w))
+
+    def replace_unet(self, **changes: Any) -> LatentConfig:
+        """A copy with some fields of the U-Net changed, validated again."""
+        return self.replace(unet=self.unet.replace(**changes))
 
     def replace(self, **changes: Any) -> LatentConfig:
         """A copy with some fields changed, validated again."""
