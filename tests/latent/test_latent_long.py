@@ -10,10 +10,13 @@ from hpdm.commands import unfinished
 from hpdm.commands.sample import sample
 from hpdm.frames import NOT_TRAINED
 from hpdm.latent import coding
+from hpdm.latent.denoiser import Conditions
 from hpdm.latent.latent_model import LVDM
 from hpdm.latent.long_cost import long_plan
 from hpdm.latent.long_sampler import LatentLongSampler
+from hpdm.latent.long_windows import hierarchy_of
 from hpdm.latent.objective import Draws, clip_of, draw
+from hpdm.latent.storylines import Autoregressive, Hierarchical, Videos
 from hpdm.long_video import LongOptions
 from hpdm.noise import level_noise
 from hpdm.objective import Objective
@@ -109,6 +112,42 @@ def test_work_and_memory_are_as_predicted_and_memory_does_not_grow(scheme, known
     }  # fmt: skip
     parts = sum(row["flops"] for row in plan.first) + (plan.windows - 1) * sum(row["flops"] for row in plan.next)
     assert parts == pytest.approx(plan.flops, rel=1e-3)
+
+
+class Best:
+    """The best denoiser of a Gaussian process, in place of a model: neighboring latents have the correlation 0.8."""
+
+    def __init__(self, model):
+        self.autoencoder = model.autoencoder
+
+    def __call__(self, x, t, labels, text, text_mask, *, frame_t, sparse=None):
+        place = torch.arange(x.shape[2], dtype=torch.float64) * (1 if sparse is None else 3)
+        covariance = 0.8 ** (place[:, None] - place).abs()
+        g = torch.cos(frame_t[0].double() * torch.pi / 2).square()  # that of each frame
+        seen = g.sqrt()[:, None] * covariance * g.sqrt() + torch.diag(1 - g)
+        weights = covariance * g.sqrt() @ torch.linalg.inv(seen)  # of the noised frames
+        y = torch.einsum("st,bcthw->bcshw", weights, x.double())
+        own = torch.cos(t[0].double() * torch.pi / 2).square()
+        return ((own.sqrt() * x - y) / (1 - own).sqrt()).to(x.dtype)  # v
+
+
+@pytest.mark.parametrize(("scheme", "known"), [("autoregressive", 2), ("hierarchical", 1)])
+def test_with_the_best_network_latents_go_on_as_the_data_do(scheme, known):
+    """No border can be told from the inside of a window, and what is far apart has nothing to do with each other."""
+    sampler = sampler_of(scheme, SamplerOptions(steps=16, solver="2m", overlap="none", known_noise=0.0), known)
+    sampler.sampler.model = Best(sampler.model)
+    seeds = range(48)
+    videos = Videos(sampler.sampler, seeds, Conditions(), None)
+    if scheme == "hierarchical":
+        story = Hierarchical(videos, hierarchy_of(sampler.config, sampler.long), 25)
+    else:
+        story = Autoregressive(videos, sampler.windows.until(84))
+    latents = torch.cat([part.latents for part in story.parts(0)], dim=2)
+    numbers = latents.movedim(2, 0).flatten(1)[:25]  # [T, 48 * 64]
+    correlation = torch.corrcoef(numbers)
+    torch.testing.assert_close(correlation.diagonal(1), torch.full((24,), 0.8), atol=0.04, rtol=0)
+    torch.testing.assert_close(correlation.diagonal(3), torch.full((22,), 0.8**3), atol=0.06, rtol=0)
+    torch.testing.assert_close(numbers.std(dim=1), torch.ones(25), atol=0.06, rtol=0)
 
 
 # ---- given frames ----
