@@ -32,7 +32,8 @@ class LongOptions:
     scheme: Scheme = "autoregressive"
     """How level 0 goes on from window to window."""
     known: int | None = None
-    """Frames of level 0 that a window knows of the one before. Default: half of the window."""
+    """Frames of level 0 (latents) that a window knows of the one before. Default: half of the window. Latent diffusion
+    with the scheme "hierarchical": sparse latents that a prediction knows."""
     remember: bool = True
     """Start the latents of a window from those of the window before, if the run was trained with --memory."""
     together: int = 4
