@@ -32,7 +32,8 @@ class LongOptions:
     scheme: Scheme = "autoregressive"
     """How level 0 goes on from window to window."""
     known: int | None = None
-    """Frames of level 0 that a window knows of the one before. Default: half of the window."""
+    """Frames of level 0 (latents) that a window knows of the one before. Default: half of the window. Latent diffusion
+    with the scheme "hierarchical": sparse latents that a prediction knows."""
     remember: bool = True
     """Start the latents of a window from those of the window before, if the run was trained with --memory."""
     together: int = 4
@@ -54,7 +55,7 @@ class Segment(NamedTuple):
     """The next frames of B videos, finished."""
 
     number: int
-    """Number of the segment, of all segments."""
+    """Number of the last window that is finished."""
     frames: Tensor
     """``[B, C, n, H, W]`` float32 in [-1, 1]."""
     state: State
@@ -68,7 +69,7 @@ class LongSampler(Protocol):
     """
 
     windows: Windows
-    """How windows follow each other; a segment is what is new of one."""
+    """How windows follow each other; a segment is what is new of one, or of several at once."""
 
     def __init__(self, model: Any, options: Any, long: LongOptions) -> None:
         """``model`` is in eval mode, on the device to sample on."""
@@ -108,8 +109,8 @@ class LongSampler(Protocol):
             first: for each part, its first frames, which are given: ``[B, C, n, h, w]`` in [-1, 1].
             last: for each part, its last frames.
             levels: called with the number of a window: its lowest parts, all of whose frames are given.
-            state: of an interrupted call with the same arguments, after ``done`` segments.
-            done: segments that are not yielded again.
+            state: of an interrupted call with the same arguments, after ``done`` windows.
+            done: windows whose segments are not yielded again.
             progress: called after every network call.
 
         Raises:

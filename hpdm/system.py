@@ -42,7 +42,8 @@ class Architecture:
     from a clip or an image. --init may be a run without."""
     spacing: int = 1
     """With --known-frames, also train level 0 on frames this far apart, a divisor of its patch's frames less one, for
-    the scheme hierarchical; 1 for none. Training clips are longer then."""
+    the scheme hierarchical; 1 for none. Training clips are longer then. Latent diffusion: latents, and those of a
+    clip."""
     memory: bool = False
     """With --known-frames, also train the latents of level 0 to start from those of the window before. Training clips
     are longer then."""

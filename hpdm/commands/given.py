@@ -16,6 +16,7 @@ from hpdm.data.decode import VideoInfo
 from hpdm.data.suffixes import IMAGE_SUFFIXES, is_image, listed
 from hpdm.frames import NOT_TRAINED
 from hpdm.runs import Run
+from hpdm.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -98,20 +99,20 @@ class Given(NamedTuple):
     """Lines to print: what is done with the files."""
 
 
-def given_frames(options: GivenOptions, run: Run, known: int) -> Given:
+def given_frames(options: GivenOptions, run: Run, windows: Windows) -> Given:
     """Reads what the user gives.
 
     Args:
         options: of the command.
         run: gives the size of the parts.
-        known: frames of the lowest part that a window knows of the one before.
+        windows: how those of the videos follow each other.
 
     Raises:
         ValueError: a file that cannot be read, a clip that is too short, or a run that cannot go on from frames.
     """
     parts = run.system.part_sizes(run.config)
-    whole, scale = parts[-1][0], parts[-1][0] // parts[0][0]
-    frames = options.frames or whole
+    known, scale = windows.known, windows.scale
+    frames = options.frames or parts[-1][0]
     if options.from_level is not None:
         level = GivenLevel(run, options.from_level, (parts[0][0] - known) * scale)
         return Given(level.frames, {"levels": level}, [level.note])

@@ -56,7 +56,7 @@ class LongVideos:
         self.run, self.options, self.long, self.given = run, options, long, given
         self.out, self.fps, self.columns = out, fps, columns
         self.sampler: LongSampler = run.system.long_sampler(run.model, options, long)
-        self.frames, self.arguments, self.notes = given_frames(given, run, self.sampler.windows.known)
+        self.frames, self.arguments, self.notes = given_frames(given, run, self.sampler.windows)
         if self.sampler.windows.count(self.frames) > 1 and not getattr(run.config, "known_frames", False):
             clip = run.config.resolution[0]
             option = next(iter(given.files), "frames")
@@ -133,7 +133,7 @@ class LongVideos:
                 state={name: t.to(self.run.device) for name, t in state.items()} or None, progress=progress,
             ):  # fmt: skip
                 yield segment
-                bar.update()
+                bar.update(segment.number + 1 - bar.n)
 
     def _identity(self, seeds: Sequence[int], subjects: Sequence[Subject]) -> dict[str, Any]:
         """All that the files of a batch depend on."""

@@ -73,6 +73,7 @@ def denoise(
     guidance: float = 1.0,
     known: KnownLatents | None = None,
     frame_guidance: float = 0.0,
+    sparse: bool = False,
 ) -> Tensor:
     """Predicts the clean latents of noised ones, ``[B, z, T, h, w]`` both; known frames come out as they are.
 
@@ -89,6 +90,7 @@ def denoise(
         known: known frames; ``None`` for none.
         frame_guidance: w of ``(1 + w) y - w y'``, where ``y'`` is predicted without known frames (LVDM eq. 9); 0 is
             none.
+        sparse: whether the frames are far apart, for a network with a spacing.
 
     Raises:
         ValueError: guidance without labels and text.
@@ -112,6 +114,7 @@ def denoise(
         same[:, 0].repeat(copies),
         *_rows(config, conditions, copies - unconditional, unconditional),
         None if config.known == "none" else torch.cat(times),
+        torch.ones(copies * batch, dtype=torch.bool, device=noised.device) if sparse else None,
     ).chunk(copies)
     guided = torch.lerp(said[-1], said[0], guidance) if unconditional else said[0]
     if unaware:
@@ -132,11 +135,12 @@ def sample(
     known: KnownLatents | None = None,
     frame_guidance: float = 0.0,
     called: Callable[[], None] | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     """Samples one clip of latents per row of the noise, ``[B, z, T, h, w]``; known frames come out as they are.
 
     Args:
-        network, config, conditions, known, frame_guidance: as of :func:`denoise`.
+        network, config, conditions, known, frame_guidance, sparse: as of :func:`denoise`.
         solver: its noise levels are of the network's schedule (:func:`hpdm.solvers.noise_levels`).
         noise: draws standard normal noise ``[B, z, T, h, w]`` on the network's device.
         guidance: as of :func:`denoise`, or what gives it for a noise level sigma.
@@ -148,7 +152,7 @@ def sample(
         t = float(schedule.time_of_sigma(torch.tensor(sigma, dtype=torch.float64)))
         noised = x / math.hypot(1.0, sigma)
         weight = guidance(sigma) if callable(guidance) else guidance
-        y = denoise(network, config, noised, t, conditions, weight, known, frame_guidance)
+        y = denoise(network, config, noised, t, conditions, weight, known, frame_guidance, sparse)
         if called is not None:
             called()
         return alpha * base + beta * y

@@ -36,6 +36,11 @@ class LatentConfig:
                 f"autoencoder: got latents of {self.autoencoder.latent_channels} channels, expected "
                 f"{self.unet.channels}, which is what the U-Net is for"
             )
+        if self.unet.spacing > 1 and self.autoencoder.norm != "frame":
+            raise ValueError(
+                f"spacing: got {self.unet.spacing} with an autoencoder of norm={self.autoencoder.norm!r}, expected "
+                "norm='frame': latents far apart are those of a longer clip than it was trained on"
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"loss: got {self.loss!r}, expected one of {LOSSES}")
 
@@ -70,6 +75,17 @@ class LatentConfig:
         """Of the U-Net."""
         return self.unet.conditioning_dropout
 
+    @property
+    def known_frames(self) -> bool:
+        """Whether some frames of a clip can be given."""
+        return self.unet.known != "none"
+
+    @property
+    def clip_frames(self) -> int:
+        """Frames of a training clip: more than ``resolution[0]`` with latents that are far apart."""
+        latents = (self.unet.latent[0] - 1) * self.unet.spacing + 1
+        return latents * self.autoencoder.factors[0]
+
     def with_resolution(self, resolution: Triple) -> LatentConfig:
         """A copy for clips of another size.
 
@@ -82,7 +98,11 @@ class LatentConfig:
                 f"resolution: got {resolution}, expected multiples of {self.autoencoder.factors}, the pixels per latent"
             )
         f, h, w = (n // factor for n, factor in zip(resolution, self.autoencoder.factors))
-        return self.replace(unet=self.unet.replace(latent=(f, h, w)))
+        return self.replace_unet(latent=(f, h, w))
+
+    def replace_unet(self, **changes: Any) -> LatentConfig:
+        """A copy with some fields of the U-Net changed, validated again."""
+        return self.replace(unet=self.unet.replace(**changes))
 
     def replace(self, **changes: Any) -> LatentConfig:
         """A copy with some fields changed, validated again."""

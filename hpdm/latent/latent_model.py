@@ -35,10 +35,10 @@ class LVDM(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,
-        text_mask: Tensor | None = None, *, frame_t: Tensor | None = None,
+        text_mask: Tensor | None = None, *, frame_t: Tensor | None = None, sparse: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """What the U-Net predicts of noised latents; see :meth:`hpdm.latent.unet.FactorizedUNet.forward`."""
-        predicted: Tensor = self.unet(x, t, labels, text, text_mask, frame_t=frame_t)
+        predicted: Tensor = self.unet(x, t, labels, text, text_mask, frame_t=frame_t, sparse=sparse)
         return predicted
 
     @torch.no_grad()

@@ -18,9 +18,9 @@ from hpdm.conditioning import without_dropped
 from hpdm.frames import draw_frames, mean_over_predicted
 from hpdm.latent.unet_config import UNetConfig
 from hpdm.objective import Objective, draw_mirrored, draw_noise, draw_times, loss_weight
-from hpdm.process import COSINE, SCHEDULES, mixture, prediction_target
+from hpdm.process import COSINE, SCHEDULES, Schedule, mixture, prediction_target
 from hpdm.text import MAX_LENGTH
-from hpdm.training.stills import draw_stills
+from hpdm.training.stills import draw_stills, show_frames
 
 Loss = Literal["l2", "l1"]
 """Squared error, as in the paper, or absolute error, as in the released configs."""
@@ -48,6 +48,11 @@ class Draws(NamedTuple):
     """Times of the frames, float32 ``[B, T]``; ``None`` for a network without known frames."""
     predicted: Tensor | None = None
     """Frames that are not known, whose errors alone count: bool ``[B, T]``; ``None`` for all."""
+    start: Tensor | None = None
+    """First latent of the clip in a longer one, int64 ``[B]``; ``None`` where clips are not longer. For what makes the
+    latents."""
+    sparse: Tensor | None = None
+    """Clips whose latents are far apart, bool ``[B]``; ``None`` for a network without a spacing."""
 
 
 def draw(
@@ -72,7 +77,7 @@ def draw(
         config: the network's.
         batch: number of clips B.
         generator: CPU generator, the only source of randomness.
-        frames: frames F of a video, before they are encoded.
+        frames: frames F of a video, before they are encoded; with a spacing those of the longer clip.
         times: range of the diffusion time.
         objective: how the samples are drawn and weighted; ``None`` for the default.
         dropout: probability that a clip's label or text is dropped.
@@ -94,21 +99,59 @@ def draw(
     frame_t = predicted = None
     frame_times = t.expand(batch, config.latent[0])  # [B, T]
     if config.known != "none":
-        sigma = torch.tensor(COSINE.sigma(objective.known_t_max), dtype=torch.float64)
-        law = dataclasses.replace(objective, known_t_max=float(schedule.time_of_sigma(sigma)))
+        law = dataclasses.replace(objective, known_t_max=time_on(schedule, objective.known_t_max))
         nothing = torch.zeros(batch, 1, dtype=torch.bool)
         drawn = draw_frames(
-            t, config.latent[0], law, generator, nothing, rolling_levels=1 if config.known == "times" else 0
-        )
+            t, config.latent[0], law, generator, nothing, rolling_levels=1 if config.known == "times" else 0,
+            spacing=config.spacing,
+        )  # fmt: skip
         t, frame_t, predicted = drawn.t, drawn.frame_t[:, 0], drawn.predicted[:, 0]
         frame_times = frame_t
     weight = loss_weight(objective.weighting, t[:, 0], torch.ones(1), schedule, config.prediction)
     gamma = schedule.gamma(frame_times)
-    of_all = Draws(t[:, 0], noise, gamma, weight, dropped, stills, mirrored, frame_t, predicted)
+    start = sparse = None
+    if config.spacing > 1:
+        start, sparse = _draw_sparse(config, batch, generator, objective, stills)
+    of_all = Draws(t[:, 0], noise, gamma, weight, dropped, stills, mirrored, frame_t, predicted, start, sparse)
     if rows is None:
         return of_all
     chosen = Draws._make(None if value is None else value[rows.start : rows.stop] for value in of_all)
     return chosen._replace(noise=noise)
+
+
+def _draw_sparse(
+    config: UNetConfig, batch: int, generator: torch.Generator, objective: Objective, stills: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """First latents of the clips in longer ones, and which clips are sparse; a still is not."""
+    room = (config.latent[0] - 1) * (config.spacing - 1)
+    start = torch.randint(room + 1, (batch,), generator=generator)
+    sparse = torch.rand(batch, generator=generator) < objective.sparse
+    return start, sparse if stills is None else sparse & (stills != stills[:, :1]).any(dim=1)
+
+
+def time_on(schedule: Schedule, t: float) -> float:
+    """The time on a schedule at which there is as much noise as at the time ``t`` of the cosine schedule."""
+    return float(schedule.time_of_sigma(torch.tensor(COSINE.sigma(t), dtype=torch.float64)))
+
+
+def clip_of(config: UNetConfig, latents: Tensor, draws: Draws) -> Tensor:
+    """The clips that are drawn of the latents of longer ones: consecutive latents, or those that are far apart.
+
+    Args:
+        config: the network's.
+        latents: ``[B, z, (T - 1) * spacing + 1, h, w]``.
+        draws: with ``start``, and ``sparse`` or not.
+
+    Returns:
+        ``[B, z, T, h, w]``.
+    """
+    if draws.start is None:
+        return latents
+    step = torch.arange(config.latent[0], device=latents.device)
+    index = draws.start[:, None] + step  # [B, T]
+    if draws.sparse is not None:
+        index = torch.where(draws.sparse[:, None], step * config.spacing, index)
+    return show_frames(latents, index)
 
 
 def latent_error(
@@ -145,7 +188,8 @@ def latent_error(
     g = draws.gamma[:, None, :, None, None]  # [B, 1, T, 1, 1]
     noised = mixture(latents, draws.noise, g)
     target = prediction_target(config.prediction, latents, draws.noise, g)
-    difference = predict(network, noised, draws.t, labels, text, text_mask, draws.frame_t) - target
+    said = predict(network, noised, draws.t, labels, text, text_mask, draws.frame_t, draws.sparse)
+    difference = said - target
     error = difference.square() if loss == "l2" else difference.abs()
     frames = error.mean(dim=(1, 3, 4))  # [B, T]
     if draws.predicted is None:
@@ -161,9 +205,11 @@ def predict(
     text: Tensor | None = None,
     text_mask: Tensor | None = None,
     frame_t: Tensor | None = None,
+    sparse: Tensor | None = None,
 ) -> Tensor:
     """Calls the network as a training step does; arguments and result as of its ``forward``."""
-    told = {} if frame_t is None else {"frame_t": frame_t}
+    given = {"frame_t": frame_t, "sparse": sparse}
+    told = {name: value for name, value in given.items() if value is not None}
     return network(x, t, labels, text, text_mask, **told)
 
 
@@ -172,6 +218,8 @@ def example_inputs(config: UNetConfig, batch: int) -> dict[str, Tensor]:
     inputs: dict[str, Any] = {"x": torch.zeros(batch, config.channels, *config.latent), "t": torch.zeros(batch)}
     if config.known != "none":
         inputs["frame_t"] = torch.zeros(batch, config.latent[0])
+    if config.spacing > 1:
+        inputs["sparse"] = torch.zeros(batch, dtype=torch.bool)
     if config.conditioning == "class":
         inputs["labels"] = torch.zeros(batch, dtype=torch.long)
     if config.conditioning == "text":

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from hpdm import distributed
 from hpdm.checks import check_shape
+from hpdm.frames import Known
 from hpdm.latent import coding
-from hpdm.latent.denoiser import Conditions, KnownLatents, sample
+from hpdm.latent.denoiser import Conditions, KnownLatents, perturbed, sample
 from hpdm.latent.latent_model import LVDM
-from hpdm.noise import level_generator
+from hpdm.latent.objective import time_on
+from hpdm.noise import Purpose, level_generator, level_noise
 from hpdm.process import SCHEDULES
 from hpdm.sampling import Progress, SamplerOptions
 
@@ -87,7 +89,8 @@ class LatentSampler:
         conditions: Conditions,
         *,
         known: KnownLatents | None = None,
-        window: int = 0,
+        window: int | Sequence[int] = 0,
+        sparse: bool = False,
         frames: int | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
@@ -97,7 +100,8 @@ class LatentSampler:
             seeds: B seeds. A clip depends on its own seed and conditioning alone, up to rounding.
             conditions: of the clips.
             known: known frames of these clips, see :func:`hpdm.latent.denoiser.perturbed`.
-            window: number of the window in a longer video: each has random streams of its own.
+            window: number of the window in a longer video, or one for each clip: each has random streams of its own.
+            sparse: whether the frames are far apart, for a network with a spacing.
             frames: latent frames T of a clip; ``None`` for those of the config.
             progress: called as (0, network calls done, network calls in all) after every network call.
 
@@ -112,6 +116,8 @@ class LatentSampler:
         conditions = Conditions(*(None if t is None else t.to(device) for t in conditions))
         f, h, w = self.config.unet.latent
         shape = (self.config.unet.channels, frames or f, h, w)
+        purpose: Purpose = "sparse" if sparse else "sampling"
+        numbers = [window] * len(seeds) if isinstance(window, int) else list(window)
         share = math.ceil(len(seeds) / distributed.world_size())
         rows = min(share, max(1, self.options.tile_batch // self._copies(known)))
         batches = [slice(first, min(first + rows, len(seeds))) for first in range(0, len(seeds), rows)]
@@ -127,7 +133,7 @@ class LatentSampler:
         results: dict[int, Tensor] = {}
         for number in own:
             batch = batches[number]
-            generators = [level_generator(seed, 0, "sampling", window) for seed in seeds[batch]]
+            generators = [level_generator(seed, 0, purpose, n) for seed, n in zip(seeds[batch], numbers[batch])]
             # Drawn on the CPU, so that every device gets the same noise.
             noise = lambda generators=generators: torch.stack(
                 [torch.randn(shape, generator=g) for g in generators]
@@ -136,17 +142,43 @@ class LatentSampler:
                 self.model, self.config.unet, self.solver, noise,
                 Conditions(*(None if t is None else t[batch] for t in conditions)),
                 lambda sigma: self.options.guidance_at(0, sigma), _rows(known, batch), self.options.frame_guidance,
-                called,
+                called, sparse,
             )  # fmt: skip
         return _gathered(results, device)
 
+    def known(
+        self, seeds: Sequence[int], clips: Known, window: int | Sequence[int] = 0, sparse: bool = False
+    ) -> KnownLatents:
+        """Known frames of the clips that :meth:`latents` samples, perturbed as the options say.
+
+        Args:
+            seeds, window, sparse: as of :meth:`latents`.
+            clips: the latents, one clip per seed, on the model's device.
+
+        Raises:
+            ValueError: as :func:`hpdm.latent.denoiser.perturbed`.
+        """
+        purpose: Purpose = "known sparse" if sparse else "known"
+        numbers = [window] * len(seeds) if isinstance(window, int) else window
+        shape = tuple(clips.video.shape[1:])
+        noise = [level_noise([seed], 0, shape, purpose, number) for seed, number in zip(seeds, numbers)]
+        t = time_on(self.schedule, self.options.known_noise)
+        return perturbed(self.config.unet, clips, t, torch.cat(noise).to(clips.video))
+
     @torch.no_grad()
-    def decoded(self, latents: Tensor) -> Tensor:
-        """Videos of latents ``[B, z, T, h, w]``, one at a time. A collective: the ranks share the videos."""
-        per_frame = self.config.autoencoder.norm == "frame"
-        chunk = coding.CHUNK if per_frame else None
+    def decoded(self, latents: Tensor, kept: slice | None = None) -> Tensor:
+        """Videos of latents ``[B, z, T, h, w]``, one at a time. A collective: the ranks share the videos.
+
+        Args:
+            latents: of whole videos, or with what the frames that are kept depend on.
+            kept: the frames to return, of videos that are decoded at once; ``None`` for all, of videos of any length.
+        """
+        chunk = coding.CHUNK if self.config.autoencoder.norm == "frame" and kept is None else None
+        frames = slice(None) if kept is None else kept
         own = distributed.shard(range(len(latents)))
-        videos = {b: coding.decode(self.model.autoencoder, latents[b : b + 1], chunk=chunk) for b in own}
+        videos = {
+            b: coding.decode(self.model.autoencoder, latents[b : b + 1], chunk=chunk)[:, :, frames].clone() for b in own
+        }
         return _gathered(videos, latents.device)
 
     def seams(self, video: Tensor) -> dict[str, float]:

@@ -88,6 +88,7 @@ class FactorizedUNet(nn.Module):
         self.conditioner = Conditioner(config)
         self.known_mask = KnownMask(config) if config.known == "mask" else None
         self.known_times = KnownTimes(config) if config.known == "times" else None
+        self.sparse = nn.Parameter(torch.zeros(config.vector_width)) if config.spacing > 1 else None
         self.first = FrameConv(config.channels, config.width)
         widths, last = config.widths, len(config.widths) - 1
         has_attention = [factor in config.attention for factor in config.factors]
@@ -114,7 +115,7 @@ class FactorizedUNet(nn.Module):
 
     def forward(
         self, x: Tensor, t: Tensor, labels: Tensor | None = None, text: Tensor | None = None,
-        text_mask: Tensor | None = None, *, frame_t: Tensor | None = None,
+        text_mask: Tensor | None = None, *, frame_t: Tensor | None = None, sparse: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Predicts what the config says of B clips of latents.
 
@@ -128,16 +129,17 @@ class FactorizedUNet(nn.Module):
                 of false.
             frame_t: for a network with known frames, the time of each frame ``[B, T]``, for which ``x`` is noised.
                 Frames whose time differs from ``t`` are known. ``None``: none is.
+            sparse: for a network with a spacing, the clips whose frames are far apart, bool ``[B]``. ``None``: none is.
 
         Returns:
             ``[B, z, T, H, W]``.
 
         Raises:
             TypeError: a mask that is not bool.
-            ValueError: shapes that do not match the config, conditioning of another kind than the config's, or times of
-                frames for a network without known frames.
+            ValueError: shapes that do not match the config, conditioning of another kind than the config's, times of
+                frames for a network without known frames, or ``sparse`` for one without a spacing.
         """
-        self._check(x, t, frame_t)
+        self._check(x, t, frame_t, sparse)
         x = x.movedim(1, -1).contiguous()  # [B, T, H, W, z]
         features: Tensor = self.first(x)  # [B, T, H, W, D]
         times, told = t[:, None].expand(x.shape[:2]), None
@@ -145,6 +147,9 @@ class FactorizedUNet(nn.Module):
             features, told = self.known_mask(features, t, frame_t)
         if frame_t is not None and self.known_times is not None:
             features, times = self.known_times(features, t, frame_t, x), frame_t
+        if sparse is not None and self.sparse is not None:
+            apart = sparse[:, None] * self.sparse  # [B, c]
+            told = apart if told is None else told + apart
         conditioning = self.conditioner(times, told, labels, text, text_mask)
         out = self._run_levels(features, conditioning)
         out = self.out_conv(self.out_norm(out, act="silu"))
@@ -191,7 +196,7 @@ class FactorizedUNet(nn.Module):
         out = part(block, x, *conditioning)
         return out
 
-    def _check(self, x: Tensor, t: Tensor, frame_t: Tensor | None) -> None:
+    def _check(self, x: Tensor, t: Tensor, frame_t: Tensor | None, sparse: Tensor | None) -> None:
         """Checks the inputs; raises as :meth:`forward`."""
         cfg = self.config
         if x.ndim != 5 or x.shape[1] != cfg.channels or any(n < 1 or n % cfg.smallest for n in x.shape[3:]):
@@ -204,3 +209,7 @@ class FactorizedUNet(nn.Module):
             if cfg.known == "none":
                 raise ValueError("frame_t: got a tensor, expected None for a network without known frames")
             check_shape("frame_t", frame_t, (len(x), x.shape[2]))
+        if sparse is not None:
+            if cfg.spacing == 1:
+                raise ValueError("sparse: got a tensor, expected None for a network without a spacing")
+            check_shape("sparse", sparse, (len(x),))

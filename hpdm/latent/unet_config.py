@@ -60,6 +60,9 @@ class UNetConfig:
     known: str = "none"
     """How the network is told which frames are known: not at all; by a "mask" and one noise level of all known frames
     (LVDM section 3.3); or by "times", one for each frame (:mod:`hpdm.frames`)."""
+    spacing: int = 1
+    """Latent frames from one to the next in clips of frames that are far apart, which the network then knows besides
+    its own clips (LVDM section 3.4); a divisor of ``latent[0] - 1``. 1 for none."""
     schedule: str = "linear"
     """Noise schedule, one of :data:`hpdm.process.SCHEDULES`."""
     prediction: Prediction = "eps"
@@ -86,6 +89,10 @@ class UNetConfig:
                 f"known: got {self.known!r} for clips of {self.latent[0]} latent frame, expected at least 2: a known "
                 "one and one to predict"
             )
+        if self.spacing < 1 or (self.spacing > 1 and (self.latent[0] - 1) % self.spacing):
+            raise ValueError(f"spacing: got {self.spacing}, expected 1 or a divisor of {self.latent[0] - 1}")
+        if self.spacing > 1 and self.known == "none":
+            raise ValueError(f"known: got 'none' with spacing={self.spacing}, expected 'mask' or 'times'")
 
     def _check_sizes(self) -> None:
         """Checks sizes that must fit each other, and what would take all of the memory."""

@@ -46,6 +46,11 @@ def small_latent_config(**unet: Any) -> LatentConfig:
     return config.replace(unet=config.unet.replace(**unet))
 
 
+def long_latent_config(**unet: Any) -> LatentConfig:
+    """Clips of 16x32x32 pixels, 4x4x4 latents, and sparse ones three latents apart."""
+    return small_latent_config().with_resolution((16, 32, 32)).replace_unet(**({"spacing": 3} | unet))
+
+
 def random_latent_model(config: LatentConfig, seed: int = 0) -> LVDM:
     """A model in eval mode as after some training: no weight is zero, and its latents are measured."""
     torch.manual_seed(seed)

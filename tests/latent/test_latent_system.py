@@ -18,11 +18,19 @@ from hpdm.data.decode import probe
 from hpdm.latent import coding
 from hpdm.latent.denoiser import Conditions
 from hpdm.latent.latent_model import hash_of_autoencoder
+from hpdm.latent.long_sampler import LatentLongSampler
 from hpdm.latent.sampler import NOT_FOR_LATENTS, LatentSampler
 from hpdm.latent.system import NOTHING_KNOWN
+from hpdm.long_video import LongOptions
 from hpdm.sampling import SamplerOptions
 from hpdm.training.checkpoint import newest_checkpoint
-from tests.latent.latent_runs import random_latent_model, save_autoencoder, small_latent_config, train_latents
+from tests.latent.latent_runs import (
+    long_latent_config,
+    random_latent_model,
+    save_autoencoder,
+    small_latent_config,
+    train_latents,
+)  # fmt: skip
 from tests.processes import run_ranks
 from tests.small import stop_after_checkpoint
 
@@ -172,12 +180,25 @@ def test_ranks_share_the_videos(tmp_path):
     run_ranks(sample_in_a_group, 2, tmp_path)
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, atol=1e-4, rtol=0)
+    for scheme in ("autoregressive", "hierarchical"):
+        expected = long_videos(scheme)
+        for rank in range(2):
+            found = torch.load(tmp_path / f"{scheme}{rank}.pt")
+            torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def long_videos(scheme):
+    """Three videos of 9 frames, sampled window by window."""
+    sampler = LatentLongSampler(random_latent_model(long_latent_config()), QUICK, LongOptions(scheme))
+    return torch.cat([s.frames for s in sampler.segments([1, 2, 3], 9, torch.tensor([0, 1, 2]))], dim=2)
 
 
 def sample_in_a_group(folder):
     with distributed.process_group(torch.device("cpu")):
         sampler = LatentSampler(random_latent_model(small_latent_config()), QUICK)
         torch.save(sampler([1, 2, 3], torch.tensor([0, 1, 2]))[0], Path(folder) / f"{distributed.rank()}.pt")
+        for scheme in ("autoregressive", "hierarchical"):
+            torch.save(long_videos(scheme), Path(folder) / f"{scheme}{distributed.rank()}.pt")
 
 
 def test_the_commands_sample_evaluate_and_plan(run, clips, tmp_path, capsys):
