@@ -80,8 +80,8 @@ class VideoAutoencoder(nn.Module):
 
     Args:
         config: sizes.
-        recompute: what the backward pass computes again: ``"none"``, ``"selective"`` or ``"block"``.
         kernels: backend of the ops, ``"auto" | "reference" | "torch" | "triton"``. It never changes the parameters.
+        recompute: what the backward pass computes again: ``"none"``, ``"selective"`` or ``"block"``.
 
     Raises:
         ValueError: an unknown ``recompute`` or backend.
