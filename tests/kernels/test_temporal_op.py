@@ -11,7 +11,7 @@ from hpdm_kernels.testing import check_op, value_and_grads
 BACKENDS = ("torch", "triton")
 # Batch, frames, positions, heads, width of a head, farthest distance with an embedding of its own.
 SIZES = [
-    (1, 4, 5, 2, 8, 3), (2, 5, 3, 2, 12, 2), (1, 1, 1, 1, 3, 0), (2, 3, 1, 1, 1, 5), (1, 7, 70, 1, 24, 0),
+    (1, 4, 5, 2, 8, 3), (2, 5, 3, 2, 12, 2), (1, 1, 1, 1, 3, 0), (2, 3, 1, 1, 1, 5), (1, 7, 70, 1, 24, 1),
     (1, 9, 2, 1, 20, 8), (1, 2, 9, 2, 5, 1), (1, 1, 4, 2, 6, 2), (1, 17, 1, 1, 7, 13),
 ]  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
@@ -46,6 +46,18 @@ def on(backend):
 def test_it_is_a_loop_over_pairs(size, backend, generator, device):
     values = inputs_of(generator, device, size)
     check_op(on(backend), by_pairs, values, repeat=True, products=True, ulps=16.0, names=("qkv", "rel_k", "rel_v"))
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_one_embedding_for_all_distances(backend, generator, device):
+    """It adds the same to all scores of a query, so its gradient is zero in exact arithmetic."""
+    values = inputs_of(generator, device, (1, 5, 9, 1, 8, 0))
+    out, grads = value_and_grads(on(backend), values)
+    expected, (of_qkv, _, of_values) = value_and_grads(by_pairs, [t.double() for t in values])
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads[0].double(), of_qkv, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grads[2].double(), of_values, rtol=1e-4, atol=1e-4)
+    assert grads[1].abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("frames", range(1, 18))

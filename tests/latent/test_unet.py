@@ -107,6 +107,17 @@ def test_what_is_computed_again_is_the_same(recompute, generator):
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_the_backend_changes_the_results_by_rounding_alone(kernels, generator):
+    config = unet_config(attention=(2,))
+    model = trained_unet(config)
+    other = FactorizedUNet(config, kernels).eval()
+    other.load_state_dict(model.state_dict())
+    x, t = inputs(config, generator)
+    with torch.no_grad():
+        torch.testing.assert_close(other(x, t), model(x, t), rtol=1e-4, atol=1e-4)
+
+
 # ---- conditions ----
 
 
@@ -280,3 +291,5 @@ def test_bad_inputs_are_named(generator):
         known(x, t, text_mask=torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"^recompute: got 'all', expected one of"):
         FactorizedUNet(config, recompute="all")
+    with pytest.raises(ValueError, match=r"^backend: got 'cuda', expected one of"):
+        FactorizedUNet(config, "cuda")
