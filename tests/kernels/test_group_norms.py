@@ -169,19 +169,17 @@ def test_small_clips_on_the_cpu_take_the_layers_of_pytorch(monkeypatch, generato
         group_norm_act(x, weight, bias, 2, backend="torch")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, generator):
-    x, weight, bias, scale, shift = tensors(generator, (2, 2, 2, 3, 4))
-    leaves = [t.clone().requires_grad_() for t in (x, weight, bias, scale, shift)]
-    settings = (2, True, True, [1, 1, 0, 1, 2, 0])
+@pytest.mark.parametrize(("backend", "modulated"), [("torch", True), ("torch", False), ("triton", True)])
+def test_opcheck(backend, modulated, generator):
+    x, weight, bias, *modulation = tensors(generator, (1, 2, 1, 2, 4))
+    vectors = modulation if modulated else [None, None]
+    settings = (2, modulated, modulated, [1, 0, 0, 0, 0, 1] if modulated else [0] * 6)
+    leaves = [t if t is None else t.clone().requires_grad_() for t in (x, weight, bias, *vectors)]
     torch.library.opcheck(torch.ops.hpdm.group_norm_act_fwd.default, (*leaves, *settings, 1e-5, backend))
-    alone = (2, False, False, [0] * 6)
-    torch.library.opcheck(torch.ops.hpdm.group_norm_act_fwd.default, (*leaves[:3], None, None, *alone, 1e-5, backend))
-    for given, form in (((scale, shift), settings), ((None, None), alone)):
-        out, mean, rstd = group_norm_act_fwd(x, weight, bias, *given, *form, 1e-5, backend)
-        assert out.shape == Form(*form).padded(x.shape)
-        arguments = (torch.randn_like(out), x, mean, rstd, weight, bias, *given, *form, backend)
-        torch.library.opcheck(torch.ops.hpdm.group_norm_act_bwd.default, arguments)
+    out, mean, rstd = group_norm_act_fwd(x, weight, bias, *vectors, *settings, 1e-5, backend)
+    assert out.shape == Form(*settings).padded(x.shape)
+    arguments = (torch.randn_like(out), x, mean, rstd, weight, bias, *vectors, *settings, backend)
+    torch.library.opcheck(torch.ops.hpdm.group_norm_act_bwd.default, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
