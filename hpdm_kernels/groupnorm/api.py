@@ -26,7 +26,7 @@ from hpdm_kernels._checks import check_number, check_tensor, values_are_readable
 from hpdm_kernels.groupnorm.checks import check_choice, check_groups, check_pad
 from hpdm_kernels.groupnorm.ops import group_norm_act_fwd
 
-LEAST = 1 << 18
+LEAST = 1 << 19
 """Elements of ``x`` below which ``"torch"`` takes the formula in PyTorch's own operations on the CPU: the calls of a
 registered op cost more than its fewer passes save."""
 

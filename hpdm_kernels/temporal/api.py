@@ -17,13 +17,20 @@ every run gives the same bits.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from hpdm_kernels import _transforms, reference
 from hpdm_kernels._backend import autocast_off, resolve
+from hpdm_kernels._checks import values_are_readable
 from hpdm_kernels.temporal.block_sizes import obstacle
 from hpdm_kernels.temporal.checks import check_inputs
 from hpdm_kernels.temporal.ops import temporal_attention_fwd
+
+LEAST = 1 << 15
+"""Queries of one sample's head, times their width, below which ``"torch"`` takes the formula on the CPU: it works on
+one head of one sample at a time, and its calls cost more than its fewer copies save."""
 
 
 def temporal_attention(qkv: Tensor, rel_k: Tensor, rel_v: Tensor, *, backend: str = "auto") -> Tensor:
@@ -55,6 +62,8 @@ def temporal_attention(qkv: Tensor, rel_k: Tensor, rel_v: Tensor, *, backend: st
     qkv, rel_k, rel_v = check_inputs(qkv, rel_k, rel_v)
     chosen = resolve(backend, "temporal_attention", qkv, obstacle=obstacle(qkv.shape[1], rel_k.shape[1]))
     _transforms.refuse("temporal_attention", chosen, (qkv, rel_k, rel_v))
+    if chosen == "torch" and values_are_readable(qkv) and math.prod(qkv.shape[1:3]) * rel_k.shape[1] < LEAST:
+        chosen = "reference"
     if chosen == "reference":
         with autocast_off(qkv):
             return reference.temporal_attention(qkv, rel_k, rel_v)

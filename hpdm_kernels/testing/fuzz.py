@@ -24,6 +24,7 @@ from hpdm_kernels.optimizer import torch_backend as optimizer_backend
 from hpdm_kernels.patches import torch_backend as patches_backend
 from hpdm_kernels.rows import api as rows_api
 from hpdm_kernels.rows import torch_backend as rows_backend
+from hpdm_kernels.temporal import api as temporal_api
 from hpdm_kernels.testing import (
     random_attention,
     random_context,
@@ -67,7 +68,7 @@ WRONG_SHARE = 0.2
 LIMITS = (
     (context_backend, "FORWARD_SCRATCH"), (context_backend, "SCRATCH"), (patches_backend, "CPU_PIECE"),
     (tiles_backend, "CPU_PIECE"), (rows_backend, "PIECE"), (rows_api, "LEAST"), (optimizer_backend, "PIECE"),
-    (groups_api, "LEAST"), (groups_backend, "PIECE"),
+    (groups_api, "LEAST"), (groups_backend, "PIECE"), (temporal_api, "LEAST"),
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hpdm_kernels import reference, temporal_attention
-from hpdm_kernels.temporal import block_sizes
+from hpdm_kernels.temporal import api, block_sizes
 from hpdm_kernels.temporal.distances import fold, sum_of_pairs
 from hpdm_kernels.testing import check_op, value_and_grads
 
@@ -15,6 +15,11 @@ SIZES = [
     (1, 9, 2, 1, 20, 8), (1, 2, 9, 2, 5, 1), (1, 1, 4, 2, 6, 2), (1, 17, 1, 1, 7, 13),
 ]  # fmt: skip
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def _registered_ops_for_few_positions_too(monkeypatch):
+    monkeypatch.setattr(api, "LEAST", 0)
 
 
 def inputs_of(generator, device, size, dtype=torch.float32):
@@ -242,3 +247,13 @@ def test_it_rejects(message):
     error, change = BAD[message]
     with pytest.raises(error, match=f"^{message}"):
         temporal_attention(**({"qkv": QKV, "rel_k": TABLE, "rel_v": TABLE, "backend": "torch"} | change))
+
+
+def test_few_positions_take_the_formula_on_the_cpu(generator, monkeypatch):
+    """The bits of the formula below the limit, and those of the op from there on."""
+    inputs = inputs_of(generator, "cpu", (1, 5, 6, 2, 8, 2))
+    op = temporal_attention(*inputs, backend="torch")
+    monkeypatch.setattr(api, "LEAST", 5 * 6 * 8 + 1)
+    assert torch.equal(temporal_attention(*inputs, backend="torch"), reference.temporal_attention(*inputs))
+    monkeypatch.setattr(api, "LEAST", 5 * 6 * 8)
+    assert torch.equal(temporal_attention(*inputs, backend="torch"), op)
