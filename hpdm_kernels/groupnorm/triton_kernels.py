@@ -103,7 +103,7 @@ def group_statistics_kernel(
     channels = groups * group_width
     cells = frames * chunks * group_width
     base = (program // groups).to(tl.int64) * frames * chunks * 2 * channels + group * group_width
-    number = frames.to(tl.float32) * rows * group_width
+    number = tl.cast(frames, tl.float32) * rows * group_width
     # Means as distances from the first one: the sum of large means would be rounded.
     pivot = tl.load(moments_ptr + base)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -268,7 +268,7 @@ def group_gradients_kernel(
     b = program // groups
     group = program % groups
     channels = groups * group_width
-    number = rows.to(tl.float32) * tl.where(statistics == 1, frames, 1) * group_width
+    number = tl.cast(rows, tl.float32) * tl.where(statistics == 1, frames, 1) * group_width
     mean_shift = 0.0
     mean_scale = 0.0
     for t in range(0, frames):

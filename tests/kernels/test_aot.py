@@ -224,7 +224,8 @@ def test_rows_of_todays_code_are_kept() -> None:
 
 
 def test_ops_are_found() -> None:
-    assert set(collect_by_op(op_modules())) == {"attention", "context", "optimizer", "rows", "tiles", "patches"}
+    ops = {"attention", "context", "groupnorm", "optimizer", "patches", "rows", "temporal", "tiles"}
+    assert set(collect_by_op(op_modules())) == ops
 
 
 BAD_KERNELS = """
