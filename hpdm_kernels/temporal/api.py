@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from hpdm_kernels import _transforms, reference
@@ -62,7 +63,9 @@ def temporal_attention(qkv: Tensor, rel_k: Tensor, rel_v: Tensor, *, backend: st
     qkv, rel_k, rel_v = check_inputs(qkv, rel_k, rel_v)
     chosen = resolve(backend, "temporal_attention", qkv, obstacle=obstacle(qkv.shape[1], rel_k.shape[1]))
     _transforms.refuse("temporal_attention", chosen, (qkv, rel_k, rel_v))
-    if chosen == "torch" and values_are_readable(qkv) and math.prod(qkv.shape[1:3]) * rel_k.shape[1] < LEAST:
+    few = math.prod(qkv.shape[1:3]) * rel_k.shape[1] < LEAST
+    # The formula rounds every step to 16 bits, where the op computes in fp32.
+    if chosen == "torch" and few and values_are_readable(qkv) and qkv.dtype in (torch.float32, torch.float64):
         chosen = "reference"
     if chosen == "reference":
         with autocast_off(qkv):
