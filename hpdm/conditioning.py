@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,32 @@ def check_conditioning(
         check_shape("text_mask", text_mask, tuple(text.shape[:2]))
         if text_mask.dtype is not torch.bool:
             raise TypeError(f"text_mask: got dtype {text_mask.dtype}, expected torch.bool")
+
+
+def check_subjects(
+    config: Any, videos: int, labels: Tensor | None, text: Tensor | None, weights: Mapping[str, float]
+) -> None:
+    """Checks what videos are to be sampled of.
+
+    Args:
+        config: of the model.
+        videos: number of videos.
+        labels: their classes, ``[videos]``, ``config.classes`` for none.
+        text: their embeddings, ``[videos, S, text_width]``.
+        weights: weights of guidance, by the names of the options.
+
+    Raises:
+        ValueError: no videos, labels out of range, not one text per video, or guidance without conditioning.
+    """
+    if videos == 0:
+        raise ValueError("seeds: got none, expected at least one")
+    for name, weight in weights.items():
+        if weight != 1.0 and labels is None and text is None:
+            raise ValueError(f"{name}: got {weight} without labels or text, expected 1")
+    if labels is not None and (tuple(labels.shape) != (videos,) or labels.min() < 0 or labels.max() > config.classes):
+        raise ValueError(f"labels: got {labels.tolist()}, expected {videos} in 0..{config.classes - 1}")
+    if text is not None and text.shape[:1] != (videos,):
+        raise ValueError(f"text: got shape {tuple(text.shape)}, expected {videos} texts, one for each seed")
 
 
 def without_padding(tokens: Tensor, mask: Tensor, no_text: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,9 @@ Spacing = Literal["edm", "time"]
 FEWEST_STEPS: dict[Method, int] = {"euler": 1, "heun": 1, "2m": 2}
 """A method with memory needs a step before. With one step, Heun's method is Euler's."""
 
+HELD: dict[Method, int] = {"euler": 3, "2m": 4, "heun": 5}
+"""Tensors of a video's size while it is solved: sample, scaled sample, prediction, and what the method keeps."""
+
 
 def noise_levels(
     spacing: Spacing, steps: int, sigma_min: float, rho: float, schedule: Schedule = COSINE

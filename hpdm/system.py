@@ -203,15 +203,20 @@ class System(ABC):
         Raises:
             ValueError: an autoencoder that does not fit, or a system without.
         """
-        raise ValueError(f"autoencoder: got one, expected none: {self.name} models have none")
+        raise self._no_autoencoder()
 
     def autoencoder_of(self, config: Any) -> tuple[Any, str]:
-        """What :meth:`with_autoencoder` put into ``config``."""
-        raise NotImplementedError(f"{self.name} models have no autoencoder")
+        """What :meth:`with_autoencoder` put into ``config``; ``ValueError`` for a system without."""
+        raise self._no_autoencoder()
 
     def set_autoencoder(self, model: Any, autoencoder: nn.Module) -> None:
-        """Copies the weights of an autoencoder into ``model``, whose config names it."""
-        raise NotImplementedError(f"{self.name} models have no autoencoder")
+        """Copies the weights of an autoencoder into ``model``, whose config names it; ``ValueError`` for a system
+        without.
+        """
+        raise self._no_autoencoder()
+
+    def _no_autoencoder(self) -> ValueError:
+        return ValueError(f"autoencoder: got one, expected none: {self.name} models have none")
 
     @abstractmethod
     def draw(

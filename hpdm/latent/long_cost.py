@@ -25,11 +25,9 @@ from hpdm.latent.unet_config import UNetConfig
 from hpdm.long_video import LongOptions
 from hpdm.planning.ledger import Ledger, fake_fp32
 from hpdm.sampling import SamplerOptions
-from hpdm.solvers import Method
+from hpdm.solvers import HELD
 
 FP32 = 4
-SOLVING: dict[Method, int] = {"euler": 3, "2m": 4, "heun": 5}
-"""Clips of latents while they are solved, as many as of a level of patch diffusion."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def _memory(config: LatentConfig, options: SamplerOptions, long: LongOptions, vi
     new = max(sum(span.stop - span.start for span in part) for part in parts) * windows.scale
     autoencoder, decoding = _decoder(config.autoencoder, longest, *config.unet.latent[1:])
     clip = config.unet.channels * math.prod(config.unet.latent) * FP32
-    solving = (SOLVING[options.level_solver(0).method] + copies) * at_once * clip
+    solving = (HELD[options.level_solver(0).method] + copies) * at_once * clip
     finished = 2 * clips * clip + videos * clip // windows.window * (longest + windows.window)
     # The frames of the part before are still in the hands of who gets them.
     pixels = 2 * videos * config.channels * new * math.prod(config.resolution[1:]) * FP32

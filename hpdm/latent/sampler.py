@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hpdm import distributed
-from hpdm.checks import check_shape
+from hpdm.conditioning import check_subjects
 from hpdm.frames import Known
 from hpdm.latent import coding
 from hpdm.latent.denoiser import Conditions, KnownLatents, perturbed, sample
@@ -91,7 +91,6 @@ class LatentSampler:
         known: KnownLatents | None = None,
         window: int | Sequence[int] = 0,
         sparse: bool = False,
-        frames: int | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Samples one clip of latents per seed. A collective: the ranks share the clips.
@@ -102,7 +101,6 @@ class LatentSampler:
             known: known frames of these clips, see :func:`hpdm.latent.denoiser.perturbed`.
             window: number of the window in a longer video, or one for each clip: each has random streams of its own.
             sparse: whether the frames are far apart, for a network with a spacing.
-            frames: latent frames T of a clip; ``None`` for those of the config.
             progress: called as (0, network calls done, network calls in all) after every network call.
 
         Returns:
@@ -111,11 +109,10 @@ class LatentSampler:
         Raises:
             ValueError: as :meth:`parts`.
         """
-        self._check(seeds, conditions)
+        check_subjects(self.config.unet, len(seeds), *conditions[:2], {"guidance": self.options.guidance})
         device = self.model.autoencoder.latent_mean.device
         conditions = Conditions(*(None if t is None else t.to(device) for t in conditions))
-        f, h, w = self.config.unet.latent
-        shape = (self.config.unet.channels, frames or f, h, w)
+        shape = (self.config.unet.channels, *self.config.unet.latent)
         purpose: Purpose = "sparse" if sparse else "sampling"
         numbers = [window] * len(seeds) if isinstance(window, int) else list(window)
         share = math.ceil(len(seeds) / distributed.world_size())
@@ -189,22 +186,6 @@ class LatentSampler:
         """Rows of the network per clip."""
         guided = self.options.guidance != 1.0
         return 1 + guided + (known is not None and self.options.frame_guidance != 0.0)
-
-    def _check(self, seeds: Sequence[int], conditions: Conditions) -> None:
-        """Checks what the clips are of; raises ValueError."""
-        count, unet = len(seeds), self.config.unet
-        if not count:
-            raise ValueError("seeds: got none, expected one for each video")
-        if conditions.labels is not None:
-            check_shape("labels", conditions.labels, (count,))
-            if unet.conditioning != "class":
-                raise ValueError(f"labels: got some for a model with conditioning={unet.conditioning!r}, expected none")
-            if bool(((conditions.labels < 0) | (conditions.labels > unet.classes)).any()):
-                raise ValueError(f"labels: got {conditions.labels.tolist()}, expected 0 to {unet.classes}")
-        if conditions.text is not None and len(conditions.text) != count:
-            raise ValueError(f"text: got {len(conditions.text)} texts, expected one for each of {count} seeds")
-        if self.options.guidance != 1.0 and conditions.labels is None and conditions.text is None:
-            raise ValueError(f"guidance: got {self.options.guidance} without labels or text, expected 1")
 
 
 def check_options(options: SamplerOptions) -> None:

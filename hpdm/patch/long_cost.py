@@ -17,7 +17,6 @@ from hpdm.patch.long_sampler import windows_of
 from hpdm.patch.model import HPDM
 from hpdm.patch.sampling_cost import (
     FP32,
-    SOLVING,
     duration,
     feature_flops,
     patch_flops,
@@ -30,6 +29,7 @@ from hpdm.patch.section import Section, level_section, needed_features
 from hpdm.patch.tile_network import feature_copies
 from hpdm.patch.tiling import find_ancestors, level_tiling
 from hpdm.sampling import SamplerOptions
+from hpdm.solvers import HELD
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _memory(
     """
     first = sampling_memory(config, options, videos)
     level = [videos * config.channels * math.prod(config.level_resolution(n)) * FP32 for n in range(config.levels)]
-    solved = SOLVING[options.level_solver(config.levels - 1).method] * level[-1]
+    solved = HELD[options.level_solver(config.levels - 1).method] * level[-1]
     if options.consistency and config.levels > 1:
         solved += level[-2]
     share = len(sections[-1].frames) / config.resolution[0]

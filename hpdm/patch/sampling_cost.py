@@ -23,11 +23,9 @@ from hpdm.patch.tile_network import copies_of, feature_copies, tiles_per_call
 from hpdm.patch.tiling import find_ancestors, level_tiling, lineage
 from hpdm.planning.ledger import Ledger, fake_fp32
 from hpdm.sampling import SamplerOptions
-from hpdm.solvers import Method
+from hpdm.solvers import HELD
 
 FP32 = 4
-SOLVING: dict[Method, int] = {"euler": 3, "2m": 4, "heun": 5}
-"""Videos of a level while it is solved: sample, scaled sample, sums of tiles, and what the method keeps."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ def sampling_memory(config: HPDMConfig, options: SamplerOptions, videos: int = 1
     per_level = [videos * config.channels * math.prod(plan.resolution) * FP32 for plan in plans]
     finished = sum(per_level[:-1]) * (2 if options.context_noise else 1)
     below = per_level[-2] if options.consistency and last else 0  # scaled, to compare predictions with
-    solving = SOLVING[options.level_solver(last).method] * per_level[-1]
+    solving = HELD[options.level_solver(last).method] * per_level[-1]
     return SamplingMemory(
         weights=weights,
         features=features,

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hpdm.conditioning import check_subjects
 from hpdm.frames import of_pixels
 from hpdm.patch.config import HPDMConfig
 from hpdm.patch.context import Context
@@ -83,26 +84,18 @@ class VideoConditions:
         self, config: HPDMConfig, options: SamplerOptions, videos: int, labels: Tensor | None, text: Tensor | None,
         text_mask: Tensor | None, device: torch.device,
     ) -> None:  # fmt: skip
-        if videos == 0:
-            raise ValueError("seeds: got none, expected at least one")
         self.videos = videos
         weights = {"guidance": options.level_guidance(0)}
         if config.levels > 1 and options.later_guidance is not None:
             weights["later_guidance"] = options.later_guidance
         self.copies = max(copies_of(weight) for weight in weights.values())
         """2 if any level is guided, else 1."""
-        for name, weight in weights.items():
-            if copies_of(weight) == 2 and labels is None and text is None:
-                raise ValueError(f"{name}: got {weight} without labels or text, expected 1")
+        check_subjects(config, videos, labels, text, weights)
         self.labels = self.text = self.text_mask = None
         if labels is not None:
-            if tuple(labels.shape) != (videos,) or labels.min() < 0 or labels.max() > config.classes:
-                raise ValueError(f"labels: got {labels.tolist()}, expected {videos} in 0..{config.classes - 1}")
             labels = labels.to(device)
             self.labels = self._with_copy(labels, torch.full_like(labels, config.classes))  # [copies, B]
         if text is not None:
-            if text.shape[:1] != (videos,):
-                raise ValueError(f"text: got shape {tuple(text.shape)}, expected {videos} texts, one for each seed")
             mask = torch.ones(text.shape[:2], dtype=torch.bool) if text_mask is None else text_mask
             text, mask = text.to(device), mask.to(device)
             self.text = self._with_copy(text, text)  # [copies, B, S, text_width]
